@@ -1,0 +1,268 @@
+"""Checkpoints on disk: streaming reads and atomic, streaming writes of safetensors directories.
+
+Knows names and files, not models. A directory appears under its final name only when complete:
+everything is written to a temporary sibling first and renamed at the end.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import struct
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from star_elastic.errors import CheckpointError
+
+INDEX_NAME = "model.safetensors.index.json"
+SINGLE_NAME = "model.safetensors"
+DEFAULT_SHARD_BYTES = 4 * 1024**3
+DTYPE_NAMES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
+
+
+class CheckpointReader:
+    """Reads tensors, or parts of them, from a safetensors directory without loading the rest."""
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        self._files: dict[str, Path] = {}
+        self._open: dict[Path, object] = {}
+        index = self.path / INDEX_NAME
+        single = self.path / SINGLE_NAME
+        if index.is_file():
+            try:
+                weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            except (ValueError, KeyError):
+                raise CheckpointError(f"{index} is damaged; restore the file") from None
+            self._files = {name: self.path / file for name, file in weight_map.items()}
+        elif single.is_file():
+            self._files = {name: single for name in self._handle(single).keys()}
+        else:
+            raise CheckpointError(
+                f"{self.path} holds no {SINGLE_NAME}; name a directory with safetensors weights"
+            )
+
+    def _handle(self, file: Path):
+        if file not in self._open:
+            try:
+                self._open[file] = safe_open(file, framework="pt")
+            except (SafetensorError, OSError) as error:
+                raise CheckpointError(
+                    f"{file} cannot be read ({error}); restore the file"
+                ) from None
+        return self._open[file]
+
+    @property
+    def names(self) -> frozenset[str]:
+        """Names of all tensors."""
+        return frozenset(self._files)
+
+    def _require(self, name: str):
+        if name not in self._files:
+            raise CheckpointError(
+                f"{self.path} lacks the tensor {name}; it is not a checkpoint of its config.json"
+            )
+        handle = self._handle(self._files[name])
+        try:
+            return handle.get_slice(name)
+        except SafetensorError:
+            raise CheckpointError(
+                f"{self._files[name]} lacks the tensor {name} that the index promises; restore it"
+            ) from None
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a tensor, from the header alone."""
+        return tuple(self._require(name).get_shape())
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Dtype of a tensor, from the header alone."""
+        stored = self._require(name).get_dtype()
+        if stored not in DTYPES:
+            raise CheckpointError(f"{name} has dtype {stored}, which is not supported")
+        return DTYPES[stored]
+
+    def read(self, name: str, rows: tuple[int, int] | None = None) -> torch.Tensor:
+        """A tensor, or rows [start, stop) of its first dimension."""
+        part = self._require(name)
+        if rows is None:
+            return part[:] if part.get_shape() else self._handle(self._files[name]).get_tensor(name)
+        return part[rows[0] : rows[1]]
+
+
+@dataclass(frozen=True, slots=True)
+class Planned:
+    """A tensor that will be written: known by name, shape and dtype before its values exist."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def num_bytes(self) -> int:
+        size = self.dtype.itemsize
+        for length in self.shape:
+            size *= length
+        return size
+
+
+def write_tensors(
+    directory: Path,
+    plan: Iterable[Planned],
+    value_of: Callable[[str], torch.Tensor],
+    *,
+    max_shard_bytes: int = DEFAULT_SHARD_BYTES,
+    on_tensor: Callable[[Planned], None] | None = None,
+) -> None:
+    """Writes a safetensors model one tensor at a time, in shards with an index if it is large.
+
+    The header needs only shapes and dtypes, so one tensor is in memory at a time. Raises
+    AssertionError if a value does not have its planned shape and dtype.
+    """
+    shards: list[list[Planned]] = [[]]
+    filled = 0
+    for entry in plan:
+        if shards[-1] and filled + entry.num_bytes > max_shard_bytes:
+            shards.append([])
+            filled = 0
+        shards[-1].append(entry)
+        filled += entry.num_bytes
+    count = len(shards)
+    weight_map: dict[str, str] = {}
+    for number, shard in enumerate(shards, start=1):
+        name = SINGLE_NAME if count == 1 else f"model-{number:05d}-of-{count:05d}.safetensors"
+        _write_shard(directory / name, shard, value_of, on_tensor)
+        weight_map.update({entry.name: name for entry in shard})
+    if count > 1:
+        total = sum(entry.num_bytes for shard in shards for entry in shard)
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        write_json(directory / INDEX_NAME, index)
+
+
+def _write_shard(file: Path, shard: list[Planned], value_of, on_tensor) -> None:
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for entry in shard:
+        header[entry.name] = {
+            "dtype": DTYPE_NAMES[entry.dtype],
+            "shape": list(entry.shape),
+            "data_offsets": [offset, offset + entry.num_bytes],
+        }
+        offset += entry.num_bytes
+    encoded = json.dumps(header, separators=(",", ":")).encode()
+    encoded += b" " * (-len(encoded) % 8)
+    with open(file, "wb") as stream:
+        stream.write(struct.pack("<Q", len(encoded)))
+        stream.write(encoded)
+        for entry in shard:
+            value = value_of(entry.name).detach().to("cpu").contiguous()
+            assert tuple(value.shape) == entry.shape, (entry, value.shape)
+            assert value.dtype == entry.dtype, (entry, value.dtype)
+            stream.write(value.reshape(-1).view(torch.uint8).numpy().data)
+            if on_tensor:
+                on_tensor(entry)
+
+
+def write_json(file: Path, content: object) -> None:
+    """Writes JSON under a temporary name, then renames it into place."""
+    write_text(file, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_text(file: Path, text: str) -> None:
+    """Writes a text file under a temporary name, then renames it into place."""
+    temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, file)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def require_free(out: str | Path) -> Path:
+    """The output path, if nothing is there yet. Raises CheckpointError otherwise."""
+    out = Path(out)
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise CheckpointError(f"{out} exists already; name a new directory or remove it first")
+    return out
+
+
+@contextmanager
+def new_directory(out: str | Path) -> Iterator[Path]:
+    """A temporary directory that becomes `out` when the block ends well, and vanishes otherwise.
+
+    Raises CheckpointError if `out` exists and is not empty.
+    """
+    out = require_free(out)
+    temporary = out.parent / f".{out.name}.{os.getpid()}.partial"
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        temporary.mkdir()
+    except OSError as error:
+        raise CheckpointError(f"{out} cannot be written ({error.strerror}); choose another") from None
+    try:
+        yield temporary
+        if out.exists():
+            out.rmdir()
+        os.replace(temporary, out)
+    except OSError as error:
+        raise CheckpointError(f"{out} cannot be written ({error}); free space or move") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+NOT_COPIED = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx", ".h5", ".msgpack")
+
+
+def copy_extras(source: Path, target: Path, *, skip: Iterable[str] = ()) -> None:
+    """Copies the small files beside the weights: tokenizer, templates, generation settings.
+
+    Remote code (`.py`), the README and the names in `skip` stay behind.
+    """
+    left = {"config.json", INDEX_NAME, "elastic.json", "README.md", *skip}
+    for file in sorted(source.iterdir()):
+        if not file.is_file() or file.name in left or file.name.startswith("."):
+            continue
+        if file.suffix in (*NOT_COPIED, ".py"):
+            continue
+        shutil.copyfile(file, target / file.name)
+
+
+def save_tensors(file: Path, tensors: Mapping[str, torch.Tensor], metadata=None) -> None:
+    """A small safetensors file, written under a temporary name and renamed into place."""
+    from safetensors.torch import save_file
+
+    temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
+    try:
+        contiguous = {name: value.detach().contiguous() for name, value in tensors.items()}
+        save_file(contiguous, temporary, metadata=metadata)
+        os.replace(temporary, file)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def load_tensors(file: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a small safetensors file. Raises CheckpointError."""
+    from safetensors.torch import load_file
+
+    if not file.is_file():
+        raise CheckpointError(f"{file} does not exist; name an existing safetensors file")
+    try:
+        return load_file(file)
+    except SafetensorError as error:
+        raise CheckpointError(f"{file} cannot be read ({error}); restore the file") from None

@@ -1,0 +1,126 @@
+"""What a submodel costs: parameters, active parameters, bytes, operations, at any widths.
+
+Everything is plain arithmetic over the axis map: exact for integers, differentiable when widths
+are tensors (expected widths of the router). Equal rows of the table are counted once and
+multiplied, so that a 52-layer model costs as little as a 4-layer one.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from star_elastic.axes import AxisMap, Dim
+from star_elastic.errors import BudgetError
+
+METRICS = ("active", "total", "bytes", "flops")
+
+
+@dataclass(frozen=True, slots=True)
+class Workload:
+    """What the memory and the operations are counted for: tokens of context, sequences, dtype."""
+
+    context: int = 0
+    batch: int = 1
+    dtype_bytes: int = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """Counts of one submodel. `active` and `total` are parameters including both embeddings."""
+
+    total: float
+    active: float
+    weight_bytes: float
+    state_bytes: float
+    flops_per_token: float
+
+    @property
+    def bytes(self) -> float:
+        return self.weight_bytes + self.state_bytes
+
+    def metric(self, name: str) -> float:
+        """The count that a budget of this name limits. Raises BudgetError for unknown names."""
+        if name not in METRICS:
+            raise BudgetError(f"budget {name!r} is unknown; use {', '.join(METRICS)}")
+        return self.flops_per_token if name == "flops" else getattr(self, name)
+
+
+@dataclass(frozen=True, slots=True)
+class _Row:
+    """Equal rows of the table, `count` of them."""
+
+    kind: str
+    dims: tuple[Dim, ...]
+    layer: int | None
+    scale: int
+    count: int
+
+
+class CostModel:
+    """Counts any widths of one axis map; built once, asked often."""
+
+    def __init__(self, axis_map: AxisMap, workload: Workload = Workload()):
+        self.axis_map = axis_map
+        self.workload = workload
+        self._rows = {True: self._group(merge=True), False: self._group(merge=False)}
+
+    def _group(self, *, merge: bool) -> list[_Row]:
+        rows: Counter = Counter()
+
+        def add(kind: str, dims, layer: int | None, scale: int = 1) -> None:
+            rows[(kind, dims, None if merge else layer, scale)] += 1
+
+        for spec in self.axis_map.tensors.values():
+            kind = "buffer" if spec.is_buffer else "routed" if spec.routed else "weight"
+            add("lookup" if spec.lookup else kind, spec.dims, spec.layer)
+        for state in self.axis_map.states:
+            kind = "state_per_token" if state.per_token else "state"
+            add(kind, state.dims, state.layer, state.dtype_bytes or self.workload.dtype_bytes)
+        for work in self.axis_map.work:
+            add("context" if work.per_context else "work", work.dims, work.layer, work.flops)
+        return [_Row(*key, count=count) for key, count in rows.items()]
+
+    def count(self, widths: Mapping) -> Cost:
+        """The cost at `widths` (integers, per-layer tuples, or tensors of expected widths)."""
+        merge = not any(isinstance(width, tuple) for width in widths.values())
+        sums: Counter = Counter()
+        for row in self._rows[merge]:
+            size = row.count * row.scale
+            active = size
+            for position, dim in enumerate(row.dims):
+                length = sum(
+                    (self._width(widths, s.axis, row.layer) if s.axis else s.num_units) * s.unit
+                    for s in dim
+                )
+                size = size * length
+                routed = row.kind == "routed" and position == 0
+                active = active * (self.axis_map.top_k if routed else length)
+            sums[row.kind] += size
+            if row.kind == "routed":
+                sums["routed_active"] += active
+        load = self.workload
+        parameters = sums["weight"] + sums["lookup"]
+        used = sums["weight"] + sums["routed_active"]
+        return Cost(
+            total=parameters + sums["routed"],
+            active=parameters + sums["routed_active"],
+            weight_bytes=(parameters + sums["routed"]) * load.dtype_bytes + sums["buffer"] * 4,
+            state_bytes=load.batch
+            * (sums["state"] + sums["state_per_token"] * load.context),
+            flops_per_token=2 * used + sums["work"] + sums["context"] * load.context,
+        )
+
+    def _width(self, widths: Mapping, axis: str, layer: int | None):
+        return self.axis_map.width(widths, axis, layer)
+
+
+def count_parts(axis_map: AxisMap, widths: Mapping) -> dict[str, int]:
+    """Parameters of each part of the model (embeddings, norms, mamba, ...) at integer widths."""
+    parts: Counter = Counter()
+    for spec in axis_map.tensors.values():
+        if not spec.is_buffer:
+            parts[spec.part] += math.prod(axis_map.shape(spec, widths))
+    return dict(parts)

@@ -1,0 +1,24 @@
+"""The four kinds of mistake a user can make, each told in one line: what, why, what to do.
+
+Anything else that goes wrong is a bug of ours and surfaces as an ordinary exception.
+"""
+
+
+class StarElasticError(Exception):
+    """Base of all errors that the command line reports in one line with exit code 2."""
+
+
+class ConfigError(StarElasticError):
+    """A model config, run config or command-line option that cannot be used."""
+
+
+class CheckpointError(StarElasticError):
+    """A checkpoint or data file that is missing, damaged or of the wrong kind."""
+
+
+class ShapeError(StarElasticError):
+    """Widths that a family cannot express."""
+
+
+class BudgetError(StarElasticError):
+    """A budget that no allowed choice of widths (or of generated tokens) can meet."""

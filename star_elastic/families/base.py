@@ -1,0 +1,90 @@
+"""What a family table must provide, and how a config file is read."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+from star_elastic.axes import AxisMap
+from star_elastic.errors import ConfigError
+
+Config = dict[str, Any]
+
+
+class Family(Protocol):
+    """One table per model family. Configs are dictionaries as in config.json."""
+
+    model_type: str
+    """`model_type` in config.json."""
+    end_of_thinking: str
+    """Text that ends the thinking phase when the budget is used up."""
+    prefix_aliases: Mapping[str, str]
+    """On-disk name prefixes that other writers use -> the prefix of our pieces."""
+    ignored: tuple[str, ...]
+    """Prefixes of on-disk tensors that the model in memory does not have (said when dropped)."""
+
+    def axis_map(self, config: Config) -> AxisMap:
+        """The axis map of the model of this config. Raises ConfigError on an invalid config."""
+        ...
+
+    def config_at(self, config: Config, widths: Mapping[str, Any]) -> Config:
+        """The config.json of the submodel. Raises ShapeError if the format cannot express it."""
+        ...
+
+
+def read_config(path: str | Path) -> Config:
+    """The config of a checkpoint directory or config.json file. Raises ConfigError."""
+    path = Path(path)
+    file = path / "config.json" if path.is_dir() else path
+    if not file.is_file():
+        raise ConfigError(
+            f"{path} holds no config.json; name a Hugging Face checkpoint directory or its config"
+        )
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"), object_hook=_decode_float)
+    except (ValueError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{file} is not valid JSON ({error}); restore the file") from None
+    if not isinstance(config, dict):
+        raise ConfigError(f"{file} is not a JSON object; it cannot be a model config")
+    return config
+
+
+def _decode_float(entry: dict[str, Any]) -> Any:
+    """transformers stores infinities as {"__float__": "Infinity"}; older readers cannot."""
+    return float(entry["__float__"]) if set(entry) == {"__float__"} else entry
+
+
+def get_int(config: Config, key: str, default: int | None = None) -> int:
+    """A positive integer field of a config. Raises ConfigError naming the field."""
+    value = config.get(key, default)
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ConfigError(f"{key}={value!r} is not a positive integer; correct config.json")
+    return value
+
+
+def require_multiple(name: str, value: int, divisor_name: str, divisor: int) -> None:
+    """Raises ConfigError unless `value` is a multiple of `divisor`."""
+    if value % divisor:
+        raise ConfigError(
+            f"{name}={value} is not a multiple of {divisor_name}={divisor}; correct config.json"
+        )
+
+
+def homogeneous(widths: Mapping[str, Any], family: str) -> dict[str, int]:
+    """Widths as scalars. Raises ShapeError for per-layer widths a config cannot hold."""
+    from star_elastic.errors import ShapeError
+
+    scalars: dict[str, int] = {}
+    for axis, width in widths.items():
+        if isinstance(width, tuple):
+            if len(set(width)) > 1:
+                nearest = round(sum(width) / len(width))
+                raise ShapeError(
+                    f"{axis} differs between layers, which {family}'s config.json cannot express; "
+                    f"use one width, for example about {nearest}"
+                )
+            width = width[0]
+        scalars[axis] = width
+    return scalars

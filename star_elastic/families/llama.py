@@ -1,0 +1,118 @@
+"""Llama-type decoders: attention and a gated MLP in every layer, rotary positions, tied or untied.
+
+Query heads are cut inside each KV group, so that every kept head goes on reading its own keys.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from star_elastic.axes import (
+    Axis,
+    AxisMap,
+    Dim,
+    NormSpec,
+    Piece,
+    Probe,
+    Segment,
+    StateSpec,
+    TensorSpec,
+    WorkSpec,
+    fixed,
+)
+from star_elastic.families.base import Config, get_int, homogeneous, require_multiple
+
+
+class Llama:
+    """The `llama` family table."""
+
+    model_type = "llama"
+    end_of_thinking = "\n</think>\n\n"
+    prefix_aliases: Mapping[str, str] = {}
+    ignored = ("model.rotary_emb.",)
+
+    def axis_map(self, config: Config) -> AxisMap:
+        """See `Family.axis_map`. Defaults are those of transformers' LlamaConfig."""
+        num_layers = get_int(config, "num_hidden_layers", 32)
+        hidden_size = get_int(config, "hidden_size", 4096)
+        ffn_size = get_int(config, "intermediate_size", 11008)
+        num_heads = get_int(config, "num_attention_heads", 32)
+        num_kv = config.get("num_key_value_heads") or num_heads
+        head_dim = config.get("head_dim") or hidden_size // num_heads
+        eps = float(config.get("rms_norm_eps", 1e-6))
+        require_multiple("num_attention_heads", num_heads, "num_key_value_heads", num_kv)
+        require_multiple("hidden_size", hidden_size, "num_attention_heads", num_heads)
+
+        hidden: Dim = (Segment(hidden_size, axis="hidden"),)
+        neurons: Dim = (Segment(ffn_size, axis="ffn"),)
+        queries: Dim = (Segment(num_heads, head_dim, "heads", num_kv),)
+        keys = fixed(num_kv * head_dim)
+        vocab = fixed(get_int(config, "vocab_size", 32000))
+        tensors: dict[str, TensorSpec] = {}
+        norms: list[NormSpec] = []
+        probes: list[Probe] = []
+
+        def add(part: str, name: str, *dims: Dim, **kwargs) -> None:
+            tensors[name] = TensorSpec(name, part, dims, (Piece(name),), **kwargs)
+
+        def add_norm(path: str, layer: int | None) -> None:
+            add("norms", f"{path}.weight", hidden, layer=layer)
+            norms.append(NormSpec(path, "hidden", layer, eps))
+            probes.append(Probe(path, "hidden", layer, "output"))
+
+        def add_linear(path: str, layer: int, out: Dim, inner: Dim, bias: bool, gate=None):
+            part = "mlp" if ".mlp." in path else "attention"
+            add(part, f"{path}.weight", out, inner, layer=layer, gate_dim=gate)
+            if bias:
+                add(part, f"{path}.bias", out, layer=layer)
+
+        tied = bool(config.get("tie_word_embeddings", False))
+        add("embeddings", "model.embed_tokens.weight", vocab, hidden, lookup=not tied)
+        for layer in range(num_layers):
+            path = f"model.layers.{layer}"
+            bias = bool(config.get("attention_bias", False))
+            for name, out in (("q_proj", queries), ("k_proj", keys), ("v_proj", keys)):
+                add_linear(f"{path}.self_attn.{name}", layer, out, hidden, bias)
+            add_linear(f"{path}.self_attn.o_proj", layer, hidden, queries, bias, gate=1)
+            bias = bool(config.get("mlp_bias", False))
+            add_linear(f"{path}.mlp.gate_proj", layer, neurons, hidden, bias)
+            add_linear(f"{path}.mlp.up_proj", layer, neurons, hidden, bias)
+            add_linear(f"{path}.mlp.down_proj", layer, hidden, neurons, bias, gate=1)
+            add_norm(f"{path}.input_layernorm", layer)
+            add_norm(f"{path}.post_attention_layernorm", layer)
+            probes.append(Probe(f"{path}.self_attn.o_proj", "heads", layer, "input"))
+            probes.append(Probe(f"{path}.mlp.down_proj", "ffn", layer, "input"))
+        add_norm("model.norm", None)
+        if not tied:
+            add("head", "lm_head.weight", vocab, hidden)
+
+        layers = tuple(range(num_layers))
+        return AxisMap(
+            family=self.model_type,
+            axes={
+                "hidden": Axis("hidden", hidden_size),
+                "ffn": Axis("ffn", ffn_size, layers=layers),
+                "heads": Axis("heads", num_heads, num_kv, layers, num_kv),
+            },
+            tensors=tensors,
+            states=tuple(
+                StateSpec("key_value", layer, (fixed(2), keys), per_token=True) for layer in layers
+            ),
+            norms=tuple(norms),
+            probes=tuple(probes),
+            work=tuple(WorkSpec(layer, (queries,), 4, per_context=True) for layer in layers),
+            multiples=(("hidden", "heads"),),
+        )
+
+    def config_at(self, config: Config, widths: Mapping) -> Config:
+        """See `Family.config_at`. `head_dim` is written out, or it would follow hidden_size."""
+        kept = homogeneous(self.axis_map(config).complete(widths), self.model_type)
+        num_heads = get_int(config, "num_attention_heads", 32)
+        return {
+            **config,
+            "hidden_size": kept["hidden"],
+            "intermediate_size": kept["ffn"],
+            "num_attention_heads": kept["heads"],
+            "num_key_value_heads": config.get("num_key_value_heads") or num_heads,
+            "head_dim": config.get("head_dim") or config["hidden_size"] // num_heads,
+        }

@@ -1,0 +1,324 @@
+"""NemotronH: hybrids of Mamba-2, attention, MoE and dense MLP layers (Nemotron Nano 2 and 3).
+
+Letters of the layer pattern: M Mamba-2, * attention, E mixture of experts, - dense MLP.
+Layouts (docs/design.md): Mamba in_proj rows are [z | x | B | C | dt] and conv channels [x | B | C];
+heads are cut inside each SSM group, so that every kept head goes on reading its own B and C.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from star_elastic.axes import (
+    Axis,
+    AxisMap,
+    Dim,
+    MoeSpec,
+    NormSpec,
+    Piece,
+    Probe,
+    Segment,
+    StateSpec,
+    TensorSpec,
+    WorkSpec,
+    fixed,
+)
+from star_elastic.errors import ConfigError
+from star_elastic.families.base import Config, get_int, homogeneous, require_multiple
+
+LETTERS = {
+    "M": "M", "mamba": "M", "linear_attention": "M",
+    "*": "*", "attention": "*", "full_attention": "*",
+    "E": "E", "moe": "E",
+    "-": "-", "mlp": "-",
+}  # fmt: skip
+LEGACY_NAMES = {"M": "mamba", "*": "attention", "E": "moe", "-": "mlp"}
+FP32_BYTES = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """The integers of a NemotronH config, checked."""
+
+    pattern: str
+    vocab: int
+    hidden: int
+    eps: float
+    tied: bool
+    heads: int
+    kv_heads: int
+    head_dim: int
+    ffn: int
+    ssm_heads: int
+    ssm_head_dim: int
+    ssm_groups: int
+    ssm_state: int
+    conv_kernel: int
+    experts: int
+    top_k: int
+    routing_groups: int
+    selected_groups: int
+    expert_ffn: int
+    shared_ffn: int
+    latent: int | None
+    mlp_bias: bool
+    mamba_bias: bool
+    conv_bias: bool
+
+
+def layer_pattern(config: Config) -> str:
+    """The layer pattern in letters, from either spelling. Raises ConfigError."""
+    layers = config.get("layers_block_type") or config.get("layer_types")
+    layers = list(layers or config.get("hybrid_override_pattern") or "")
+    unknown = [name for name in layers if name not in LETTERS]
+    if unknown or not layers:
+        raise ConfigError(
+            f"layer type {unknown[0]!r} is unknown; use {', '.join(LETTERS)}"
+            if layers
+            else "the config names no layers; set hybrid_override_pattern"
+        )
+    return "".join(LETTERS[name] for name in layers)
+
+
+def read_shape(config: Config) -> Shape:
+    """A checked `Shape`. Defaults are those of transformers' NemotronHConfig."""
+    shape = Shape(
+        pattern=layer_pattern(config),
+        vocab=get_int(config, "vocab_size", 131072),
+        hidden=get_int(config, "hidden_size", 4096),
+        eps=float(config.get("layer_norm_epsilon", 1e-5)),
+        tied=bool(config.get("tie_word_embeddings", False)),
+        heads=get_int(config, "num_attention_heads", 32),
+        kv_heads=get_int(config, "num_key_value_heads", 8),
+        head_dim=get_int(config, "head_dim", 128),
+        ffn=get_int(config, "intermediate_size", 21504),
+        ssm_heads=get_int(config, "mamba_num_heads", 128),
+        ssm_head_dim=get_int(config, "mamba_head_dim", 64),
+        ssm_groups=get_int(config, "n_groups", 8),
+        ssm_state=get_int(config, "ssm_state_size", 128),
+        conv_kernel=get_int(config, "conv_kernel", 4),
+        experts=get_int(config, "n_routed_experts", 8),
+        top_k=get_int(config, "num_experts_per_tok", 2),
+        routing_groups=get_int(config, "n_group", 1),
+        selected_groups=get_int(config, "topk_group", 1),
+        expert_ffn=get_int(config, "moe_intermediate_size", 7688),
+        shared_ffn=get_int(config, "moe_shared_expert_intermediate_size", 7688),
+        latent=config.get("moe_latent_size"),
+        mlp_bias=bool(config.get("mlp_bias", False)),
+        mamba_bias=bool(config.get("use_bias", False)),
+        conv_bias=bool(config.get("use_conv_bias", True)),
+    )
+    require_multiple("num_attention_heads", shape.heads, "num_key_value_heads", shape.kv_heads)
+    require_multiple("mamba_num_heads", shape.ssm_heads, "n_groups", shape.ssm_groups)
+    require_multiple("n_routed_experts", shape.experts, "n_group", shape.routing_groups)
+    if "E" in shape.pattern and shape.top_k > shape.experts:
+        raise ConfigError(
+            f"num_experts_per_tok={shape.top_k} exceeds n_routed_experts={shape.experts}; "
+            "correct config.json"
+        )
+    if shape.tied:
+        raise ConfigError(
+            "tie_word_embeddings=true is not supported for nemotron_h, whose models in "
+            "transformers have a head of their own; untie the checkpoint first"
+        )
+    return shape
+
+
+def _fewest_experts(shape: Shape) -> int:
+    """At least top_k experts inside the selected groups, and 2 per group (its score needs two)."""
+    per_group = max(-(-shape.top_k // shape.selected_groups), 2)
+    return min(per_group * shape.routing_groups, shape.experts)
+
+
+def _axes(shape: Shape) -> dict[str, Axis]:
+    where = {
+        letter: tuple(i for i, c in enumerate(shape.pattern) if c == letter) for letter in "M*E-"
+    }
+    axes = {"hidden": Axis("hidden", shape.hidden)}
+    if where["-"]:
+        axes["ffn"] = Axis("ffn", shape.ffn, layers=where["-"])
+    if where["E"]:
+        axes["experts"] = Axis(
+            "experts", shape.experts, shape.routing_groups, where["E"], _fewest_experts(shape)
+        )
+        axes["expert_ffn"] = Axis("expert_ffn", shape.expert_ffn, layers=where["E"])
+        axes["shared_ffn"] = Axis("shared_ffn", shape.shared_ffn, layers=where["E"])
+    if where["M"]:
+        groups = shape.ssm_groups
+        axes["ssm_heads"] = Axis("ssm_heads", shape.ssm_heads, groups, where["M"], groups)
+    if where["*"]:
+        kv_heads = shape.kv_heads
+        axes["heads"] = Axis("heads", shape.heads, kv_heads, where["*"], kv_heads)
+    return axes
+
+
+class _Builder:
+    """Collects the rows of the table, layer by layer."""
+
+    def __init__(self, shape: Shape):
+        self.shape = shape
+        self.tensors: dict[str, TensorSpec] = {}
+        self.norms: list[NormSpec] = []
+        self.states: list[StateSpec] = []
+        self.work: list[WorkSpec] = []
+        self.moe: list[MoeSpec] = []
+        self.probes: list[Probe] = []
+        self.hidden: Dim = (Segment(shape.hidden, axis="hidden"),)
+
+    def add(self, part: str, name: str, *dims: Dim, stacked: int = 0, disk: str | None = None, **kwargs):
+        disk = disk or name.replace("model.", "backbone.", 1)
+        pieces = (Piece(disk),)
+        if stacked:
+            stem, last = disk.rsplit(".", 1)
+            pieces = tuple(Piece(f"{stem}.{i}.{last}.weight", i) for i in range(stacked))
+        self.tensors[name] = TensorSpec(name, part, dims, pieces, **kwargs)
+
+    def add_norm(self, path: str, layer: int | None) -> None:
+        self.add("norms", f"{path}.weight", self.hidden, layer=layer)
+        self.norms.append(NormSpec(path, "hidden", layer, self.shape.eps, fp32_weight=True))
+        self.probes.append(Probe(path, "hidden", layer, "output"))
+
+    def add_mlp(self, path: str, axis: str, size: int, layer: int) -> None:
+        part = "mlp" if axis == "ffn" else "shared experts"
+        neurons: Dim = (Segment(size, axis=axis),)
+        self.add(part, f"{path}.up_proj.weight", neurons, self.hidden, layer=layer)
+        self.add(part, f"{path}.down_proj.weight", self.hidden, neurons, layer=layer, gate_dim=1)
+        if self.shape.mlp_bias:
+            self.add(part, f"{path}.up_proj.bias", neurons, layer=layer)
+            self.add(part, f"{path}.down_proj.bias", self.hidden, layer=layer)
+        self.probes.append(Probe(f"{path}.down_proj", axis, layer, "input"))
+
+    def add_moe(self, path: str, layer: int) -> None:
+        s = self.shape
+        experts: Dim = (Segment(s.experts, axis="experts", num_groups=s.routing_groups),)
+        neurons: Dim = (Segment(s.expert_ffn, axis="expert_ffn"),)
+        inner = fixed(s.latent) if s.latent else self.hidden
+        self.add("routers", f"{path}.gate.weight", experts, self.hidden, layer=layer)
+        self.add(
+            "routers", f"{path}.gate.e_score_correction_bias", experts,
+            layer=layer, is_buffer=True, keep_fp32=True,
+        )  # fmt: skip
+        fused = {"layer": layer, "routed": True, "stacked": s.experts}
+        self.add("routed experts", f"{path}.experts.up_proj", experts, neurons, inner, **fused)
+        self.add("routed experts", f"{path}.experts.down_proj", experts, inner, neurons, gate_dim=2, **fused)
+        if s.latent:
+            latent = fixed(s.latent)
+            self.add("routed experts", f"{path}.fc1_latent_proj.weight", latent, self.hidden, layer=layer)
+            self.add("routed experts", f"{path}.fc2_latent_proj.weight", self.hidden, latent, layer=layer)
+            if s.mlp_bias:
+                self.add("routed experts", f"{path}.fc1_latent_proj.bias", latent, layer=layer)
+                self.add("routed experts", f"{path}.fc2_latent_proj.bias", self.hidden, layer=layer)
+        self.add_mlp(f"{path}.shared_experts", "shared_ffn", s.shared_ffn, layer)
+        self.moe.append(MoeSpec(layer, f"{path}.gate", f"{path}.experts"))
+
+    def add_mamba(self, path: str, layer: int) -> None:
+        s = self.shape
+
+        def heads(unit: int) -> Segment:
+            return Segment(s.ssm_heads, unit, "ssm_heads", s.ssm_groups)
+
+        inner, per_head = heads(s.ssm_head_dim), heads(1)
+        shared = Segment(s.ssm_groups * s.ssm_state)
+        conv: Dim = (inner, shared, shared)
+        self.add("mamba", f"{path}.dt_bias", (per_head,), layer=layer)
+        self.add("mamba", f"{path}.A_log", (per_head,), layer=layer)
+        self.add("mamba", f"{path}.D", (per_head,), layer=layer)
+        self.add("mamba", f"{path}.conv1d.weight", conv, fixed(1), fixed(s.conv_kernel), layer=layer)
+        if s.conv_bias:
+            self.add("mamba", f"{path}.conv1d.bias", conv, layer=layer)
+        projected: Dim = (inner, *conv, per_head)
+        self.add("mamba", f"{path}.in_proj.weight", projected, self.hidden, layer=layer)
+        self.add("mamba", f"{path}.norm.weight", (inner,), layer=layer)
+        self.add("mamba", f"{path}.out_proj.weight", self.hidden, (inner,), layer=layer)
+        if s.mamba_bias:
+            self.add("mamba", f"{path}.in_proj.bias", projected, layer=layer)
+            self.add("mamba", f"{path}.out_proj.bias", self.hidden, layer=layer)
+        self.norms.append(NormSpec(f"{path}.norm", "ssm_heads", layer, s.eps, grouped=True))
+        width = s.ssm_heads * s.ssm_head_dim
+        self.probes.append(Probe(f"{path}.in_proj", "ssm_heads", layer, "output", width, width))
+        state = fixed(s.ssm_state)
+        self.states.append(StateSpec("ssm", layer, ((inner,), state), dtype_bytes=FP32_BYTES))
+        self.states.append(StateSpec("conv", layer, (conv, fixed(s.conv_kernel))))
+        # Per element of the state: decay, two for the outer product and its sum, two to read.
+        self.work.append(WorkSpec(layer, ((inner,), state), flops=5))
+
+    def add_attention(self, path: str, layer: int) -> None:
+        s = self.shape
+        queries: Dim = (Segment(s.heads, s.head_dim, "heads", s.kv_heads),)
+        keys = fixed(s.kv_heads * s.head_dim)
+        self.add("attention", f"{path}.q_proj.weight", queries, self.hidden, layer=layer)
+        self.add("attention", f"{path}.k_proj.weight", keys, self.hidden, layer=layer)
+        self.add("attention", f"{path}.v_proj.weight", keys, self.hidden, layer=layer)
+        self.add("attention", f"{path}.o_proj.weight", self.hidden, queries, layer=layer, gate_dim=1)
+        self.probes.append(Probe(f"{path}.o_proj", "heads", layer, "input"))
+        self.states.append(StateSpec("key_value", layer, (fixed(2), keys), per_token=True))
+        self.work.append(WorkSpec(layer, (queries,), flops=4, per_context=True))
+
+
+class NemotronH:
+    """The `nemotron_h` family table."""
+
+    model_type = "nemotron_h"
+    end_of_thinking = "\n</think>\n"
+    prefix_aliases = {"model.": "backbone."}
+    ignored = ("mtp.",)
+
+    def axis_map(self, config: Config) -> AxisMap:
+        """See `Family.axis_map`."""
+        shape = read_shape(config)
+        table = _Builder(shape)
+        vocab = fixed(shape.vocab)
+        table.add("embeddings", "model.embeddings.weight", vocab, table.hidden, lookup=True)
+        for layer, letter in enumerate(shape.pattern):
+            path = f"model.layers.{layer}"
+            table.add_norm(f"{path}.norm", layer)
+            if letter == "M":
+                table.add_mamba(f"{path}.mixer", layer)
+            elif letter == "*":
+                table.add_attention(f"{path}.mixer", layer)
+            elif letter == "E":
+                table.add_moe(f"{path}.mixer", layer)
+            else:
+                table.add_mlp(f"{path}.mixer", "ffn", shape.ffn, layer)
+        table.add_norm("model.norm_f", None)
+        table.add("head", "lm_head.weight", vocab, table.hidden, disk="lm_head.weight")
+        return AxisMap(
+            family=self.model_type,
+            axes=_axes(shape),
+            tensors=table.tensors,
+            states=tuple(table.states),
+            norms=tuple(table.norms),
+            moe_layers=tuple(table.moe),
+            probes=tuple(table.probes),
+            work=tuple(table.work),
+            top_k=shape.top_k if table.moe else 0,
+        )
+
+    def config_at(self, config: Config, widths: Mapping) -> Config:
+        """See `Family.config_at`.
+
+        Layers are written as `hybrid_override_pattern` with the legacy names beside it, which
+        every reader so far loads; newer names alone are rejected by older engines.
+        """
+        kept = homogeneous(self.axis_map(config).complete(widths), self.model_type)
+        fields = {
+            "hidden": "hidden_size",
+            "ffn": "intermediate_size",
+            "experts": "n_routed_experts",
+            "expert_ffn": "moe_intermediate_size",
+            "shared_ffn": "moe_shared_expert_intermediate_size",
+            "ssm_heads": "mamba_num_heads",
+            "heads": "num_attention_heads",
+        }
+        pattern = layer_pattern(config)
+        renamed = {k: v for k, v in config.items() if k not in ("layer_types", "num_local_experts")}
+        return {
+            **renamed,
+            **{fields[axis]: width for axis, width in kept.items()},
+            "head_dim": get_int(config, "head_dim", 128),
+            "hybrid_override_pattern": pattern,
+            "layers_block_type": [LEGACY_NAMES[letter] for letter in pattern],
+            "num_hidden_layers": len(pattern),
+            "num_nextn_predict_layers": 0,
+        }

@@ -1,0 +1,102 @@
+"""`elastic.json`: what makes a checkpoint elastic.
+
+An elastic checkpoint is a plain Hugging Face directory of the sorted parent, which any tool loads
+as the parent, plus this file: the axes with their choices and the named sizes with their widths.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from star_elastic.axes import AxisMap
+from star_elastic.checkpoint import write_json
+from star_elastic.errors import CheckpointError
+from star_elastic.widths import Widths
+
+FILE_NAME = "elastic.json"
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Size:
+    """A named size: its widths, the budgets it was asked to meet and what it costs.
+
+    `budgets` are fractions of the parent's cost by metric (for example active: 0.75); `cost` the
+    exact counts at `widths`; `repair` the steps that moved the router's choice onto its budget.
+    """
+
+    widths: Widths
+    budgets: Mapping[str, float] = field(default_factory=dict)
+    cost: Mapping[str, float] = field(default_factory=dict)
+    repair: Mapping[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """The family in one checkpoint. `sizes` is ordered from the largest to the smallest."""
+
+    family: str
+    choices: Mapping[str, tuple[int, ...]]
+    sizes: Mapping[str, Size]
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+
+    def size(self, name: str) -> Size:
+        """A size by name. Raises CheckpointError naming the sizes there are."""
+        if name not in self.sizes:
+            raise CheckpointError(
+                f"size {name!r} is not in this family; it has {', '.join(self.sizes)}"
+            )
+        return self.sizes[name]
+
+
+def save_manifest(manifest: Manifest, directory: Path) -> None:
+    """Writes `elastic.json` atomically."""
+    content = {"format_version": FORMAT_VERSION, **asdict(manifest)}
+    content["choices"] = {axis: list(grid) for axis, grid in manifest.choices.items()}
+    for name, size in manifest.sizes.items():
+        content["sizes"][name]["widths"] = dict(size.widths)
+    write_json(directory / FILE_NAME, content)
+
+
+def load_manifest(directory: str | Path, axis_map: AxisMap) -> Manifest:
+    """Reads `elastic.json` and checks every size against the model's axis map.
+
+    Raises CheckpointError if the file is missing, damaged or of another format version, and
+    ShapeError if a size does not fit the model.
+    """
+    file = Path(directory) / FILE_NAME
+    if not file.is_file():
+        raise CheckpointError(
+            f"{directory} holds no {FILE_NAME}, so it is not an elastic checkpoint; "
+            "make one with star-elastic train"
+        )
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        version = content["format_version"]
+        if version != FORMAT_VERSION:
+            raise CheckpointError(
+                f"{file} has format version {version}, this package reads {FORMAT_VERSION}; "
+                "upgrade star-elastic"
+            )
+        sizes = {
+            name: Size(**{**size, "widths": axis_map.complete(Widths(size["widths"]))})
+            for name, size in content["sizes"].items()
+        }
+        manifest = Manifest(
+            family=content["family"],
+            choices={axis: tuple(grid) for axis, grid in content["choices"].items()},
+            sizes=sizes,
+            provenance=content.get("provenance", {}),
+        )
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{file} is damaged ({error!r}); restore the file") from None
+    if manifest.family != axis_map.family or not manifest.sizes:
+        raise CheckpointError(
+            f"{file} describes {len(manifest.sizes)} sizes of a {manifest.family} model, but "
+            f"config.json is {axis_map.family}; restore the matching pair"
+        )
+    return manifest

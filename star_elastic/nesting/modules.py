@@ -1,0 +1,108 @@
+"""Modules of the training skeleton, where a gate cannot be folded into a parameter.
+
+Exported sizes never contain them: they use transformers' own norms and routers. Shapes: B batch,
+T tokens, D channels, G groups, E experts, K experts per token.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+class _GatedInputNorm(nn.Module):
+    """Holds what the functional call replaces: gate of the input, epsilon, output scale."""
+
+    input_gate: torch.Tensor
+    eps: torch.Tensor
+    scale: torch.Tensor
+
+    def __init__(self, num_channels: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(num_channels))
+        self.register_buffer("input_gate", torch.ones(num_channels))
+        self.register_buffer("eps", torch.tensor(eps))
+        self.register_buffer("scale", torch.tensor(1.0))
+
+
+class ElasticRMSNorm(_GatedInputNorm):
+    """RMSNorm over partly closed channels, equal to the narrow norm when gates are 0 or 1."""
+
+    def __init__(self, num_channels: int, eps: float, *, fp32_weight: bool):
+        super().__init__(num_channels, eps)
+        self.fp32_weight = fp32_weight
+
+    def forward(self, x_BTD: torch.Tensor) -> torch.Tensor:
+        dtype = x_BTD.dtype
+        x_BTD = x_BTD.to(torch.float32) * self.input_gate
+        mean_sq = x_BTD.pow(2).mean(-1, keepdim=True)
+        x_BTD = x_BTD * torch.rsqrt(mean_sq + self.eps) * self.scale
+        if self.fp32_weight:
+            return (self.weight.to(torch.float32) * x_BTD).to(dtype)
+        return self.weight * x_BTD.to(dtype)
+
+
+class ElasticGroupedRMSNorm(_GatedInputNorm):
+    """Mamba-2's norm: silu-gated by a branch, then RMS inside each group of channels."""
+
+    def __init__(self, num_channels: int, eps: float, *, num_groups: int):
+        super().__init__(num_channels, eps)
+        self.num_groups = num_groups
+
+    def forward(self, x_BTD: torch.Tensor, gate: torch.Tensor | None = None) -> torch.Tensor:
+        dtype = x_BTD.dtype
+        x_BTD = x_BTD.to(torch.float32)
+        if gate is not None:
+            x_BTD = x_BTD * F.silu(gate.to(torch.float32))
+        x_BTD = x_BTD * self.input_gate
+        x_BTGD = x_BTD.unflatten(-1, (self.num_groups, -1))
+        mean_sq = x_BTGD.pow(2).mean(-1, keepdim=True)
+        x_BTD = (x_BTGD * torch.rsqrt(mean_sq + self.eps)).flatten(-2) * self.scale
+        return self.weight * x_BTD.to(dtype)
+
+
+class ElasticSigmoidRouter(nn.Module):
+    """DeepSeek-style sigmoid router under a soft expert gate (docs/method in paper_map.md).
+
+    Selection score (sigma + bias) + log c, so that closing an expert never raises its chance and
+    a closed one (c = 0) is never selected; combine weights proportional to c * sigma over the
+    top-k. The correction bias never enters the weights.
+    """
+
+    expert_gate: torch.Tensor
+    e_score_correction_bias: torch.Tensor
+
+    def __init__(self, router: nn.Module):
+        super().__init__()
+        self.top_k = router.top_k
+        self.num_experts = router.num_experts
+        self.num_group = router.num_group
+        self.topk_group = router.topk_group
+        self.norm_topk_prob = router.norm_topk_prob
+        self.routed_scaling_factor = router.routed_scaling_factor
+        self.weight = nn.Parameter(torch.empty_like(router.weight))
+        self.register_buffer(
+            "e_score_correction_bias", torch.empty_like(router.e_score_correction_bias)
+        )
+        self.register_buffer("expert_gate", torch.ones(self.num_experts))
+
+    @torch.no_grad()
+    def _select(self, scores_TE: torch.Tensor) -> torch.Tensor:
+        choice_TE = scores_TE + self.e_score_correction_bias + self.expert_gate.log()
+        by_group = choice_TE.unflatten(-1, (self.num_group, -1))
+        group_scores = by_group.topk(2, dim=-1)[0].sum(-1)
+        best = group_scores.topk(self.topk_group, dim=-1, sorted=False)[1]
+        closed = torch.ones_like(group_scores, dtype=torch.bool).scatter_(1, best, False)
+        choice_TE = by_group.masked_fill(closed[..., None], float("-inf")).flatten(-2)
+        return choice_TE.topk(self.top_k, dim=-1, sorted=False)[1]
+
+    def forward(self, hidden_states: torch.Tensor):
+        x_TD = hidden_states.reshape(-1, hidden_states.shape[-1]).to(torch.float32)
+        logits_TE = F.linear(x_TD, self.weight.to(torch.float32))
+        scores_TE = logits_TE.sigmoid()
+        index_TK = self._select(scores_TE)
+        weights_TK = (scores_TE * self.expert_gate).gather(1, index_TK)
+        if self.norm_topk_prob:
+            weights_TK = weights_TK / (weights_TK.sum(-1, keepdim=True) + 1e-20)
+        return logits_TE, weights_TK * self.routed_scaling_factor, index_TK

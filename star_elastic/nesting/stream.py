@@ -1,0 +1,250 @@
+"""Sorting and slicing of whole checkpoints on disk, one tensor at a time.
+
+Both read the source tensor by tensor and write an ordinary checkpoint; the model is never held in
+memory. The pieces of a tensor that is stacked in memory (experts) are renumbered on the way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from star_elastic.axes import AxisMap, Piece, TensorSpec
+from star_elastic.checkpoint import (
+    DEFAULT_SHARD_BYTES,
+    CheckpointReader,
+    Planned,
+    copy_extras,
+    new_directory,
+    write_json,
+    write_tensors,
+)
+from star_elastic.errors import CheckpointError
+from star_elastic.families import family_of, read_config
+from star_elastic.families.base import Config, Family
+from star_elastic.nesting.slice import (
+    Orders,
+    check_orders,
+    dim_order,
+    slice_tensor,
+    sort_tensor,
+)
+from star_elastic.widths import Widths
+
+Progress = Callable[[int, int], None]
+"""Called with (bytes written so far, bytes in all)."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Job:
+    """One tensor to write: where it comes from and what to do with it."""
+
+    planned: Planned
+    source: str
+    convert: Callable[[torch.Tensor], torch.Tensor]
+
+
+class _Source:
+    """A checkpoint read through the axis map: names resolved, shapes checked."""
+
+    def __init__(self, path: Path, axis_map: AxisMap, family: Family):
+        self.reader = CheckpointReader(path)
+        self.axis_map = axis_map
+        self._aliases = {new: old for old, new in family.prefix_aliases.items()}
+        known = {piece.name for spec in axis_map.tensors.values() for piece in spec.pieces}
+        known |= {self._alias(name) for name in known}
+        extra = sorted(
+            name for name in self.reader.names - known if not name.startswith(family.ignored)
+        )
+        if extra:
+            raise CheckpointError(
+                f"{path} holds the tensor {extra[0]} ({len(extra)} such), which the "
+                f"{axis_map.family} table does not know; nothing was written"
+            )
+
+    def _alias(self, name: str) -> str:
+        for new, old in self._aliases.items():
+            if name.startswith(new):
+                return old + name.removeprefix(new)
+        return name
+
+    def name_of(self, spec: TensorSpec, piece: Piece) -> str:
+        """The stored name of a piece, checked against the shape of the table."""
+        name = piece.name if piece.name in self.reader.names else self._alias(piece.name)
+        expected = self.axis_map.shape(spec, self.axis_map.full)
+        if piece.index is not None:
+            expected = expected[1:]
+        if self.reader.shape(name) != expected:
+            raise CheckpointError(
+                f"{name} has shape {self.reader.shape(name)} but config.json says {expected}; "
+                "the two do not belong together"
+            )
+        return name
+
+
+def _jobs(
+    source: _Source,
+    kept_first: Callable[[TensorSpec], list[int]],
+    convert: Callable[[TensorSpec, bool], Callable[[torch.Tensor], torch.Tensor]],
+    shape: Callable[[TensorSpec], tuple[int, ...]],
+) -> Iterator[_Job]:
+    """The tensors to write, in the order of the table.
+
+    `kept_first(spec)` lists the old rows of dimension 0 of a stacked tensor, in their new order.
+    """
+    for spec in source.axis_map.tensors.values():
+        stacked = spec.pieces[0].index is not None
+        olds = kept_first(spec) if stacked else [0]
+        for new, old in enumerate(olds):
+            name = source.name_of(spec, spec.pieces[old])
+            planned = Planned(
+                spec.pieces[new].name,
+                shape(spec)[1:] if stacked else shape(spec),
+                source.reader.dtype(name),
+            )
+            yield _Job(planned, name, convert(spec, stacked))
+
+
+def _write(
+    source: _Source,
+    jobs: list[_Job],
+    config: Config,
+    out: str | Path,
+    max_shard_bytes: int,
+    progress: Progress | None,
+    finish: Callable[[Path], None] | None = None,
+) -> None:
+    by_name = {job.planned.name: job for job in jobs}
+    total = sum(job.planned.num_bytes for job in jobs)
+    written = 0
+
+    def on_tensor(planned: Planned) -> None:
+        nonlocal written
+        written += planned.num_bytes
+        if progress:
+            progress(written, total)
+
+    def value_of(name: str) -> torch.Tensor:
+        job = by_name[name]
+        return job.convert(source.reader.read(job.source))
+
+    with new_directory(out) as directory:
+        write_tensors(
+            directory,
+            [job.planned for job in jobs],
+            value_of,
+            max_shard_bytes=max_shard_bytes,
+            on_tensor=on_tensor,
+        )
+        write_json(directory / "config.json", config)
+        copy_extras(source.reader.path, directory, skip=("router.safetensors",))
+        if finish:
+            finish(directory)
+
+
+def slice_checkpoint(
+    path: str | Path,
+    widths: Mapping[str, int],
+    out: str | Path,
+    *,
+    max_shard_bytes: int = DEFAULT_SHARD_BYTES,
+    progress: Progress | None = None,
+    finish: Callable[[Path], None] | None = None,
+) -> None:
+    """Cuts a sorted checkpoint to `widths` and writes an ordinary one to the new directory `out`.
+
+    `finish(directory)` may add files before the directory gets its name. Raises ShapeError for
+    widths the family cannot express and CheckpointError for a damaged source or a taken `out`;
+    nothing is left behind then.
+    """
+    path = Path(path)
+    config = read_config(path)
+    family = family_of(config)
+    axis_map = family.axis_map(config)
+    complete = axis_map.complete(widths)
+    target = family.config_at(config, complete)
+    source = _Source(path, axis_map, family)
+
+    def kept(spec: TensorSpec) -> list[int]:
+        return [i for low, high in axis_map.runs(spec, 0, complete) for i in range(low, high)]
+
+    def convert(spec: TensorSpec, stacked: bool):
+        return lambda tensor: slice_tensor(tensor, spec, axis_map, complete, skip_first=stacked)
+
+    jobs = list(_jobs(source, kept, convert, lambda spec: axis_map.shape(spec, complete)))
+    _write(source, jobs, target, out, max_shard_bytes, progress, finish)
+
+
+def sort_checkpoint(
+    path: str | Path,
+    orders: Orders,
+    out: str | Path,
+    *,
+    max_shard_bytes: int = DEFAULT_SHARD_BYTES,
+    progress: Progress | None = None,
+    finish: Callable[[Path], None] | None = None,
+) -> None:
+    """Writes the same model with every axis sorted by `orders`, best unit first.
+
+    Raises ShapeError if an order does not permute its axis inside its groups.
+    """
+    path = Path(path)
+    config = read_config(path)
+    family = family_of(config)
+    axis_map = family.axis_map(config)
+    check_orders(orders, axis_map)
+    source = _Source(path, axis_map, family)
+
+    def moved(spec: TensorSpec) -> list[int]:
+        order = dim_order(spec, 0, axis_map, orders)
+        return list(range(len(spec.pieces))) if order is None else order.tolist()
+
+    def convert(spec: TensorSpec, stacked: bool):
+        return lambda tensor: sort_tensor(tensor, spec, axis_map, orders, skip_first=stacked)
+
+    full: Widths = axis_map.full
+    jobs = list(_jobs(source, moved, convert, lambda spec: axis_map.shape(spec, full)))
+    _write(source, jobs, family.config_at(config, full), out, max_shard_bytes, progress, finish)
+
+
+def save_model(
+    state: Mapping[str, torch.Tensor],
+    config: Config,
+    extras: Path,
+    out: str | Path,
+    *,
+    dtype: torch.dtype,
+    finish: Callable[[Path], None] | None = None,
+) -> None:
+    """Writes a model in memory as a checkpoint in the family's on-disk layout.
+
+    `extras` is the directory whose tokenizer and templates are copied along. Tensors that the
+    table keeps in fp32 stay so; the others are stored as `dtype`.
+    """
+    family = family_of(config)
+    axis_map = family.axis_map(config)
+    values: dict[str, tuple[TensorSpec, Piece]] = {}
+    plan: list[Planned] = []
+    for spec in axis_map.tensors.values():
+        shape = axis_map.shape(spec, axis_map.full)
+        stored = torch.float32 if spec.keep_fp32 else dtype
+        for piece in spec.pieces:
+            values[piece.name] = (spec, piece)
+            plan.append(Planned(piece.name, shape if piece.index is None else shape[1:], stored))
+
+    def value_of(name: str) -> torch.Tensor:
+        spec, piece = values[name]
+        tensor = state[spec.name]
+        tensor = tensor if piece.index is None else tensor[piece.index]
+        return tensor.detach().to(torch.float32 if spec.keep_fp32 else dtype)
+
+    with new_directory(out) as directory:
+        write_tensors(directory, plan, value_of)
+        written = family.config_at(config, axis_map.full)
+        write_json(directory / "config.json", {**written, "dtype": str(dtype).split(".")[1]})
+        copy_extras(extras, directory)
+        if finish:
+            finish(directory)

@@ -1,0 +1,78 @@
+"""Widths: how many units of each axis a submodel keeps, and the grid of widths to choose from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+from star_elastic.errors import ConfigError
+
+Width = int | tuple[int, ...]
+
+
+class Widths(Mapping[str, Width]):
+    """An immutable, hashable map from axis name to a width, or to one width per layer."""
+
+    __slots__ = ("_items",)
+
+    def __init__(self, widths: Mapping[str, Width]):
+        self._items = {
+            name: tuple(value) if isinstance(value, (list, tuple)) else value
+            for name, value in widths.items()
+        }
+
+    def __getitem__(self, axis: str) -> Width:
+        return self._items[axis]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._items)
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def __hash__(self) -> int:
+        return hash(frozenset(self._items.items()))
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Mapping) and self._items == dict(other)
+
+    def __repr__(self) -> str:
+        return f"Widths({self})"
+
+    def __str__(self) -> str:
+        return ",".join(f"{axis}={width}" for axis, width in self._items.items())
+
+    def replace(self, **changes: Width) -> Widths:
+        """A copy with some axes changed."""
+        return Widths({**self._items, **changes})
+
+    @property
+    def is_homogeneous(self) -> bool:
+        """Whether every axis has one width for all its layers."""
+        return not any(isinstance(width, tuple) for width in self._items.values())
+
+
+def parse_widths(text: str) -> dict[str, int]:
+    """`"hidden=1920,expert_ffn=960"` as a dict. Raises ConfigError on anything else."""
+    widths: dict[str, int] = {}
+    for part in filter(None, (p.strip() for p in text.split(","))):
+        name, separator, value = part.partition("=")
+        if not separator or not value.strip().isdigit():
+            raise ConfigError(
+                f"widths {part!r} is not of the form axis=number; "
+                "write for example hidden=1920,expert_ffn=960"
+            )
+        widths[name.strip()] = int(value)
+    return widths
+
+
+def default_step(size: int, num_groups: int) -> int:
+    """A step between choices that inference kernels like.
+
+    128 for widths of 1,024 and more, 16 for smaller ones that are multiples of it, else the
+    group count (Mamba heads, experts).
+    """
+    if size >= 1024 and size % 128 == 0 and 128 % num_groups == 0:
+        return 128
+    if size >= 32 and size % 16 == 0 and 16 % num_groups == 0:
+        return 16
+    return num_groups
