@@ -129,9 +129,6 @@ class WorkSpec:
     per_context: bool = False
 
 
-Laid = TensorSpec | StateSpec | WorkSpec
-
-
 @dataclass(frozen=True, slots=True)
 class NormSpec:
     """A root-mean-square norm over an elastic axis: where it sits, and its epsilon.
@@ -159,17 +156,33 @@ class MoeSpec:
 
 @dataclass(frozen=True, slots=True)
 class Probe:
-    """Where the importance of an axis is measured: a module's input or output.
+    """Where the importance of an axis is measured: a module's input or output (`side`).
 
-    `offset` and `length` cut the part of the last dimension that belongs to the axis (None: all).
+    `dims` holds one dimension, the layout of the last one of what passes there; the axis is that
+    of its segment `segment`.
     """
 
     path: str
-    axis: str
     layer: int | None
     side: str
-    offset: int = 0
-    length: int | None = None
+    dims: tuple[Dim, ...]
+    segment: int = 0
+
+    @property
+    def axis(self) -> str:
+        """The axis that is measured here."""
+        name = self.dims[0][self.segment].axis
+        assert name is not None, self
+        return name
+
+    @property
+    def span(self) -> tuple[int, int]:
+        """The measured (start, stop) elements of the last dimension."""
+        lengths = [s.num_units * s.unit for s in self.dims[0][: self.segment + 1]]
+        return sum(lengths[:-1]), sum(lengths)
+
+
+Laid = TensorSpec | StateSpec | WorkSpec | Probe
 
 
 @dataclass(frozen=True, slots=True)
@@ -216,7 +229,7 @@ class AxisMap:
                     "width, or one per layer that has the axis"
                 )
             for width in per_layer:
-                self._check(axis, width)
+                self.check_width(name, width)
         done = Widths({name: widths.get(name, axis.size) for name, axis in self.axes.items()})
         for name, divisor in self.multiples:
             if not isinstance(done[divisor], tuple) and done[name] % done[divisor]:
@@ -227,11 +240,14 @@ class AxisMap:
                 )
         return done
 
-    @staticmethod
-    def _check(axis: Axis, width: int) -> None:
+    def check_width(self, name: str, width: int) -> None:
+        """Raises ShapeError unless `width` is legal on the axis by itself."""
+        axis = self.axes[name]
         groups = axis.num_groups
+        if isinstance(width, bool) or not isinstance(width, int):
+            raise ShapeError(f"{axis.name}={width!r} is not a whole number; give a number of units")
         if width % groups:
-            low = max(width // groups * groups, axis.minimum)
+            low = min(max(width // groups * groups, axis.minimum), axis.size)
             near = sorted({low, min(low + groups, axis.size)})
             raise ShapeError(
                 f"{axis.name}={width} is not a multiple of its {groups} groups; "
@@ -308,5 +324,20 @@ class AxisMap:
             axes=axes,
             tensors={name: cut(spec) for name, spec in self.tensors.items()},
             states=tuple(cut(spec) for spec in self.states),
+            probes=tuple(cut(spec) for spec in self.probes),
             work=tuple(cut(spec) for spec in self.work),
         )
+
+
+def order_key(axis: str, layer: int | None) -> str:
+    """Name of a score or order: the axis itself, or `layers.<layer>.<axis>` per layer."""
+    return axis if layer is None else f"layers.{layer}.{axis}"
+
+
+def axis_keys(axis_map: AxisMap) -> dict[str, tuple[str, int | None]]:
+    """Every (axis, layer) that has scores and an order of its own, by key."""
+    keys = {}
+    for axis in axis_map.axes.values():
+        for layer in axis.layers or (None,):
+            keys[order_key(axis.name, layer)] = (axis.name, layer)
+    return keys

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -43,17 +44,18 @@ class CheckpointReader:
     def __init__(self, path: str | Path):
         self.path = Path(path)
         self._files: dict[str, Path] = {}
-        self._open: dict[Path, object] = {}
+        self._open: dict[Path, Any] = {}
         index = self.path / INDEX_NAME
         single = self.path / SINGLE_NAME
-        if index.is_file():
+        # With both present, transformers reads the single file: so do we.
+        if single.is_file():
+            self._files = dict.fromkeys(self._handle(single).keys(), single)
+        elif index.is_file():
             try:
                 weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-            except (ValueError, KeyError):
+                self._files = {name: self.path / file for name, file in weight_map.items()}
+            except (ValueError, KeyError, TypeError, AttributeError):
                 raise CheckpointError(f"{index} is damaged; restore the file") from None
-            self._files = {name: self.path / file for name, file in weight_map.items()}
-        elif single.is_file():
-            self._files = {name: single for name in self._handle(single).keys()}
         else:
             raise CheckpointError(
                 f"{self.path} holds no {SINGLE_NAME}; name a directory with safetensors weights"

@@ -68,11 +68,10 @@ def parse_widths(text: str) -> dict[str, int]:
 def default_step(size: int, num_groups: int) -> int:
     """A step between choices that inference kernels like.
 
-    128 for widths of 1,024 and more, 16 for smaller ones that are multiples of it, else the
+    128 for widths of 1,024 and more, else 16 or 8 for widths that are multiples of it, else the
     group count (Mamba heads, experts).
     """
-    if size >= 1024 and size % 128 == 0 and 128 % num_groups == 0:
-        return 128
-    if size >= 32 and size % 16 == 0 and 16 % num_groups == 0:
-        return 16
+    for step, least in ((128, 1024), (16, 64), (8, 32)):
+        if size >= least and size % step == 0 and step % num_groups == 0:
+            return step
     return num_groups

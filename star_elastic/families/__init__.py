@@ -16,7 +16,7 @@ def family_of(config: dict) -> Family:
     from star_elastic.errors import ConfigError
 
     model_type = config.get("model_type")
-    if model_type not in FAMILIES:
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise ConfigError(
             f"model_type={model_type!r} has no family table; supported: {', '.join(FAMILIES)}"
         )

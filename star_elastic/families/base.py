@@ -64,6 +64,19 @@ def get_int(config: Config, key: str, default: int | None = None) -> int:
     return value
 
 
+def get_optional_int(config: Config, key: str) -> int | None:
+    """A positive integer field, or None where it is absent or null. Raises ConfigError."""
+    return None if config.get(key) is None else get_int(config, key)
+
+
+def get_float(config: Config, key: str, default: float) -> float:
+    """A positive number. Raises ConfigError naming the field."""
+    value = config.get(key, default)
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
+        raise ConfigError(f"{key}={value!r} is not a positive number; correct config.json")
+    return float(value)
+
+
 def require_multiple(name: str, value: int, divisor_name: str, divisor: int) -> None:
     """Raises ConfigError unless `value` is a multiple of `divisor`."""
     if value % divisor:

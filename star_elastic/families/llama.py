@@ -20,7 +20,14 @@ from star_elastic.axes import (
     WorkSpec,
     fixed,
 )
-from star_elastic.families.base import Config, get_int, homogeneous, require_multiple
+from star_elastic.families.base import (
+    Config,
+    get_float,
+    get_int,
+    get_optional_int,
+    homogeneous,
+    require_multiple,
+)
 
 
 class Llama:
@@ -37,9 +44,9 @@ class Llama:
         hidden_size = get_int(config, "hidden_size", 4096)
         ffn_size = get_int(config, "intermediate_size", 11008)
         num_heads = get_int(config, "num_attention_heads", 32)
-        num_kv = config.get("num_key_value_heads") or num_heads
-        head_dim = config.get("head_dim") or hidden_size // num_heads
-        eps = float(config.get("rms_norm_eps", 1e-6))
+        num_kv = get_optional_int(config, "num_key_value_heads") or num_heads
+        head_dim = get_optional_int(config, "head_dim") or hidden_size // num_heads
+        eps = get_float(config, "rms_norm_eps", 1e-6)
         require_multiple("num_attention_heads", num_heads, "num_key_value_heads", num_kv)
         require_multiple("hidden_size", hidden_size, "num_attention_heads", num_heads)
 
@@ -58,7 +65,7 @@ class Llama:
         def add_norm(path: str, layer: int | None) -> None:
             add("norms", f"{path}.weight", hidden, layer=layer)
             norms.append(NormSpec(path, "hidden", layer, eps))
-            probes.append(Probe(path, "hidden", layer, "output"))
+            probes.append(Probe(path, layer, "output", (hidden,)))
 
         def add_linear(path: str, layer: int, out: Dim, inner: Dim, bias: bool, gate=None):
             part = "mlp" if ".mlp." in path else "attention"
@@ -80,8 +87,8 @@ class Llama:
             add_linear(f"{path}.mlp.down_proj", layer, hidden, neurons, bias, gate=1)
             add_norm(f"{path}.input_layernorm", layer)
             add_norm(f"{path}.post_attention_layernorm", layer)
-            probes.append(Probe(f"{path}.self_attn.o_proj", "heads", layer, "input"))
-            probes.append(Probe(f"{path}.mlp.down_proj", "ffn", layer, "input"))
+            probes.append(Probe(f"{path}.self_attn.o_proj", layer, "input", (queries,)))
+            probes.append(Probe(f"{path}.mlp.down_proj", layer, "input", (neurons,)))
         add_norm("model.norm", None)
         if not tied:
             add("head", "lm_head.weight", vocab, hidden)

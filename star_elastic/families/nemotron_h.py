@@ -25,7 +25,14 @@ from star_elastic.axes import (
     fixed,
 )
 from star_elastic.errors import ConfigError
-from star_elastic.families.base import Config, get_int, homogeneous, require_multiple
+from star_elastic.families.base import (
+    Config,
+    get_float,
+    get_int,
+    get_optional_int,
+    homogeneous,
+    require_multiple,
+)
 
 LETTERS = {
     "M": "M", "mamba": "M", "linear_attention": "M",
@@ -70,8 +77,12 @@ class Shape:
 def layer_pattern(config: Config) -> str:
     """The layer pattern in letters, from either spelling. Raises ConfigError."""
     layers = config.get("layers_block_type") or config.get("layer_types")
-    layers = list(layers or config.get("hybrid_override_pattern") or "")
-    unknown = [name for name in layers if name not in LETTERS]
+    layers = layers or config.get("hybrid_override_pattern") or ""
+    if not isinstance(layers, (str, list, tuple)):
+        raise ConfigError(
+            f"layers_block_type={layers!r} is not a list of layer types; correct config.json"
+        )
+    unknown = [name for name in layers if not isinstance(name, str) or name not in LETTERS]
     if unknown or not layers:
         raise ConfigError(
             f"layer type {unknown[0]!r} is unknown; use {', '.join(LETTERS)}"
@@ -87,7 +98,7 @@ def read_shape(config: Config) -> Shape:
         pattern=layer_pattern(config),
         vocab=get_int(config, "vocab_size", 131072),
         hidden=get_int(config, "hidden_size", 4096),
-        eps=float(config.get("layer_norm_epsilon", 1e-5)),
+        eps=get_float(config, "layer_norm_epsilon", 1e-5),
         tied=bool(config.get("tie_word_embeddings", False)),
         heads=get_int(config, "num_attention_heads", 32),
         kv_heads=get_int(config, "num_key_value_heads", 8),
@@ -104,7 +115,7 @@ def read_shape(config: Config) -> Shape:
         selected_groups=get_int(config, "topk_group", 1),
         expert_ffn=get_int(config, "moe_intermediate_size", 7688),
         shared_ffn=get_int(config, "moe_shared_expert_intermediate_size", 7688),
-        latent=config.get("moe_latent_size"),
+        latent=get_optional_int(config, "moe_latent_size"),
         mlp_bias=bool(config.get("mlp_bias", False)),
         mamba_bias=bool(config.get("use_bias", False)),
         conv_bias=bool(config.get("use_conv_bias", True)),
@@ -177,7 +188,7 @@ class _Builder:
     def add_norm(self, path: str, layer: int | None) -> None:
         self.add("norms", f"{path}.weight", self.hidden, layer=layer)
         self.norms.append(NormSpec(path, "hidden", layer, self.shape.eps, fp32_weight=True))
-        self.probes.append(Probe(path, "hidden", layer, "output"))
+        self.probes.append(Probe(path, layer, "output", (self.hidden,)))
 
     def add_mlp(self, path: str, axis: str, size: int, layer: int) -> None:
         part = "mlp" if axis == "ffn" else "shared experts"
@@ -187,7 +198,7 @@ class _Builder:
         if self.shape.mlp_bias:
             self.add(part, f"{path}.up_proj.bias", neurons, layer=layer)
             self.add(part, f"{path}.down_proj.bias", self.hidden, layer=layer)
-        self.probes.append(Probe(f"{path}.down_proj", axis, layer, "input"))
+        self.probes.append(Probe(f"{path}.down_proj", layer, "input", (neurons,)))
 
     def add_moe(self, path: str, layer: int) -> None:
         s = self.shape
@@ -235,8 +246,8 @@ class _Builder:
             self.add("mamba", f"{path}.in_proj.bias", projected, layer=layer)
             self.add("mamba", f"{path}.out_proj.bias", self.hidden, layer=layer)
         self.norms.append(NormSpec(f"{path}.norm", "ssm_heads", layer, s.eps, grouped=True))
-        width = s.ssm_heads * s.ssm_head_dim
-        self.probes.append(Probe(f"{path}.in_proj", "ssm_heads", layer, "output", width, width))
+        # Segment 1 of [z | x | B | C | dt]: x.
+        self.probes.append(Probe(f"{path}.in_proj", layer, "output", (projected,), segment=1))
         state = fixed(s.ssm_state)
         self.states.append(StateSpec("ssm", layer, ((inner,), state), dtype_bytes=FP32_BYTES))
         self.states.append(StateSpec("conv", layer, (conv, fixed(s.conv_kernel))))
@@ -251,7 +262,7 @@ class _Builder:
         self.add("attention", f"{path}.k_proj.weight", keys, self.hidden, layer=layer)
         self.add("attention", f"{path}.v_proj.weight", keys, self.hidden, layer=layer)
         self.add("attention", f"{path}.o_proj.weight", self.hidden, queries, layer=layer, gate_dim=1)
-        self.probes.append(Probe(f"{path}.o_proj", "heads", layer, "input"))
+        self.probes.append(Probe(f"{path}.o_proj", layer, "input", (queries,)))
         self.states.append(StateSpec("key_value", layer, (fixed(2), keys), per_token=True))
         self.work.append(WorkSpec(layer, (queries,), flops=4, per_context=True))
 

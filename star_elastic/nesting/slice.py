@@ -10,26 +10,12 @@ from collections.abc import Mapping
 
 import torch
 
-from star_elastic.axes import AxisMap, TensorSpec
+from star_elastic.axes import AxisMap, TensorSpec, axis_keys, order_key
 from star_elastic.errors import ShapeError
 from star_elastic.widths import Widths
 
 Orders = Mapping[str, torch.Tensor]
 """Permutation of an axis's units, best first: keys from `order_key`, int64 values (units,)."""
-
-
-def order_key(axis: str, layer: int | None) -> str:
-    """Name of an order: the axis itself, or `layers.<layer>.<axis>` for a per-layer axis."""
-    return axis if layer is None else f"layers.{layer}.{axis}"
-
-
-def axis_keys(axis_map: AxisMap) -> dict[str, tuple[str, int | None]]:
-    """Every (axis, layer) that has an order of its own, by key."""
-    keys = {}
-    for axis in axis_map.axes.values():
-        for layer in axis.layers or (None,):
-            keys[order_key(axis.name, layer)] = (axis.name, layer)
-    return keys
 
 
 def slice_tensor(

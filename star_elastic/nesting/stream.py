@@ -73,7 +73,8 @@ class _Source:
 
     def name_of(self, spec: TensorSpec, piece: Piece) -> str:
         """The stored name of a piece, checked against the shape of the table."""
-        name = piece.name if piece.name in self.reader.names else self._alias(piece.name)
+        alias = self._alias(piece.name)
+        name = alias if alias in self.reader.names else piece.name
         expected = self.axis_map.shape(spec, self.axis_map.full)
         if piece.index is not None:
             expected = expected[1:]

@@ -7,11 +7,13 @@ whole parameters and the cost is that of the small size.
 
 from __future__ import annotations
 
+import logging
 from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
@@ -25,10 +27,22 @@ from star_elastic.nesting.modules import (
     ElasticRMSNorm,
     ElasticSigmoidRouter,
 )
-from star_elastic.nesting.slice import slice_state
+from star_elastic.nesting.slice import Orders, slice_state, sort_state
 from star_elastic.widths import Widths
 
+logger = logging.getLogger(__name__)
+
 MAX_SKELETONS = 32
+GROUPED_MM_MULTIPLE = 8
+"""PyTorch's grouped product wants strides of whole 16 bytes: 8 elements of bf16."""
+
+
+def grouped_mm_fits(config: Config) -> bool:
+    """Whether the experts of a model (if it has any) can run as grouped matrix products."""
+    axis_map = family_of(config).axis_map(config)
+    shapes = [axis_map.shape(s, axis_map.full) for s in axis_map.tensors.values() if s.routed]
+    return all(size % GROUPED_MM_MULTIPLE == 0 for shape in shapes for size in shape[1:])
+
 
 
 def build_skeleton(config: Config, like: PreTrainedModel | None = None) -> PreTrainedModel:
@@ -43,6 +57,13 @@ def build_skeleton(config: Config, like: PreTrainedModel | None = None) -> PreTr
     if like is not None:
         kinds["attn_implementation"] = like.config._attn_implementation
         kinds["experts_implementation"] = like.config._experts_implementation
+    if not grouped_mm_fits(config) and kinds.get("experts_implementation") != "eager":
+        kinds["experts_implementation"] = "eager"
+        logger.warning(
+            "expert widths are not multiples of %d, which grouped matrix products need; "
+            "the experts run one by one (slower, same result)",
+            GROUPED_MM_MULTIPLE,
+        )
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(model_config, **kinds)
     for name, module in list(model.named_modules()):
@@ -81,13 +102,32 @@ def load_parent(
     Raises ConfigError or CheckpointError with one line for anything that cannot be loaded.
     """
     config = read_config(path)
-    family_of(config).axis_map(config)
+    family = family_of(config)
+    family.axis_map(config)
     try:
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, local_files_only=True)
-    except (OSError, ValueError, RuntimeError) as error:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            path, dtype=dtype, local_files_only=True, output_loading_info=True
+        )
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise CheckpointError(f"{path} cannot be loaded ({first}); check its files") from None
+    # transformers only warns here, and fills what is missing with random values.
+    extra = sorted(n for n in info["unexpected_keys"] if not n.startswith(family.ignored))
+    for problem, names in (("lacks", sorted(info["missing_keys"])), ("also holds", extra)):
+        if names:
+            raise CheckpointError(
+                f"{path} {problem} the tensor {names[0]} ({len(names)} such); "
+                "it is not a checkpoint of its config.json"
+            )
     return model.to(device).eval(), config
+
+
+def sort_in_place(parent: PreTrainedModel, axis_map: AxisMap, orders: Orders) -> None:
+    """Permutes a model's own weights, best units first. Its function is unchanged."""
+    state = {**dict(parent.named_parameters()), **dict(parent.named_buffers())}
+    with torch.no_grad():
+        for name, value in sort_state(state, axis_map, orders).items():
+            state[name].copy_(value)
 
 
 class ElasticModel(nn.Module):
@@ -119,7 +159,9 @@ class ElasticModel(nn.Module):
             while len(self._skeletons) > MAX_SKELETONS:
                 self._skeletons.popitem(last=False)
         self._skeletons.move_to_end(key)
-        return self._skeletons[key].train(self.training)
+        # A gated skeleton stays out of training mode, in which fused Mamba kernels would read the
+        # norm's weight and skip its gate; nothing else depends on the mode.
+        return self._skeletons[key].train(self.training and not gated)
 
     def _install_gates(self, skeleton: PreTrainedModel, widths: Widths) -> None:
         with torch.device("meta"):

@@ -1,0 +1,343 @@
+"""The command line. Results go to stdout (one JSON object with --json), progress to stderr.
+
+Exit codes: 0 done, 1 a check failed or the user stopped the run, 2 the user's mistake, told in one
+line with nothing written. Heavy imports happen inside commands, so that --help is quick.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as RichProgress
+from rich.table import Table
+
+from star_elastic.errors import ConfigError, StarElasticError
+
+app = typer.Typer(
+    help="One reasoning model, many nested sizes inside a single checkpoint.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
+STAGES = {"rank": "Rank units", "train": "Train sizes", "slice": "Slice", "evaluate": "Evaluate"}
+
+
+class Bars:
+    """Progress bars on stderr, one per stage."""
+
+    def __init__(self) -> None:
+        self._bars = RichProgress(
+            TextColumn("{task.description:12}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[note]}"),
+            console=Console(stderr=True),
+        )
+        self._task: Any = None
+
+    def __enter__(self) -> Bars:
+        self._bars.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bars.stop()
+
+    def stage(self, name: str, total: int) -> None:
+        """Starts the bar of a stage."""
+        self._task = self._bars.add_task(STAGES.get(name, name), total=total, note="")
+
+    def advance(self, done: int, note: str = "") -> None:
+        """Moves the bar of the current stage."""
+        self._bars.update(self._task, completed=done, note=note)
+
+
+def print_json(content: object) -> None:
+    """One JSON object on stdout."""
+    sys.stdout.write(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+
+def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """A table on stdout; the first column is text, the others are numbers."""
+    table = Table(title=title, title_justify="left")
+    for number, column in enumerate(columns):
+        table.add_column(column, justify="left" if number == 0 else "right", no_wrap=True)
+    for row in rows:
+        table.add_row(*row)
+    Console().print(table)
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="New directory for everything the demo makes.")] = Path(
+        "runs/demo"
+    ),
+    as_json: AsJson = False,
+) -> None:
+    """The whole road on the bundled parent: rank, train three sizes, slice, evaluate, plot."""
+    from star_elastic.demo import DEMO, run_recipe
+
+    run_and_show(DEMO, out, as_json, run_recipe)
+
+
+def run_and_show(recipe: Any, out: Path, as_json: bool, run_recipe: Any) -> None:
+    """Runs a recipe with progress bars and prints its report."""
+    with Bars() as bars:
+        report = run_recipe(recipe, out, bars)
+    if as_json:
+        print_json(report)
+        return
+    show_report(report)
+    print(f"report: {out / 'report.json'}   plot: {out / 'pareto.png'}   family: {out}/run/elastic")
+
+
+def show_report(report: Mapping[str, Any]) -> None:
+    """The report's two tables: the sizes, and the ways to think and answer."""
+    parent = report["parent"]
+    rows = [
+        ["parent", f"{parent['active']:,}", f"{parent['total']:,}", "", "",
+         f"{parent['accuracy']:.1%}", "100.0%", ""]
+    ]  # fmt: skip
+    for name, size in report["sizes"].items():
+        untrained = size["untrained_accuracy"]
+        rows.append([
+            name,
+            f"{size['active']:,} ({size['active_share']:.1%})",
+            f"{size['total']:,} ({size['total_share']:.1%})",
+            f"{size['budget_miss']:.2%}",
+            f"{size['kl_to_parent']:.4f}",
+            f"{size['accuracy']:.1%} ± {size['standard_error']:.1%}",
+            f"{size['share_of_parent']:.1%}",
+            "" if untrained is None else f"{untrained:.1%}",
+        ])  # fmt: skip
+    columns = ["size", "active parameters", "total parameters", "off budget", "KL", "accuracy",
+               "of parent", "untrained slice"]  # fmt: skip
+    print_table("Sizes (with thinking, held-out problems)", columns, rows)
+    plans = [
+        [e["label"], f"{e['accuracy']:.1%}", f"{1e3 * e['seconds']:.1f}",
+         f"{e['flops'] / 1e6:,.0f}", f"{e['bytes_per_token'] / 1e6:.2f}",
+         f"{e['thinking_tokens']:.0f}", f"{e['cut_share']:.0%}"]
+        for e in sorted(report["evaluations"], key=lambda e: e["flops"])
+    ]  # fmt: skip
+    columns = ["thinks > answers @ budget", "accuracy", "ms/problem", "MFLOP/problem",
+               "MB/token", "thinking tokens", "cut short"]  # fmt: skip
+    print_table("Ways to think and answer, cheapest first", columns, plans)
+
+
+@app.command()
+def count(
+    model: Annotated[Path, typer.Argument(help="Checkpoint directory or config.json.")],
+    widths: Annotated[str, typer.Option(help="For example hidden=1920,expert_ffn=960.")] = "",
+    context: Annotated[int, typer.Option(help="Tokens of context for KV bytes.", min=0)] = 0,
+    batch: Annotated[int, typer.Option(help="Sequences held at once.", min=1)] = 1,
+    dtype_bytes: Annotated[int, typer.Option(help="Bytes per parameter.", min=1)] = 2,
+    as_json: AsJson = False,
+) -> None:
+    """Exact total and active parameters, bytes and operations; needs no weights."""
+    from star_elastic.cost import CostModel, Workload, count_parts
+    from star_elastic.families import family_of, read_config
+    from star_elastic.widths import parse_widths
+
+    config = read_config(model)
+    axis_map = family_of(config).axis_map(config)
+    chosen = axis_map.complete(parse_widths(widths))
+    load = Workload(context=context, batch=batch, dtype_bytes=dtype_bytes)
+    cost = CostModel(axis_map, load).count(chosen)
+    parts = count_parts(axis_map, chosen)
+    result = {
+        "family": axis_map.family,
+        "widths": dict(chosen),
+        "total": cost.total,
+        "active": cost.active,
+        "weight_bytes": cost.weight_bytes,
+        "state_bytes": cost.state_bytes,
+        "flops_per_token": cost.flops_per_token,
+        "parts": parts,
+    }
+    if as_json:
+        print_json(result)
+        return
+    rows = [[part, f"{size:,}", f"{size / cost.total:.1%}"] for part, size in parts.items()]
+    print_table(f"{axis_map.family}  {chosen}", ["part", "parameters", "share"], rows)
+    print(f"total   {cost.total:,}\nactive  {cost.active:,}")
+    print(f"weights {cost.weight_bytes:,} bytes; states {cost.state_bytes:,} bytes at context ", end="")
+    print(f"{context} x batch {batch}; {cost.flops_per_token:,} FLOPs per token")
+
+
+@app.command()
+def rank(
+    model: Annotated[Path, typer.Argument(help="Parent checkpoint directory.")],
+    data: Annotated[Path, typer.Option(help="JSONL file of calibration rows.")],
+    out: Annotated[Path, typer.Option(help="Scores file to write (.safetensors).")],
+    samples: Annotated[int, typer.Option(help="Rows to measure on.", min=1)] = 1024,
+    context: Annotated[int, typer.Option(help="Tokens per row at most.", min=2)] = 1024,
+    batch_size: Annotated[int, typer.Option(min=1)] = 8,
+    as_json: AsJson = False,
+) -> None:
+    """Importance scores of every unit of every axis, from forward passes on data."""
+    from star_elastic.families import family_of
+    from star_elastic.importance.files import save_scores
+    from star_elastic.nesting.submodel import load_parent
+    from star_elastic.train.data import Examples, JsonLines
+    from star_elastic.train.run import load_tokenizer
+    from star_elastic.train.run import rank as rank_units
+
+    if out.exists():
+        raise ConfigError(f"{out} exists already; name a new file or remove it first")
+    rows = JsonLines([data])
+    parent, config = load_parent(model)
+    axis_map = family_of(config).axis_map(config)
+    examples = Examples(rows, load_tokenizer(model), context, "all")
+    with Bars() as bars:
+        scores, info = rank_units(
+            parent, axis_map, examples,
+            num_samples=samples, batch_size=batch_size, source=data.name, progress=bars,
+        )  # fmt: skip
+    save_scores(out, scores, axis_map, info)
+    result = {"scores": str(out), "samples": info.num_samples, "tokens": info.num_tokens}
+    print_json(result) if as_json else print(
+        f"{out}: {len(scores)} orders from {info.num_samples} rows, {info.num_tokens:,} tokens"
+    )
+
+
+@app.command()
+def train(
+    run: Annotated[Path, typer.Argument(help="Run config (TOML).")],
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last state.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Nested distillation: sort, learn the sizes, train them, write the elastic checkpoint."""
+    from star_elastic.train.config import load_run_config
+    from star_elastic.train.run import train as run_training
+
+    config = load_run_config(run)
+    with Bars() as bars:
+        result = run_training(config, resume=resume, progress=bars)
+    if as_json:
+        print_json({"elastic": str(result.elastic), "steps": result.steps,
+                    "tokens_per_size": result.tokens, "seconds": result.seconds})  # fmt: skip
+    else:
+        print(f"{result.elastic}: {result.steps} steps, {result.tokens:,} tokens per size")
+
+
+@app.command()
+def sizes(
+    elastic: Annotated[Path, typer.Argument(help="Elastic checkpoint directory.")],
+    as_json: AsJson = False,
+) -> None:
+    """The sizes of an elastic checkpoint: widths, budgets, exact cost."""
+    from star_elastic.cost import CostModel
+    from star_elastic.families import family_of, read_config
+    from star_elastic.manifest import load_manifest
+
+    config = read_config(elastic)
+    axis_map = family_of(config).axis_map(config)
+    manifest = load_manifest(elastic, axis_map)
+    cost = CostModel(axis_map)
+    full = cost.count(axis_map.full)
+    result, rows = {}, []
+    for name, size in manifest.sizes.items():
+        counted = cost.count(size.widths)
+        result[name] = {
+            "widths": dict(size.widths), "budgets": dict(size.budgets),
+            "total": counted.total, "active": counted.active,
+            "weight_bytes": counted.weight_bytes, "repair": dict(size.repair),
+        }  # fmt: skip
+        rows.append([
+            name, f"{counted.active:,} ({counted.active / full.active:.1%})",
+            f"{counted.total:,} ({counted.total / full.total:.1%})",
+            *(str(size.widths[axis]) for axis in axis_map.axes),
+        ])  # fmt: skip
+    if as_json:
+        print_json({"family": manifest.family, "sizes": result})
+    else:
+        print_table(str(elastic), ["size", "active", "total", *axis_map.axes], rows)
+
+
+@app.command("slice")
+def slice_size(
+    elastic: Annotated[Path, typer.Argument(help="Elastic checkpoint directory.")],
+    size: Annotated[str, typer.Option(help="Name of the size to cut out.")],
+    out: Annotated[Path, typer.Option(help="New directory for the ordinary checkpoint.")],
+    as_json: AsJson = False,
+) -> None:
+    """Cuts a size out as an ordinary checkpoint, with no further training."""
+    from star_elastic.families import family_of, read_config
+    from star_elastic.manifest import load_manifest
+    from star_elastic.nesting.stream import slice_checkpoint
+
+    config = read_config(elastic)
+    manifest = load_manifest(elastic, family_of(config).axis_map(config))
+    widths = manifest.size(size).widths
+    with Bars() as bars:
+        bars.stage("slice", 1)
+        slice_checkpoint(
+            elastic, widths, out, progress=lambda done, total: bars.advance(int(done == total))
+        )
+    result = {"out": str(out), "size": size, "widths": dict(widths)}
+    print_json(result) if as_json else print(f"{out}: {size} ({widths})")
+
+
+@app.command()
+def generate(
+    elastic: Annotated[Path, typer.Argument(help="Elastic checkpoint directory.")],
+    prompt: Annotated[str, typer.Argument(help="The user's message.")],
+    size: Annotated[str, typer.Option(help="One size for both phases.")] = "",
+    think: Annotated[str, typer.Option(help="The size that thinks.")] = "",
+    answer: Annotated[str, typer.Option(help="The size that answers.")] = "",
+    thinking_budget: Annotated[int | None, typer.Option(help="Tokens of thinking.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens in all.")] = 256,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
+    seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Elastic budget control: one size thinks, another answers."""
+    from star_elastic.generate.family import load
+
+    if size and (think or answer):
+        raise ConfigError("--size names one size for both phases; leave out --think and --answer")
+    family = load(elastic)
+    (result,) = family.generate(
+        [prompt], think=(think or size) or None, answer=(answer or size) or None,
+        thinking_budget=thinking_budget, max_new_tokens=max_new_tokens,
+        temperature=temperature, seed=seed,
+    )  # fmt: skip
+    if as_json:
+        print_json(result.to_json())
+        return
+    console = Console()
+    if result.thinking:
+        console.print(result.thinking, style="dim", markup=False, highlight=False)
+    console.print(result.answer, markup=False, highlight=False)
+    for phase in result.phases:
+        console.print(
+            f"[{phase.name}: {phase.size}, {phase.tokens} tokens, {phase.seconds:.2f} s, "
+            f"{phase.ended}]",
+            style="dim", markup=False, highlight=False,
+        )  # fmt: skip
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Entry point of the `star-elastic` command."""
+    try:
+        app(args=arguments, standalone_mode=True)
+    except StarElasticError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except RuntimeError as error:
+        if type(error).__name__ != "Interrupted":
+            raise
+        print(str(error), file=sys.stderr)
+        raise SystemExit(1) from None
+
+
+if __name__ == "__main__":
+    main()

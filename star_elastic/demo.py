@@ -1,0 +1,311 @@
+"""The whole road on the bundled parent: rank, train, slice, evaluate, report.
+
+`DEMO` is the recipe behind `star-elastic demo` (minutes on 2 CPU cores); longer recipes are other
+values of `Recipe` through the same `run_recipe`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+import star_elastic
+from star_elastic.checkpoint import write_json, write_text
+from star_elastic.cost import CostModel
+from star_elastic.errors import CheckpointError
+from star_elastic.evaluate.accuracy import Evaluation, evaluate_plan
+from star_elastic.evaluate.pareto import plot_pareto
+from star_elastic.evaluate.tasks import TASKS, draw_conversation, messages, sample_problems
+from star_elastic.generate.family import ElasticFamily, load
+from star_elastic.generate.phased import PhasedGenerator
+from star_elastic.generate.phases import Plan
+from star_elastic.importance.files import load_scores
+from star_elastic.importance.orders import orders_from_scores
+from star_elastic.nesting.stream import slice_checkpoint
+from star_elastic.nesting.submodel import build_submodel, load_parent, sort_in_place
+from star_elastic.train.config import (
+    CalibrationConfig,
+    DataConfig,
+    OptimizerConfig,
+    RouterConfig,
+    RunConfig,
+    ScheduleConfig,
+    to_plain,
+)
+from star_elastic.train.data import Examples, JsonLines
+from star_elastic.train.losses import distillation_loss
+from star_elastic.train.run import ELASTIC, Progress, Silent, train
+from star_elastic.train.state import has_state
+
+PARENT = "parent"
+UNTRAINED = "untrained"
+CONTEXT = 256
+KL_PROBLEMS_PER_TASK = 8
+
+
+def bundled_parent() -> Path:
+    """Directory of the parent that comes with the package: a small reasoning NemotronH."""
+    return Path(str(resources.files("star_elastic") / "bundled"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """A run of the whole road.
+
+    `sizes` from the largest, each with its budgets; `budgets` are the thinking budgets (tokens) to
+    try beside none at all; `pairs` the (thinks, answers) pairs; the rest as in the run config.
+    """
+
+    sizes: Mapping[str, Mapping[str, float]]
+    choices: Mapping[str, tuple[int, ...]]
+    num_rows: int
+    steps: int
+    batch_size: int
+    problems_per_task: int
+    budgets: tuple[int, ...]
+    pairs: tuple[tuple[str, str], ...]
+    learning_rate: float = 1e-3
+    router: RouterConfig = field(default_factory=RouterConfig)
+    seed: int = 0
+
+
+DEMO = Recipe(
+    sizes={"large": {"active": 1.0}, "medium": {"active": 0.75}, "small": {"active": 0.5}},
+    choices={
+        "hidden": tuple(range(192, 95, -8)),
+        "experts": (16, 14, 12, 10, 8),
+        "expert_ffn": tuple(range(64, 23, -8)),
+        "shared_ffn": tuple(range(128, 31, -16)),
+        "ssm_heads": (16, 14, 12, 10, 8),
+    },
+    num_rows=40_000,
+    steps=450,
+    batch_size=32,
+    problems_per_task=30,
+    budgets=(0, 16, 32, 64),
+    pairs=(("small", "large"), ("medium", "large")),
+    router=RouterConfig(commit_at=0.2, learning_rate=3e-3),
+)
+
+
+def run_recipe(recipe: Recipe, out: str | Path, progress: Progress | None = None) -> dict[str, Any]:
+    """Runs or resumes a recipe in the directory `out`; returns the report it writes there.
+
+    Leaves `elastic/` (the family), `slices/<size>/` (ordinary checkpoints), `report.json` and
+    `pareto.png`. Raises CheckpointError if `out` holds a finished run or something else.
+    """
+    out, progress = Path(out), progress or Silent()
+    rows_file, run = out / "train.jsonl", out / "run"
+    if (out / "report.json").exists():
+        raise CheckpointError(f"{out} holds a finished run; name another directory for a new one")
+    if out.exists() and any(out.iterdir()) and not rows_file.exists():
+        raise CheckpointError(f"{out} is not empty; name a new directory")
+    out.mkdir(parents=True, exist_ok=True)
+    if not rows_file.exists():
+        write_rows(rows_file, recipe.num_rows, recipe.seed)
+    elastic = run / ELASTIC
+    if not elastic.exists():
+        train(_run_config(recipe, rows_file, run), resume=has_state(run), progress=progress)
+    family = load(elastic)
+    cut_slices(family, out / "slices", progress)
+    problems = sample_problems(TASKS, "test", recipe.problems_per_task, recipe.seed)
+    generator = PhasedGenerator(
+        _models(family, run / "scores.safetensors"), family.tokenizer, family.table.end_of_thinking
+    )
+    evaluations = evaluate(generator, problems, plans(recipe), progress)
+    report = make_report(recipe, family, generator, evaluations, run)
+    plot_pareto(
+        [e for e in evaluations if UNTRAINED not in e.label],
+        out / "pareto.png",
+        title="Bundled parent: one size alone against small thinks, large answers",
+    )
+    write_json(out / "report.json", report)
+    return report
+
+
+def write_rows(file: Path, count: int, seed: int) -> None:
+    """Writes `count` training conversations as JSON lines, atomically."""
+    draw = random.Random(f"rows/{seed}")
+    rows = (json.dumps({"messages": draw_conversation(draw)}) for _ in range(count))
+    write_text(file, "\n".join(rows) + "\n")
+
+
+def _run_config(recipe: Recipe, rows: Path, run: Path) -> RunConfig:
+    return RunConfig(
+        parent=str(bundled_parent()),
+        out=str(run),
+        seed=recipe.seed,
+        sizes=recipe.sizes,
+        choices=recipe.choices,
+        data=DataConfig(train=(str(rows),), context=CONTEXT, loss_on="answers"),
+        calibration=CalibrationConfig(num_samples=512, batch_size=32),
+        router=recipe.router,
+        optimizer=OptimizerConfig(
+            learning_rate=recipe.learning_rate,
+            final_learning_rate=recipe.learning_rate / 50,
+            warmup_steps=max(recipe.steps // 20, 1),
+        ),
+        schedule=ScheduleConfig(steps=recipe.steps, batch_size=recipe.batch_size, save_every=100),
+    )
+
+
+def cut_slices(family: ElasticFamily, directory: Path, progress: Progress) -> None:
+    """Cuts every size into a checkpoint of its own and checks it against the size in memory.
+
+    Raises CheckpointError if a saved slice does not compute what the submodel computes.
+    """
+    progress.stage("slice", len(family.sizes))
+    ids = torch.arange(24)[None] % family.parent.config.vocab_size
+    for number, (name, size) in enumerate(family.sizes.items(), start=1):
+        out = directory / name
+        if not out.exists():
+            slice_checkpoint(family.path, size.widths, out)
+        with torch.inference_mode():
+            saved, _ = load_parent(out)
+            difference = (saved(input_ids=ids).logits - family[name](input_ids=ids).logits).abs()
+        if difference.max() > 1e-5:
+            raise CheckpointError(
+                f"{out} differs from size {name!r} by {difference.max():.1e}; remove it, run again"
+            )
+        progress.advance(number, name)
+
+
+def _models(family: ElasticFamily, scores_file: Path) -> dict:
+    """The parent, every size, and the same widths cut from the sorted parent without training."""
+    parent, config = load_parent(bundled_parent())
+    models: dict = {PARENT: parent, **{name: family[name] for name in family.sizes}}
+    scores, _ = load_scores(scores_file, family.axis_map)
+    sorted_parent, _ = load_parent(bundled_parent())
+    sort_in_place(sorted_parent, family.axis_map, orders_from_scores(scores, family.axis_map))
+    for name, size in family.sizes.items():
+        if size.widths != family.axis_map.full:
+            models[f"{name} {UNTRAINED}"] = build_submodel(sorted_parent, config, size.widths)
+    return models
+
+
+def plans(recipe: Recipe) -> list[Plan]:
+    """Every plan the report compares: single sizes, untrained slices, pairs, at each budget."""
+    names = list(recipe.sizes)
+    untrained = [
+        f"{name} {UNTRAINED}"
+        for name, budgets in recipe.sizes.items()
+        if any(fraction < 1 for fraction in budgets.values())
+    ]
+    singles = [Plan(think=name, answer=name) for name in (PARENT, *names, *untrained)]
+    pairs = [Plan(think=think, answer=answer) for think, answer in recipe.pairs]
+    budgeted = [
+        replace(plan, thinking_budget=budget)
+        for plan in (*(Plan(think=name, answer=name) for name in (PARENT, *names)), *pairs)
+        for budget in recipe.budgets
+        if budget or plan.think == plan.answer
+    ]
+    return [*singles, *pairs, *budgeted]
+
+
+def evaluate(
+    generator: PhasedGenerator, problems: Sequence, plans: Sequence[Plan], progress: Progress
+) -> list[Evaluation]:
+    """Evaluates every plan on the same problems."""
+    progress.stage("evaluate", len(plans))
+    done = []
+    for number, plan in enumerate(plans, start=1):
+        done.append(evaluate_plan(generator, problems, plan))
+        progress.advance(number, f"{plan.label} {done[-1].accuracy:.1%}")
+    return done
+
+
+@torch.inference_mode()
+def divergence_from_parent(generator: PhasedGenerator, name: str, seed: int) -> float:
+    """KL(parent || size) in nats per token of held-out solved problems, answers' tokens only."""
+    problems = sample_problems(TASKS, "test", KL_PROBLEMS_PER_TASK, seed)
+    total = count = 0.0
+    for problem in problems:
+        whole, first = _solved(generator.tokenizer, problem)
+        ids = torch.tensor([whole])
+        parent, size = (generator.models[m](input_ids=ids).logits[0] for m in (PARENT, name))
+        tokens = len(whole) - first
+        total += float(distillation_loss(parent[first - 1 : -1], size[first - 1 : -1])) * tokens
+        count += tokens
+    return total / count
+
+
+def _solved(tokenizer, problem) -> tuple[list[int], int]:
+    """Token ids of a solved conversation, and where its answer's tokens begin."""
+    whole = tokenizer.apply_chat_template(messages(problem), tokenize=False)
+    prompt = tokenizer.apply_chat_template(
+        messages(problem)[:1], tokenize=False, add_generation_prompt=True
+    )
+    head = tokenizer.encode(prompt, add_special_tokens=False)
+    return head + tokenizer.encode(whole[len(prompt) :], add_special_tokens=False), len(head)
+
+
+def make_report(
+    recipe: Recipe,
+    family: ElasticFamily,
+    generator: PhasedGenerator,
+    evaluations: Sequence[Evaluation],
+    run: Path,
+) -> dict[str, Any]:
+    """Everything measured, as plain data."""
+    cost = CostModel(family.axis_map)
+    full = cost.count(family.axis_map.full)
+    parent = next(e for e in evaluations if e.label == PARENT)
+    by_label = {e.label: e for e in evaluations}
+    sizes = {}
+    for name, size in family.sizes.items():
+        counted = cost.count(size.widths)
+        untrained = by_label.get(f"{name} {UNTRAINED}")
+        sizes[name] = {
+            "widths": dict(size.widths),
+            "budgets": dict(size.budgets),
+            "budget_miss": size.cost["budget_miss"],
+            "repair": dict(size.repair),
+            "total": counted.total,
+            "active": counted.active,
+            "total_share": counted.total / full.total,
+            "active_share": counted.active / full.active,
+            "flops_per_token": counted.flops_per_token,
+            "accuracy": by_label[name].accuracy,
+            "standard_error": by_label[name].standard_error,
+            "share_of_parent": by_label[name].accuracy / parent.accuracy,
+            "untrained_accuracy": untrained.accuracy if untrained else None,
+            "kl_to_parent": divergence_from_parent(generator, name, recipe.seed),
+            "untrained_kl": divergence_from_parent(generator, f"{name} {UNTRAINED}", recipe.seed)
+            if untrained
+            else None,
+        }
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return {
+        "package_version": star_elastic.__version__,
+        "machine": {
+            "cpus": os.cpu_count(),
+            "threads": torch.get_num_threads(),
+            "processor": platform.machine(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        },
+        "recipe": to_plain(recipe),
+        "training": {
+            "seconds": round(sum(row["seconds"] for row in rows), 1),
+            "tokens_per_size": sum(row["num_tokens"] for row in rows),
+            "steps": len(rows),
+        },
+        "parent": {
+            "accuracy": parent.accuracy,
+            "standard_error": parent.standard_error,
+            "total": full.total,
+            "active": full.active,
+        },
+        "sizes": sizes,
+        "evaluations": [e.to_json() for e in evaluations],
+    }

@@ -1,0 +1,1 @@
+"""Evaluation: procedural tasks, accuracy, perplexity, latency."""

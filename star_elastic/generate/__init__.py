@@ -1,0 +1,1 @@
+"""Elastic budget control: one size thinks within a budget of tokens, one size answers."""

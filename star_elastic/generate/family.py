@@ -1,0 +1,133 @@
+"""A loaded elastic checkpoint: all its sizes over one copy of the weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from star_elastic.cost import Cost, CostModel, Workload
+from star_elastic.errors import CheckpointError, ConfigError
+from star_elastic.families import family_of, read_config
+from star_elastic.families.base import Config
+from star_elastic.generate.phased import DEFAULT_BATCH_SIZE, PhasedGenerator
+from star_elastic.generate.phases import DEFAULT_GRACE, DEFAULT_MAX_NEW_TOKENS, Generation, Plan
+from star_elastic.generate.prompts import Prompt
+from star_elastic.manifest import Manifest, Size, load_manifest
+from star_elastic.nesting.submodel import build_submodel, load_parent
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class ElasticFamily(Mapping[str, PreTrainedModel]):
+    """The sizes of an elastic checkpoint by name, from the largest to the smallest.
+
+    `family["small"]` is a plain transformers model in evaluation mode whose parameters are views
+    of the one copy wherever a view can express the slice; it is built on first use and kept.
+    """
+
+    def __init__(self, path: Path, parent: PreTrainedModel, config: Config, manifest: Manifest):
+        self.path = path
+        self.parent = parent
+        self.config = config
+        self.manifest = manifest
+        self.table = family_of(config)
+        self.axis_map = self.table.axis_map(config)
+        self._models: dict[str, PreTrainedModel] = {}
+
+    def __getitem__(self, size: str) -> PreTrainedModel:
+        """The model of a size. Raises CheckpointError naming the sizes there are."""
+        if size not in self._models:
+            widths = self.manifest.size(size).widths
+            full = widths == self.axis_map.full
+            model = self.parent if full else build_submodel(self.parent, self.config, widths)
+            self._models[size] = model
+        return self._models[size]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.manifest.sizes)
+
+    def __len__(self) -> int:
+        return len(self.manifest.sizes)
+
+    def __contains__(self, size: object) -> bool:
+        return size in self.manifest.sizes
+
+    @property
+    def sizes(self) -> Mapping[str, Size]:
+        """Widths, budgets and recorded cost of every size, from the largest to the smallest."""
+        return self.manifest.sizes
+
+    def cost(self, size: str, workload: Workload | None = None) -> Cost:
+        """What a size costs: exact counts (default: no context, one sequence, 2 bytes)."""
+        return CostModel(self.axis_map, workload or Workload()).count(
+            self.manifest.size(size).widths
+        )
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The checkpoint's tokenizer. Raises CheckpointError if it has none."""
+        try:
+            return AutoTokenizer.from_pretrained(self.path, local_files_only=True)
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            first = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise CheckpointError(
+                f"{self.path} holds no usable tokenizer ({first}); copy the parent's tokenizer "
+                "files into it"
+            ) from None
+
+    @cached_property
+    def generator(self) -> PhasedGenerator:
+        """The phased generation of this family, for plans of one's own."""
+        return PhasedGenerator(self, self.tokenizer, self.table.end_of_thinking)
+
+    def generate(
+        self,
+        prompts: Prompt | list[Prompt],
+        *,
+        think: str | None = None,
+        answer: str | None = None,
+        thinking_budget: int | None = None,
+        grace: int = DEFAULT_GRACE,
+        max_new_tokens: int = DEFAULT_MAX_NEW_TOKENS,
+        temperature: float = 0.0,
+        seed: int = 0,
+        batch_size: int = DEFAULT_BATCH_SIZE,
+    ) -> list[Generation]:
+        """Thinks with one size and answers with another; one result per prompt.
+
+        A size that is not named is the one that is; if none is, the largest does both. See `Plan`
+        for the budgets and `PhasedGenerator.generate` for sampling and errors.
+        """
+        largest = next(iter(self.sizes))
+        plan = Plan(
+            think=think or answer or largest,
+            answer=answer or think or largest,
+            thinking_budget=thinking_budget,
+            grace=grace,
+            max_new_tokens=max_new_tokens,
+        )
+        return self.generator.generate(
+            prompts, plan, temperature=temperature, seed=seed, batch_size=batch_size
+        )
+
+
+def load(
+    path: str | Path, dtype: str | torch.dtype = torch.float32, device: str = "cpu"
+) -> ElasticFamily:
+    """An elastic checkpoint, loaded once for all its sizes.
+
+    `dtype` is a floating dtype of torch or its name: float32, bfloat16, float16. Raises ConfigError
+    or CheckpointError with one line for anything that cannot be loaded.
+    """
+    kinds = {**DTYPES, **{kind: kind for kind in DTYPES.values()}}
+    if dtype not in kinds:
+        raise ConfigError(f"dtype={dtype!r} is not supported; use {', '.join(DTYPES)}")
+    path = Path(path)
+    config = read_config(path)
+    manifest = load_manifest(path, family_of(config).axis_map(config))
+    parent, config = load_parent(path, kinds[dtype], device)
+    return ElasticFamily(path, parent, config, manifest)

@@ -1,0 +1,128 @@
+"""The router: one small network per axis that maps a budget to a distribution over widths.
+
+Shapes: N budgets, C choices of an axis. Source of the architecture: Nemotron Elastic (arXiv
+2511.16664), section on the router; deliberate differences are named where they occur.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from star_elastic.nesting.gate import Mixture
+
+HIDDEN_WIDTH = 256
+INIT_STD = 0.1
+LEAK = 0.1
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """What the router says for one budget: a mixture per axis and the most likely widths."""
+
+    mixtures: Mapping[str, Mixture]
+    choice: Mapping[str, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Temperature:
+    """The router's state of annealing at one step: logits are multiplied by `scale`, noisy logits
+    divided by `tau`."""
+
+    tau: float
+    scale: float
+
+
+def seed_for(*parts: int | str) -> int:
+    """A 63-bit seed from a key such as (run seed, step, group, axis): equal keys, equal draws.
+
+    Draws of different axes are independent (a shared seed would correlate axes that have equally
+    many choices).
+    """
+    digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1
+
+
+class Router(nn.Module):
+    """Maps a budget vector (N,), one-hot at a trained budget, to logits over each axis's widths."""
+
+    def __init__(self, choices: Mapping[str, tuple[int, ...]], num_budgets: int, seed: int = 0):
+        super().__init__()
+        self.choices = {axis: tuple(grid) for axis, grid in choices.items()}
+        self.num_budgets = num_budgets
+        self.nets = nn.ModuleDict()
+        for axis, grid in self.choices.items():
+            assert list(grid) == sorted(set(grid), reverse=True), (axis, grid)
+            net = nn.Sequential(
+                nn.Linear(num_budgets, HIDDEN_WIDTH, bias=False),
+                nn.LeakyReLU(LEAK),
+                nn.Linear(HIDDEN_WIDTH, len(grid), bias=False),
+            )
+            generator = torch.Generator().manual_seed(seed_for(seed, "router", axis))
+            for parameter in net.parameters():
+                nn.init.normal_(parameter, std=INIT_STD, generator=generator)
+            self.nets[axis] = net
+
+    def one_hot(self, budget: int) -> torch.Tensor:
+        """The budget vector of trained budget number `budget`; shape (N,)."""
+        device = next(self.parameters()).device
+        return F.one_hot(torch.tensor(budget, device=device), self.num_budgets).float()
+
+    def decide(
+        self,
+        budget_N: torch.Tensor,
+        temperature: Temperature,
+        *,
+        noise_key: tuple[int | str, ...] | None = None,
+        hard: bool = False,
+    ) -> Decision:
+        """The decision for a budget vector.
+
+        `noise_key` draws Gumbel noise keyed by it and the axis; without it there is none (as in
+        evaluation). `hard` returns a one-hot sample whose gradient is that of the soft one.
+        """
+        mixtures = {}
+        for axis, net in self.nets.items():
+            logits_C = net(budget_N) * temperature.scale
+            if noise_key is not None:
+                logits_C = logits_C + gumbel(len(logits_C), *noise_key, axis).to(logits_C)
+            probs_C = (logits_C / temperature.tau).softmax(-1)
+            if hard:
+                one_hot_C = F.one_hot(probs_C.argmax(), len(probs_C)).to(probs_C)
+                probs_C = one_hot_C + (probs_C - probs_C.detach())
+            mixtures[axis] = Mixture(self.choices[axis], probs_C)
+        choice = {a: m.choices[int(m.probs.detach().argmax())] for a, m in mixtures.items()}
+        return Decision(mixtures, choice)
+
+
+def gumbel(count: int, *key: int | str) -> torch.Tensor:
+    """Standard Gumbel noise (count,) from a counter-based generator: the key decides the draw."""
+    generator = torch.Generator().manual_seed(seed_for(*key))
+    uniform = torch.rand(count, generator=generator, dtype=torch.float64)
+    uniform = uniform.clamp(1e-12, 1 - 1e-12)
+    return -torch.log(-torch.log(uniform)).float()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Annealing:
+    """Schedules over the share of the router's steps done: exponential tau, linear logit scale.
+
+    The papers decay tau by 0.9997 a step to 0.05 at about 10,000 steps; stated as end points, the
+    same curve fits a run of any length.
+    """
+
+    tau_start: float = 1.0
+    tau_end: float = 0.05
+    scale_start: float = 1.0
+    scale_end: float = 10.0
+
+    def at(self, progress: float) -> Temperature:
+        """The temperature when `progress` (0 to 1) of the router's steps are done."""
+        progress = min(max(progress, 0.0), 1.0)
+        tau = self.tau_start * (self.tau_end / self.tau_start) ** progress
+        return Temperature(tau, self.scale_start + (self.scale_end - self.scale_start) * progress)

@@ -1,0 +1,1 @@
+"""Nested distillation: one run that trains the router and every size against the frozen parent."""

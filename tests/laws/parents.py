@@ -1,0 +1,317 @@
+"""Tiny random parents of every family, and what can be asked of them.
+
+A parent is small enough that all of its sizes run in milliseconds, and random enough that nothing
+is zero, symmetric or equal by accident: norm weights, biases, epsilons, decay rates and the
+experts' correction biases included. Values are drawn in fp32, so that a checkpoint's fp32 buffers
+hold them exactly; `Float64` then runs the whole model in float64.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from hypothesis import strategies as st
+from torch.overrides import TorchFunctionMode
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from star_elastic.axes import AxisMap
+from star_elastic.families import Family, family_of
+from star_elastic.nesting.gate import Mixture
+from star_elastic.nesting.slice import axis_keys
+from star_elastic.nesting.stream import save_model
+
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5}
+"""Allowed difference, relative to the largest logit."""
+
+AXES = {
+    "dense": ("hidden", "ffn", "ssm_heads", "heads"),
+    "moe": ("hidden", "experts", "expert_ffn", "shared_ffn", "ssm_heads", "heads"),
+    "llama": ("hidden", "ffn", "heads"),
+}
+"""Elastic axes of each kind of parent."""
+
+AXIS_CASES = [(kind, axis) for kind, axes in AXES.items() for axis in (*axes, "all")]
+"""Every axis of every kind alone, and all together."""
+
+
+class Float64(TorchFunctionMode):
+    """Runs in float64 what transformers casts to fp32 (norms, SSM scan, routing, softmax)."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is torch.Tensor.float:
+            func = torch.Tensor.double
+        args = tuple(torch.float64 if a is torch.float32 else a for a in args)
+        named = (kwargs or {}).items()
+        return func(*args, **{k: torch.float64 if a is torch.float32 else a for k, a in named})
+
+
+def precision(dtype: torch.dtype) -> AbstractContextManager:
+    """The context in which a model of `dtype` really computes in `dtype`."""
+    return Float64() if dtype == torch.float64 else nullcontext()
+
+
+@dataclass(frozen=True, repr=False)
+class Parent:
+    """A model with its config and table, and token ids (2, T) to feed it."""
+
+    seed: int
+    config: dict[str, Any]
+    model: PreTrainedModel
+    family: Family
+    axis_map: AxisMap
+    ids: torch.Tensor
+
+    def __repr__(self) -> str:
+        dtype = next(self.model.parameters()).dtype
+        return f"make_parent({self.config}, {self.seed}, {dtype})"
+
+    def _repr_pretty_(self, printer, cycle: bool) -> None:
+        """Lets hypothesis report a parent by how to make it again."""
+        printer.text(repr(self))
+
+    @property
+    def state(self) -> dict[str, torch.Tensor]:
+        return {**dict(self.model.named_parameters()), **dict(self.model.named_buffers())}
+
+    def save(self, directory: Path) -> Path:
+        """Writes the parent as a checkpoint; float64 values are stored as they are."""
+        out, dtype = directory / "parent", next(self.model.parameters()).dtype
+        save_model(self.state, self.config, directory, out, dtype=dtype)
+        return out
+
+    def orders(self, seed: int) -> dict[str, torch.Tensor]:
+        """Random orders of all axes that stay inside the groups."""
+        generator = torch.Generator().manual_seed(seed)
+        orders = {}
+        for key, (name, _) in axis_keys(self.axis_map).items():
+            axis = self.axis_map.axes[name]
+            per_group = axis.size // axis.num_groups
+            orders[key] = torch.cat(
+                [
+                    torch.randperm(per_group, generator=generator) + group * per_group
+                    for group in range(axis.num_groups)
+                ]
+            )
+        return orders
+
+
+def build(config: Mapping[str, Any], dtype: torch.dtype, **kinds: str) -> PreTrainedModel:
+    """A freshly initialised transformers model of a config."""
+    fields = {name: value for name, value in config.items() if name != "model_type"}
+    model_config = AutoConfig.for_model(config["model_type"], **fields)
+    kinds = {"experts_implementation": "eager", **kinds}
+    with precision(dtype):
+        return AutoModelForCausalLM.from_config(model_config, **kinds).to(dtype).eval()
+
+
+def reload(path: Path, dtype: torch.dtype) -> PreTrainedModel:
+    """A checkpoint in plain transformers, which must find every tensor and no other."""
+    with precision(dtype):
+        model, info = AutoModelForCausalLM.from_pretrained(
+            path, dtype=dtype, experts_implementation="eager", output_loading_info=True
+        )
+    assert not any(info.values()), info
+    return model.eval()
+
+
+def randomise(model: PreTrainedModel, generator: torch.Generator) -> None:
+    """Gives every parameter and buffer of a checkpoint a value of its own."""
+    named = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    for name, tensor in named.items():
+        last = name.rsplit(".", 1)[-1]
+        normal = torch.randn(tensor.shape, generator=generator)
+        if last == "A_log":
+            value = torch.log(1 + 3 * torch.rand(tensor.shape, generator=generator))
+        elif last == "dt_bias":
+            value = -3 + 2.5 * torch.rand(tensor.shape, generator=generator)
+        elif last == "D" or "norm" in name:
+            value = 1 + 0.4 * normal
+        elif last in ("bias", "e_score_correction_bias"):
+            value = 0.4 * normal
+        elif last in ("inv_freq", "original_inv_freq"):
+            continue
+        elif "embed" in name:
+            value = normal
+        else:
+            value = normal / math.sqrt(tensor.shape[-1])
+        with torch.no_grad():
+            tensor.copy_(value)
+
+
+@st.composite
+def hybrids(draw, *, moe: bool) -> dict[str, Any]:
+    """A config of the nemotron_h family: Mamba, attention, and experts or a dense MLP."""
+    patterns = ("ME*", "*EM", "MEM*E") if moe else ("M*-", "-M*", "M-M*")
+    groups, kv_heads = draw(st.sampled_from([(1, 2), (2, 1), (2, 2)]))
+    routing_groups = draw(st.sampled_from([1, 2]))
+    selected = draw(st.integers(1, routing_groups))
+    per_group = draw(st.integers(3, 4))
+    return {
+        "model_type": "nemotron_h",
+        "hybrid_override_pattern": (pattern := draw(st.sampled_from(patterns))),
+        "num_hidden_layers": len(pattern),
+        "vocab_size": 20,
+        "hidden_size": draw(st.sampled_from([10, 12, 16])),
+        "layer_norm_epsilon": draw(st.sampled_from([1e-5, 0.1])),
+        "num_attention_heads": kv_heads * draw(st.integers(2, 3)),
+        "num_key_value_heads": kv_heads,
+        "head_dim": draw(st.sampled_from([3, 4])),
+        "intermediate_size": draw(st.integers(5, 9)),
+        "mamba_num_heads": groups * draw(st.integers(2, 3)),
+        "mamba_head_dim": draw(st.integers(2, 3)),
+        "n_groups": groups,
+        "ssm_state_size": draw(st.integers(2, 4)),
+        "conv_kernel": draw(st.integers(2, 4)),
+        "chunk_size": draw(st.sampled_from([3, 8])),
+        "n_routed_experts": routing_groups * per_group,
+        "num_experts_per_tok": draw(st.integers(1, min(3, selected * (per_group - 1)))),
+        "n_group": routing_groups,
+        "topk_group": selected,
+        "norm_topk_prob": draw(st.booleans()),
+        "routed_scaling_factor": draw(st.sampled_from([1.0, 2.5])),
+        "moe_intermediate_size": draw(st.integers(4, 7)),
+        "moe_shared_expert_intermediate_size": draw(st.integers(4, 7)),
+        "moe_latent_size": draw(st.sampled_from([None, 5])),
+        "mlp_bias": draw(st.booleans()),
+        "use_bias": draw(st.booleans()),
+        "use_conv_bias": draw(st.booleans()),
+    }
+
+
+@st.composite
+def llamas(draw) -> dict[str, Any]:
+    """A config of the llama family; hidden is a multiple of every number of heads."""
+    kv_heads = draw(st.integers(1, 2))
+    config = {
+        "model_type": "llama",
+        "num_hidden_layers": 2,
+        "vocab_size": 20,
+        "hidden_size": draw(st.sampled_from([24, 48])),
+        "rms_norm_eps": draw(st.sampled_from([1e-5, 0.1])),
+        "num_attention_heads": kv_heads * draw(st.integers(2, 3)),
+        "num_key_value_heads": kv_heads,
+        "intermediate_size": draw(st.integers(5, 9)),
+        "tie_word_embeddings": draw(st.booleans()),
+        "attention_bias": draw(st.booleans()),
+        "mlp_bias": draw(st.booleans()),
+    }
+    return {**config, "head_dim": 4} if draw(st.booleans()) else config
+
+
+def configs(kind: str) -> st.SearchStrategy[dict[str, Any]]:
+    """Configs of one of the kinds in `AXES`."""
+    return llamas() if kind == "llama" else hybrids(moe=kind == "moe")
+
+
+def fixed_config(kind: str) -> dict[str, Any]:
+    """One config of a kind, for tests that need a case and not a law."""
+    if kind == "llama":
+        return {
+            "model_type": "llama",
+            "num_hidden_layers": 2,
+            "vocab_size": 20,
+            "hidden_size": 24,
+            "rms_norm_eps": 1e-5,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "intermediate_size": 7,
+            "tie_word_embeddings": True,
+        }
+    pattern = "MEM*E" if kind == "moe" else "M-M*"
+    return {
+        "model_type": "nemotron_h",
+        "hybrid_override_pattern": pattern,
+        "num_hidden_layers": len(pattern),
+        "vocab_size": 20,
+        "hidden_size": 12,
+        "num_attention_heads": 6,
+        "num_key_value_heads": 2,
+        "head_dim": 4,
+        "intermediate_size": 7,
+        "mamba_num_heads": 6,
+        "mamba_head_dim": 2,
+        "n_groups": 2,
+        "ssm_state_size": 4,
+        "conv_kernel": 3,
+        "chunk_size": 4,
+        "n_routed_experts": 8,
+        "num_experts_per_tok": 2,
+        "n_group": 2,
+        "topk_group": 2,
+        "moe_intermediate_size": 6,
+        "moe_shared_expert_intermediate_size": 5,
+    }
+
+
+def make_parent(config: dict[str, Any], seed: int, dtype: torch.dtype) -> Parent:
+    """The parent of a config, with random weights."""
+    generator = torch.Generator().manual_seed(seed)
+    model = build(config, dtype)
+    randomise(model, generator)
+    ids = torch.randint(config["vocab_size"], (2, 7), generator=generator)
+    family = family_of(config)
+    return Parent(seed, config, model, family, family.axis_map(config), ids)
+
+
+@st.composite
+def parents(draw, kind: str, dtype: torch.dtype = torch.float64) -> Parent:
+    """Random parents of one kind."""
+    return make_parent(draw(configs(kind)), draw(st.integers(0, 2**20)), dtype)
+
+
+def legal_widths(axis_map: AxisMap, name: str) -> list[int]:
+    """Widths of an axis that go with any legal widths of the other axes, ascending."""
+    axis = axis_map.axes[name]
+    step = axis.num_groups
+    for first, divisor in axis_map.multiples:
+        if first == name:
+            step = math.lcm(step, *legal_widths(axis_map, divisor))
+    return [w for w in range(step, axis.size + 1, step) if w >= axis.minimum]
+
+
+@st.composite
+def grids(draw, axis_map: AxisMap, case: str) -> dict[str, tuple[int, ...]]:
+    """Choices of the axes of a case (one axis, or "all"): full width first, then narrower ones."""
+    grid = {}
+    for name in axis_map.axes if case == "all" else (case,):
+        legal = legal_widths(axis_map, name)
+        narrower = draw(st.sets(st.sampled_from(legal[:-1]), min_size=1, max_size=2))
+        grid[name] = (legal[-1], *sorted(narrower, reverse=True))
+    return grid
+
+
+@st.composite
+def some_widths(draw, axis_map: AxisMap, case: str = "all") -> dict[str, int]:
+    """Legal widths of the axes of a case, each narrower than full where it can be."""
+    return {name: choices[-1] for name, choices in draw(grids(axis_map, case)).items()}
+
+
+def one_hot(
+    grid: Mapping[str, tuple[int, ...]],
+    widths: Mapping[str, int],
+    dtype: torch.dtype = torch.float64,
+) -> dict[str, Mixture]:
+    """Mixtures that have all their weight on `widths`."""
+    return {
+        name: Mixture(choices, torch.tensor([c == widths[name] for c in choices], dtype=dtype))
+        for name, choices in grid.items()
+    }
+
+
+def assert_equal(logits: torch.Tensor, expected: torch.Tensor, *, what: str = "") -> None:
+    """Equal up to rounding: the tolerance of the dtype, relative to the largest logit."""
+    assert logits.shape == expected.shape
+    assert logits.isfinite().all() and expected.isfinite().all(), what
+    error = relative_error(logits, expected)
+    assert error <= TOLERANCE[expected.dtype], f"{what}: {error:.2e}"
+
+
+def relative_error(logits: torch.Tensor, expected: torch.Tensor) -> float:
+    """Largest difference relative to the largest logit."""
+    return ((logits - expected).abs().max() / expected.abs().max()).item()

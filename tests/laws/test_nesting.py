@@ -1,0 +1,237 @@
+"""Laws 2, 3 and 9: all roads to a size agree, slices nest, and full width is the parent."""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+
+from star_elastic.axes import AxisMap, TensorSpec
+from star_elastic.checkpoint import CheckpointReader
+from star_elastic.families import family_of
+from star_elastic.nesting.gate import Mixture
+from star_elastic.nesting.slice import slice_state, slice_tensor
+from star_elastic.nesting.stream import slice_checkpoint
+from star_elastic.nesting.submodel import ElasticModel, build_submodel
+from tests.laws.parents import (
+    AXES,
+    AXIS_CASES,
+    Parent,
+    assert_equal,
+    configs,
+    fixed_config,
+    grids,
+    make_parent,
+    one_hot,
+    parents,
+    precision,
+    relative_error,
+    reload,
+    some_widths,
+)
+
+
+def roads(parent: Parent, grid, widths, dtype) -> dict[str, torch.Tensor]:
+    """Logits of one size by every road: gated at two widths, sliced three ways, and reloaded."""
+    elastic = ElasticModel(parent.model, parent.config).eval()
+    complete = parent.axis_map.complete(widths)
+    mixtures = one_hot(grid, widths, dtype)
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "slice"
+        slice_checkpoint(parent.save(Path(folder)), widths, out)
+        exported = reload(out, dtype)
+    ids = parent.ids
+    with torch.no_grad(), precision(dtype):
+        submodel = build_submodel(parent.model, parent.config, widths)
+        return {
+            "plain transformers on the saved slice": exported(input_ids=ids).logits,
+            "submodel of views": submodel(input_ids=ids).logits,
+            "functional slice": elastic(complete, input_ids=ids).logits,
+            "gated at the widest slice": elastic(mixtures, input_ids=ids).logits,
+            "gated at full width": elastic(
+                mixtures, slice_at=parent.axis_map.full, input_ids=ids
+            ).logits,
+        }
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
+@pytest.mark.parametrize(("kind", "case"), AXIS_CASES)
+@given(data=st.data())
+@settings(max_examples=6)
+def test_all_roads_to_a_size_agree(kind, case, dtype, data):
+    parent = data.draw(parents(kind, dtype))
+    grid = data.draw(grids(parent.axis_map, case))
+    widths = {name: data.draw(st.sampled_from(choices[1:])) for name, choices in grid.items()}
+    logits = roads(parent, grid, widths, dtype)
+    expected = logits.pop("plain transformers on the saved slice")
+    for road, result in logits.items():
+        assert_equal(result, expected, what=road)
+    with torch.no_grad(), precision(dtype):
+        parent_logits = parent.model(input_ids=parent.ids).logits
+    assert relative_error(parent_logits, expected) > 1e-4, "the cut changed nothing"
+
+
+@pytest.mark.parametrize("kind", AXES)
+@given(data=st.data())
+def test_full_widths_are_the_parent_bit_for_bit(kind, data):
+    parent = data.draw(parents(kind))
+    full = parent.axis_map.full
+    elastic = ElasticModel(parent.model, parent.config).eval()
+    with tempfile.TemporaryDirectory() as folder:
+        source, out = parent.save(Path(folder)), Path(folder) / "full"
+        slice_checkpoint(source, {}, out)
+        before, after = (load_file(path / "model.safetensors") for path in (source, out))
+    assert before.keys() == after.keys()
+    for name, tensor in before.items():
+        assert torch.equal(after[name], tensor), name
+    with torch.no_grad(), precision(torch.float64):
+        expected = parent.model(input_ids=parent.ids).logits
+        submodel = build_submodel(parent.model, parent.config, full)
+        assert torch.equal(elastic(full, input_ids=parent.ids).logits, expected)
+        assert torch.equal(submodel(input_ids=parent.ids).logits, expected)
+        mixtures = one_hot({name: (width,) for name, width in full.items()}, full)
+        assert_equal(elastic(mixtures, input_ids=parent.ids).logits, expected, what="gated")
+        assert_equal(elastic({}, input_ids=parent.ids).logits, expected, what="no axis gated")
+
+
+@given(data=st.data())
+def test_views_share_the_memory_of_the_parent(data):
+    """Whatever is one prefix of each dimension is a view; only grouped cuts are gathered."""
+    parent = data.draw(parents("moe"))
+    widths = data.draw(some_widths(parent.axis_map, "hidden"))
+    submodel = build_submodel(parent.model, parent.config, widths)
+    for name, value in submodel.named_parameters():
+        assert value.data_ptr() == parent.state[name].data_ptr(), name
+
+
+# Law 3
+
+
+def filled(spec: TensorSpec, axis_map: AxisMap) -> torch.Tensor:
+    """A full-width tensor whose elements are all different."""
+    shape = axis_map.shape(spec, axis_map.full)
+    return torch.arange(torch.Size(shape).numel()).reshape(shape)
+
+
+@pytest.mark.parametrize("kind", AXES)
+@given(data=st.data())
+@settings(max_examples=40)
+def test_slices_nest_and_tables_agree(kind, data):
+    config = data.draw(configs(kind))
+    family = family_of(config)
+    axis_map = family.axis_map(config)
+    wide = data.draw(some_widths(axis_map))
+    middle = axis_map.at(wide)
+    assert family.axis_map(family.config_at(config, wide)) == middle
+    # A narrower size that is legal in both tables.
+    narrow = {name: min(width, wide[name]) for name, width in data.draw(some_widths(axis_map)).items()}
+    direct, inner = axis_map.complete(narrow), middle.complete(narrow)
+    assert family.axis_map(family.config_at(family.config_at(config, wide), narrow)) == (
+        axis_map.at(narrow)
+    )
+    for name, spec in axis_map.tensors.items():
+        tensor = filled(spec, axis_map)
+        once = slice_tensor(tensor, spec, axis_map, axis_map.complete(wide))
+        twice = slice_tensor(once, middle.tensors[name], middle, inner)
+        assert torch.equal(twice, slice_tensor(tensor, spec, axis_map, direct)), name
+        assert once.shape == middle.shape(middle.tensors[name], middle.full), name
+
+
+@pytest.mark.parametrize("kind", AXES)
+@given(data=st.data())
+def test_slices_nest_on_disk(kind, data):
+    parent = data.draw(parents(kind))
+    wide = data.draw(some_widths(parent.axis_map))
+    narrow = {
+        name: min(width, wide[name])
+        for name, width in data.draw(some_widths(parent.axis_map)).items()
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        source, root = parent.save(Path(folder)), Path(folder)
+        slice_checkpoint(source, narrow, root / "direct")
+        slice_checkpoint(source, wide, root / "wide")
+        slice_checkpoint(root / "wide", narrow, root / "nested")
+        assert (root / "direct/config.json").read_text() == (root / "nested/config.json").read_text()
+        direct, nested = (CheckpointReader(root / name) for name in ("direct", "nested"))
+        assert direct.names == nested.names
+        for name in direct.names:
+            assert torch.equal(direct.read(name), nested.read(name)), name
+
+
+# Wrong turns that the laws must catch
+
+
+class Uncorrected(Mixture):
+    """Gates a norm's input but leaves its epsilon and scale as they are."""
+
+    def norm_terms(self, width: int) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.probs.sum(), self.probs.sum()
+
+
+def ungrouped(axis_map: AxisMap) -> AxisMap:
+    """The table with Mamba heads cut as one prefix instead of inside each SSM group."""
+
+    def flatten(spec: TensorSpec) -> TensorSpec:
+        dims = tuple(
+            tuple(replace(s, num_groups=1) if s.axis == "ssm_heads" else s for s in dim)
+            for dim in spec.dims
+        )
+        return replace(spec, dims=dims)
+
+    axes = dict(axis_map.axes)
+    axes["ssm_heads"] = replace(axes["ssm_heads"], num_groups=1)
+    return replace(
+        axis_map, axes=axes, tensors={n: flatten(s) for n, s in axis_map.tensors.items()}
+    )
+
+
+def gap(parent: Parent, elastic: ElasticModel, mixtures, widths) -> float:
+    """How far the gated forward at full width is from the sliced forward of the same table."""
+    with torch.no_grad(), precision(torch.float64):
+        sliced = slice_state(parent.state, elastic.axis_map, parent.axis_map.complete(widths))
+        skeleton = elastic.skeleton(parent.axis_map.complete(widths), gated=False)
+        expected = torch.func.functional_call(skeleton, sliced, (), {"input_ids": parent.ids})
+        gated = elastic(mixtures, slice_at=parent.axis_map.full, input_ids=parent.ids)
+    return relative_error(gated.logits, expected.logits)
+
+
+@pytest.mark.parametrize("kind", ["dense", "moe"])
+def test_an_ungrouped_mamba_prefix_breaks_the_law(kind):
+    parent = make_parent(fixed_config(kind), 1, torch.float64)
+    elastic = ElasticModel(parent.model, parent.config).eval()
+    widths, grid = {"ssm_heads": 4}, {"ssm_heads": (6, 4)}
+    mixtures = one_hot(grid, widths)
+    assert gap(parent, elastic, mixtures, widths) < 1e-12
+    elastic.axis_map = replace(ungrouped(parent.axis_map), norms=elastic.axis_map.norms)
+    assert gap(parent, elastic, mixtures, widths) > 1e-3
+
+
+@pytest.mark.parametrize(("kind", "axis"), [("dense", "hidden"), ("moe", "ssm_heads"), ("llama", "hidden")])
+def test_an_uncorrected_norm_breaks_the_law(kind, axis):
+    parent = make_parent(fixed_config(kind), 2, torch.float64)
+    elastic = ElasticModel(parent.model, parent.config).eval()
+    size = parent.axis_map.axes[axis].size
+    width = max(w for w in range(1, size) if size % w == 0 and w % 2 == 0)
+    mixtures = one_hot({axis: (size, width)}, {axis: width})
+    assert gap(parent, elastic, mixtures, {axis: width}) < 1e-12
+    wrong = {axis: Uncorrected(mixtures[axis].choices, mixtures[axis].probs)}
+    assert gap(parent, elastic, wrong, {axis: width}) > 1e-3
+
+
+@pytest.mark.parametrize("kind", AXES)
+def test_an_unmasked_final_norm_breaks_the_law(kind):
+    parent = make_parent(fixed_config(kind), 3, torch.float64)
+    elastic = ElasticModel(parent.model, parent.config).eval()
+    size = parent.axis_map.axes["hidden"].size
+    mixtures = one_hot({"hidden": (size, size // 2)}, {"hidden": size // 2})
+    assert gap(parent, elastic, mixtures, {"hidden": size // 2}) < 1e-12
+    inner = tuple(norm for norm in parent.axis_map.norms if norm.layer is not None)
+    elastic = ElasticModel(parent.model, parent.config).eval()
+    elastic.axis_map = replace(parent.axis_map, norms=inner)
+    assert gap(parent, elastic, mixtures, {"hidden": size // 2}) > 1e-3

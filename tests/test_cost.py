@@ -1,0 +1,232 @@
+"""Law 4: what is counted is what is built, cost is monotone, and its gradient is exact."""
+
+from __future__ import annotations
+
+import math
+import tempfile
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from star_elastic.axes import AxisMap
+from star_elastic.checkpoint import CheckpointReader
+from star_elastic.cost import METRICS, CostModel, Workload, count_parts
+from star_elastic.errors import BudgetError
+from star_elastic.families import family_of
+from star_elastic.nesting.stream import save_model, slice_checkpoint
+from star_elastic.nesting.submodel import build_skeleton, build_submodel
+from tests.laws.parents import AXES, configs, fixed_config, legal_widths, parents, some_widths
+
+NANO_30B = {
+    "model_type": "nemotron_h",
+    "hybrid_override_pattern": "MEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEMEM*EMEMEMEME",
+    "vocab_size": 131072,
+    "hidden_size": 2688,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 2,
+    "head_dim": 128,
+    "mamba_num_heads": 64,
+    "mamba_head_dim": 64,
+    "n_groups": 8,
+    "ssm_state_size": 128,
+    "conv_kernel": 4,
+    "n_routed_experts": 128,
+    "num_experts_per_tok": 6,
+    "moe_intermediate_size": 1856,
+    "moe_shared_expert_intermediate_size": 3712,
+    "layer_norm_epsilon": 1e-5,
+}
+"""The shape of Nemotron 3 Nano 30B-A3B."""
+
+
+def table(config: dict) -> AxisMap:
+    return family_of(config).axis_map(config)
+
+
+@pytest.mark.parametrize("kind", AXES)
+@given(data=st.data())
+@settings(max_examples=20)
+def test_counted_is_built(kind, data):
+    """Parameters and active parameters against the model that transformers builds."""
+    config = data.draw(configs(kind))
+    axis_map = table(config)
+    widths = axis_map.complete(data.draw(some_widths(axis_map)))
+    cost = CostModel(axis_map).count(widths)
+    model = build_skeleton(family_of(config).config_at(config, widths))
+    total = sum(parameter.numel() for parameter in model.parameters())
+    active = total
+    for name, parameter in model.named_parameters():
+        if name.endswith((".experts.up_proj", ".experts.down_proj")):
+            unused = parameter.shape[0] - config["num_experts_per_tok"]
+            active -= unused * parameter[0].numel()
+    assert (cost.total, cost.active) == (total, active)
+    assert sum(count_parts(axis_map, widths).values()) == total
+    assert all(isinstance(value, int) for value in (cost.total, cost.active, cost.bytes))
+
+
+@pytest.mark.parametrize("kind", AXES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bfloat16", "float32"])
+@given(data=st.data())
+@settings(max_examples=6)
+def test_counted_bytes_are_stored_bytes(kind, dtype, data):
+    parent = data.draw(parents(kind, torch.float32))
+    widths = data.draw(some_widths(parent.axis_map))
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        save_model(parent.state, parent.config, root, root / "parent", dtype=dtype)
+        slice_checkpoint(root / "parent", widths, root / "slice")
+        reader = CheckpointReader(root / "slice")
+        stored = sum(
+            math.prod(reader.shape(name)) * reader.dtype(name).itemsize for name in reader.names
+        )
+    load = Workload(dtype_bytes=dtype.itemsize)
+    complete = parent.axis_map.complete(widths)
+    assert CostModel(parent.axis_map, load).count(complete).weight_bytes == stored
+
+
+@pytest.mark.parametrize("kind", AXES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bfloat16", "float32"])
+@given(data=st.data())
+@settings(max_examples=6)
+def test_counted_state_is_the_cache_after_a_prefill(kind, dtype, data):
+    parent = data.draw(parents(kind, torch.float32))
+    widths = parent.axis_map.complete(data.draw(some_widths(parent.axis_map)))
+    submodel = build_submodel(parent.model, parent.config, widths).to(dtype)
+    with torch.no_grad():
+        cache = submodel(input_ids=parent.ids, use_cache=True).past_key_values
+    held = 0
+    for layer in cache.layers:
+        tensors = [getattr(layer, name, None) for name in ("keys", "values")]
+        for name in ("conv_states", "recurrent_states"):
+            states = getattr(layer, name, None) or {}
+            tensors.extend(states.values() if isinstance(states, dict) else states)
+        held += sum(t.numel() * t.itemsize for t in tensors if isinstance(t, torch.Tensor))
+    batch, context = parent.ids.shape
+    load = Workload(context=context, batch=batch, dtype_bytes=dtype.itemsize)
+    assert CostModel(parent.axis_map, load).count(widths).state_bytes == held
+
+
+@pytest.mark.parametrize("kind", AXES)
+@given(data=st.data())
+@settings(max_examples=20)
+def test_cost_is_monotone_in_every_axis(kind, data):
+    axis_map = table(data.draw(configs(kind)))
+    model = CostModel(axis_map, Workload(context=100))
+    widths = data.draw(some_widths(axis_map))
+    for axis in axis_map.axes:
+        counts = [
+            model.count(axis_map.full.replace(**{**widths, axis: width}))
+            for width in legal_widths(axis_map, axis)
+        ]
+        for metric in METRICS:
+            values = [cost.metric(metric) for cost in counts]
+            assert values == sorted(values), (axis, metric)
+        totals = [cost.total for cost in counts]
+        assert len(set(totals)) == len(totals), axis
+
+
+@pytest.mark.parametrize("kind", AXES)
+@given(data=st.data())
+@settings(max_examples=20)
+def test_expected_cost_is_exact_and_differentiable(kind, data):
+    """Tensors give the integers' counts; gradients equal central differences."""
+    axis_map = table(data.draw(configs(kind)))
+    model = CostModel(axis_map, Workload(context=7, batch=3))
+    widths = axis_map.complete(data.draw(some_widths(axis_map)))
+    tensors = {
+        name: torch.tensor(float(width), dtype=torch.float64, requires_grad=True)
+        for name, width in widths.items()
+    }
+    counted, expected = model.count(tensors), model.count(widths)
+    for metric in METRICS:
+        value = counted.metric(metric)
+        assert value.item() == expected.metric(metric)
+        grads = torch.autograd.grad(
+            value, list(tensors.values()), retain_graph=True, allow_unused=True
+        )
+        for name, grad in zip(tensors, grads, strict=True):
+            # Costs are at most quadratic in one width, so a step of 1 leaves no error.
+            up, down = (
+                model.count({**widths, name: widths[name] + step}).metric(metric)
+                for step in (1, -1)
+            )
+            assert (0.0 if grad is None else grad.item()) == pytest.approx((up - down) / 2), name
+
+
+@pytest.mark.parametrize("kind", AXES)
+@given(data=st.data())
+def test_one_width_per_layer_counts_layer_by_layer(kind, data):
+    axis_map = table(data.draw(configs(kind)))
+    model = CostModel(axis_map, Workload(context=5))
+    widths = axis_map.complete(data.draw(some_widths(axis_map)))
+    spread = {
+        name: (width,) * len(axis_map.axes[name].layers) if axis_map.axes[name].layers else width
+        for name, width in widths.items()
+    }
+    assert model.count(axis_map.complete(spread)) == model.count(widths)
+    # Narrowing one layer of the only axis in two steps costs the same as in one.
+    for name, axis in axis_map.axes.items():
+        if len(axis.layers) < 2:
+            continue
+        full, narrow = axis.size, legal_widths(axis_map, name)[0]
+        mixed = (narrow,) + (full,) * (len(axis.layers) - 1)
+        saved = [
+            model.count(axis_map.full).total
+            - model.count(axis_map.full.replace(**{name: kept})).total
+            for kept in (mixed, narrow)
+        ]
+        assert saved[1] == saved[0] * len(axis.layers)
+
+
+def test_nemotron_3_nano_30b():
+    """31.6B parameters of which a token uses 3.6B, as built by transformers and as published."""
+    axis_map = table(NANO_30B)
+    cost = CostModel(axis_map).count(axis_map.full)
+    assert (cost.total, cost.active) == (31_577_937_344, 3_580_073_408)
+    model = build_skeleton(NANO_30B)
+    assert sum(parameter.numel() for parameter in model.parameters()) == cost.total
+    # Two bytes a parameter, and the fp32 correction bias of 128 experts in 23 layers.
+    assert cost.weight_bytes == 2 * 31_577_937_344 + 4 * 128 * 23
+
+
+def test_formulas_by_hand():
+    """The counts of the paper's formulas, written out once more without the table."""
+    c = NANO_30B
+    d, heads, kv, dh = 2688, 32, 2, 128
+    n, p, g, s, k = 64, 64, 8, 128, 4
+    attention = d + (heads + 2 * kv) * dh * d + heads * dh * d
+    conv = n * p + 2 * g * s
+    mamba = d + d * (2 * n * p + 2 * g * s + n) + (k + 1) * conv + 3 * n + n * p + n * p * d
+
+    def moe(experts: int) -> int:
+        return d + 128 * d + 2 * 1856 * d * experts + 2 * 3712 * d
+
+    rest = 2 * c["vocab_size"] * d + d + 23 * mamba + 6 * attention
+    cost = CostModel(table(c), Workload(context=1000, batch=2)).count(table(c).full)
+    assert cost.total == rest + 23 * moe(128)
+    assert cost.active == rest + 23 * moe(6)
+    assert cost.state_bytes == 2 * (
+        6 * 2 * kv * dh * 2 * 1000 + 23 * (n * p * s * 4 + conv * k * 2)
+    )
+    # Two operations per active parameter; the embedding table is looked up, not multiplied.
+    used = cost.active - c["vocab_size"] * d
+    assert cost.flops_per_token == 2 * used + 23 * 5 * n * p * s + 6 * 4 * heads * dh * 1000
+
+
+def test_tied_embeddings_are_counted_once():
+    config = fixed_config("llama")
+    tied, untied = table(config), table({**config, "tie_word_embeddings": False})
+    difference = CostModel(untied).count(untied.full).total - CostModel(tied).count(tied.full).total
+    assert difference == config["vocab_size"] * config["hidden_size"]
+    # Either way the head is multiplied once per token.
+    flops = {CostModel(m).count(m.full).flops_per_token for m in (tied, untied)}
+    assert len(flops) == 1
+
+
+def test_unknown_budget_is_refused():
+    axis_map = table(fixed_config("dense"))
+    with pytest.raises(BudgetError, match="budget 'speed' is unknown; use active, total, bytes"):
+        CostModel(axis_map).count(axis_map.full).metric("speed")

@@ -1,0 +1,578 @@
+"""Elastic budget control: budgets to the token, exact hand-over, batches that change nothing."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    NemotronHConfig,
+    PreTrainedTokenizerFast,
+)
+
+import star_elastic
+from star_elastic.cost import CostModel
+from star_elastic.errors import BudgetError, CheckpointError, ConfigError
+from star_elastic.families import family_of, read_config
+from star_elastic.generate.decode import BatchDecoder, choose_tokens, pads_exactly
+from star_elastic.generate.phased import PhasedGenerator
+from star_elastic.generate.phases import ANSWERING, THINKING, Generation, Plan
+from star_elastic.generate.prompts import ThinkingTags
+from star_elastic.generate.sequence import DONE, Rules, Sequence
+from star_elastic.manifest import Manifest, Size, save_manifest
+from star_elastic.widths import Widths
+
+END = "\n</think>\n"
+TEMPLATE = (
+    "{%- for m in messages %}{{- '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}"
+    "{%- endfor %}{{- '<|im_start|>a\n' }}"
+    "{{- '<think>\n' if enable_thinking is not defined or enable_thinking else '<think></think>' }}"
+)
+ALWAYS_THINKS = TEMPLATE.replace("'<think></think>'", "'<think>\n'")
+LEAVES_TAG_TO_MODEL = TEMPLATE.replace("'<think>\n'", "''")
+NEVER_THINKS = LEAVES_TAG_TO_MODEL.replace("'<think></think>'", "''")
+PROMPTS = ["1+2", "30+41 =", "9", "5+5+5", "12+7+1", "8 8"]
+WIDTHS = {
+    "nemotron_h": {"hidden": 16, "experts": 4, "expert_ffn": 16, "ssm_heads": 2},
+    "llama": {"hidden": 16, "ffn": 16, "heads": 2},
+}
+
+
+def make_tokenizer(template: str | None = TEMPLATE, *, tags: bool = True):
+    """One token per character and per tag: so few that every phase end occurs by chance."""
+    marks = ["<pad>", "<|im_start|>", "<|im_end|>", *(["<think>", "</think>"] if tags else [])]
+    vocab = {token: i for i, token in enumerate([*marks, *"\n 123456789+=?a</thinkuser>0"])}
+    vocab = {token: i for i, token in enumerate(dict.fromkeys(vocab))}
+    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="?"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    tokenizer.add_special_tokens(marks[:3])
+    tokenizer.add_tokens(marks[3:])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        eos_token="<|im_end|>",
+        chat_template=template,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def make_config(model_type: str, vocab_size: int, **changes):
+    """A tiny config with every kind of block; weights large enough for lively greedy text."""
+    shared = {
+        "vocab_size": vocab_size,
+        "hidden_size": 32,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "initializer_range": 0.4,
+        "max_position_embeddings": 256,
+        "tie_word_embeddings": False,
+        "eos_token_id": 2,
+    }
+    if model_type == "llama":
+        return LlamaConfig(**shared, intermediate_size=32, num_hidden_layers=2, **changes)
+    return NemotronHConfig(
+        **shared,
+        layers_block_type=["mamba", "moe", "attention", "mamba"],
+        intermediate_size=32,
+        mamba_num_heads=4,
+        mamba_head_dim=8,
+        n_groups=2,
+        ssm_state_size=8,
+        chunk_size=16,
+        n_routed_experts=8,
+        num_experts_per_tok=2,
+        moe_intermediate_size=32,
+        moe_shared_expert_intermediate_size=32,
+        rescale_prenorm_residual=False,
+        # transformers clamps time steps to this in prefill and not in decoding: out of the way
+        time_step_min=1e-9,
+        **changes,
+    )
+
+
+def make_model(config):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return AutoModelForCausalLM.from_config(config).eval()
+
+
+@pytest.fixture(scope="module", params=list(WIDTHS))
+def checkpoint(request, tmp_path_factory):
+    """An elastic checkpoint with two sizes."""
+    path = tmp_path_factory.mktemp(request.param)
+    tokenizer = make_tokenizer()
+    make_model(make_config(request.param, len(tokenizer))).save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    axis_map = family_of(read_config(path)).axis_map(read_config(path))
+    small = axis_map.complete(Widths(WIDTHS[request.param]))
+    sizes = {"large": Size(axis_map.full), "small": Size(small)}
+    save_manifest(Manifest(request.param, {}, sizes), path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def family(checkpoint):
+    return star_elastic.load(checkpoint)
+
+
+@torch.no_grad()
+def greedy_oracle(model, ids, num_tokens: int, stop: set[int]) -> list[int]:
+    """Greedy decoding without cache, padding or batch."""
+    ids, new = list(ids), []
+    while len(new) < num_tokens:
+        new.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
+        ids.append(new[-1])
+        if new[-1] in stop:
+            break
+    return new
+
+
+def split_ids(result: Generation):
+    """(trace, end of thinking, answer) of the new token ids."""
+    start = result.phase(THINKING).tokens
+    end = start + result.closing_tokens
+    ids = list(result.token_ids)
+    return ids[:start], ids[start:end], ids[end:]
+
+
+# --- law 8: the hand-over is exact -----------------------------------------------------------
+
+
+@pytest.mark.parametrize(("think", "answer"), [("small", "large"), ("large", "small")])
+def test_answer_after_hand_over_equals_answering_size_continuing(family, think, answer):
+    stop = {family.tokenizer.eos_token_id}
+    results = family.generate(
+        PROMPTS, think=think, answer=answer, thinking_budget=7, grace=5, max_new_tokens=40
+    )
+    lengths = set()
+    for prompt, result in zip(PROMPTS, results, strict=True):
+        prompt_ids = family.generator.tags.encode_prompt(prompt, thinking=True).ids
+        trace, closing, answered = split_ids(result)
+        assert greedy_oracle(family[think], prompt_ids, len(trace), set()) == trace
+        handed_over = [*prompt_ids, *trace, *closing]
+        room = 40 - len(trace) - len(closing)
+        assert greedy_oracle(family[answer], handed_over, room, stop) == answered
+        assert result.phase(ANSWERING).prefill_tokens == len(handed_over)
+        lengths.add(len(trace))
+    assert len(lengths) > 1, "all traces ended at once: the batch was not ragged"
+
+
+def test_answer_equals_plain_generate(family):
+    result = family.generate(
+        "1+2", think="small", answer="large", thinking_budget=6, max_new_tokens=50
+    )[0]
+    prompt_ids = family.generator.tags.encode_prompt("1+2", thinking=True).ids
+    trace, closing, answered = split_ids(result)
+    ids = torch.tensor([[*prompt_ids, *trace, *closing]])
+    output = family["large"].generate(
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=len(answered), do_sample=False
+    )
+    assert output[0, ids.shape[1] :].tolist() == answered
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_forced_tokens_in_one_loop_equal_second_prefill(family, temperature):
+    """One size under two names re-prefills where the same size under one name does not."""
+    model = family["small"]
+    twice = PhasedGenerator({"a": model, "b": model}, family.tokenizer, END)
+    options = {"thinking_budget": 6, "grace": 4, "max_new_tokens": 40}
+    one_loop, handed_over = (
+        twice.generate(
+            PROMPTS, Plan(think="a", answer=answer, **options), temperature=temperature, seed=3
+        )
+        for answer in "ab"
+    )
+    assert [r.token_ids for r in one_loop] == [r.token_ids for r in handed_over]
+    for result in one_loop:
+        if answering := result.phase(ANSWERING):
+            assert answering.prefill_tokens == 0
+        read = sum(phase.prefill_tokens + phase.decode_steps for phase in result.phases)
+        assert read == result.prompt_tokens + len(result.token_ids) - 1
+
+
+# --- batches and caches ----------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_ragged_cached_logits_equal_uncached(family):
+    rows = [[5, 6, 7], [8, 9, 10, 11, 12, 13, 14], [6]]
+    for size in family:
+        model, texts = family[size], [list(row) for row in rows]
+        decoder = BatchDecoder(model, texts, room=4)
+        present = [0, 1, 2]
+        for token in (5, 9, 11, 12):
+            if token == 11:  # the longest row leaves
+                decoder.keep([0, 2])
+                present = [0, 2]
+            for place, row in enumerate(present):
+                expected = model(torch.tensor([texts[row]])).logits[0, -1]
+                tolerance = 1e-4 * expected.abs().max()
+                assert (decoder.logits_BV[place] - expected).abs().max() < tolerance
+                texts[row].append(token + row)
+            decoder.step([token + row for row in present])
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_batching_changes_nothing(family, temperature):
+    options = {
+        "think": "small",
+        "thinking_budget": 8,
+        "grace": 3,
+        "max_new_tokens": 50,
+        "temperature": temperature,
+    }
+    together = family.generate(PROMPTS, **options)
+    alone = family.generate(PROMPTS, **options, batch_size=1)
+    assert [r.token_ids for r in together] == [r.token_ids for r in alone]
+    assert len({len(r.token_ids) for r in together}) > 1
+
+
+def test_padding_with_a_projection_bias_is_avoided():
+    tokenizer = make_tokenizer()
+    model = make_model(make_config("nemotron_h", len(tokenizer), use_bias=True))
+    torch.nn.init.normal_(model.model.layers[0].mixer.in_proj.bias)
+    assert not pads_exactly(model)
+    generator = PhasedGenerator({"only": model}, tokenizer, END)
+    plan = Plan(think="only", answer="only", max_new_tokens=20)
+    together = generator.generate(PROMPTS, plan)
+    alone = [generator.generate(prompt, plan)[0] for prompt in PROMPTS]
+    assert [r.token_ids for r in together] == [r.token_ids for r in alone]
+
+
+def test_seeds_reproduce_and_leave_the_global_state(family):
+    state = torch.random.get_rng_state()
+    first, again, other = (
+        [
+            r.token_ids
+            for r in family.generate(PROMPTS, temperature=1.0, seed=seed, max_new_tokens=30)
+        ]
+        for seed in (1, 1, 2)
+    )
+    assert first == again
+    assert first != other
+    assert torch.equal(state, torch.random.get_rng_state())
+
+
+def test_draws_follow_the_softmax():
+    logits = torch.tensor([[0.0, 1.0, 2.0, -1e9]]).expand(4000, -1)
+    generators = [torch.Generator().manual_seed(i) for i in range(4000)]
+    tokens = torch.tensor(choose_tokens(logits, temperature=2.0, generators=generators))
+    shares = torch.bincount(tokens, minlength=4) / 4000
+    assert torch.allclose(shares, (logits[0] / 2).softmax(-1), atol=0.03)
+    assert shares[3] == 0
+
+
+# --- budgets ---------------------------------------------------------------------------------
+
+TOKENIZER = make_tokenizer()
+TAGS = ThinkingTags(TOKENIZER, END)
+CLOSE = TOKENIZER.convert_tokens_to_ids("</think>")
+NEWLINE = TOKENIZER.convert_tokens_to_ids("\n")
+EOS = TOKENIZER.eos_token_id
+
+
+def play(tokens, plan: Plan, *, phase: str = THINKING) -> tuple[Sequence, Generation]:
+    """A sequence whose model wants to write `tokens` (round and round)."""
+    rules = Rules(plan, TAGS, frozenset({EOS}))
+    sequence = Sequence(rules, 0, [5, 6, 7], 3, phase, torch.Generator())
+    sequence.prefill()
+    for step in range(1000):
+        if sequence.wants_token:
+            sequence.accept(tokens[step % len(tokens)])
+        if sequence.phase == DONE:
+            return sequence, sequence.result({THINKING: 1.0, ANSWERING: 2.0})
+        if not sequence.wants_token:
+            sequence.read()
+    raise AssertionError("the sequence does not end")
+
+
+@given(
+    tokens=st.lists(st.sampled_from([CLOSE, NEWLINE, EOS, *range(6, 16)]), min_size=1, max_size=30),
+    budget=st.none() | st.integers(1, 20),
+    grace=st.integers(0, 8),
+    spare=st.integers(1, 30),
+)
+def test_budget_is_obeyed_to_the_token(tokens, budget, grace, spare):
+    room = (budget or 0) + grace + TAGS.max_closing + spare
+    plan = Plan(think="s", answer="l", thinking_budget=budget, grace=grace, max_new_tokens=room)
+    _, result = play(tokens, plan)
+    trace, closing, answer = split_ids(result)
+    thinking, answering = result.phase(THINKING), result.phase(ANSWERING)
+    assert len(result.token_ids) <= room
+    assert thinking.tokens == len(trace)
+    assert CLOSE not in trace
+    # no line end that should have cut the trace lies before its end
+    first_cut = len(trace) if budget is None else budget - 1
+    assert NEWLINE not in trace[first_cut : len(trace) - 1]
+    if budget is not None:
+        assert len(trace) <= budget + grace
+    if thinking.ended == "natural":
+        assert closing == [CLOSE]
+    elif thinking.ended == "cut_at_newline":
+        assert len(trace) >= budget
+        assert trace[-1] == NEWLINE
+        assert TAGS.decode(closing) == "</think>\n"
+    elif thinking.ended == "cut":
+        assert len(trace) == budget + grace
+        assert trace[-1] != NEWLINE
+        assert TAGS.decode(closing) == END
+    elif thinking.ended == "stopped":
+        assert trace[-1] == EOS
+        assert answering is None
+    else:
+        assert thinking.ended == "length"
+        assert budget is None
+        assert len(result.token_ids) == room
+    if answering:
+        assert answering.tokens == len(answer)
+        assert (answering.ended == "natural") == (answer[-1:] == [EOS])
+        assert result.text == result.thinking + TAGS.decode(closing) + result.answer
+        assert "<|im_end|>" not in result.text
+
+
+def test_each_end_of_thinking():
+    cases = {
+        "natural": ([9, 8, CLOSE, 9, EOS], {}),
+        "cut": ([9], {"thinking_budget": 3, "grace": 2}),
+        "cut_at_newline": ([9, 9, 9, 9, NEWLINE], {"thinking_budget": 3, "grace": 2}),
+        "stopped": ([9, EOS], {}),
+        "length": ([9], {}),
+    }
+    for ended, (tokens, options) in cases.items():
+        _, result = play(tokens, Plan(think="s", answer="l", max_new_tokens=20, **options))
+        assert result.phase(THINKING).ended == ended
+
+
+def test_trace_closed_right_at_its_budget_is_natural():
+    plan = Plan(think="s", answer="l", thinking_budget=2, grace=0, max_new_tokens=20)
+    _, result = play([9, 8, CLOSE, 9, EOS], plan)
+    assert result.phase(THINKING).ended == "natural"
+    _, result = play([9, 8, 7, CLOSE, 9, EOS], plan)
+    assert result.phase(THINKING).ended == "cut"
+    assert result.phase(THINKING).tokens == 2
+
+
+def test_budgets_and_ends_in_whole_generations(family):
+    ends = set()
+    for budget in (1, 4, 9):
+        for result in family.generate(
+            PROMPTS * 4,
+            thinking_budget=budget,
+            grace=3,
+            max_new_tokens=30,
+            temperature=1.5,
+            seed=budget,
+        ):
+            ends.add(result.phase(THINKING).ended)
+            assert result.phase(THINKING).tokens <= budget + 3
+            assert len(result.token_ids) <= 30
+    assert ends == {"natural", "cut", "cut_at_newline", "stopped"}
+
+
+def test_no_budget_means_no_thinking(family):
+    result = family.generate("1+2", think="small", answer="large", thinking_budget=0)[0]
+    assert [phase.name for phase in result.phases] == [ANSWERING]
+    assert result.phases[0].size == "large"
+    assert result.closing_tokens == 0
+    text = "<|im_start|>user\n1+2<|im_end|>\n<|im_start|>a\n<think></think>"
+    ids = family.tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert result.prompt_tokens == len(ids)
+    expected = greedy_oracle(family["large"], ids, 256, {family.tokenizer.eos_token_id})
+    assert list(result.token_ids) == expected
+
+
+# --- prompts and tags ------------------------------------------------------------------------
+
+
+def open_tags(template: str | None) -> ThinkingTags:
+    return ThinkingTags(make_tokenizer(template), END)
+
+
+@pytest.mark.parametrize(
+    ("template", "thinking", "tail", "in_thinking"),
+    [
+        (TEMPLATE, True, "a\n<think>\n", True),
+        (TEMPLATE, False, "a\n<think></think>", False),
+        (ALWAYS_THINKS, False, "a\n<think>\n", True),
+        (LEAVES_TAG_TO_MODEL, True, "a\n<think>\n", True),
+        (LEAVES_TAG_TO_MODEL, False, "a\n<think></think>", False),
+        (NEVER_THINKS, True, "a\n", False),
+    ],
+)
+def test_chat_template_decides_how_a_turn_opens(template, thinking, tail, in_thinking):
+    tags = open_tags(template)
+    encoded = tags.encode_prompt("1+2", thinking=thinking)
+    assert tags.decode(encoded.ids).endswith(tail)
+    assert encoded.in_thinking is in_thinking
+
+
+def test_end_of_thinking_is_injected_where_the_template_always_opens():
+    tokenizer = make_tokenizer(ALWAYS_THINKS)
+    model = make_model(make_config("llama", len(tokenizer)))
+    generator = PhasedGenerator({"m": model}, tokenizer, END)
+    plan = Plan(think="m", answer="m", thinking_budget=0, max_new_tokens=9)
+    result = generator.generate("1+2", plan)[0]
+    assert result.closing_tokens == 2
+    assert result.text == "</think>\n" + result.answer
+    assert result.phase(THINKING) is None
+    assert len(result.token_ids) <= 9
+    with pytest.raises(BudgetError, match="use max_new_tokens=3 or more"):
+        generator.generate("1+2", Plan(think="m", answer="m", thinking_budget=0, max_new_tokens=2))
+
+
+def test_model_that_does_not_think_answers_at_once():
+    tokenizer = make_tokenizer(NEVER_THINKS)
+    model = make_model(make_config("llama", len(tokenizer)))
+    generator = PhasedGenerator({"m": model, "n": model}, tokenizer, END)
+    result = generator.generate("1+2", Plan(think="m", answer="m", max_new_tokens=5))[0]
+    assert [phase.name for phase in result.phases] == [ANSWERING]
+    for plan in (
+        Plan(think="m", answer="m", thinking_budget=4),
+        Plan(think="m", answer="n"),
+    ):
+        with pytest.raises(ConfigError, match="does not open <think>"):
+            generator.generate("1+2", plan)
+
+
+def test_closing_tag_of_several_tokens_is_found():
+    tokenizer = make_tokenizer(tags=False)
+    tags = ThinkingTags(tokenizer, END)
+    ids = tags.encode("12</think>")
+    assert len(ids) == 10
+    assert tags.count_closing(ids) == 8
+    assert tags.count_closing(ids[:-1]) == 0
+    assert tags.count_closing([]) == 0
+    plan = Plan(think="s", answer="s", max_new_tokens=40)
+    sequence = Sequence(Rules(plan, tags, frozenset()), 0, [5], 1, THINKING, torch.Generator())
+    sequence.prefill()
+    for token in ids:
+        sequence.accept(token)
+        sequence.read()
+    assert sequence.phase == ANSWERING
+    assert (sequence.written[THINKING], sequence.num_closing) == (2, 8)
+
+
+def test_messages_and_texts_are_the_same_prompt(family):
+    message = [{"role": "user", "content": "1+2"}]
+    options = {"max_new_tokens": 5}
+    results = [
+        family.generate(prompts, **options)[0].token_ids
+        for prompts in ("1+2", ["1+2"], message, [message])
+    ]
+    assert len(set(results)) == 1
+
+
+# --- the family ------------------------------------------------------------------------------
+
+
+def test_sizes_are_views_of_one_copy(family):
+    assert list(family) == list(family.sizes) == ["large", "small"]
+    assert len(family) == 2
+    assert "small" in family
+    assert "medium" not in family
+    assert family["large"] is family.parent
+    assert family["small"] is family["small"]
+    own = {p.untyped_storage().data_ptr() for p in family["large"].parameters()}
+    small = list(family["small"].parameters())
+    views = sum(p.numel() for p in small if p.untyped_storage().data_ptr() in own)
+    total = sum(p.numel() for p in small)
+    assert views / total > (0.99 if family.manifest.family == "llama" else 0.5)
+    assert total == family.cost("small").total
+    widths = family.manifest.size("small").widths
+    assert family.cost("small") == CostModel(family.axis_map).count(widths)
+
+
+def test_sizes_stay_trainable_after_generation(family):
+    family.generate("1+2", think="small", answer="large", max_new_tokens=3)
+    family["small"](torch.tensor([[5, 6]]), labels=torch.tensor([[5, 6]])).loss.backward()
+
+
+def test_dtype(checkpoint):
+    family = star_elastic.load(checkpoint, dtype="bfloat16")
+    assert family["small"].dtype == torch.bfloat16
+    assert family.generate("1+2", think="small", answer="large", max_new_tokens=4)
+
+
+def test_result_is_json(family):
+    result = family.generate("1+2", think="small", answer="large", thinking_budget=5)[0]
+    content = json.loads(json.dumps(result.to_json()))
+    assert content["token_ids"] == list(result.token_ids)
+    phases = {phase["name"]: phase for phase in content["phases"]}
+    assert phases[THINKING]["size"] == "small"
+    assert phases[THINKING]["seconds"] > 0
+    if result.phase(ANSWERING):
+        assert phases[ANSWERING]["size"] == "large"
+        assert phases[ANSWERING]["ended"] in ("natural", "length")
+
+
+def test_package_import_stays_cheap():
+    code = "import sys, star_elastic; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
+    with pytest.raises(AttributeError, match="no attribute 'unknown'"):
+        star_elastic.unknown  # noqa: B018
+
+
+# --- mistakes --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("prompts", "options", "error", "message"),
+    [
+        ("1+2", {"think": "huge"}, ConfigError, "size 'huge' is not in this family; it has large"),
+        ("1+2", {"thinking_budget": -1}, BudgetError, "thinking_budget=-1 is not a number"),
+        ("1+2", {"thinking_budget": 2.5}, BudgetError, "thinking_budget=2.5 is not a number"),
+        ("1+2", {"grace": -1}, BudgetError, "grace=-1 is not a number"),
+        ("1+2", {"max_new_tokens": 0}, BudgetError, "max_new_tokens=0 is not a number"),
+        ("1+2", {"thinking_budget": 250}, BudgetError, "use max_new_tokens=286 or more"),
+        ("1" * 100, {}, BudgetError, "context of 256; use max_new_tokens=1[0-9]+ or less"),
+        ("1" * 300, {"max_new_tokens": 1}, BudgetError, "context of 256; shorten the prompt"),
+        ("1+2", {"temperature": -0.5}, ConfigError, "temperature=-0.5"),
+        ("1+2", {"temperature": float("nan")}, ConfigError, "temperature=nan"),
+        ("1+2", {"batch_size": 0}, ConfigError, "batch_size=0"),
+        (" \n", {}, ConfigError, "the prompt is empty"),
+        ([], {}, ConfigError, "the prompt is empty"),
+        (["1", ""], {}, ConfigError, "the prompt is empty"),
+        ([[]], {}, ConfigError, "the prompt is empty"),
+        ([{"role": "user", "content": ""}], {}, ConfigError, "the prompt is empty"),
+        ([{"role": "user"}], {}, ConfigError, "give each message both fields"),
+        ([7], {}, ConfigError, "a prompt of type int cannot be read"),
+    ],
+)
+def test_mistakes_are_told_in_one_line(family, prompts, options, error, message):
+    with pytest.raises(error, match=message) as caught:
+        family.generate(prompts, **options)
+    assert "\n" not in str(caught.value)
+
+
+def test_mistakes_of_loading(checkpoint, tmp_path):
+    with pytest.raises(ConfigError, match="dtype='int8' is not supported; use float32"):
+        star_elastic.load(checkpoint, dtype="int8")
+    with pytest.raises(ConfigError, match=r"holds no config\.json"):
+        star_elastic.load(tmp_path)
+    family = star_elastic.load(checkpoint)
+    with pytest.raises(CheckpointError, match="size 'huge' is not in this family"):
+        family["huge"]
+    family.path = tmp_path
+    with pytest.raises(CheckpointError, match="holds no usable tokenizer"):
+        family.generate("1+2")
+    with pytest.raises(ConfigError, match="holds no closing tag"):
+        ThinkingTags(TOKENIZER, "done")
+
+
+def test_tokenizer_without_template_reads_plain_text_only():
+    tokenizer = make_tokenizer(None)
+    model = make_model(make_config("llama", len(tokenizer)))
+    generator = PhasedGenerator({"m": model}, tokenizer, END)
+    plan = Plan(think="m", answer="m", thinking_budget=2, grace=0, max_new_tokens=12)
+    with pytest.raises(ConfigError, match="cannot read messages"):
+        generator.generate([{"role": "user", "content": "1"}], plan)
+    result = generator.generate("1+2<think>\n", plan)[0]
+    assert result.phase(THINKING).tokens <= 2

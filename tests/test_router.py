@@ -1,0 +1,273 @@
+"""The router: independent draws, exact budgets, and proof that it learns what may be cut."""
+
+import math
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from star_elastic.cost import CostModel
+from star_elastic.errors import BudgetError
+from star_elastic.nesting.gate import Mixture
+from star_elastic.nesting.slice import slice_tensor
+from star_elastic.nesting.submodel import ElasticModel
+from star_elastic.router.budget import (
+    TOLERANCE,
+    budget_loss,
+    budget_miss,
+    check_budgets,
+    commit,
+)
+from star_elastic.router.router import Annealing, Decision, Router, Temperature, gumbel
+from star_elastic.train.losses import distillation_loss
+
+HYBRID = {
+    "model_type": "nemotron_h", "hybrid_override_pattern": "ME*-", "hidden_size": 32,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "intermediate_size": 64,
+    "mamba_num_heads": 8, "mamba_head_dim": 8, "n_groups": 2, "ssm_state_size": 8,
+    "conv_kernel": 4, "chunk_size": 8, "n_routed_experts": 8, "num_experts_per_tok": 2,
+    "moe_intermediate_size": 32, "moe_shared_expert_intermediate_size": 32, "vocab_size": 64,
+}  # fmt: skip
+LLAMA = {
+    "model_type": "llama", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "vocab_size": 64,
+}  # fmt: skip
+
+
+def random_parent(config: dict, seed: int = 0) -> ElasticModel:
+    torch.manual_seed(seed)
+    fields = {k: v for k, v in config.items() if k != "model_type"}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(config["model_type"], **fields))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(std=1.5 / math.sqrt(parameter.shape[-1]))
+    return ElasticModel(model.eval(), config)
+
+
+def plant_dead_half(elastic: ElasticModel, axis: str) -> None:
+    """Makes the tail half of `axis` (in each group) free to cut, and nothing else.
+
+    Zeroed where it is read. A norm over the axis also measures it, so there the tail first becomes
+    a copy of the head: cutting it then leaves every mean square as it was.
+    """
+    axis_map, state = elastic.axis_map, elastic.state()
+    info = axis_map.axes[axis]
+    half = axis_map.full.replace(**{axis: info.size // 2})
+    with torch.no_grad():
+        if axis == "experts":
+            for moe in axis_map.moe_layers:
+                bias = state[f"{moe.router_path}.e_score_correction_bias"]
+                bias[info.size // 2 :] = -100.0
+            return
+        for name, spec in axis_map.tensors.items():
+            for dim in range(len(spec.dims)):
+                if axis not in {segment.axis for segment in spec.dims[dim]}:
+                    continue
+                reads = spec.gate_dim == dim or name.endswith("out_proj.weight") and dim == 1
+                tail = _tail_mask(elastic, spec, dim, half)
+                if axis in ("hidden", "ssm_heads"):
+                    rows = state[name].movedim(dim, 0)
+                    rows[tail] = rows[~_fixed_mask(spec, dim) & ~tail]
+                if reads and axis != "hidden":
+                    state[name].movedim(dim, 0)[tail] = 0
+        if axis == "hidden":
+            for norm in axis_map.norms:
+                if norm.axis == "hidden":
+                    state[f"{norm.path}.weight"][info.size // 2 :] = 0
+
+
+def _tail_mask(elastic, spec, dim, half):
+    size = elastic.axis_map.shape(spec, elastic.axis_map.full)[dim]
+    mask = torch.ones(size, dtype=torch.bool)
+    for low, high in elastic.axis_map.runs(spec, dim, half):
+        mask[low:high] = False
+    return mask
+
+
+def _fixed_mask(spec, dim):
+    parts = [torch.full((s.num_units * s.unit,), s.axis is None) for s in spec.dims[dim]]
+    return torch.cat(parts)
+
+
+def one_hot(choices, index) -> Mixture:
+    return Mixture(choices, torch.nn.functional.one_hot(torch.tensor(index), len(choices)).float())
+
+
+AXES = [(HYBRID, a) for a in ("hidden", "ffn", "experts", "expert_ffn", "shared_ffn")]
+AXES += [(HYBRID, a) for a in ("ssm_heads", "heads")]
+AXES += [(LLAMA, a) for a in ("hidden", "ffn", "heads")]
+
+
+@pytest.mark.parametrize(("config", "axis"), AXES, ids=lambda v: v if isinstance(v, str) else "")
+def test_router_cuts_the_planted_axis_first(config, axis):
+    elastic = random_parent(config)
+    plant_dead_half(elastic, axis)
+    axis_map = elastic.axis_map
+    cost = CostModel(axis_map)
+    half = axis_map.full.replace(**{axis: axis_map.axes[axis].size // 2})
+    ids = torch.randint(0, 64, (4, 24), generator=torch.Generator().manual_seed(1))
+    elastic.requires_grad_(False)
+    teacher = elastic.parent(input_ids=ids).logits.flatten(0, 1)
+    kept = elastic(half, input_ids=ids).logits.flatten(0, 1)
+    assert distillation_loss(teacher, kept) < 1e-6, "the planted half must be free to cut"
+
+    choices = {
+        name: (info.size, info.size // 2)
+        for name, info in axis_map.axes.items()
+        if not any(name == multiple for multiple, _ in axis_map.multiples) or axis == name
+    }
+    metric = "total" if axis == "experts" else "active"
+    target = cost.count(half).metric(metric) / cost.count(axis_map.full).metric(metric)
+    router = Router(choices, 1, seed=3)
+    optimizer = torch.optim.Adam(router.parameters(), lr=1e-2)
+    annealing, steps = Annealing(tau_end=0.2), 80
+    for step in range(steps):
+        decision = router.decide(router.one_hot(0), annealing.at(step / steps), noise_key=(7, step))
+        logits = elastic(decision.mixtures, input_ids=ids).logits.flatten(0, 1)
+        loss = distillation_loss(teacher, logits)
+        # The correction bias of the planted experts closes them whatever the gate says, so the
+        # budget is the only pull there; elsewhere the two pull together.
+        loss = loss + 10 * budget_loss(decision.mixtures, {metric: target}, cost)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    decision = router.decide(router.one_hot(0), Temperature(1.0, 1.0))
+    assert decision.choice == {name: half[name] for name in choices}
+
+
+@pytest.mark.parametrize("config", [HYBRID, LLAMA], ids=["nemotron_h", "llama"])
+def test_kd_alone_moves_the_router_and_matches_finite_differences(config):
+    """With lambda = 0: gradients of the KD loss on the router's logits, every axis."""
+    elastic = random_parent(config)
+    elastic.requires_grad_(False)
+    axis_map = elastic.axis_map
+    ids = torch.randint(0, 64, (2, 12), generator=torch.Generator().manual_seed(1))
+    teacher = elastic.parent(input_ids=ids).logits.flatten(0, 1)
+    grids = {name: (info.size, info.size // 2) for name, info in axis_map.axes.items()}
+    logits = {name: torch.tensor([0.4, -0.1], requires_grad=True) for name in grids}
+
+    def loss_at(values):
+        mixtures = {a: Mixture(grids[a], values[a].softmax(-1)) for a in grids}
+        out = elastic(mixtures, input_ids=ids).logits.flatten(0, 1)
+        return distillation_loss(teacher, out)
+
+    loss_at(logits).backward()
+    for name in grids:
+        grad = logits[name].grad
+        assert grad.abs().max() > 1e-5, name
+        step = 2e-2
+        shift = torch.tensor([step, 0.0])
+        with torch.no_grad():
+            up = loss_at({**logits, name: logits[name] + shift})
+            down = loss_at({**logits, name: logits[name] - shift})
+        numeric = (up - down) / (2 * step)
+        assert torch.isclose(grad[0], numeric, rtol=3e-2, atol=2e-4), (name, grad, numeric)
+
+
+def test_axes_with_equal_choices_draw_independent_noise():
+    router = Router({"a": (4, 2), "b": (4, 2)}, 1)
+    draws = [
+        router.decide(router.one_hot(0), Temperature(1.0, 1.0), noise_key=(0, step)).choice
+        for step in range(200)
+    ]
+    agree = sum(draw["a"] == draw["b"] for draw in draws) / len(draws)
+    assert 0.3 < agree < 0.7
+    assert torch.equal(gumbel(5, 1, 2, "a"), gumbel(5, 1, 2, "a"))
+    assert not torch.equal(gumbel(5, 1, 2, "a"), gumbel(5, 1, 3, "a"))
+
+
+def test_hard_sample_is_one_hot_with_the_soft_gradient():
+    router = Router({"a": (4, 3, 2)}, 2)
+    soft = router.decide(router.one_hot(1), Temperature(1.0, 1.0), noise_key=(5,))
+    hard = router.decide(router.one_hot(1), Temperature(1.0, 1.0), noise_key=(5,), hard=True)
+    assert sorted(hard.mixtures["a"].probs.tolist()) == [0, 0, 1]
+    weights = torch.tensor([1.0, 2.0, 4.0])
+    grads = []
+    for decision in (soft, hard):
+        router.zero_grad()
+        (decision.mixtures["a"].probs @ weights).backward()
+        grads.append([p.grad.clone() for p in router.parameters()])
+    for a, b in zip(*grads, strict=True):
+        assert torch.allclose(a, b)
+
+
+def fine_grid(axis_map):
+    return {"hidden": tuple(range(32, 15, -2)), "ffn": tuple(range(64, 31, -4))}
+
+
+@pytest.mark.parametrize("fraction", [0.95, 0.8, 0.65])
+def test_commit_meets_the_budget_within_one_step_per_axis(fraction):
+    elastic = random_parent(LLAMA)
+    cost = CostModel(elastic.axis_map)
+    grids = {"ffn": tuple(range(64, 23, -2)), "hidden": (32, 28, 24, 20)}
+    router = Router(grids, 1, seed=1)
+    optimizer = torch.optim.Adam(router.parameters(), lr=1e-2)
+    for step in range(150):
+        decision = router.decide(
+            router.one_hot(0), Annealing().at(step / 150), noise_key=(1, step)
+        )
+        loss = budget_loss(decision.mixtures, {"active": fraction}, cost)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    decision = router.decide(router.one_hot(0), Temperature(1.0, 1.0))
+    fixed = commit(decision, {"active": fraction}, cost)
+    assert fixed.miss <= TOLERANCE
+    assert fixed.miss == budget_miss(fixed.widths, {"active": fraction}, cost)
+    for axis, grid in grids.items():
+        moved = abs(grid.index(fixed.widths[axis]) - grid.index(decision.choice[axis]))
+        assert moved == abs(fixed.repair.get(axis, 0)) <= 1
+
+
+def test_commit_keeps_an_argmax_that_meets_its_budget_and_respects_multiples():
+    elastic = random_parent(LLAMA)
+    cost = CostModel(elastic.axis_map)
+    mixtures = {"hidden": one_hot((32, 24), 1), "heads": one_hot((4, 2), 0)}
+    choice = {"hidden": 24, "heads": 4}
+    target = cost.count(cost.axis_map.complete(choice)).active / cost.count(
+        cost.axis_map.full
+    ).active
+    fixed = commit(Decision(mixtures, choice), {"active": target}, cost)
+    assert fixed.repair == {} and fixed.miss < 1e-9
+    assert fixed.widths["hidden"] == 24
+
+
+def test_full_budget_pulls_every_axis_to_full_width():
+    elastic = random_parent(HYBRID)
+    cost = CostModel(elastic.axis_map)
+    grids = {name: (info.size, info.size // 2) for name, info in elastic.axis_map.axes.items()}
+    router = Router(grids, 1, seed=2)
+    optimizer = torch.optim.Adam(router.parameters(), lr=1e-2)
+    for step in range(60):
+        decision = router.decide(router.one_hot(0), Annealing().at(step / 60), noise_key=(0, step))
+        loss = budget_loss(decision.mixtures, {"active": 1.0}, cost)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    decision = router.decide(router.one_hot(0), Temperature(1.0, 1.0))
+    assert decision.choice == {name: info.size for name, info in elastic.axis_map.axes.items()}
+
+
+def test_budgets_out_of_reach_are_refused_with_the_range():
+    elastic = random_parent(LLAMA)
+    cost = CostModel(elastic.axis_map)
+    with pytest.raises(BudgetError, match=r"active=0.1 cannot be met; the choices reach from 0\.\d"):
+        check_budgets("tiny", {"active": 0.1}, cost, {"ffn": (64, 32)})
+    with pytest.raises(BudgetError, match="budget 'time' is unknown"):
+        check_budgets("tiny", {"time": 0.9}, cost, {"ffn": (64, 32)})
+    with pytest.raises(BudgetError, match="has no budget"):
+        check_budgets("tiny", {}, cost, {"ffn": (64, 32)})
+
+
+def test_budget_gradient_points_to_the_budget():
+    elastic = random_parent(LLAMA)
+    cost = CostModel(elastic.axis_map)
+    logits = torch.zeros(3, requires_grad=True)
+    mixtures = {"ffn": Mixture((64, 48, 32), logits.softmax(-1))}
+    budget_loss(mixtures, {"active": 0.5}, cost).backward()
+    assert logits.grad[0] > 0 > logits.grad[2]
+    spec = elastic.axis_map.tensors["model.layers.0.mlp.up_proj.weight"]
+    half = elastic.axis_map.full.replace(ffn=32)
+    weight = elastic.state()[spec.name]
+    assert slice_tensor(weight, spec, elastic.axis_map, half).shape == (32, 32)

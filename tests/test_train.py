@@ -1,0 +1,319 @@
+"""Nested distillation end to end on a tiny parent: config, data, training, resume, the result."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from star_elastic.checkpoint import load_tensors
+from star_elastic.demo import bundled_parent, write_rows
+from star_elastic.errors import BudgetError, CheckpointError, ConfigError, ShapeError
+from star_elastic.evaluate.tasks import messages, sample_problems
+from star_elastic.families import family_of, read_config
+from star_elastic.generate.family import load
+from star_elastic.manifest import load_manifest
+from star_elastic.nesting.stream import save_model, slice_checkpoint
+from star_elastic.nesting.submodel import ElasticModel, load_parent
+from star_elastic.router.budget import TOLERANCE
+from star_elastic.train import run as run_module
+from star_elastic.train.config import load_run_config
+from star_elastic.train.data import BatchOrder, Examples, JsonLines
+from star_elastic.train.losses import distillation_loss
+from star_elastic.train.run import Interrupted, Silent, default_choices, train
+
+TINY = {
+    "model_type": "nemotron_h", "hybrid_override_pattern": "M*E", "hidden_size": 48,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "intermediate_size": 64,
+    "mamba_num_heads": 8, "mamba_head_dim": 8, "n_groups": 2, "ssm_state_size": 8,
+    "conv_kernel": 4, "chunk_size": 16, "n_routed_experts": 8, "num_experts_per_tok": 2,
+    "moe_intermediate_size": 32, "moe_shared_expert_intermediate_size": 64,
+    "max_position_embeddings": 512,
+}  # fmt: skip
+RUN = """
+parent = "parent"
+out = "run"
+
+[sizes.large]
+active = 1.0
+[sizes.small]
+active = 0.7
+
+[choices]
+hidden = [48, 40, 32, 24]
+expert_ffn = [32, 24, 16]
+shared_ffn = [64, 60, 56, 52, 48, 44, 40, 36, 32, 28, 24]
+ssm_heads = [8, 6, 4]
+
+[data]
+train = ["rows.jsonl"]
+context = 96
+loss_on = "answers"
+
+[calibration]
+num_samples = 16
+
+[router]
+commit_at = 0.6
+learning_rate = 1e-2
+
+[optimizer]
+learning_rate = 2e-3
+warmup_steps = 2
+
+[schedule]
+steps = 40
+batch_size = 8
+save_every = 16
+autocast = false
+"""
+
+
+@pytest.fixture(scope="module")
+def parent(tmp_path_factory):
+    """A tiny random parent with the bundled tokenizer, rows and a run config beside it."""
+    folder = tmp_path_factory.mktemp("train")
+    tokenizer = AutoTokenizer.from_pretrained(bundled_parent())
+    torch.manual_seed(0)
+    config = {**TINY, "vocab_size": len(tokenizer)}
+    fields = {k: v for k, v in config.items() if k != "model_type"}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("nemotron_h", **fields)).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(std=1.5 / math.sqrt(parameter.shape[-1]))
+    state = ElasticModel(model, config).state()
+    save_model(state, config, bundled_parent(), folder / "parent", dtype=torch.float32)
+    write_rows(folder / "rows.jsonl", 64, seed=0)
+    (folder / "run.toml").write_text(RUN)
+    return folder
+
+
+def config_in(folder, name="run", **replacements):
+    text = RUN.replace('out = "run"', f'out = "{name}"')
+    for old, new in replacements.items():
+        assert old in text
+        text = text.replace(old, new)
+    file = folder / f"{name}.toml"
+    file.write_text(text)
+    return load_run_config(file)
+
+
+def metrics(result):
+    text = (result.elastic.parent / "metrics.jsonl").read_text()
+    return [json.loads(line) for line in text.splitlines()]
+
+
+@pytest.fixture(scope="module")
+def trained(parent):
+    """The result of an uninterrupted run on one thread."""
+    torch.set_num_threads(1)
+    return train(config_in(parent, "straight"))
+
+
+def test_result_is_an_elastic_checkpoint_that_meets_its_budgets(parent, trained):
+    family = load(trained.elastic)
+    axis_map = family.axis_map
+    assert family.sizes["large"].widths == axis_map.full
+    assert family.sizes["small"].cost["budget_miss"] <= TOLERANCE
+    assert set(family.sizes["small"].repair.values()) <= {-1, 1}
+    plain, info = AutoModelForCausalLM.from_pretrained(
+        trained.elastic, output_loading_info=True, dtype=torch.float32
+    )
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    ids = torch.arange(20)[None]
+    assert torch.equal(plain(input_ids=ids).logits, family["large"](input_ids=ids).logits)
+
+
+def test_slices_of_the_result_reload_in_plain_transformers(trained, tmp_path):
+    family = load(trained.elastic)
+    slice_checkpoint(trained.elastic, family.sizes["small"].widths, tmp_path / "small")
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "small", dtype=torch.float32)
+    AutoTokenizer.from_pretrained(tmp_path / "small")
+    ids = torch.arange(20)[None]
+    assert torch.allclose(
+        plain(input_ids=ids).logits, family["small"](input_ids=ids).logits, atol=1e-5
+    )
+    assert not (tmp_path / "small" / "elastic.json").exists()
+    assert not (tmp_path / "small" / "router.safetensors").exists()
+
+
+def test_training_brings_the_small_size_closer_to_the_parent(parent, trained):
+    original, config = load_parent(parent / "parent")
+    family = load(trained.elastic)
+    widths = family.sizes["small"].widths
+    rows = metrics(trained)
+    committed = [row["kd"]["small"] for row in rows if not row["expected"]]
+    assert len(rows) == 40 and len(committed) == 16
+    ids = torch.randint(0, 300, (4, 40), generator=torch.Generator().manual_seed(3))
+    orders = load_tensors(trained.elastic / "orders.safetensors")
+    from star_elastic.nesting.submodel import sort_in_place
+
+    sort_in_place(original, family.axis_map, orders)
+    elastic = ElasticModel(original, config)
+    with torch.no_grad():
+        teacher = elastic(family.axis_map.full, input_ids=ids).logits.flatten(0, 1)
+        before = elastic(widths, input_ids=ids).logits.flatten(0, 1)
+        after = family["small"](input_ids=ids).logits.flatten(0, 1)
+    assert distillation_loss(teacher, after) < 0.95 * distillation_loss(teacher, before)
+
+
+def test_interrupted_and_resumed_equals_uninterrupted(parent, trained):
+    torch.set_num_threads(1)
+    config = config_in(parent, "resumed")
+
+    class StopAt(Silent):
+        def __init__(self, step):
+            self.step = step
+
+        def advance(self, done, note=""):
+            if note and done == self.step:
+                os.kill(os.getpid(), 2)
+
+    for step in (7, 31):
+        with pytest.raises(Interrupted, match=f"stopped at step {step}; go on with --resume"):
+            train(config, resume=step > 7, progress=StopAt(step))
+    result = train(config, resume=True)
+    for name in ("model.safetensors", "router.safetensors", "orders.safetensors"):
+        ours, theirs = (load_tensors(r.elastic / name) for r in (result, trained))
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(ours[key], theirs[key]) for key in ours), name
+    losses = [[row["kd"] for row in metrics(r)] for r in (result, trained)]
+    assert losses[0] == losses[1]
+    with pytest.raises(CheckpointError, match="is complete already"):
+        train(config, resume=True)
+    with pytest.raises(CheckpointError, match="is not empty"):
+        train(config)
+
+
+def test_router_at_full_budget_ends_at_full_width(trained):
+    manifest = load_manifest(trained.elastic, load(trained.elastic).axis_map)
+    assert manifest.sizes["large"].repair == {}
+
+
+def test_one_size_per_step_follows_the_weights(parent):
+    config = config_in(
+        parent, "one", **{"steps = 40": 'steps = 16\nsizes_per_step = "one"\nsize_weights = [3, 1]'}
+    )
+    result = train(config)
+    rows = metrics(result)
+    drawn = [next(iter(row["kd"])) for row in rows]
+    assert all(len(row["kd"]) == 1 for row in rows)
+    assert drawn.count("large") > drawn.count("small") > 0
+
+
+def test_batches_depend_on_seed_and_step_only(parent):
+    tokenizer = AutoTokenizer.from_pretrained(bundled_parent())
+    examples = Examples(JsonLines([parent / "rows.jsonl"]), tokenizer, 96, "answers")
+    straight = BatchOrder(examples, 8, seed=1)
+    rows = [straight.rows(step) for step in range(20)]
+    jumped = BatchOrder(examples, 8, seed=1)
+    assert [jumped.rows(step) for step in (17, 3, 12)] == [rows[17], rows[3], rows[12]]
+    assert sorted(sum(rows[:8], [])) == list(range(64))
+    assert [BatchOrder(examples, 8, seed=2).rows(step) for step in range(20)] != rows
+
+
+def test_answers_only_marks_the_completion(parent):
+    tokenizer = AutoTokenizer.from_pretrained(bundled_parent())
+    (problem,) = sample_problems(["add"], "train", 1, seed=0)
+    file = parent / "one.jsonl"
+    rows = [
+        {"messages": messages(problem)},
+        {"messages": messages(problem, thinking=False)},
+        {"prompt": "add 1 2", "completion": " 3"},
+        {"text": "add 1 2"},
+    ]
+    file.write_text("\n".join(json.dumps(row) for row in rows))
+    examples = Examples(JsonLines([file]), tokenizer, 200, "answers")
+    for row, opening in ((0, "<think>\n"), (1, "<think></think>")):
+        ids, first = examples[row]
+        assert tokenizer.decode(ids[: first + 1]).endswith(f"assistant\n{opening}")
+        assert tokenizer.decode(ids).endswith(f"{problem.answer}<|im_end|>")
+    batch = examples.batch([0, 2, 3])
+    assert batch.predicts.sum(1).tolist()[1] == len(tokenizer.encode(" 3"))
+    assert batch.predicts.sum(1).tolist()[2] == len(tokenizer.encode("add 1 2")) - 1
+    assert not (batch.predicts & (batch.attention_mask == 0)).any()
+
+
+def test_distillation_loss_is_the_kl_and_chunks_do_not_change_it():
+    generator = torch.Generator().manual_seed(0)
+    teacher, student = (torch.randn(10, 7, generator=generator) for _ in range(2))
+    p, q = teacher.softmax(-1), student.softmax(-1)
+    expected = (p * (p / q).log()).sum(-1).mean()
+    assert torch.allclose(distillation_loss(teacher, student), expected, atol=1e-6)
+    assert torch.allclose(distillation_loss(teacher, student, chunk=3), expected, atol=1e-6)
+    assert distillation_loss(teacher, teacher).abs() < 1e-7
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "kind", "message"),
+    [
+        ("steps = 40", "stepz = 12", ConfigError, "schedule.stepz is not a key.*did you mean steps"),
+        ("steps = 40", "steps = 0", ConfigError, "schedule.steps=0 is less than 1"),
+        ("steps = 40", 'steps = "12"', ConfigError, "schedule.steps='12' is not a int"),
+        ("active = 0.7", "active = 1.7", ConfigError, r"sizes.small.active=1.7 is not a fraction"),
+        ("active = 0.7", "speed = 0.7", ConfigError, "sizes.small.speed is no budget"),
+        ("active = 0.7", "active = 0.1", BudgetError, "small.*cannot be met; the choices reach"),
+        ("[8, 6, 4]", "[8, 5]", ShapeError, "ssm_heads=5 is not a multiple of its 2 groups"),
+        ("[8, 6, 4]", "[6, 4]", ConfigError, "must descend from the full width 8"),
+        ('loss_on = "answers"', 'loss_on = "some"', ConfigError, "data.loss_on='some' is unknown"),
+        ("rows.jsonl", "none.jsonl", ConfigError, "none.jsonl does not exist"),
+        ('parent = "parent"', 'parent = "nowhere"', ConfigError, "nowhere holds no config.json"),
+        ("[schedule]", "[schedul]", ConfigError, "schedul is not a key.*did you mean schedule"),
+    ],
+)
+def test_mistakes_end_before_any_work(parent, old, new, kind, message):
+    with pytest.raises(kind, match=message):
+        train(config_in(parent, "mistake", **{old: new}))
+    assert not (parent / "mistake").exists()
+
+
+def test_resume_refuses_another_config(parent, trained):
+    with pytest.raises(ConfigError, match="schedule differ from the run"):
+        train(config_in(parent, "straight", **{"steps = 40": "steps = 50"}), resume=True)
+    with pytest.raises(CheckpointError, match="holds no saved state"):
+        train(config_in(parent, "never"), resume=True)
+
+
+def test_a_loss_that_is_not_finite_ends_with_one_line(parent, monkeypatch):
+    config = config_in(parent, "nan", **{"learning_rate = 2e-3": "learning_rate = 1e20"})
+    with pytest.raises(CheckpointError, match="the loss of size .* lower optimizer.learning_rate"):
+        train(config)
+
+
+def test_default_choices_halve_every_axis_but_heads():
+    config = {**TINY, "vocab_size": 64}
+    grid = default_choices(family_of(config).axis_map(config))
+    assert grid["hidden"] == (48, 40, 32, 24) and grid["ssm_heads"] == (8, 6, 4)
+    assert grid["experts"] == (8, 7, 6, 5, 4) and "heads" not in grid
+
+
+def test_command_line_trains_lists_slices_and_generates(parent):
+    (parent / "cli.toml").write_text(RUN.replace('out = "run"', 'out = "cli"'))
+    elastic = parent / "cli" / run_module.ELASTIC
+
+    def call(*arguments):
+        command = [sys.executable, "-m", "star_elastic.cli", *map(str, arguments)]
+        return subprocess.run(command, capture_output=True, text=True, check=False)
+
+    result = call("train", parent / "cli.toml", "--json")
+    assert result.returncode == 0, result.stderr
+    assert json.loads(result.stdout)["elastic"] == str(elastic)
+    listed = json.loads(call("sizes", elastic, "--json").stdout)
+    assert list(listed["sizes"]) == ["large", "small"]
+    cut = call("slice", elastic, "--size", "small", "--out", parent / "cut", "--json")
+    assert json.loads(cut.stdout)["widths"] == listed["sizes"]["small"]["widths"]
+    assert read_config(parent / "cut")["hidden_size"] == listed["sizes"]["small"]["widths"]["hidden"]
+    options = ["--think", "small", "--answer", "large", "--thinking-budget", "8"]
+    out = call("generate", elastic, "add 12 34", *options, "--json")
+    assert out.returncode == 0, out.stderr
+    phases = {phase["name"]: phase for phase in json.loads(out.stdout)["phases"]}
+    assert phases["thinking"]["size"] == "small"
+    again = call("slice", elastic, "--size", "small", "--out", parent / "cut")
+    assert again.returncode == 2 and again.stderr.count("\n") == 1
+    assert "exists already" in again.stderr
+    assert call("slice", elastic, "--size", "tiny", "--out", parent / "x").returncode == 2
