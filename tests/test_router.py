@@ -23,14 +23,14 @@ from star_elastic.train.losses import distillation_loss
 
 HYBRID = {
     "model_type": "nemotron_h", "hybrid_override_pattern": "ME*-", "hidden_size": 32,
-    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "intermediate_size": 64,
+    "num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 16, "intermediate_size": 128,
     "mamba_num_heads": 8, "mamba_head_dim": 8, "n_groups": 2, "ssm_state_size": 8,
     "conv_kernel": 4, "chunk_size": 8, "n_routed_experts": 8, "num_experts_per_tok": 2,
-    "moe_intermediate_size": 32, "moe_shared_expert_intermediate_size": 32, "vocab_size": 64,
+    "moe_intermediate_size": 64, "moe_shared_expert_intermediate_size": 128, "vocab_size": 64,
 }  # fmt: skip
 LLAMA = {
     "model_type": "llama", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
-    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "vocab_size": 64,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "vocab_size": 64,
 }  # fmt: skip
 
 
@@ -112,23 +112,20 @@ def test_router_cuts_the_planted_axis_first(config, axis):
     kept = elastic(half, input_ids=ids).logits.flatten(0, 1)
     assert distillation_loss(teacher, kept) < 1e-6, "the planted half must be free to cut"
 
-    choices = {
-        name: (info.size, info.size // 2)
-        for name, info in axis_map.axes.items()
-        if not any(name == multiple for multiple, _ in axis_map.multiples) or axis == name
-    }
+    choices = {name: (info.size, info.size // 2) for name, info in axis_map.axes.items()}
+    # Experts cost hardly any active parameters, so their budget is on the total.
     metric = "total" if axis == "experts" else "active"
     target = cost.count(half).metric(metric) / cost.count(axis_map.full).metric(metric)
     router = Router(choices, 1, seed=3)
-    optimizer = torch.optim.Adam(router.parameters(), lr=1e-2)
-    annealing, steps = Annealing(tau_end=0.2), 80
+    optimizer = torch.optim.Adam(router.parameters(), lr=3e-3)
+    # So short a run must not sharpen quickly: the budget first pulls every axis up alike, and the
+    # cheap one has to come down again while its choice still has a gradient.
+    annealing, steps = Annealing(tau_end=0.5, scale_end=1.0), 120
     for step in range(steps):
         decision = router.decide(router.one_hot(0), annealing.at(step / steps), noise_key=(7, step))
         logits = elastic(decision.mixtures, input_ids=ids).logits.flatten(0, 1)
         loss = distillation_loss(teacher, logits)
-        # The correction bias of the planted experts closes them whatever the gate says, so the
-        # budget is the only pull there; elsewhere the two pull together.
-        loss = loss + 10 * budget_loss(decision.mixtures, {metric: target}, cost)
+        loss = loss + budget_loss(decision.mixtures, {metric: target}, cost)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -144,6 +141,11 @@ def test_kd_alone_moves_the_router_and_matches_finite_differences(config):
     axis_map = elastic.axis_map
     ids = torch.randint(0, 64, (2, 12), generator=torch.Generator().manual_seed(1))
     teacher = elastic.parent(input_ids=ids).logits.flatten(0, 1)
+    for moe in axis_map.moe_layers:
+        # Far from ties: one expert of the inner band and one of the outer are always selected, so
+        # that the loss is differentiable (a change of selection is a step, not a slope).
+        bias = elastic.state()[f"{moe.router_path}.e_score_correction_bias"]
+        bias[[0, 5]] = 10.0
     grids = {name: (info.size, info.size // 2) for name, info in axis_map.axes.items()}
     logits = {name: torch.tensor([0.4, -0.1], requires_grad=True) for name in grids}
 
@@ -192,20 +194,16 @@ def test_hard_sample_is_one_hot_with_the_soft_gradient():
         assert torch.allclose(a, b)
 
 
-def fine_grid(axis_map):
-    return {"hidden": tuple(range(32, 15, -2)), "ffn": tuple(range(64, 31, -4))}
-
-
-@pytest.mark.parametrize("fraction", [0.95, 0.8, 0.65])
+@pytest.mark.parametrize("fraction", [0.95, 0.8, 0.7])
 def test_commit_meets_the_budget_within_one_step_per_axis(fraction):
     elastic = random_parent(LLAMA)
     cost = CostModel(elastic.axis_map)
     grids = {"ffn": tuple(range(64, 23, -2)), "hidden": (32, 28, 24, 20)}
     router = Router(grids, 1, seed=1)
-    optimizer = torch.optim.Adam(router.parameters(), lr=1e-2)
-    for step in range(150):
+    optimizer = torch.optim.Adam(router.parameters(), lr=2e-3)
+    for step in range(300):
         decision = router.decide(
-            router.one_hot(0), Annealing().at(step / 150), noise_key=(1, step)
+            router.one_hot(0), Annealing().at(step / 300), noise_key=(1, step)
         )
         loss = budget_loss(decision.mixtures, {"active": fraction}, cost)
         optimizer.zero_grad()
