@@ -77,10 +77,11 @@ class Piece:
 class TensorSpec:
     """One parameter or buffer of the model in memory.
 
-    `part` names the kind of block it belongs to, for tables. `gate_dim` is the dimension whose axis gate multiplies the parameter while the router learns
-    (the inputs of a projection that writes the residual stream); `routed` marks weights of which
-    a token uses only `top_k` of the experts along dimension 0; `lookup` an embedding table, read
-    one row per token; buffers count in bytes, not in parameters.
+    `part` names the kind of block it belongs to, for tables. `gate_dim` is the dimension whose axis
+    gate multiplies the parameter while the router learns (the inputs of a projection that writes
+    the residual stream); `routed` marks weights of which a token uses only `top_k` of the experts
+    along dimension 0; `lookup` an embedding table, read one row per token; buffers count in bytes,
+    not in parameters.
     """
 
     name: str
@@ -305,9 +306,7 @@ class AxisMap:
             )
             if isinstance(spec, TensorSpec) and len(spec.pieces) > 1:
                 kept = [i for lo, hi in self.runs(spec, 0, widths) for i in range(lo, hi)]
-                pieces = tuple(
-                    replace(spec.pieces[new], index=new) for new in range(len(kept))
-                )
+                pieces = tuple(replace(spec.pieces[new], index=new) for new in range(len(kept)))
                 return replace(spec, dims=dims, pieces=pieces)
             return replace(spec, dims=dims)
 

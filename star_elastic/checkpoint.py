@@ -216,7 +216,9 @@ def new_directory(out: str | Path) -> Iterator[Path]:
         out.parent.mkdir(parents=True, exist_ok=True)
         temporary.mkdir()
     except OSError as error:
-        raise CheckpointError(f"{out} cannot be written ({error.strerror}); choose another") from None
+        raise CheckpointError(
+            f"{out} cannot be written ({error.strerror}); choose another"
+        ) from None
     try:
         yield temporary
         if out.exists():

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
@@ -67,12 +68,14 @@ def print_json(content: object) -> None:
 
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """A table on stdout; the first column is text, the others are numbers."""
-    table = Table(title=title, title_justify="left")
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
     for number, column in enumerate(columns):
-        table.add_column(column, justify="left" if number == 0 else "right", no_wrap=True)
+        table.add_column(column, justify="left" if number == 0 else "right", no_wrap=number > 0)
     for row in rows:
         table.add_row(*row)
-    Console().print(table)
+    console = Console()
+    console.width = max(console.width, 100)  # a number cut short would be worse than a long line
+    console.print(table)
 
 
 @app.command()
@@ -103,33 +106,38 @@ def show_report(report: Mapping[str, Any]) -> None:
     """The report's two tables: the sizes, and the ways to think and answer."""
     parent = report["parent"]
     rows = [
-        ["parent", f"{parent['active']:,}", f"{parent['total']:,}", "", "",
-         f"{parent['accuracy']:.1%}", "100.0%", ""]
+        ["parent", millions(parent["active"]), millions(parent["total"]), "", "",
+         f"{parent['accuracy']:.1%} ± {parent['standard_error']:.1%}", "", ""]
     ]  # fmt: skip
     for name, size in report["sizes"].items():
         untrained = size["untrained_accuracy"]
         rows.append([
             name,
-            f"{size['active']:,} ({size['active_share']:.1%})",
-            f"{size['total']:,} ({size['total_share']:.1%})",
+            f"{millions(size['active'])} {size['active_share']:.1%}",
+            f"{millions(size['total'])} {size['total_share']:.1%}",
             f"{size['budget_miss']:.2%}",
             f"{size['kl_to_parent']:.4f}",
             f"{size['accuracy']:.1%} ± {size['standard_error']:.1%}",
             f"{size['share_of_parent']:.1%}",
             "" if untrained is None else f"{untrained:.1%}",
         ])  # fmt: skip
-    columns = ["size", "active parameters", "total parameters", "off budget", "KL", "accuracy",
-               "of parent", "untrained slice"]  # fmt: skip
-    print_table("Sizes (with thinking, held-out problems)", columns, rows)
+    columns = ["size", "active params", "total params", "off budget", "KL", "accuracy",
+               "of parent", "untrained"]  # fmt: skip
+    print_table("Sizes: thinking, held-out problems", columns, rows)
     plans = [
         [e["label"], f"{e['accuracy']:.1%}", f"{1e3 * e['seconds']:.1f}",
          f"{e['flops'] / 1e6:,.0f}", f"{e['bytes_per_token'] / 1e6:.2f}",
          f"{e['thinking_tokens']:.0f}", f"{e['cut_share']:.0%}"]
         for e in sorted(report["evaluations"], key=lambda e: e["flops"])
     ]  # fmt: skip
-    columns = ["thinks > answers @ budget", "accuracy", "ms/problem", "MFLOP/problem",
-               "MB/token", "thinking tokens", "cut short"]  # fmt: skip
+    columns = ["thinks>answers@budget", "accuracy", "ms/problem", "MFLOP/problem", "MB/token",
+               "thinking tokens", "cut short"]  # fmt: skip
     print_table("Ways to think and answer, cheapest first", columns, plans)
+
+
+def millions(count: float) -> str:
+    """`1.26M`."""
+    return f"{count / 1e6:.2f}M"
 
 
 @app.command()
@@ -168,7 +176,10 @@ def count(
     rows = [[part, f"{size:,}", f"{size / cost.total:.1%}"] for part, size in parts.items()]
     print_table(f"{axis_map.family}  {chosen}", ["part", "parameters", "share"], rows)
     print(f"total   {cost.total:,}\nactive  {cost.active:,}")
-    print(f"weights {cost.weight_bytes:,} bytes; states {cost.state_bytes:,} bytes at context ", end="")
+    print(
+        f"weights {cost.weight_bytes:,} bytes; states {cost.state_bytes:,} bytes at context ",
+        end="",
+    )
     print(f"{context} x batch {batch}; {cost.flops_per_token:,} FLOPs per token")
 
 

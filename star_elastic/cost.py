@@ -108,8 +108,7 @@ class CostModel:
             total=parameters + sums["routed"],
             active=parameters + sums["routed_active"],
             weight_bytes=(parameters + sums["routed"]) * load.dtype_bytes + sums["buffer"] * 4,
-            state_bytes=load.batch
-            * (sums["state"] + sums["state_per_token"] * load.context),
+            state_bytes=load.batch * (sums["state"] + sums["state_per_token"] * load.context),
             flops_per_token=2 * used + sums["work"] + sums["context"] * load.context,
         )
 

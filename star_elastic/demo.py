@@ -25,7 +25,7 @@ from star_elastic.cost import CostModel
 from star_elastic.errors import CheckpointError
 from star_elastic.evaluate.accuracy import Evaluation, evaluate_plan
 from star_elastic.evaluate.pareto import plot_pareto
-from star_elastic.evaluate.tasks import TASKS, draw_conversation, messages, sample_problems
+from star_elastic.evaluate.tasks import TASKS, Problem, draw_conversation, messages, sample_problems
 from star_elastic.generate.family import ElasticFamily, load
 from star_elastic.generate.phased import PhasedGenerator
 from star_elastic.generate.phases import Plan
@@ -33,6 +33,7 @@ from star_elastic.importance.files import load_scores
 from star_elastic.importance.orders import orders_from_scores
 from star_elastic.nesting.stream import slice_checkpoint
 from star_elastic.nesting.submodel import build_submodel, load_parent, sort_in_place
+from star_elastic.router.router import Annealing
 from star_elastic.train.config import (
     CalibrationConfig,
     DataConfig,
@@ -42,7 +43,6 @@ from star_elastic.train.config import (
     ScheduleConfig,
     to_plain,
 )
-from star_elastic.train.data import Examples, JsonLines
 from star_elastic.train.losses import distillation_loss
 from star_elastic.train.run import ELASTIC, Progress, Silent, train
 from star_elastic.train.state import has_state
@@ -50,7 +50,7 @@ from star_elastic.train.state import has_state
 PARENT = "parent"
 UNTRAINED = "untrained"
 CONTEXT = 256
-KL_PROBLEMS_PER_TASK = 8
+KL_PROBLEMS = 80
 
 
 def bundled_parent() -> Path:
@@ -94,7 +94,10 @@ DEMO = Recipe(
     problems_per_task=30,
     budgets=(0, 16, 32, 64),
     pairs=(("small", "large"), ("medium", "large")),
-    router=RouterConfig(commit_at=0.2, learning_rate=3e-3),
+    # A short run has to sharpen gently: what the budget first pulls up must be able to come down.
+    router=RouterConfig(
+        commit_at=0.2, learning_rate=3e-3, annealing=Annealing(tau_end=0.4, scale_end=1.5)
+    ),
 )
 
 
@@ -115,7 +118,7 @@ def run_recipe(recipe: Recipe, out: str | Path, progress: Progress | None = None
         write_rows(rows_file, recipe.num_rows, recipe.seed)
     elastic = run / ELASTIC
     if not elastic.exists():
-        train(_run_config(recipe, rows_file, run), resume=has_state(run), progress=progress)
+        train(run_config(recipe, rows_file, run), resume=has_state(run), progress=progress)
     family = load(elastic)
     cut_slices(family, out / "slices", progress)
     problems = sample_problems(TASKS, "test", recipe.problems_per_task, recipe.seed)
@@ -123,7 +126,7 @@ def run_recipe(recipe: Recipe, out: str | Path, progress: Progress | None = None
         _models(family, run / "scores.safetensors"), family.tokenizer, family.table.end_of_thinking
     )
     evaluations = evaluate(generator, problems, plans(recipe), progress)
-    report = make_report(recipe, family, generator, evaluations, run)
+    report = make_report(recipe, family, generator, evaluations, problems, run)
     plot_pareto(
         [e for e in evaluations if UNTRAINED not in e.label],
         out / "pareto.png",
@@ -140,7 +143,8 @@ def write_rows(file: Path, count: int, seed: int) -> None:
     write_text(file, "\n".join(rows) + "\n")
 
 
-def _run_config(recipe: Recipe, rows: Path, run: Path) -> RunConfig:
+def run_config(recipe: Recipe, rows: Path, run: Path) -> RunConfig:
+    """The run config of a recipe on the bundled parent."""
     return RunConfig(
         parent=str(bundled_parent()),
         out=str(run),
@@ -213,7 +217,10 @@ def plans(recipe: Recipe) -> list[Plan]:
 
 
 def evaluate(
-    generator: PhasedGenerator, problems: Sequence, plans: Sequence[Plan], progress: Progress
+    generator: PhasedGenerator,
+    problems: Sequence[Problem],
+    plans: Sequence[Plan],
+    progress: Progress,
 ) -> list[Evaluation]:
     """Evaluates every plan on the same problems."""
     progress.stage("evaluate", len(plans))
@@ -225,9 +232,10 @@ def evaluate(
 
 
 @torch.inference_mode()
-def divergence_from_parent(generator: PhasedGenerator, name: str, seed: int) -> float:
-    """KL(parent || size) in nats per token of held-out solved problems, answers' tokens only."""
-    problems = sample_problems(TASKS, "test", KL_PROBLEMS_PER_TASK, seed)
+def divergence_from_parent(
+    generator: PhasedGenerator, name: str, problems: Sequence[Problem]
+) -> float:
+    """KL(parent || size) in nats per token of the assistant's turns of solved problems."""
     total = count = 0.0
     for problem in problems:
         whole, first = _solved(generator.tokenizer, problem)
@@ -254,12 +262,14 @@ def make_report(
     family: ElasticFamily,
     generator: PhasedGenerator,
     evaluations: Sequence[Evaluation],
+    problems: Sequence[Problem],
     run: Path,
 ) -> dict[str, Any]:
     """Everything measured, as plain data."""
     cost = CostModel(family.axis_map)
     full = cost.count(family.axis_map.full)
     parent = next(e for e in evaluations if e.label == PARENT)
+    solved = problems[:: max(len(problems) // KL_PROBLEMS, 1)]
     by_label = {e.label: e for e in evaluations}
     sizes = {}
     for name, size in family.sizes.items():
@@ -277,10 +287,10 @@ def make_report(
             "flops_per_token": counted.flops_per_token,
             "accuracy": by_label[name].accuracy,
             "standard_error": by_label[name].standard_error,
-            "share_of_parent": by_label[name].accuracy / parent.accuracy,
+            "share_of_parent": by_label[name].accuracy / max(parent.accuracy, 1e-9),
             "untrained_accuracy": untrained.accuracy if untrained else None,
-            "kl_to_parent": divergence_from_parent(generator, name, recipe.seed),
-            "untrained_kl": divergence_from_parent(generator, f"{name} {UNTRAINED}", recipe.seed)
+            "kl_to_parent": divergence_from_parent(generator, name, solved),
+            "untrained_kl": divergence_from_parent(generator, f"{name} {UNTRAINED}", solved)
             if untrained
             else None,
         }

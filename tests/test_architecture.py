@@ -63,7 +63,7 @@ def test_imports_point_down(file):
 def test_no_tensor_library_is_loaded(code):
     watch = (
         "import atexit, os, sys\n"
-        "heavy = lambda: sorted({'torch', 'transformers', 'numpy', 'matplotlib'} & set(sys.modules))\n"
+        "heavy = lambda: {'torch', 'transformers', 'numpy', 'matplotlib'} & set(sys.modules)\n"
         "atexit.register(lambda: heavy() and (print(heavy(), file=sys.stderr), os._exit(9)))\n"
     )
     command = [sys.executable, "-W", "error", "-c", watch + code]

@@ -38,6 +38,8 @@ ALWAYS_THINKS = TEMPLATE.replace("'<think></think>'", "'<think>\n'")
 LEAVES_TAG_TO_MODEL = TEMPLATE.replace("'<think>\n'", "''")
 NEVER_THINKS = LEAVES_TAG_TO_MODEL.replace("'<think></think>'", "''")
 PROMPTS = ["1+2", "30+41 =", "9", "5+5+5", "12+7+1", "8 8"]
+SEEDS = {"nemotron_h": 0, "llama": 2}
+"""Random models whose greedy traces end at different times."""
 WIDTHS = {
     "nemotron_h": {"hidden": 16, "experts": 4, "expert_ffn": 16, "ssm_heads": 2},
     "llama": {"hidden": 16, "ffn": 16, "heads": 2},
@@ -100,7 +102,7 @@ def make_config(model_type: str, vocab_size: int, **changes):
 
 def make_model(config):
     with torch.random.fork_rng():
-        torch.manual_seed(0)
+        torch.manual_seed(SEEDS[config.model_type])
         return AutoModelForCausalLM.from_config(config).eval()
 
 
@@ -124,15 +126,13 @@ def family(checkpoint):
 
 
 @torch.no_grad()
-def greedy_oracle(model, ids, num_tokens: int, stop: set[int]) -> list[int]:
-    """Greedy decoding without cache, padding or batch."""
-    ids, new = list(ids), []
-    while len(new) < num_tokens:
-        new.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
-        ids.append(new[-1])
-        if new[-1] in stop:
-            break
-    return new
+def greedy_choices(model, ids, start: int) -> list[int]:
+    """What greedy decoding would choose at each position from `start` on, given those before.
+
+    One forward over the whole text, without cache, padding or batch: it equals `ids[start:]` only
+    if every one of these tokens was the greedy choice.
+    """
+    return model(torch.tensor([ids])).logits[0, start - 1 : -1].argmax(-1).tolist()
 
 
 def split_ids(result: Generation):
@@ -148,28 +148,32 @@ def split_ids(result: Generation):
 
 @pytest.mark.parametrize(("think", "answer"), [("small", "large"), ("large", "small")])
 def test_answer_after_hand_over_equals_answering_size_continuing(family, think, answer):
-    stop = {family.tokenizer.eos_token_id}
     results = family.generate(
         PROMPTS, think=think, answer=answer, thinking_budget=7, grace=5, max_new_tokens=40
     )
     lengths = set()
     for prompt, result in zip(PROMPTS, results, strict=True):
-        prompt_ids = family.generator.tags.encode_prompt(prompt, thinking=True).ids
+        prompt_ids = list(family.generator.tags.encode_prompt(prompt, thinking=True).ids)
         trace, closing, answered = split_ids(result)
-        assert greedy_oracle(family[think], prompt_ids, len(trace), set()) == trace
-        handed_over = [*prompt_ids, *trace, *closing]
-        room = 40 - len(trace) - len(closing)
-        assert greedy_oracle(family[answer], handed_over, room, stop) == answered
-        assert result.phase(ANSWERING).prefill_tokens == len(handed_over)
         lengths.add(len(trace))
+        assert greedy_choices(family[think], prompt_ids + trace, len(prompt_ids)) == trace
+        if answering := result.phase(ANSWERING):
+            handed_over = prompt_ids + trace + closing
+            choices = greedy_choices(family[answer], handed_over + answered, len(handed_over))
+            assert choices == answered
+            assert answering.prefill_tokens == len(handed_over)
+            assert answering.ended == "natural" or len(result.token_ids) == 40
     assert len(lengths) > 1, "all traces ended at once: the batch was not ragged"
 
 
 def test_answer_equals_plain_generate(family):
-    result = family.generate(
-        "1+2", think="small", answer="large", thinking_budget=6, max_new_tokens=50
-    )[0]
-    prompt_ids = family.generator.tags.encode_prompt("1+2", thinking=True).ids
+    results = family.generate(
+        PROMPTS, think="small", answer="large", thinking_budget=6, max_new_tokens=50
+    )
+    result, prompt = next(
+        pair for pair in zip(results, PROMPTS, strict=True) if pair[0].phase(ANSWERING)
+    )
+    prompt_ids = family.generator.tags.encode_prompt(prompt, thinking=True).ids
     trace, closing, answered = split_ids(result)
     ids = torch.tensor([[*prompt_ids, *trace, *closing]])
     output = family["large"].generate(
@@ -226,7 +230,7 @@ def test_batching_changes_nothing(family, temperature):
         "think": "small",
         "thinking_budget": 8,
         "grace": 3,
-        "max_new_tokens": 50,
+        "max_new_tokens": 30,
         "temperature": temperature,
     }
     together = family.generate(PROMPTS, **options)
@@ -364,7 +368,7 @@ def test_budgets_and_ends_in_whole_generations(family):
     ends = set()
     for budget in (1, 4, 9):
         for result in family.generate(
-            PROMPTS * 4,
+            PROMPTS * 2,
             thinking_budget=budget,
             grace=3,
             max_new_tokens=30,
@@ -378,15 +382,17 @@ def test_budgets_and_ends_in_whole_generations(family):
 
 
 def test_no_budget_means_no_thinking(family):
-    result = family.generate("1+2", think="small", answer="large", thinking_budget=0)[0]
+    result = family.generate(
+        "1+2", think="small", answer="large", thinking_budget=0, max_new_tokens=60
+    )[0]
     assert [phase.name for phase in result.phases] == [ANSWERING]
     assert result.phases[0].size == "large"
     assert result.closing_tokens == 0
     text = "<|im_start|>user\n1+2<|im_end|>\n<|im_start|>a\n<think></think>"
     ids = family.tokenizer(text, add_special_tokens=False)["input_ids"]
     assert result.prompt_tokens == len(ids)
-    expected = greedy_oracle(family["large"], ids, 256, {family.tokenizer.eos_token_id})
-    assert list(result.token_ids) == expected
+    new = list(result.token_ids)
+    assert greedy_choices(family["large"], ids + new, len(ids)) == new
 
 
 # --- prompts and tags ------------------------------------------------------------------------
@@ -484,7 +490,7 @@ def test_sizes_are_views_of_one_copy(family):
     small = list(family["small"].parameters())
     views = sum(p.numel() for p in small if p.untyped_storage().data_ptr() in own)
     total = sum(p.numel() for p in small)
-    assert views / total > (0.99 if family.manifest.family == "llama" else 0.5)
+    assert views / total > 0.5  # gathered: what is cut inside groups
     assert total == family.cost("small").total
     widths = family.manifest.size("small").widths
     assert family.cost("small") == CostModel(family.axis_map).count(widths)
@@ -502,7 +508,9 @@ def test_dtype(checkpoint):
 
 
 def test_result_is_json(family):
-    result = family.generate("1+2", think="small", answer="large", thinking_budget=5)[0]
+    result = family.generate(
+        "1+2", think="small", answer="large", thinking_budget=5, max_new_tokens=50
+    )[0]
     content = json.loads(json.dumps(result.to_json()))
     assert content["token_ids"] == list(result.token_ids)
     phases = {phase["name"]: phase for phase in content["phases"]}

@@ -64,7 +64,7 @@ def plant_dead_half(elastic: ElasticModel, axis: str) -> None:
             for dim in range(len(spec.dims)):
                 if axis not in {segment.axis for segment in spec.dims[dim]}:
                     continue
-                reads = spec.gate_dim == dim or name.endswith("out_proj.weight") and dim == 1
+                reads = spec.gate_dim == dim or (name.endswith("out_proj.weight") and dim == 1)
                 tail = _tail_mask(elastic, spec, dim, half)
                 if axis in ("hidden", "ssm_heads"):
                     rows = state[name].movedim(dim, 0)
@@ -202,9 +202,7 @@ def test_commit_meets_the_budget_within_one_step_per_axis(fraction):
     router = Router(grids, 1, seed=1)
     optimizer = torch.optim.Adam(router.parameters(), lr=2e-3)
     for step in range(300):
-        decision = router.decide(
-            router.one_hot(0), Annealing().at(step / 300), noise_key=(1, step)
-        )
+        decision = router.decide(router.one_hot(0), Annealing().at(step / 300), noise_key=(1, step))
         loss = budget_loss(decision.mixtures, {"active": fraction}, cost)
         optimizer.zero_grad()
         loss.backward()
@@ -223,9 +221,9 @@ def test_commit_keeps_an_argmax_that_meets_its_budget_and_respects_multiples():
     cost = CostModel(elastic.axis_map)
     mixtures = {"hidden": one_hot((32, 24), 1), "heads": one_hot((4, 2), 0)}
     choice = {"hidden": 24, "heads": 4}
-    target = cost.count(cost.axis_map.complete(choice)).active / cost.count(
-        cost.axis_map.full
-    ).active
+    target = (
+        cost.count(cost.axis_map.complete(choice)).active / cost.count(cost.axis_map.full).active
+    )
     fixed = commit(Decision(mixtures, choice), {"active": target}, cost)
     assert fixed.repair == {} and fixed.miss < 1e-9
     assert fixed.widths["hidden"] == 24
@@ -250,7 +248,9 @@ def test_full_budget_pulls_every_axis_to_full_width():
 def test_budgets_out_of_reach_are_refused_with_the_range():
     elastic = random_parent(LLAMA)
     cost = CostModel(elastic.axis_map)
-    with pytest.raises(BudgetError, match=r"active=0.1 cannot be met; the choices reach from 0\.\d"):
+    with pytest.raises(
+        BudgetError, match=r"active=0.1 cannot be met; the choices reach from 0\.\d"
+    ):
         check_budgets("tiny", {"active": 0.1}, cost, {"ffn": (64, 32)})
     with pytest.raises(BudgetError, match="budget 'time' is unknown"):
         check_budgets("tiny", {"time": 0.9}, cost, {"ffn": (64, 32)})

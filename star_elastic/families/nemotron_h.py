@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 from star_elastic.axes import (
     Axis,
@@ -177,7 +178,9 @@ class _Builder:
         self.probes: list[Probe] = []
         self.hidden: Dim = (Segment(shape.hidden, axis="hidden"),)
 
-    def add(self, part: str, name: str, *dims: Dim, stacked: int = 0, disk: str | None = None, **kwargs):
+    def add(
+        self, part: str, name: str, *dims: Dim, stacked: int = 0, disk: str | None = None, **kwargs
+    ):
         disk = disk or name.replace("model.", "backbone.", 1)
         pieces = (Piece(disk),)
         if stacked:
@@ -212,11 +215,23 @@ class _Builder:
         )  # fmt: skip
         fused = {"layer": layer, "routed": True, "stacked": s.experts}
         self.add("routed experts", f"{path}.experts.up_proj", experts, neurons, inner, **fused)
-        self.add("routed experts", f"{path}.experts.down_proj", experts, inner, neurons, gate_dim=2, **fused)
+        self.add(
+            "routed experts",
+            f"{path}.experts.down_proj",
+            experts,
+            inner,
+            neurons,
+            gate_dim=2,
+            **fused,
+        )
         if s.latent:
             latent = fixed(s.latent)
-            self.add("routed experts", f"{path}.fc1_latent_proj.weight", latent, self.hidden, layer=layer)
-            self.add("routed experts", f"{path}.fc2_latent_proj.weight", self.hidden, latent, layer=layer)
+            self.add(
+                "routed experts", f"{path}.fc1_latent_proj.weight", latent, self.hidden, layer=layer
+            )
+            self.add(
+                "routed experts", f"{path}.fc2_latent_proj.weight", self.hidden, latent, layer=layer
+            )
             if s.mlp_bias:
                 self.add("routed experts", f"{path}.fc1_latent_proj.bias", latent, layer=layer)
                 self.add("routed experts", f"{path}.fc2_latent_proj.bias", self.hidden, layer=layer)
@@ -235,7 +250,9 @@ class _Builder:
         self.add("mamba", f"{path}.dt_bias", (per_head,), layer=layer)
         self.add("mamba", f"{path}.A_log", (per_head,), layer=layer)
         self.add("mamba", f"{path}.D", (per_head,), layer=layer)
-        self.add("mamba", f"{path}.conv1d.weight", conv, fixed(1), fixed(s.conv_kernel), layer=layer)
+        self.add(
+            "mamba", f"{path}.conv1d.weight", conv, fixed(1), fixed(s.conv_kernel), layer=layer
+        )
         if s.conv_bias:
             self.add("mamba", f"{path}.conv1d.bias", conv, layer=layer)
         projected: Dim = (inner, *conv, per_head)
@@ -261,7 +278,9 @@ class _Builder:
         self.add("attention", f"{path}.q_proj.weight", queries, self.hidden, layer=layer)
         self.add("attention", f"{path}.k_proj.weight", keys, self.hidden, layer=layer)
         self.add("attention", f"{path}.v_proj.weight", keys, self.hidden, layer=layer)
-        self.add("attention", f"{path}.o_proj.weight", self.hidden, queries, layer=layer, gate_dim=1)
+        self.add(
+            "attention", f"{path}.o_proj.weight", self.hidden, queries, layer=layer, gate_dim=1
+        )
         self.probes.append(Probe(f"{path}.o_proj", layer, "input", (queries,)))
         self.states.append(StateSpec("key_value", layer, (fixed(2), keys), per_token=True))
         self.work.append(WorkSpec(layer, (queries,), flops=4, per_context=True))
@@ -272,7 +291,7 @@ class NemotronH:
 
     model_type = "nemotron_h"
     end_of_thinking = "\n</think>\n"
-    prefix_aliases = {"model.": "backbone."}
+    prefix_aliases: Mapping[str, str] = MappingProxyType({"model.": "backbone."})
     ignored = ("mtp.",)
 
     def axis_map(self, config: Config) -> AxisMap:

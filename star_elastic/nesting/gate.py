@@ -38,7 +38,7 @@ class Mixture:
         return max(choice for choice, used in zip(self.choices, heavy, strict=True) if used)
 
     def unit_gates(self, width: int, num_groups: int = 1) -> torch.Tensor:
-        """Gates of the first `width` units, the staircase repeated in each group; shape (width,)."""
+        """Gates (width,) of the first `width` units, the staircase repeated in each group."""
         band = torch.arange(width // num_groups, device=self.probs.device)
         ends = torch.tensor([c // num_groups for c in self.choices], device=self.probs.device)
         covers = (ends[:, None] > band).to(self.probs.dtype)

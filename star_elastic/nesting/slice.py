@@ -73,9 +73,7 @@ def check_orders(orders: Orders, axis_map: AxisMap) -> None:
             )
 
 
-def dim_order(
-    spec: TensorSpec, dim: int, axis_map: AxisMap, orders: Orders
-) -> torch.Tensor | None:
+def dim_order(spec: TensorSpec, dim: int, axis_map: AxisMap, orders: Orders) -> torch.Tensor | None:
     """Element positions of a dimension in sorted order, or None if nothing moves there."""
     parts, start, moved = [], 0, False
     for segment in spec.dims[dim]:

@@ -44,7 +44,6 @@ def grouped_mm_fits(config: Config) -> bool:
     return all(size % GROUPED_MM_MULTIPLE == 0 for shape in shapes for size in shape[1:])
 
 
-
 def build_skeleton(config: Config, like: PreTrainedModel | None = None) -> PreTrainedModel:
     """The model of a config without memory for its parameters (on the meta device).
 

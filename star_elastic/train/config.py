@@ -159,9 +159,7 @@ def load_run_config(file: str | Path) -> RunConfig:
         return path if not path or Path(path).is_absolute() else str(base / path)
 
     data = dataclasses.replace(config.data, train=tuple(resolve(p) for p in config.data.train))
-    calibration = dataclasses.replace(
-        config.calibration, scores=resolve(config.calibration.scores)
-    )
+    calibration = dataclasses.replace(config.calibration, scores=resolve(config.calibration.scores))
     return dataclasses.replace(
         config,
         parent=resolve(config.parent),
@@ -197,7 +195,9 @@ def _value(hint: Any, value: Any, where: str) -> Any:
     if origin is Literal:
         options = typing.get_args(hint)
         if value not in options:
-            raise ConfigError(f"{where}={value!r} is unknown; use {' or '.join(map(repr, options))}")
+            raise ConfigError(
+                f"{where}={value!r} is unknown; use {' or '.join(map(repr, options))}"
+            )
         return value
     if origin is tuple:
         if not isinstance(value, list):

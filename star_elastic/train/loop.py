@@ -22,13 +22,13 @@ from transformers import PreTrainedModel
 from star_elastic.cost import CostModel
 from star_elastic.errors import CheckpointError
 from star_elastic.nesting.submodel import ElasticModel
-from star_elastic.router.budget import TOLERANCE, Commitment, budget_loss, commit
+from star_elastic.router.budget import TOLERANCE, Budgets, Commitment, budget_loss, commit
 from star_elastic.router.router import Decision, Router, Temperature, seed_for
 from star_elastic.train.config import RunConfig
 from star_elastic.train.data import Batch, BatchOrder
 from star_elastic.train.losses import distillation_loss
 
-SETTLED = Temperature(tau=1.0, scale=3.0)
+SETTLED = Temperature(tau=1.0, scale=1.0)
 SETTLE_STEPS, SETTLE_RATE = 400, 0.02
 
 
@@ -121,30 +121,26 @@ class Trainer:
         """
         for number, name in enumerate(self.names):
             budgets = self.config.sizes[name]
-            fixed = commit(self.settled(number), budgets, self.cost)
+            budget = self.router.one_hot(number)
+            fixed = commit(self.router.decide(budget, SETTLED), budgets, self.cost)
             for _ in range(SETTLE_STEPS):
                 if fixed.miss <= TOLERANCE:
                     break
-                self.settle(number)
-                fixed = commit(self.settled(number), budgets, self.cost)
+                self.settle(budget, budgets)
+                fixed = commit(self.router.decide(budget, SETTLED), budgets, self.cost)
             self.committed[name] = fixed
         self.router.requires_grad_(False)
         return self.committed
 
-    def settled(self, number: int) -> Decision:
-        """The router's decision for a size without noise."""
-        return self.router.decide(self.router.one_hot(number), SETTLED)
-
-    def settle(self, number: int) -> None:
-        """One gradient step of the router on the budget loss of one size, without noise."""
-        mixtures = self.settled(number).mixtures
-        loss = budget_loss(mixtures, self.config.sizes[self.names[number]], self.cost)
+    def settle(self, budget: torch.Tensor, budgets: Budgets) -> None:
+        """One gradient step of the router on the budget loss of its argmax (straight through)."""
+        mixtures = self.router.decide(budget, SETTLED, hard=True).mixtures
         parameters = list(self.router.parameters())
-        gradients = torch.autograd.grad(loss, parameters)
-        rate = SETTLE_RATE / max(float(torch.stack([g.norm() for g in gradients]).norm()), 1e-12)
+        gradients = torch.autograd.grad(budget_loss(mixtures, budgets, self.cost), parameters)
+        norm = torch.stack([gradient.norm() for gradient in gradients]).norm()
         with torch.no_grad():
             for parameter, gradient in zip(parameters, gradients, strict=True):
-                parameter -= rate * gradient
+                parameter -= SETTLE_RATE / max(norm.item(), 1e-12) * gradient
 
     def train_step(self) -> StepReport:
         """One optimiser step over the sizes of this step, all on the same tokens.
@@ -188,8 +184,7 @@ class Trainer:
         report.kd[name] = kd.item()
         report.budget[name] = pull.item()
         report.expected[name] = {
-            axis: round(mixture.expected().item(), 1)
-            for axis, mixture in decision.mixtures.items()
+            axis: round(mixture.expected().item(), 1) for axis, mixture in decision.mixtures.items()
         }
         return kd + self.config.router.weight * pull
 

@@ -107,7 +107,9 @@ def check_choices(choices: Mapping[str, tuple[int, ...]], axis_map: AxisMap) -> 
             axis_map.check_width(name, width)
 
 
-def train(config: RunConfig, *, resume: bool = False, progress: Progress | None = None) -> RunResult:
+def train(
+    config: RunConfig, *, resume: bool = False, progress: Progress | None = None
+) -> RunResult:
     """Runs nested distillation as configured and writes the elastic checkpoint.
 
     Everything that can be wrong with the config is checked before work starts. SIGINT and SIGTERM

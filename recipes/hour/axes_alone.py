@@ -1,0 +1,172 @@
+"""Every axis for real: each axis of the bundled parent cut alone, at equal cost.
+
+    python recipes/hour/axes_alone.py --out runs/axes
+    python recipes/hour/axes_alone.py --out runs/axes-smoke --smoke
+
+For a cost (active or total parameters) and a share of it to save, each axis gets the width that
+saves nearest to that much; axes that cannot save so much alone are left out. All cuts are then
+distilled in one nested run with fixed widths, and evaluated before and after.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from star_elastic.cli import Bars, print_table
+from star_elastic.cost import CostModel
+from star_elastic.demo import (
+    CONTEXT,
+    DEMO,
+    PARENT,
+    bundled_parent,
+    divergence_from_parent,
+    run_config,
+    write_rows,
+)
+from star_elastic.errors import StarElasticError
+from star_elastic.evaluate.accuracy import evaluate_plan
+from star_elastic.evaluate.tasks import TASKS, sample_problems
+from star_elastic.generate.phased import PhasedGenerator
+from star_elastic.generate.phases import Plan
+from star_elastic.importance.orders import orders_from_scores
+from star_elastic.nesting.submodel import (
+    ElasticModel,
+    build_submodel,
+    load_parent,
+    sort_in_place,
+)
+from star_elastic.router.budget import Commitment
+from star_elastic.router.router import Router
+from star_elastic.train.data import BatchOrder, Examples, JsonLines
+from star_elastic.train.loop import Trainer
+from star_elastic.train.run import load_tokenizer, rank
+from star_elastic.widths import Widths
+
+NEAR = 0.01
+"""A cut counts as equal in cost if it is within this share of the parent's cost."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cut:
+    """One axis cut alone to save a share of one cost."""
+
+    metric: str
+    saved: float
+    axis: str
+    widths: Widths
+
+    @property
+    def name(self) -> str:
+        return f"{self.axis}={self.widths[self.axis]}"
+
+
+def equal_cuts(cost: CostModel, metric: str, saved: float) -> list[Cut]:
+    """For each axis, the width that saves nearest to `saved` of the cost, where one comes near."""
+    full = cost.axis_map.full
+    whole = cost.count(full).metric(metric)
+    cuts = []
+    for name, axis in cost.axis_map.axes.items():
+        step = axis.num_groups if axis.num_groups > 1 or axis.size <= 16 else 8
+        grid = [w for w in range(axis.size - step, axis.minimum - 1, -step) if w > 0]
+        share = {w: 1 - cost.count(full.replace(**{name: w})).metric(metric) / whole for w in grid}
+        width = min(share, key=lambda w: abs(share[w] - saved))
+        if abs(share[width] - saved) <= NEAR:
+            widths = full.replace(**{name: width})
+            cuts.append(Cut(metric=metric, saved=share[width], axis=name, widths=widths))
+    return cuts
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--steps", type=int, default=150, help="nested distillation steps")
+    parser.add_argument("--problems", type=int, default=50, help="problems per task")
+    parser.add_argument("--smoke", action="store_true", help="two steps, one problem per task")
+    options = parser.parse_args()
+    if options.smoke:
+        options.steps, options.problems = 2, 1
+    try:
+        report = measure(options.out, options.steps, options.problems)
+    except StarElasticError as error:
+        parser.exit(2, f"error: {error}\n")
+    columns = ["cut alone", "cost", "saved", "KL untrained", "KL trained",
+               "accuracy untrained", "accuracy trained"]  # fmt: skip
+    rows = [
+        [c["name"], c["metric"], f"{c['saved']:.1%}", f"{c['kl_untrained']:.4f}",
+         f"{c['kl_trained']:.4f}", f"{c['accuracy_untrained']:.1%}", f"{c['accuracy_trained']:.1%}"]
+        for c in report["cuts"]
+    ]  # fmt: skip
+    print_table(f"Each axis alone (parent {report['parent_accuracy']:.1%})", columns, rows)
+
+
+def measure(out: Path, steps: int, problems_per_task: int) -> dict:
+    """Cuts, distils, evaluates; writes `axes_alone.json` and returns its content."""
+    out.mkdir(parents=True, exist_ok=True)
+    rows = out / "train.jsonl"
+    write_rows(rows, max(steps * DEMO.batch_size, 64), DEMO.seed)
+    parent, config = load_parent(bundled_parent())
+    teacher, _ = load_parent(bundled_parent())
+    tokenizer = load_tokenizer(bundled_parent())
+    elastic = ElasticModel(parent, config)
+    cost = CostModel(elastic.axis_map)
+    cuts = [*equal_cuts(cost, "active", 0.12), *equal_cuts(cost, "total", 0.2)]
+    with Bars() as bars:
+        examples = Examples(JsonLines([rows]), tokenizer, CONTEXT, "answers")
+        scores, _ = rank(
+            parent, elastic.axis_map, examples,
+            num_samples=512, batch_size=32, source="bundled tasks", progress=bars,
+        )  # fmt: skip
+        sort_in_place(parent, elastic.axis_map, orders_from_scores(scores, elastic.axis_map))
+        problems = sample_problems(TASKS, "test", problems_per_task, DEMO.seed)
+
+        def evaluate() -> dict[str, tuple[float, float]]:
+            models = {PARENT: teacher}
+            models |= {c.name: build_submodel(parent, config, c.widths) for c in cuts}
+            generator = PhasedGenerator(models, tokenizer, elastic.family.end_of_thinking)
+            bars.stage("evaluate", len(models))
+            found = {}
+            for number, name in enumerate(models, start=1):
+                accuracy = evaluate_plan(generator, problems, Plan(think=name, answer=name))
+                found[name] = (
+                    accuracy.accuracy, divergence_from_parent(generator, name, problems[::5])
+                )  # fmt: skip
+                bars.advance(number, name)
+            return found
+
+        before = evaluate()
+        sizes = {c.name: {c.metric: 1 - c.saved} for c in cuts}
+        recipe = replace(DEMO, sizes=sizes, steps=steps)
+        run = run_config(recipe, rows, out)
+        router = Router({"hidden": (elastic.axis_map.axes["hidden"].size,)}, len(sizes))
+        order = BatchOrder(examples, recipe.batch_size, recipe.seed)
+        trainer = Trainer(run, elastic, teacher, router, order)
+        trainer.committed = {c.name: Commitment(c.widths, 0.0, {}) for c in cuts}
+        bars.stage("train", steps)
+        while trainer.step < steps:
+            trainer.train_step()
+            bars.advance(trainer.step)
+        elastic.eval()
+        after = evaluate()
+    report = {
+        "command": "python recipes/hour/axes_alone.py --out runs/axes",
+        "steps": steps,
+        "problems_per_task": problems_per_task,
+        "parent_accuracy": before[PARENT][0],
+        "cuts": [
+            {
+                "name": c.name, "metric": c.metric, "saved": c.saved,
+                "accuracy_untrained": before[c.name][0], "kl_untrained": before[c.name][1],
+                "accuracy_trained": after[c.name][0], "kl_trained": after[c.name][1],
+            }
+            for c in cuts
+        ],
+    }  # fmt: skip
+    (out / "axes_alone.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    return report
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,58 @@
+"""The longer form of the demo: up to an hour on 2 CPU cores, budgets on two costs at once.
+
+    python recipes/hour/run.py --out runs/hour
+    python recipes/hour/run.py --out runs/smoke --smoke      # the same code path, under a minute
+
+Active parameters hardly depend on the number of experts, so each size also has a budget on total
+parameters: only then does the router cut experts as well. Resumes if interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import replace
+from pathlib import Path
+
+from star_elastic.cli import run_and_show
+from star_elastic.demo import DEMO, Recipe, run_recipe
+from star_elastic.errors import StarElasticError
+
+HOUR: Recipe = replace(
+    DEMO,
+    sizes={
+        "large": {"active": 1.0, "total": 1.0},
+        "medium": {"active": 0.75, "total": 0.7},
+        "small": {"active": 0.5, "total": 0.4},
+    },
+    num_rows=200_000,
+    steps=2_600,
+    batch_size=48,
+    problems_per_task=100,
+    budgets=(0, 16, 32, 48, 64),
+    pairs=(("small", "large"), ("medium", "large"), ("small", "medium"), ("large", "small")),
+)
+SMOKE: Recipe = replace(
+    HOUR,
+    num_rows=200,
+    steps=6,
+    batch_size=4,
+    problems_per_task=1,
+    budgets=(8,),
+    pairs=HOUR.pairs[:1],
+)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True, help="new directory, or one to resume")
+    parser.add_argument("--smoke", action="store_true", help="a few steps, same code path")
+    parser.add_argument("--json", action="store_true", help="print the report as JSON")
+    options = parser.parse_args()
+    try:
+        run_and_show(SMOKE if options.smoke else HOUR, options.out, options.json, run_recipe)
+    except StarElasticError as error:
+        parser.exit(2, f"error: {error}\n")
+
+
+if __name__ == "__main__":
+    main()
