@@ -1,106 +1,26 @@
 """Nested distillation end to end on a tiny parent: config, data, training, resume, the result."""
 
 import json
-import math
 import os
-import subprocess
-import sys
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from star_elastic.checkpoint import load_tensors
-from star_elastic.demo import bundled_parent, write_rows
+from star_elastic.demo import bundled_parent
 from star_elastic.errors import BudgetError, CheckpointError, ConfigError, ShapeError
 from star_elastic.evaluate.tasks import messages, sample_problems
-from star_elastic.families import family_of, read_config
+from star_elastic.families import family_of
 from star_elastic.generate.family import load
 from star_elastic.manifest import load_manifest
-from star_elastic.nesting.stream import save_model, slice_checkpoint
+from star_elastic.nesting.stream import slice_checkpoint
 from star_elastic.nesting.submodel import ElasticModel, load_parent
 from star_elastic.router.budget import TOLERANCE
-from star_elastic.train import run as run_module
-from star_elastic.train.config import load_run_config
 from star_elastic.train.data import BatchOrder, Examples, JsonLines
 from star_elastic.train.losses import distillation_loss
 from star_elastic.train.run import Interrupted, Silent, default_choices, train
-
-TINY = {
-    "model_type": "nemotron_h", "hybrid_override_pattern": "M*E", "hidden_size": 48,
-    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "intermediate_size": 64,
-    "mamba_num_heads": 8, "mamba_head_dim": 8, "n_groups": 2, "ssm_state_size": 8,
-    "conv_kernel": 4, "chunk_size": 16, "n_routed_experts": 8, "num_experts_per_tok": 2,
-    "moe_intermediate_size": 32, "moe_shared_expert_intermediate_size": 64,
-    "max_position_embeddings": 512,
-}  # fmt: skip
-RUN = """
-parent = "parent"
-out = "run"
-
-[sizes.large]
-active = 1.0
-[sizes.small]
-active = 0.7
-
-[choices]
-hidden = [48, 40, 32, 24]
-expert_ffn = [32, 24, 16]
-shared_ffn = [64, 60, 56, 52, 48, 44, 40, 36, 32, 28, 24]
-ssm_heads = [8, 6, 4]
-
-[data]
-train = ["rows.jsonl"]
-context = 96
-loss_on = "answers"
-
-[calibration]
-num_samples = 16
-
-[router]
-commit_at = 0.6
-learning_rate = 1e-2
-
-[optimizer]
-learning_rate = 2e-3
-warmup_steps = 2
-
-[schedule]
-steps = 40
-batch_size = 8
-save_every = 16
-autocast = false
-"""
-
-
-@pytest.fixture(scope="module")
-def parent(tmp_path_factory):
-    """A tiny random parent with the bundled tokenizer, rows and a run config beside it."""
-    folder = tmp_path_factory.mktemp("train")
-    tokenizer = AutoTokenizer.from_pretrained(bundled_parent())
-    torch.manual_seed(0)
-    config = {**TINY, "vocab_size": len(tokenizer)}
-    fields = {k: v for k, v in config.items() if k != "model_type"}
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("nemotron_h", **fields)).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() > 1:
-                parameter.normal_(std=1.5 / math.sqrt(parameter.shape[-1]))
-    state = ElasticModel(model, config).state()
-    save_model(state, config, bundled_parent(), folder / "parent", dtype=torch.float32)
-    write_rows(folder / "rows.jsonl", 64, seed=0)
-    (folder / "run.toml").write_text(RUN)
-    return folder
-
-
-def config_in(folder, name="run", **replacements):
-    text = RUN.replace('out = "run"', f'out = "{name}"')
-    for old, new in replacements.items():
-        assert old in text
-        text = text.replace(old, new)
-    file = folder / f"{name}.toml"
-    file.write_text(text)
-    return load_run_config(file)
+from tests.tiny_run import TINY, config_in
 
 
 def metrics(result):
@@ -108,14 +28,7 @@ def metrics(result):
     return [json.loads(line) for line in text.splitlines()]
 
 
-@pytest.fixture(scope="module")
-def trained(parent):
-    """The result of an uninterrupted run on one thread."""
-    torch.set_num_threads(1)
-    return train(config_in(parent, "straight"))
-
-
-def test_result_is_an_elastic_checkpoint_that_meets_its_budgets(parent, trained):
+def test_result_is_an_elastic_checkpoint_that_meets_its_budgets(run_folder, trained):
     family = load(trained.elastic)
     axis_map = family.axis_map
     assert family.sizes["large"].widths == axis_map.full
@@ -142,8 +55,8 @@ def test_slices_of_the_result_reload_in_plain_transformers(trained, tmp_path):
     assert not (tmp_path / "small" / "router.safetensors").exists()
 
 
-def test_training_brings_the_small_size_closer_to_the_parent(parent, trained):
-    original, config = load_parent(parent / "parent")
+def test_training_brings_the_small_size_closer_to_the_parent(run_folder, trained):
+    original, config = load_parent(run_folder / "parent")
     family = load(trained.elastic)
     widths = family.sizes["small"].widths
     rows = metrics(trained)
@@ -162,9 +75,9 @@ def test_training_brings_the_small_size_closer_to_the_parent(parent, trained):
     assert distillation_loss(teacher, after) < 0.95 * distillation_loss(teacher, before)
 
 
-def test_interrupted_and_resumed_equals_uninterrupted(parent, trained):
+def test_interrupted_and_resumed_equals_uninterrupted(run_folder, trained):
     torch.set_num_threads(1)
-    config = config_in(parent, "resumed")
+    config = config_in(run_folder, "resumed")
 
     class StopAt(Silent):
         def __init__(self, step):
@@ -195,9 +108,11 @@ def test_router_at_full_budget_ends_at_full_width(trained):
     assert manifest.sizes["large"].repair == {}
 
 
-def test_one_size_per_step_follows_the_weights(parent):
+def test_one_size_per_step_follows_the_weights(run_folder):
     config = config_in(
-        parent, "one", **{"steps = 40": 'steps = 16\nsizes_per_step = "one"\nsize_weights = [3, 1]'}
+        run_folder,
+        "one",
+        **{"steps = 40": 'steps = 16\nsizes_per_step = "one"\nsize_weights = [3, 1]'},
     )
     result = train(config)
     rows = metrics(result)
@@ -206,9 +121,9 @@ def test_one_size_per_step_follows_the_weights(parent):
     assert drawn.count("large") > drawn.count("small") > 0
 
 
-def test_batches_depend_on_seed_and_step_only(parent):
+def test_batches_depend_on_seed_and_step_only(run_folder):
     tokenizer = AutoTokenizer.from_pretrained(bundled_parent())
-    examples = Examples(JsonLines([parent / "rows.jsonl"]), tokenizer, 96, "answers")
+    examples = Examples(JsonLines([run_folder / "rows.jsonl"]), tokenizer, 96, "answers")
     straight = BatchOrder(examples, 8, seed=1)
     rows = [straight.rows(step) for step in range(20)]
     jumped = BatchOrder(examples, 8, seed=1)
@@ -217,10 +132,10 @@ def test_batches_depend_on_seed_and_step_only(parent):
     assert [BatchOrder(examples, 8, seed=2).rows(step) for step in range(20)] != rows
 
 
-def test_answers_only_marks_the_completion(parent):
+def test_answers_only_marks_the_completion(run_folder):
     tokenizer = AutoTokenizer.from_pretrained(bundled_parent())
     (problem,) = sample_problems(["add"], "train", 1, seed=0)
-    file = parent / "one.jsonl"
+    file = run_folder / "one.jsonl"
     rows = [
         {"messages": messages(problem)},
         {"messages": messages(problem, thinking=False)},
@@ -271,21 +186,21 @@ def test_distillation_loss_is_the_kl_and_chunks_do_not_change_it():
         ("[schedule]", "[schedul]", ConfigError, "schedul is not a key.*did you mean schedule"),
     ],
 )
-def test_mistakes_end_before_any_work(parent, old, new, kind, message):
+def test_mistakes_end_before_any_work(run_folder, old, new, kind, message):
     with pytest.raises(kind, match=message):
-        train(config_in(parent, "mistake", **{old: new}))
-    assert not (parent / "mistake").exists()
+        train(config_in(run_folder, "mistake", **{old: new}))
+    assert not (run_folder / "mistake").exists()
 
 
-def test_resume_refuses_another_config(parent, trained):
+def test_resume_refuses_another_config(run_folder, trained):
     with pytest.raises(ConfigError, match="schedule differ from the run"):
-        train(config_in(parent, "straight", **{"steps = 40": "steps = 50"}), resume=True)
+        train(config_in(run_folder, "straight", **{"steps = 40": "steps = 50"}), resume=True)
     with pytest.raises(CheckpointError, match="holds no saved state"):
-        train(config_in(parent, "never"), resume=True)
+        train(config_in(run_folder, "never"), resume=True)
 
 
-def test_a_loss_that_is_not_finite_ends_with_one_line(parent):
-    config = config_in(parent, "nan", **{"learning_rate = 2e-3": "learning_rate = 1e20"})
+def test_a_loss_that_is_not_finite_ends_with_one_line(run_folder):
+    config = config_in(run_folder, "nan", **{"learning_rate = 2e-3": "learning_rate = 1e20"})
     with pytest.raises(
         CheckpointError, match=r"the loss of size .* lower optimizer\.learning_rate"
     ):
@@ -297,32 +212,3 @@ def test_default_choices_halve_every_axis_but_heads():
     grid = default_choices(family_of(config).axis_map(config))
     assert grid["hidden"] == (48, 40, 32, 24) and grid["ssm_heads"] == (8, 6, 4)
     assert grid["experts"] == (8, 7, 6, 5, 4) and "heads" not in grid
-
-
-def test_command_line_trains_lists_slices_and_generates(parent):
-    (parent / "cli.toml").write_text(RUN.replace('out = "run"', 'out = "cli"'))
-    elastic = parent / "cli" / run_module.ELASTIC
-
-    def call(*arguments):
-        command = [sys.executable, "-m", "star_elastic.cli", *map(str, arguments)]
-        return subprocess.run(command, capture_output=True, text=True, check=False)
-
-    result = call("train", parent / "cli.toml", "--json")
-    assert result.returncode == 0, result.stderr
-    assert json.loads(result.stdout)["elastic"] == str(elastic)
-    listed = json.loads(call("sizes", elastic, "--json").stdout)
-    assert list(listed["sizes"]) == ["large", "small"]
-    cut = call("slice", elastic, "--size", "small", "--out", parent / "cut", "--json")
-    assert json.loads(cut.stdout)["widths"] == listed["sizes"]["small"]["widths"]
-    assert (
-        read_config(parent / "cut")["hidden_size"] == listed["sizes"]["small"]["widths"]["hidden"]
-    )
-    options = ["--think", "small", "--answer", "large", "--thinking-budget", "8"]
-    out = call("generate", elastic, "add 12 34", *options, "--json")
-    assert out.returncode == 0, out.stderr
-    phases = {phase["name"]: phase for phase in json.loads(out.stdout)["phases"]}
-    assert phases["thinking"]["size"] == "small"
-    again = call("slice", elastic, "--size", "small", "--out", parent / "cut")
-    assert again.returncode == 2 and again.stderr.count("\n") == 1
-    assert "exists already" in again.stderr
-    assert call("slice", elastic, "--size", "tiny", "--out", parent / "x").returncode == 2

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 from accuracy import greedy_completions, num_correct_by_task
-from data import pad_rows, split_conversation
+from data import TASK_WEIGHTS, pad_rows, split_conversation
 from safetensors import safe_open
 from train_parent import RouterLoad, micro_batch_loss
 from transformers import AutoModelForCausalLM, AutoTokenizer, NemotronHForCausalLM
@@ -45,27 +45,36 @@ accuracy is at most {max_error:.1f} points.
 
 ## Model
 
-Layers `{pattern}` (M Mamba-2, * attention, E experts), hidden {hidden_size}; Mamba
-{mamba_num_heads} heads of {mamba_head_dim} in {n_groups} groups, state {ssm_state_size};
-attention {num_attention_heads} query heads over {num_key_value_heads} KV heads of {head_dim};
-{n_routed_experts} routed experts of width {moe_intermediate_size}, {num_experts_per_tok} chosen
-per token, one shared expert of width {moe_shared_expert_intermediate_size}; {vocab_size} token
-ids, untied embeddings. Byte-level BPE tokenizer in which every digit, capital letter and symbol
-is one token. Chat template: ChatML turns; `enable_thinking=False` closes the thinking at once.
+Layers `{pattern}` (M Mamba-2, * attention, E experts), hidden {hidden_size}, untied embeddings.
+
+| part | size |
+|---|---|
+| Mamba-2 | {mamba_num_heads} heads of {mamba_head_dim}, {n_groups} groups, state {ssm_state_size} |
+| attention | {num_attention_heads} query heads over {num_key_value_heads} KV heads of {head_dim} |
+| experts | {n_routed_experts} of width {moe_intermediate_size}, {num_experts_per_tok} per token |
+| shared expert | one of width {moe_shared_expert_intermediate_size} |
+| tokenizer | byte-level BPE, {vocab_size} ids; one token per digit, capital, symbol |
+
+Chat template: ChatML turns; `enable_thinking=False` closes the thinking at once. A conversation:
+
+```
+{example}
+```
 
 ## Training
 
-- Data: problems drawn on the fly from the training split of `star_elastic.evaluate.tasks` (seed
-  {seed}); {full_percent:.0f} % with the full trace, {no_percent:.0f} % answered without thinking,
+- Data: problems drawn on the fly from the training split of `star_elastic.evaluate.tasks`, seed
+  {seed}: {full_percent:.0f} % with the full trace, {no_percent:.0f} % answered without thinking,
   {cut_percent:.0f} % with the trace cut at a random line end, so that a thinking budget degrades
-  gracefully. No other text. Loss on the assistant's turns only.
-- {steps:,} steps of {sequences_per_step} conversations, {tokens:,} tokens
-  ({targets:,} with loss), {minutes:.0f} minutes on {hardware}.
+  gracefully. Tasks drawn with weights {task_weights} (the others 1). No other text. Loss on the
+  assistant's turns only.
+- {steps:,} steps of {sequences_per_step} conversations, {tokens:,} tokens, {targets:,} of them
+  with loss; {minutes:.0f} minutes on {hardware}.
 - AdamW, peak learning rate {peak_lr}, warm-up, constant, linear decay to zero over the last
   {decay_percent:.0f} %; fp32 weights, bfloat16 autocast.
 - Experts balanced without an auxiliary loss (correction biases, kept in fp32). Load of the busiest
   expert over the mean, per layer, on test conversations: {loads}.
-
+{note}
 ## Limits
 
 Only these tasks, in exactly this wording and difficulty. Arithmetic of the tasks `chain` and `rpn`
@@ -121,10 +130,12 @@ def measure(model_dir: Path, run_dir: Path, *, num_problems: int, hardware: str)
     return {
         "num_parameters": sum(p.numel() for p in model.parameters()),
         "eval_seed": EVAL_SEED,
+        "example": tokenizer.apply_chat_template(messages(problems[0]), tokenize=False),
         "tasks": tasks,
         "training": {
             **json.loads(metadata["position"]),
             **json.loads(metadata["run"]),
+            "task_weights": TASK_WEIGHTS,
             "hardware": hardware,
         },
         "load_max_over_mean": measure_load(
@@ -155,6 +166,9 @@ def render(card: dict, config: dict) -> str:
         num_problems=num_problems,
         max_error=100 * (0.25 / num_problems) ** 0.5,
         rows=rows,
+        example=card["example"],
+        note=f"- {training['note']}\n" if training["note"] else "",
+        task_weights=", ".join(f"{k} {v}" for k, v in training["task_weights"].items()),
         majority=100 * mean("majority_accuracy"),
         trace_tokens=mean("mean_trace_tokens"),
         without=100 * mean("accuracy_without_thinking"),
@@ -180,8 +194,10 @@ def main() -> None:
     parser.add_argument("--model", type=Path, required=True, help="the exported model")
     parser.add_argument("--num-problems", type=int, default=300, help="test problems per task")
     parser.add_argument("--hardware", default="2 CPU cores", help="the machine, for the card")
+    parser.add_argument("--note", default="", help="what else was particular about the run")
     args = parser.parse_args()
     card = measure(args.model, args.run, num_problems=args.num_problems, hardware=args.hardware)
+    card["training"]["note"] = args.note
     config = json.loads((args.model / "config.json").read_text())
     for name, text in (
         ("card.json", json.dumps(card, indent=2) + "\n"),

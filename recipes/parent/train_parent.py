@@ -45,6 +45,7 @@ MODEL = {
     "chunk_size": 32,
     "n_routed_experts": 16,
     "num_experts_per_tok": 4,
+    "intermediate_size": 128,  # of MLP layers, of which the pattern has none
     "moe_intermediate_size": 64,
     "moe_shared_expert_intermediate_size": 128,
     "n_group": 1,

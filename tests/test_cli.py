@@ -1,0 +1,138 @@
+"""The command line as its users type it, and every command and snippet of the README."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from star_elastic.families import read_config
+from star_elastic.train.config import RunConfig, parse
+from tests.tiny_run import RUN
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def call(*arguments) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-W", "error", "-m", "star_elastic.cli", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
+
+
+def answer(*arguments) -> dict:
+    """The JSON object that a command prints, and nothing else."""
+    done = call(*arguments, "--json")
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def refusal(*arguments) -> str:
+    """The one line of a command that ends with exit code 2."""
+    done = call(*arguments)
+    assert done.returncode == 2, (done.returncode, done.stderr)
+    assert done.stdout == "" and done.stderr.count("\n") == 1, done.stderr
+    return done.stderr
+
+
+def test_rank_train_sizes_slice_generate(run_folder):
+    scores = run_folder / "scores.safetensors"
+    ranked = answer(
+        "rank", run_folder / "parent", "--data", run_folder / "rows.jsonl", "--out", scores,
+        "--samples", 8,
+    )  # fmt: skip
+    assert ranked["samples"] == 8 and scores.is_file()
+    config = RUN.replace('out = "run"', 'out = "cli"').replace(
+        "num_samples = 16", 'scores = "scores.safetensors"'
+    )
+    (run_folder / "cli.toml").write_text(config)
+    elastic = run_folder / "cli" / "elastic"
+    assert answer("train", run_folder / "cli.toml")["elastic"] == str(elastic)
+    listed = answer("sizes", elastic)["sizes"]
+    assert list(listed) == ["large", "small"]
+    cut = run_folder / "cut"
+    assert answer("slice", elastic, "--size", "small", "--out", cut)["size"] == "small"
+    assert read_config(cut)["hidden_size"] == listed["small"]["widths"]["hidden"]
+    counted = answer("count", cut)
+    assert counted["total"] == listed["small"]["total"]
+    assert counted["active"] == listed["small"]["active"]
+    phases = answer(
+        "generate", elastic, "--think", "small", "--answer", "large", "--thinking-budget", 8,
+        "add 12 34",
+    )["phases"]  # fmt: skip
+    assert {phase["name"]: phase["size"] for phase in phases}["thinking"] == "small"
+
+
+def test_mistakes_are_one_line(trained, tmp_path):
+    elastic = trained.elastic
+    assert "has small" not in refusal("slice", elastic, "--size", "x", "--out", tmp_path / "x")
+    assert not (tmp_path / "x").exists()
+    assert "is not an elastic checkpoint" in refusal("sizes", elastic.parents[1] / "parent")
+    taken = tmp_path / "taken"
+    taken.mkdir()
+    (taken / "file").touch()
+    assert "exists already" in refusal("slice", elastic, "--size", "small", "--out", taken)
+    assert "holds no config.json" in refusal("count", tmp_path)
+    assert "hidden=7000" in refusal("count", elastic, "--widths", "hidden=7000")
+    assert "does not exist" in refusal("train", tmp_path / "none.toml")
+    assert "one size for both" in refusal(
+        "generate", elastic, "--size", "small", "--think", "x", "p"
+    )
+    assert "-1" in refusal("generate", elastic, "--thinking-budget", "-1", "add 1 2")
+    assert "empty" in refusal("generate", elastic, "")
+
+
+def test_demo_refuses_a_directory_that_is_not_its_own(tmp_path):
+    (tmp_path / "file").touch()
+    assert "is not empty" in refusal("demo", "--out", tmp_path)
+
+
+def test_readme_names_every_command():
+    listed = set(re.findall(r"^\| `star-elastic (\w+)", README, re.M))
+    helped = set(re.findall(r"^\W*(\w+)  ", call("--help").stdout, re.M))
+    assert listed and listed <= helped
+    for command in listed:
+        assert call(command, "--help").returncode == 0
+
+
+def test_readme_quick_start_runs(trained):
+    (code,) = re.findall(r"```python\n(.*?)```", README, re.S)
+    assert len(code.strip().splitlines()) <= 16
+    code = code.replace("runs/demo/run/elastic", str(trained.elastic))
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "'thinking', 'small'" in done.stdout
+
+
+def test_readme_run_config_is_valid():
+    (text,) = re.findall(r"```toml\n(.*?)```", README, re.S)
+    assert parse(RunConfig, tomllib.loads(text), "").sizes["small"] == {"active": 0.5, "total": 0.4}
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["recipes/hour/run.py", "--out", "{out}", "--smoke", "--json"],
+        ["recipes/hour/axes_alone.py", "--out", "{out}", "--smoke"],
+        ["benchmarks/size_cost.py", "--smoke"],
+    ],
+    ids=lambda command: Path(command[0]).stem,
+)
+def test_long_recipes_have_a_smoke_form(command, tmp_path):
+    arguments = [part.format(out=tmp_path / "out") for part in command]
+    done = subprocess.run(
+        [sys.executable, "-W", "error", *arguments],
+        capture_output=True, text=True, check=False, cwd=ROOT,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    if "--json" in arguments:
+        report = json.loads(done.stdout)
+        assert list(report["sizes"]) == ["large", "medium", "small"]
+        assert (tmp_path / "out" / "pareto.png").stat().st_size < 300_000
+        assert (tmp_path / "out" / "slices" / "small" / "model.safetensors").is_file()

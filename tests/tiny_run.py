@@ -1,0 +1,101 @@
+"""A tiny nested run: a random parent with the bundled tokenizer, rows, a run config, its result.
+
+Fixtures of this file are imported by conftest, so that every test can use them.
+"""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from star_elastic.demo import bundled_parent, write_rows
+from star_elastic.nesting.stream import save_model
+from star_elastic.nesting.submodel import ElasticModel
+from star_elastic.train.config import load_run_config
+from star_elastic.train.run import train
+
+TINY = {
+    "model_type": "nemotron_h", "hybrid_override_pattern": "M*E", "hidden_size": 48,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "intermediate_size": 64,
+    "mamba_num_heads": 8, "mamba_head_dim": 8, "n_groups": 2, "ssm_state_size": 8,
+    "conv_kernel": 4, "chunk_size": 16, "n_routed_experts": 8, "num_experts_per_tok": 2,
+    "moe_intermediate_size": 32, "moe_shared_expert_intermediate_size": 64,
+    "max_position_embeddings": 512,
+}  # fmt: skip
+RUN = """
+parent = "parent"
+out = "run"
+
+[sizes.large]
+active = 1.0
+[sizes.small]
+active = 0.7
+
+[choices]
+hidden = [48, 40, 32, 24]
+expert_ffn = [32, 24, 16]
+shared_ffn = [64, 60, 56, 52, 48, 44, 40, 36, 32, 28, 24]
+ssm_heads = [8, 6, 4]
+
+[data]
+train = ["rows.jsonl"]
+context = 96
+loss_on = "answers"
+
+[calibration]
+num_samples = 16
+
+[router]
+commit_at = 0.6
+learning_rate = 1e-2
+
+[optimizer]
+learning_rate = 2e-3
+warmup_steps = 2
+
+[schedule]
+steps = 40
+batch_size = 8
+save_every = 16
+autocast = false
+"""
+
+
+@pytest.fixture(scope="session")
+def run_folder(tmp_path_factory):
+    """A tiny random parent with the bundled tokenizer, rows and a run config beside it."""
+    folder = tmp_path_factory.mktemp("train")
+    tokenizer = AutoTokenizer.from_pretrained(bundled_parent())
+    torch.manual_seed(0)
+    config = {**TINY, "vocab_size": len(tokenizer)}
+    fields = {k: v for k, v in config.items() if k != "model_type"}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("nemotron_h", **fields)).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(std=1.5 / math.sqrt(parameter.shape[-1]))
+    state = ElasticModel(model, config).state()
+    save_model(state, config, bundled_parent(), folder / "parent", dtype=torch.float32)
+    write_rows(folder / "rows.jsonl", 64, seed=0)
+    (folder / "run.toml").write_text(RUN)
+    return folder
+
+
+def config_in(folder, name="run", **replacements):
+    text = RUN.replace('out = "run"', f'out = "{name}"')
+    for old, new in replacements.items():
+        assert old in text
+        text = text.replace(old, new)
+    file = folder / f"{name}.toml"
+    file.write_text(text)
+    return load_run_config(file)
+
+
+@pytest.fixture(scope="session")
+def trained(run_folder):
+    """The result of an uninterrupted run on one thread."""
+    torch.set_num_threads(1)
+    return train(config_in(run_folder, "straight"))
