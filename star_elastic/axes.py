@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
 from star_elastic.errors import ShapeError
-from star_elastic.widths import Widths
+from star_elastic.widths import Width, Widths
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,7 +210,7 @@ class AxisMap:
         """The parent's own widths."""
         return Widths({name: axis.size for name, axis in self.axes.items()})
 
-    def complete(self, widths: Mapping[str, int | tuple[int, ...]]) -> Widths:
+    def complete(self, widths: Mapping[str, Width]) -> Widths:
         """`widths` with every axis that is not named at full width, checked.
 
         Raises ShapeError with the rule that is broken and a width that would do.
@@ -233,11 +233,11 @@ class AxisMap:
                 self.check_width(name, width)
         done = Widths({name: widths.get(name, axis.size) for name, axis in self.axes.items()})
         for name, divisor in self.multiples:
-            if not isinstance(done[divisor], tuple) and done[name] % done[divisor]:
+            first, second = done[name], done[divisor]
+            if isinstance(first, int) and isinstance(second, int) and first % second:
                 raise ShapeError(
-                    f"{name}={done[name]} is not a multiple of {divisor}={done[divisor]}, which "
-                    f"the {self.family} config requires; use "
-                    f"{name}={max(done[name] // done[divisor], 1) * done[divisor]}"
+                    f"{name}={first} is not a multiple of {divisor}={second}, which the "
+                    f"{self.family} config requires; use {name}={max(first // second, 1) * second}"
                 )
         return done
 
@@ -292,7 +292,7 @@ class AxisMap:
             for dim in spec.dims
         )
 
-    def at(self, widths: Mapping[str, int | tuple[int, ...]]) -> AxisMap:
+    def at(self, widths: Mapping[str, Width]) -> AxisMap:
         """The table of the sliced model (tensors, axes and states), to slice it further."""
         widths = self.complete(widths)
 

@@ -88,15 +88,15 @@ DEMO = Recipe(
         "shared_ffn": tuple(range(128, 31, -16)),
         "ssm_heads": (16, 14, 12, 10, 8),
     },
-    num_rows=40_000,
-    steps=450,
+    num_rows=10_000,
+    steps=150,
     batch_size=32,
-    problems_per_task=30,
+    problems_per_task=20,
     budgets=(0, 16, 32, 64),
     pairs=(("small", "large"), ("medium", "large")),
     # A short run has to sharpen gently: what the budget first pulls up must be able to come down.
     router=RouterConfig(
-        commit_at=0.2, learning_rate=3e-3, annealing=Annealing(tau_end=0.4, scale_end=1.5)
+        commit_at=0.3, learning_rate=3e-3, annealing=Annealing(tau_end=0.4, scale_end=1.5)
     ),
 )
 
@@ -209,7 +209,7 @@ def plans(recipe: Recipe) -> list[Plan]:
     pairs = [Plan(think=think, answer=answer) for think, answer in recipe.pairs]
     budgeted = [
         replace(plan, thinking_budget=budget)
-        for plan in (*(Plan(think=name, answer=name) for name in (PARENT, *names)), *pairs)
+        for plan in (*(Plan(think=name, answer=name) for name in names), *pairs)
         for budget in recipe.budgets
         if budget or plan.think == plan.answer
     ]

@@ -47,7 +47,7 @@ from star_elastic.widths import Widths
 REMOVED = (0.1, 0.2, 0.3)
 """Shares of the parent's parameters to cut."""
 FFN_STEP = 16
-CASES = (("hidden", "ffn", "heads"), ("ffn",), ("hidden",), ("heads",))
+CASES = (("hidden", "ffn", "heads"), ("hidden", "ffn"), ("ffn",), ("hidden",), ("heads",))
 """Axes that are cut together."""
 TOLERANCE = 1e-5
 """Allowed difference of float32 logits, relative to the largest."""

@@ -36,7 +36,7 @@ class Llama:
     model_type = "llama"
     end_of_thinking = "\n</think>\n\n"
     prefix_aliases: Mapping[str, str] = {}
-    ignored = ("model.rotary_emb.",)
+    ignored: tuple[str, ...] = ("model.rotary_emb.",)
 
     def axis_map(self, config: Config) -> AxisMap:
         """See `Family.axis_map`. Defaults are those of transformers' LlamaConfig."""

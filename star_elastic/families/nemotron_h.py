@@ -292,7 +292,7 @@ class NemotronH:
     model_type = "nemotron_h"
     end_of_thinking = "\n</think>\n"
     prefix_aliases: Mapping[str, str] = MappingProxyType({"model.": "backbone."})
-    ignored = ("mtp.",)
+    ignored: tuple[str, ...] = ("mtp.",)
 
     def axis_map(self, config: Config) -> AxisMap:
         """See `Family.axis_map`."""

@@ -13,6 +13,7 @@ import math
 import time
 from collections.abc import Iterable, Mapping
 from collections.abc import Sequence as ListOf
+from typing import cast
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -154,6 +155,7 @@ def _decode(
             thought = time.perf_counter()
         busy = [row for row, sequence in enumerate(rows) if sequence.phase not in (until, DONE)]
         if not busy:
+            assert thought is not None
             return thought
         if len(busy) < len(rows):  # dropping rows costs less than one step with idle ones
             decoder.keep(busy)
@@ -183,9 +185,7 @@ def _check_sampling(temperature: float, batch_size: int) -> None:
 
 def _listed(prompts: Prompt | ListOf[Prompt]) -> list[Prompt]:
     """Prompts as a list; a text or one conversation counts as one prompt."""
-    if isinstance(prompts, str):
-        return [prompts]
-    prompts = list(prompts)
-    if not prompts:
+    if not isinstance(prompts, str) and not prompts:
         raise ConfigError("the prompt is empty; give at least one message or text")
-    return [prompts] if isinstance(prompts[0], Mapping) else prompts
+    is_one = isinstance(prompts, str) or isinstance(prompts[0], Mapping)
+    return cast("list[Prompt]", [prompts] if is_one else list(prompts))

@@ -98,7 +98,8 @@ class PhaseResult:
 class Generation:
     """One finished sequence. `text` is everything after the prompt but the end-of-turn token.
 
-    `token_ids` are all new tokens; `closing_tokens` of them end the thinking.
+    `thinking` and `answer` are its two parts without the line ends around them, as a chat template
+    takes them back. `token_ids` are all new tokens; `closing_tokens` of them end the thinking.
     """
 
     text: str

@@ -131,8 +131,8 @@ class Sequence:
         sizes = {THINKING: plan.think, ANSWERING: plan.answer}
         return Generation(
             text="".join(texts),
-            thinking=texts[0],
-            answer=texts[2],
+            thinking=texts[0].strip("\n"),
+            answer=texts[2].strip("\n"),
             token_ids=tuple(new),
             prompt_tokens=self.num_prompt,
             closing_tokens=self.num_closing,

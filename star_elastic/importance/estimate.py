@@ -13,12 +13,13 @@ that a score does not depend on how samples are batched. What is measured on eac
                            gate(x) * ||f(x)||_2, gates as the router gives them; 0 if no token is
 
 Shapes: B samples, T tokens, N = B * T, C channels, D the experts' input, E experts, F neurons,
-M tokens of one expert.
+K experts per token, M tokens of one expert.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -125,22 +126,20 @@ class _Recorder:
         for probe in self.axis_map.probes:
             module = model.get_submodule(probe.path)
             if probe.side == "input":
-                hook = module.register_forward_pre_hook(
-                    lambda _, args, probe=probe: self._see(probe, args[0])
-                )
+                hook = module.register_forward_pre_hook(partial(self._see_input, probe))
             else:
                 assert probe.side == "output", probe
-                hook = module.register_forward_hook(
-                    lambda _, __, output, probe=probe: self._see(probe, output)
-                )
+                hook = module.register_forward_hook(partial(self._see_output, probe))
             handles.append(hook)
         for moe in self.axis_map.moe_layers:
-            module = model.get_submodule(moe.experts_path)
-            handles.append(
-                module.register_forward_pre_hook(
-                    lambda module, args, moe=moe: self._see_experts(moe, module, *args)
-                )
-            )
+            experts = model.get_submodule(moe.experts_path)
+            handles.append(experts.register_forward_pre_hook(partial(self._see_experts, moe)))
+
+    def _see_input(self, probe: Probe, _: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+        self._see(probe, args[0])
+
+    def _see_output(self, probe: Probe, _: nn.Module, __: tuple, output: torch.Tensor) -> None:
+        self._see(probe, output)
 
     def _see(self, probe: Probe, activation: torch.Tensor) -> None:
         """Adds the squared mean magnitudes of a batch at one probe."""
@@ -155,14 +154,10 @@ class _Recorder:
                 self._squares[probe] += mean_C.square()
 
     def _see_experts(
-        self,
-        moe: MoeSpec,
-        experts: nn.Module,
-        x_ND: torch.Tensor,
-        index_NK: torch.Tensor,
-        gate_NK: torch.Tensor,
+        self, moe: MoeSpec, experts: nn.Module, args: tuple[torch.Tensor, ...]
     ) -> None:
         """Recomputes each expert on its own tokens: the fused module shows none of its insides."""
+        x_ND, index_NK, gate_NK = args
         up_EFD, down_EDF = experts.get_parameter("up_proj"), experts.get_parameter("down_proj")
         activation = experts.get_submodule("act_fn")
         num_experts, num_neurons = up_EFD.shape[:2]

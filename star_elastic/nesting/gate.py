@@ -73,7 +73,7 @@ def gate_tensors(
         if spec.gate_dim is None:
             continue
         (segment,) = spec.dims[spec.gate_dim]
-        if segment.axis not in mixtures:
+        if segment.axis is None or segment.axis not in mixtures:
             continue
         width = axis_map.width(widths, segment.axis, spec.layer)
         units = mixtures[segment.axis].unit_gates(width, segment.num_groups)

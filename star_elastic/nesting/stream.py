@@ -32,7 +32,7 @@ from star_elastic.nesting.slice import (
     slice_tensor,
     sort_tensor,
 )
-from star_elastic.widths import Widths
+from star_elastic.widths import Width, Widths
 
 Progress = Callable[[int, int], None]
 """Called with (bytes written so far, bytes in all)."""
@@ -148,7 +148,7 @@ def _write(
 
 def slice_checkpoint(
     path: str | Path,
-    widths: Mapping[str, int],
+    widths: Mapping[str, Width],
     out: str | Path,
     *,
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,

@@ -11,6 +11,7 @@ import logging
 from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -28,7 +29,7 @@ from star_elastic.nesting.modules import (
     ElasticSigmoidRouter,
 )
 from star_elastic.nesting.slice import Orders, slice_state, sort_state
-from star_elastic.widths import Widths
+from star_elastic.widths import Width, Widths
 
 logger = logging.getLogger(__name__)
 
@@ -72,7 +73,7 @@ def build_skeleton(config: Config, like: PreTrainedModel | None = None) -> PreTr
 
 
 def build_submodel(
-    parent: PreTrainedModel, config: Config, widths: Mapping[str, int]
+    parent: PreTrainedModel, config: Config, widths: Mapping[str, Width]
 ) -> PreTrainedModel:
     """A plain transformers model of `widths` that shares the (sorted) parent's memory.
 
@@ -104,12 +105,13 @@ def load_parent(
     family = family_of(config)
     family.axis_map(config)
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             path, dtype=dtype, local_files_only=True, output_loading_info=True
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise CheckpointError(f"{path} cannot be loaded ({first}); check its files") from None
+    model, info = loaded
     # transformers only warns here, and fills what is missing with random values.
     extra = sorted(n for n in info["unexpected_keys"] if not n.startswith(family.ignored))
     for problem, names in (("lacks", sorted(info["missing_keys"])), ("also holds", extra)):

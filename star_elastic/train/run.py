@@ -249,15 +249,14 @@ def _loop(trainer: Trainer, run: Path, progress: Progress) -> tuple[int, float]:
             now = time.monotonic()
             log.write(json.dumps({**asdict(report), "seconds": round(now - last, 4)}) + "\n")
             last = now
+            log.flush()
             progress.advance(trainer.step, _note(report, trainer))
             if stop.is_set() or trainer.step % trainer.config.schedule.save_every == 0:
-                log.flush()
                 save_state(trainer, run)
             if stop.is_set():
                 raise Interrupted(f"stopped at step {trainer.step}; go on with --resume")
         if not trainer.committed:
             trainer.commit()
-        log.flush()
         save_state(trainer, run)
     return tokens, time.monotonic() - begin
 
