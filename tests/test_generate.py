@@ -338,8 +338,9 @@ def test_budget_is_obeyed_to_the_token(tokens, budget, grace, spare):
         assert (answering.ended == "natural") == (answer[-1:] == [EOS])
         spoken = [i for i in result.token_ids if i != EOS]
         assert result.text == TAGS.decode(spoken)
-        assert result.text.startswith(TAGS.decode(trace + closing))
-        assert result.thinking == TAGS.decode(trace).strip("\n")
+        thought = [i for i in trace if i != EOS]
+        assert result.text.startswith(TAGS.decode(thought + closing))
+        assert result.thinking == TAGS.decode(thought).strip("\n")
         assert result.answer == TAGS.decode([i for i in answer if i != EOS]).strip("\n")
 
 

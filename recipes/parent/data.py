@@ -11,9 +11,8 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from star_elastic.evaluate.tasks import TASKS, messages, split_of
+from star_elastic.evaluate.tasks import draw_conversation
 
-FULL_TRACE_SHARE, NO_TRACE_SHARE = 0.70, 0.20  # the rest: traces cut at a random line end
 TASK_WEIGHTS = {  # how often a task is drawn; the others: 1
     "add": 1.5,
     "subtract": 1.5,
@@ -41,21 +40,6 @@ class MicroBatch:
         return int((self.labels_BT != IGNORED).sum())
 
 
-def draw_conversation(rng: random.Random) -> list[dict[str, str]]:
-    """A solved training problem: with its full trace, without thinking, or with a cut trace."""
-    weights = [TASK_WEIGHTS.get(name, 1.0) for name in TASKS]
-    task = TASKS[rng.choices(list(TASKS), weights)[0]]
-    problem = task.generate(rng)
-    while split_of(problem) != "train":
-        problem = task.generate(rng)
-    share = rng.random()
-    if share < FULL_TRACE_SHARE:
-        return messages(problem)
-    if share < FULL_TRACE_SHARE + NO_TRACE_SHARE:
-        return messages(problem, thinking=False)
-    return messages(problem, num_steps=rng.randint(1, len(problem.steps) - 1))
-
-
 def step_batches(
     tokenizer: PreTrainedTokenizerBase,
     *,
@@ -66,7 +50,7 @@ def step_batches(
 ) -> list[MicroBatch]:
     """All micro-batches of one optimiser step, over all ranks, longest sequences last."""
     rng = random.Random(f"{seed}/{step}")
-    conversations = [draw_conversation(rng) for _ in range(sequences_per_step)]
+    conversations = [draw_conversation(rng, TASK_WEIGHTS) for _ in range(sequences_per_step)]
     rows = [split_conversation(tokenizer, conversation) for conversation in conversations]
     prompts = tokenizer([prompt for prompt, _ in rows])["input_ids"]
     answers = tokenizer([answer for _, answer in rows])["input_ids"]

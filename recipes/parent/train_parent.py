@@ -22,13 +22,18 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from accuracy import greedy_completions, num_correct_by_task
-from data import FULL_TRACE_SHARE, IGNORED, NO_TRACE_SHARE, MicroBatch, step_batches
+from data import IGNORED, MicroBatch, step_batches
 from safetensors import safe_open
 from safetensors.torch import save_file
 from tokenizer import train_tokenizer
 from transformers import AutoModelForCausalLM, NemotronHConfig, NemotronHForCausalLM
 
-from star_elastic.evaluate.tasks import TASKS, sample_problems
+from star_elastic.evaluate.tasks import (
+    FULL_TRACE_SHARE,
+    NO_TRACE_SHARE,
+    TASKS,
+    sample_problems,
+)
 
 PATTERN = "M*EM*EM*EME"
 MODEL = {

@@ -8,7 +8,7 @@ from itertools import pairwise
 from pathlib import Path
 
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.backends.backend_agg import FigureCanvasAgg, RendererAgg
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
@@ -61,7 +61,7 @@ def plot_pareto(results: Sequence[Evaluation], file: str | Path, *, title: str =
     if not results:
         raise ConfigError("there is no result to plot; evaluate at least one plan")
     figure = Figure(figsize=(11, 4.8), dpi=110, layout="constrained")
-    FigureCanvasAgg(figure)
+    canvas = FigureCanvasAgg(figure)
     left, right = figure.subplots(1, 2, sharey=True)
     batches = ", ".join(str(size) for size in sorted({r.batch_size for r in results}))
     milliseconds = [1e3 * result.seconds for result in results]
@@ -77,7 +77,7 @@ def plot_pareto(results: Sequence[Evaluation], file: str | Path, *, title: str =
     figure.draw_without_rendering()
     figure.set_layout_engine("none")  # labels are placed in pixels: the panels stay where they are
     for panel, costs in ((left, milliseconds), (right, gigaflops)):
-        _place_labels(figure, panel, results, costs)
+        _place_labels(canvas.get_renderer(), panel, results, costs)
     _save(figure, Path(file))
 
 
@@ -123,14 +123,13 @@ def _draw_panel(panel: Axes, results: Sequence[Evaluation], costs: Sequence[floa
 
 
 def _place_labels(
-    figure: Figure, panel: Axes, results: Sequence[Evaluation], costs: Sequence[float]
+    renderer: RendererAgg, panel: Axes, results: Sequence[Evaluation], costs: Sequence[float]
 ) -> None:
     """Writes each label at the first place where it hides nothing and stays inside the frame.
 
     Points on the front come first; a label of the front that fits nowhere stands where it hides
     least, any other is left out.
     """
-    renderer = figure.canvas.get_renderer()
     points = [(x, 100 * r.accuracy) for x, r in zip(costs, results, strict=True)]
     front = pareto_front(points)
     taken = _obstacles(panel, points, [100 * r.standard_error for r in results], front)

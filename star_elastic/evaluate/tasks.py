@@ -12,7 +12,7 @@ import hashlib
 import random
 import re
 import string
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -342,12 +342,16 @@ def messages(
     return [{"role": "user", "content": problem.question}, turn]
 
 
-def draw_conversation(rng: random.Random) -> list[dict[str, str]]:
+def draw_conversation(
+    rng: random.Random, task_weights: Mapping[str, float] | None = None
+) -> list[dict[str, str]]:
     """A solved training problem: with its full trace, without thinking, or with a cut trace.
 
-    Cut traces teach a model to answer when its thinking budget ends early.
+    Cut traces teach a model to answer when its thinking budget ends early. `task_weights` says how
+    often a task is drawn (default 1 each).
     """
-    task = TASKS[rng.choice(list(TASKS))]
+    weights = [(task_weights or {}).get(name, 1.0) for name in TASKS]
+    task = TASKS[rng.choices(list(TASKS), weights)[0]]
     problem = task.generate(rng)
     while split_of(problem) != "train":
         problem = task.generate(rng)

@@ -7,6 +7,7 @@ left, so that the next token of every row stands in the last column. B rows, T t
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from transformers import DynamicCache, PreTrainedModel
@@ -46,7 +47,7 @@ class BatchDecoder:
         """Drops all rows but these, with their part of the cache."""
         index = torch.tensor(rows, device=self.device)
         # The one selection over the batch that every kind of cache layer implements.
-        self._cache.reorder_cache(index)
+        self._cache.reorder_cache(cast(torch.LongTensor, index))
         self._mask_BT = self._mask_BT[index]
         self._lengths_B = self._lengths_B[index]
         self.logits_BV = self.logits_BV[index]

@@ -110,8 +110,9 @@ class PhasedGenerator:
         """Token ids that end a turn: the tokenizer's and those of the model's own settings."""
         settings = self.models[plan.answer].generation_config
         ids = settings.eos_token_id if settings is not None else None
-        ids = [ids] if isinstance(ids, int) else ids or []
-        return frozenset({*ids, self.tokenizer.eos_token_id} - {None})
+        ids = ids if isinstance(ids, list) else [ids]
+        own = self.tokenizer.convert_tokens_to_ids(self.tokenizer.eos_token)
+        return frozenset(i for i in (*ids, own) if isinstance(i, int))
 
 
 @torch.inference_mode()

@@ -58,9 +58,11 @@ class ThinkingTags:
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of token ids, special tokens included."""
-        return self.tokenizer.decode(
+        text = self.tokenizer.decode(
             list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False
         )
+        assert isinstance(text, str), type(text)
+        return text
 
     def ends_line(self, token: int) -> bool:
         """Whether a token's text holds a line end."""
@@ -126,7 +128,7 @@ class ThinkingTags:
 
     def _render(self, messages: Sequence[Message], thinking: bool) -> str:
         try:
-            return self.tokenizer.apply_chat_template(
+            text = self.tokenizer.apply_chat_template(
                 [dict(message) for message in messages],
                 tokenize=False,
                 add_generation_prompt=True,
@@ -136,6 +138,8 @@ class ThinkingTags:
             raise ConfigError(
                 f"the chat template refuses these messages ({error}); correct their roles"
             ) from None
+        assert isinstance(text, str), type(text)
+        return text
 
 
 def _check_messages(messages: Sequence[Message]) -> None:
