@@ -7,6 +7,7 @@ line with nothing written. Heavy imports happen inside commands, so that --help 
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -338,6 +339,9 @@ def generate(
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point of the `star-elastic` command."""
+    # Progress is ours to draw; which kernels are missing on this machine is no news to its owner.
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     try:
         app(args=arguments, standalone_mode=True)
     except StarElasticError as error:

@@ -11,7 +11,7 @@ import os
 import platform
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -50,6 +50,8 @@ from star_elastic.train.state import has_state
 PARENT = "parent"
 UNTRAINED = "untrained"
 CONTEXT = 256
+EVALUATION_BATCH = 200
+MAX_NEW_TOKENS = 192
 KL_PROBLEMS = 80
 
 
@@ -92,7 +94,7 @@ DEMO = Recipe(
     steps=150,
     batch_size=32,
     problems_per_task=20,
-    budgets=(0, 16, 32, 64),
+    budgets=(0, 32, 64),
     pairs=(("small", "large"), ("medium", "large")),
     # A short run has to sharpen gently: what the budget first pulls up must be able to come down.
     router=RouterConfig(
@@ -205,15 +207,17 @@ def plans(recipe: Recipe) -> list[Plan]:
         for name, budgets in recipe.sizes.items()
         if any(fraction < 1 for fraction in budgets.values())
     ]
-    singles = [Plan(think=name, answer=name) for name in (PARENT, *names, *untrained)]
-    pairs = [Plan(think=think, answer=answer) for think, answer in recipe.pairs]
+    free = [(name, name) for name in (PARENT, *names, *untrained)] + list(recipe.pairs)
     budgeted = [
-        replace(plan, thinking_budget=budget)
-        for plan in (*(Plan(think=name, answer=name) for name in names), *pairs)
+        (think, answer, budget)
+        for think, answer in [*((name, name) for name in names), *recipe.pairs]
         for budget in recipe.budgets
-        if budget or plan.think == plan.answer
+        if budget or think == answer
     ]
-    return [*singles, *pairs, *budgeted]
+    return [
+        Plan(think=think, answer=answer, thinking_budget=budget, max_new_tokens=MAX_NEW_TOKENS)
+        for think, answer, budget in [*((t, a, None) for t, a in free), *budgeted]
+    ]
 
 
 def evaluate(
@@ -226,7 +230,7 @@ def evaluate(
     progress.stage("evaluate", len(plans))
     done = []
     for number, plan in enumerate(plans, start=1):
-        done.append(evaluate_plan(generator, problems, plan))
+        done.append(evaluate_plan(generator, problems, plan, batch_size=EVALUATION_BATCH))
         progress.advance(number, f"{plan.label} {done[-1].accuracy:.1%}")
     return done
 

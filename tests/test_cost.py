@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from star_elastic.axes import AxisMap
@@ -18,7 +18,15 @@ from star_elastic.errors import BudgetError
 from star_elastic.families import family_of
 from star_elastic.nesting.stream import save_model, slice_checkpoint
 from star_elastic.nesting.submodel import build_skeleton, build_submodel
-from tests.laws.parents import AXES, configs, fixed_config, legal_widths, parents, some_widths
+from tests.laws.parents import (
+    AXES,
+    configs,
+    examples,
+    fixed_config,
+    legal_widths,
+    parents,
+    some_widths,
+)
 
 NANO_30B = {
     "model_type": "nemotron_h",
@@ -48,7 +56,7 @@ def table(config: dict) -> AxisMap:
 
 @pytest.mark.parametrize("kind", AXES)
 @given(data=st.data())
-@settings(max_examples=20)
+@examples(20)
 def test_counted_is_built(kind, data):
     """Parameters and active parameters against the model that transformers builds."""
     config = data.draw(configs(kind))
@@ -70,7 +78,7 @@ def test_counted_is_built(kind, data):
 @pytest.mark.parametrize("kind", AXES)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bfloat16", "float32"])
 @given(data=st.data())
-@settings(max_examples=6)
+@examples(6)
 def test_counted_bytes_are_stored_bytes(kind, dtype, data):
     parent = data.draw(parents(kind, torch.float32))
     widths = data.draw(some_widths(parent.axis_map))
@@ -90,7 +98,7 @@ def test_counted_bytes_are_stored_bytes(kind, dtype, data):
 @pytest.mark.parametrize("kind", AXES)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bfloat16", "float32"])
 @given(data=st.data())
-@settings(max_examples=6)
+@examples(6)
 def test_counted_state_is_the_cache_after_a_prefill(kind, dtype, data):
     parent = data.draw(parents(kind, torch.float32))
     widths = parent.axis_map.complete(data.draw(some_widths(parent.axis_map)))
@@ -111,7 +119,7 @@ def test_counted_state_is_the_cache_after_a_prefill(kind, dtype, data):
 
 @pytest.mark.parametrize("kind", AXES)
 @given(data=st.data())
-@settings(max_examples=20)
+@examples(20)
 def test_cost_is_monotone_in_every_axis(kind, data):
     axis_map = table(data.draw(configs(kind)))
     model = CostModel(axis_map, Workload(context=100))
@@ -130,7 +138,7 @@ def test_cost_is_monotone_in_every_axis(kind, data):
 
 @pytest.mark.parametrize("kind", AXES)
 @given(data=st.data())
-@settings(max_examples=20)
+@examples(20)
 def test_expected_cost_is_exact_and_differentiable(kind, data):
     """Tensors give the integers' counts; gradients equal central differences."""
     axis_map = table(data.draw(configs(kind)))

@@ -14,6 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel
 
 from star_elastic.cost import Cost, CostModel, Workload
@@ -115,12 +116,12 @@ def evaluate_plan(
         raise ConfigError("there is no problem to evaluate; draw at least one")
     prompts = [messages(problem)[:1] for problem in problems]
     options = {"temperature": temperature, "seed": seed, "batch_size": batch_size}
-    # One problem first: sizes are built on first use, and the first call of a kernel is slow.
-    generator.generate(prompts[:1], plan, **options)
+    for size in {plan.think, plan.answer}:
+        _warm_up(generator.model(size))
     start = time.perf_counter()
     generations = generator.generate(prompts, plan, **options)
     seconds = time.perf_counter() - start
-    costs = {size: _SizeCost(generator.models[size]) for size in {plan.think, plan.answer}}
+    costs = {size: _SizeCost(generator.model(size)) for size in {plan.think, plan.answer}}
     work = [count_work(generation, costs) for generation in generations]
     decoded = sum(phase.decode_steps for g in generations for phase in g.phases)
     number = len(problems)
@@ -139,6 +140,12 @@ def evaluate_plan(
         flops=sum(flops for flops, _ in work) / number,
         bytes_per_token=sum(num_bytes for _, num_bytes in work) / max(decoded, 1),
     )
+
+
+def _warm_up(model: PreTrainedModel) -> None:
+    """One short forward: sizes are built on first use, and the first call of a kernel is slow."""
+    with torch.inference_mode():
+        model(input_ids=torch.zeros(1, 2, dtype=torch.long, device=model.device))
 
 
 def _score(problems: Sequence[Problem], generations: Sequence[Generation]) -> dict[str, Any]:

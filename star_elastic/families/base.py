@@ -23,7 +23,7 @@ class Family(Protocol):
     prefix_aliases: Mapping[str, str]
     """On-disk name prefixes that other writers use -> the prefix of our pieces."""
     ignored: tuple[str, ...]
-    """Prefixes of on-disk tensors that the model in memory does not have (said when dropped)."""
+    """Parts of the names of on-disk tensors that the model in memory does not have."""
 
     def axis_map(self, config: Config) -> AxisMap:
         """The axis map of the model of this config. Raises ConfigError on an invalid config."""

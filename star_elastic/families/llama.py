@@ -36,7 +36,7 @@ class Llama:
     model_type = "llama"
     end_of_thinking = "\n</think>\n\n"
     prefix_aliases: Mapping[str, str] = {}
-    ignored: tuple[str, ...] = ("model.rotary_emb.",)
+    ignored: tuple[str, ...] = ("rotary_emb.inv_freq",)
 
     def axis_map(self, config: Config) -> AxisMap:
         """See `Family.axis_map`. Defaults are those of transformers' LlamaConfig."""

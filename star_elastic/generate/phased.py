@@ -58,18 +58,13 @@ class PhasedGenerator:
         fit, before any work starts.
         """
         _check_sampling(temperature, batch_size)
-        for size in (plan.think, plan.answer):
-            if size not in self.models:
-                raise ConfigError(
-                    f"size {size!r} is not in this family; it has {', '.join(self.models)}"
-                )
+        models = {size: self.model(size) for size in (plan.think, plan.answer)}
         if plan.thinking_budget:
             plan.require_room(self.tags.max_closing)
-        rules = Rules(plan, self.tags, self._end_of_turn(plan))
+        rules = Rules(plan, self.tags, self._end_of_turn(models[plan.answer]))
         sequences = [
             self._open(index, prompt, rules, seed) for index, prompt in enumerate(_listed(prompts))
         ]
-        models = {size: self.models[size] for size in (plan.think, plan.answer)}
         _require_context(max(s.num_prompt for s in sequences), plan, models.values())
         if not all(map(pads_exactly, models.values())):
             batch_size = 1
@@ -106,13 +101,20 @@ class PhasedGenerator:
             sequence.close_thinking()
         return sequence
 
-    def _end_of_turn(self, plan: Plan) -> frozenset[int]:
+    def model(self, size: str) -> PreTrainedModel:
+        """The model of a size. Raises ConfigError naming the sizes there are."""
+        if size not in self.models:
+            raise ConfigError(
+                f"size {size!r} is not in this family; it has {', '.join(self.models)}"
+            )
+        return self.models[size]
+
+    def _end_of_turn(self, model: PreTrainedModel) -> frozenset[int]:
         """Token ids that end a turn: the tokenizer's and those of the model's own settings."""
-        settings = self.models[plan.answer].generation_config
+        settings = model.generation_config
         ids = settings.eos_token_id if settings is not None else None
         ids = ids if isinstance(ids, list) else [ids]
-        own = self.tokenizer.convert_tokens_to_ids(self.tokenizer.eos_token)
-        return frozenset(i for i in (*ids, own) if isinstance(i, int))
+        return frozenset(i for i in (*ids, self.tokenizer.eos_token_id) if isinstance(i, int))
 
 
 @torch.inference_mode()

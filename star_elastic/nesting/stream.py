@@ -57,7 +57,9 @@ class _Source:
         known = {piece.name for spec in axis_map.tensors.values() for piece in spec.pieces}
         known |= {self._alias(name) for name in known}
         extra = sorted(
-            name for name in self.reader.names - known if not name.startswith(family.ignored)
+            name
+            for name in self.reader.names - known
+            if not any(part in name for part in family.ignored)
         )
         if extra:
             raise CheckpointError(

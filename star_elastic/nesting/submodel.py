@@ -113,7 +113,8 @@ def load_parent(
         raise CheckpointError(f"{path} cannot be loaded ({first}); check its files") from None
     model, info = loaded
     # transformers only warns here, and fills what is missing with random values.
-    extra = sorted(n for n in info["unexpected_keys"] if not n.startswith(family.ignored))
+    unexpected = info["unexpected_keys"]
+    extra = sorted(n for n in unexpected if not any(part in n for part in family.ignored))
     for problem, names in (("lacks", sorted(info["missing_keys"])), ("also holds", extra)):
         if names:
             raise CheckpointError(

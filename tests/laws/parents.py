@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from hypothesis import settings
 from hypothesis import strategies as st
 from torch.overrides import TorchFunctionMode
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
@@ -38,6 +39,11 @@ AXES = {
 
 AXIS_CASES = [(kind, axis) for kind, axes in AXES.items() for axis in (*axes, "all")]
 """Every axis of every kind alone, and all together."""
+
+
+def examples(count: int) -> settings:
+    """So many examples in the suite's profile, and in proportion in any other."""
+    return settings(max_examples=max(1, count * settings().max_examples // 10))
 
 
 class Float64(TorchFunctionMode):

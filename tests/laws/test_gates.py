@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from star_elastic.nesting.gate import NEGLIGIBLE, Mixture, widest_slice
@@ -21,6 +21,7 @@ from tests.laws.parents import (
     AXIS_CASES,
     Parent,
     assert_equal,
+    examples,
     grids,
     parents,
     precision,
@@ -59,7 +60,7 @@ def central_difference(value: Callable[[float], torch.Tensor]) -> float:
 
 @pytest.mark.parametrize(("kind", "case"), AXIS_CASES)
 @given(data=st.data())
-@settings(max_examples=6)
+@examples(6)
 def test_choices_without_weight_need_no_computing(kind, case, data):
     parent = data.draw(parents(kind))
     grid = data.draw(grids(parent.axis_map, case))
@@ -75,7 +76,7 @@ def test_choices_without_weight_need_no_computing(kind, case, data):
 
 @pytest.mark.parametrize(("kind", "case"), AXIS_CASES)
 @given(data=st.data())
-@settings(max_examples=4)
+@examples(4)
 def test_gradients_of_probabilities_equal_finite_differences(kind, case, data):
     parent = data.draw(parents(kind))
     grid = data.draw(grids(parent.axis_map, case))
@@ -104,7 +105,7 @@ def test_gradients_of_probabilities_equal_finite_differences(kind, case, data):
 @pytest.mark.parametrize("gated", [False, True], ids=["sliced", "gated"])
 @pytest.mark.parametrize("kind", AXES)
 @given(data=st.data())
-@settings(max_examples=6)
+@examples(6)
 def test_gradients_reach_the_whole_parent(kind, gated, data):
     parent = data.draw(parents(kind))
     elastic = ElasticModel(parent.model, parent.config)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
@@ -25,6 +25,7 @@ from tests.laws.parents import (
     Parent,
     assert_equal,
     configs,
+    examples,
     fixed_config,
     grids,
     make_parent,
@@ -63,7 +64,7 @@ def roads(parent: Parent, grid, widths, dtype) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
 @pytest.mark.parametrize(("kind", "case"), AXIS_CASES)
 @given(data=st.data())
-@settings(max_examples=6)
+@examples(6)
 def test_all_roads_to_a_size_agree(kind, case, dtype, data):
     parent = data.draw(parents(kind, dtype))
     grid = data.draw(grids(parent.axis_map, case))
@@ -74,7 +75,8 @@ def test_all_roads_to_a_size_agree(kind, case, dtype, data):
         assert_equal(result, expected, what=road)
     with torch.no_grad(), precision(dtype):
         parent_logits = parent.model(input_ids=parent.ids).logits
-    assert relative_error(parent_logits, expected) > 1e-4, "the cut changed nothing"
+    # Experts that no token was routed to may go unnoticed.
+    assert case == "experts" or relative_error(parent_logits, expected) > 1e-6, "nothing was cut"
 
 
 @pytest.mark.parametrize("kind", AXES)
@@ -121,7 +123,7 @@ def filled(spec: TensorSpec, axis_map: AxisMap) -> torch.Tensor:
 
 @pytest.mark.parametrize("kind", AXES)
 @given(data=st.data())
-@settings(max_examples=40)
+@examples(40)
 def test_slices_nest_and_tables_agree(kind, data):
     config = data.draw(configs(kind))
     family = family_of(config)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from transformers.models.nemotron_h.configuration_nemotron_h import NemotronHConfig
 from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHTopkRouter
@@ -12,7 +12,14 @@ from star_elastic.families import family_of
 from star_elastic.nesting.gate import Mixture
 from star_elastic.nesting.modules import ElasticSigmoidRouter
 from star_elastic.nesting.submodel import ElasticModel
-from tests.laws.parents import hybrids, legal_widths, one_hot, parents, precision
+from tests.laws.parents import (
+    examples,
+    hybrids,
+    legal_widths,
+    one_hot,
+    parents,
+    precision,
+)
 
 TOKENS = 12
 
@@ -49,7 +56,7 @@ def chosen(router: ElasticSigmoidRouter, x_BTD: torch.Tensor, gate_E: torch.Tens
 
 
 @given(pair=routers(), seed=st.integers(0, 2**20))
-@settings(max_examples=40)
+@examples(40)
 @torch.no_grad()
 def test_open_gates_route_as_transformers_does(pair, seed):
     theirs, ours, config = pair
@@ -60,7 +67,7 @@ def test_open_gates_route_as_transformers_does(pair, seed):
 
 
 @given(data=st.data(), pair=routers(), seed=st.integers(0, 2**20))
-@settings(max_examples=60)
+@examples(60)
 @torch.no_grad()
 def test_closed_experts_are_never_selected(data, pair, seed):
     _, ours, config = pair
@@ -79,7 +86,7 @@ def test_closed_experts_are_never_selected(data, pair, seed):
 
 
 @given(data=st.data(), pair=routers(), seed=st.integers(0, 2**20))
-@settings(max_examples=60)
+@examples(60)
 @torch.no_grad()
 def test_closing_an_expert_never_raises_its_chance(data, pair, seed):
     _, ours, config = pair
@@ -105,7 +112,7 @@ def test_multiplying_the_score_would_raise_a_negative_one():
 
 
 @given(data=st.data())
-@settings(max_examples=6)
+@examples(6)
 def test_a_model_never_uses_the_experts_of_a_narrower_size(data):
     """In the whole gated model, at full parent width, with biases that favour what is dropped."""
     parent = data.draw(parents("moe"))

@@ -6,7 +6,7 @@ import json
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
@@ -16,6 +16,7 @@ from star_elastic.nesting.submodel import ElasticModel, build_submodel
 from tests.laws.parents import (
     AXES,
     build,
+    examples,
     fixed_config,
     make_parent,
     one_hot,
@@ -35,7 +36,7 @@ WIDTHS = {
 
 @pytest.mark.parametrize("kind", AXES)
 @given(data=st.data())
-@settings(max_examples=15)
+@examples(15)
 def test_slices_are_those_written_out_by_hand(kind, data):
     parent = data.draw(parents(kind, torch.float32))
     widths = parent.axis_map.complete(data.draw(some_widths(parent.axis_map)))
