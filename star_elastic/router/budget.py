@@ -10,6 +10,7 @@ import itertools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -47,9 +48,9 @@ def check_budgets(name: str, budgets: Budgets, cost: CostModel, choices: Mapping
             )
 
 
-def expected_widths(mixtures: Mixtures, cost: CostModel) -> dict:
+def expected_widths(mixtures: Mixtures, cost: CostModel) -> dict[str, Any]:
     """Expected width per axis (tensors), full width for axes without a choice."""
-    expected = dict(cost.axis_map.full)
+    expected: dict[str, Any] = dict(cost.axis_map.full)
     expected.update({axis: mixture.expected() for axis, mixture in mixtures.items()})
     return expected
 
@@ -63,7 +64,7 @@ def budget_loss(mixtures: Mixtures, budgets: Budgets, cost: CostModel) -> torch.
     full = cost.count(cost.axis_map.full)
     now = cost.count(expected_widths(mixtures, cost))
     distances = [
-        (now.metric(metric) / (fraction * full.metric(metric)) - 1).abs()
+        torch.as_tensor(now.metric(metric) / (fraction * full.metric(metric)) - 1).abs()
         for metric, fraction in budgets.items()
     ]
     loss = torch.stack(distances).sum()

@@ -190,7 +190,7 @@ def parse(kind: type, content: Any, where: str) -> Any:
 
 def _value(hint: Any, value: Any, where: str) -> Any:
     origin = typing.get_origin(hint)
-    if dataclasses.is_dataclass(hint):
+    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
         return parse(hint, value, f"{where}.")
     if origin is Literal:
         options = typing.get_args(hint)

@@ -91,7 +91,7 @@ class Examples:
         self.context = context
         self.loss_on = loss_on
         pad = tokenizer.pad_token_id
-        self.pad_id = pad if pad is not None else tokenizer.eos_token_id or 0
+        self.pad_id = pad if isinstance(pad, int) else 0  # never read: padding is masked
 
     def __len__(self) -> int:
         return len(self.rows)
