@@ -47,14 +47,15 @@ class Bars:
         self._task: Any = None
 
     def __enter__(self) -> Bars:
-        self._bars.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._bars.stop()
+        if self._task is not None:
+            self._bars.stop()
 
     def stage(self, name: str, total: int) -> None:
-        """Starts the bar of a stage."""
+        """Starts the bar of a stage; the display begins with the first one."""
+        self._bars.start()
         self._task = self._bars.add_task(STAGES.get(name, name), total=total, note="")
 
     def advance(self, done: int, note: str = "") -> None:
@@ -290,10 +291,16 @@ def slice_size(
     manifest = load_manifest(elastic, family_of(config).axis_map(config))
     widths = manifest.size(size).widths
     with Bars() as bars:
-        bars.stage("slice", 1)
-        slice_checkpoint(
-            elastic, widths, out, progress=lambda done, total: bars.advance(int(done == total))
-        )
+        begun = False
+
+        def progress(done: int, total: int) -> None:
+            nonlocal begun
+            if not begun:
+                bars.stage("slice", total)
+            begun = True
+            bars.advance(done)
+
+        slice_checkpoint(elastic, widths, out, progress=progress)
     result = {"out": str(out), "size": size, "widths": dict(widths)}
     print_json(result) if as_json else print(f"{out}: {size} ({widths})")
 
@@ -306,6 +313,7 @@ def generate(
     think: Annotated[str, typer.Option(help="The size that thinks.")] = "",
     answer: Annotated[str, typer.Option(help="The size that answers.")] = "",
     thinking_budget: Annotated[int | None, typer.Option(help="Tokens of thinking.")] = None,
+    grace: Annotated[int, typer.Option(help="Tokens to finish the line at the budget.")] = 32,
     max_new_tokens: Annotated[int, typer.Option(help="Tokens in all.")] = 256,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
     seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
@@ -319,7 +327,7 @@ def generate(
     family = load(elastic)
     (result,) = family.generate(
         [prompt], think=(think or size) or None, answer=(answer or size) or None,
-        thinking_budget=thinking_budget, max_new_tokens=max_new_tokens,
+        thinking_budget=thinking_budget, grace=grace, max_new_tokens=max_new_tokens,
         temperature=temperature, seed=seed,
     )  # fmt: skip
     if as_json:

@@ -91,14 +91,17 @@ DEMO = Recipe(
         "ssm_heads": (16, 14, 12, 10, 8),
     },
     num_rows=10_000,
-    steps=150,
+    steps=250,
     batch_size=32,
     problems_per_task=20,
     budgets=(0, 32, 64),
     pairs=(("small", "large"), ("medium", "large")),
     # A short run has to sharpen gently: what the budget first pulls up must be able to come down.
     router=RouterConfig(
-        commit_at=0.3, learning_rate=3e-3, annealing=Annealing(tau_end=0.4, scale_end=1.5)
+        commit_at=0.4,
+        batch_size=8,
+        learning_rate=3e-3,
+        annealing=Annealing(tau_end=0.4, scale_end=1.5),
     ),
 )
 

@@ -608,8 +608,9 @@ def test_the_recipe_runs_on_a_tiny_model(tmp_path: Path) -> None:
     assert str(tmp_path) not in (tmp_path / "smollm2_cuts.json").read_text()
 
 
-def test_committed_result_belongs_to_the_recipe() -> None:
-    report = json.loads((ROOT / "results" / "smollm2_cuts.json").read_text())
+@pytest.mark.parametrize("file", sorted((ROOT / "results").glob("smollm2_*.json")), ids=str)
+def test_committed_result_belongs_to_the_recipe(file: Path) -> None:
+    report = json.loads(file.read_text())
     assert "recipes/smollm2/rank_and_cut.py --work WORK" in report["command"]
     assert all(error <= 1e-5 for error in report["checks"].values())
     full = report["parent"]["parameters"]

@@ -46,6 +46,8 @@ def rewrite_config(path: Path) -> None:
     config = json.loads(path.read_text())
     for name in ("layers_block_type", "layer_types", "mtp_layers_block_type"):
         config.pop(name, None)
+    # transformers clamps the time step in prefill but not in decoding; without a floor both agree.
+    config["time_step_min"] = 1e-9
     config["hybrid_override_pattern"] = MODEL["hybrid_override_pattern"]
     config["num_hidden_layers"] = len(MODEL["hybrid_override_pattern"])
     partial = path.with_suffix(".partial")

@@ -152,8 +152,7 @@ def _score(problems: Sequence[Problem], generations: Sequence[Generation]) -> di
     """Accuracy per task, its mean over tasks, and the standard error of that mean."""
     right: dict[str, list[bool]] = defaultdict(list)
     for problem, generation in zip(problems, generations, strict=True):
-        answered = generation.phase(ANSWERING) is not None
-        right[problem.task].append(answered and is_correct(problem, generation.answer))
+        right[problem.task].append(is_correct(problem, generation.answer))
     per_task = {task: sum(marks) / len(marks) for task, marks in right.items()}
     variance = sum(p * (1 - p) / len(right[task]) for task, p in per_task.items())
     return {

@@ -49,17 +49,21 @@ class CalibrationConfig:
 @dataclass(frozen=True, kw_only=True)
 class RouterConfig:
     """The router: `weight` of its budget loss, and the share of all steps after which the widths
-    are fixed and every size trains as a plain slice.
+    are fixed and every size trains as a plain slice. While it learns, a step reads `batch_size`
+    rows of the step's batch (0: all): its noise comes from the draws of widths, not from the data,
+    and every one of its steps costs as much as the widest choice.
     """
 
     learning_rate: float = 1e-2
     weight: float = 1.0
     commit_at: float = 0.3
+    batch_size: int = 0
     hard_share: float = 0.004
     annealing: Annealing = field(default_factory=Annealing)
 
     def __post_init__(self):
         require(0 < self.commit_at <= 1, f"router.commit_at={self.commit_at} is not in (0, 1]")
+        require(self.batch_size >= 0, f"router.batch_size={self.batch_size} is negative")
         require(self.weight >= 0, f"router.weight={self.weight} is negative")
         require(0 <= self.hard_share <= 1, f"router.hard_share={self.hard_share} is not in [0, 1]")
 

@@ -189,6 +189,9 @@ class BatchOrder:
             self._pool_number = (epoch, pool)
         return self._pool[position]
 
-    def batch(self, step: int) -> Batch:
-        """The batch of a step."""
-        return self.examples.batch(self.rows(step))
+    def batch(self, step: int, limit: int = 0) -> Batch:
+        """The batch of a step, or `limit` rows of it, evenly taken."""
+        rows = self.rows(step)
+        if 0 < limit < len(rows):
+            rows = rows[:: len(rows) // limit][:limit]
+        return self.examples.batch(rows)

@@ -149,7 +149,8 @@ class Trainer:
         """
         if self.step >= self.commit_step and not self.committed:
             self.commit()
-        batch = self.batches.batch(self.step)
+        limit = 0 if self.committed else self.config.router.batch_size
+        batch = self.batches.batch(self.step, limit)
         rate = self.learning_rate()
         self.optimizer.param_groups[0]["lr"] = rate
         report = StepReport(self.step, batch.num_tokens, rate)
