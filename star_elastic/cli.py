@@ -72,11 +72,11 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]
     """A table on stdout; the first column is text, the others are numbers."""
     table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
     for number, column in enumerate(columns):
-        table.add_column(column, justify="left" if number == 0 else "right", no_wrap=number > 0)
+        table.add_column(column, justify="left" if number == 0 else "right", no_wrap=True)
     for row in rows:
         table.add_row(*row)
     console = Console()
-    console.width = max(console.width, 100)  # a number cut short would be worse than a long line
+    console.width = max(console.width, 110)  # a number cut short would be worse than a long line
     console.print(table)
 
 
