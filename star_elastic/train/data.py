@@ -18,6 +18,8 @@ from transformers import PreTrainedTokenizerBase
 
 from star_elastic.errors import CheckpointError, ConfigError
 
+LENGTH_STEP = 16
+"""Batches are padded to multiples of this: kernels are compiled, and kept, for every new shape."""
 LENGTH_POOL = 16
 """Batches are drawn from pools of this many, sorted by length, to pad little."""
 
@@ -146,6 +148,7 @@ class Examples:
         """The rows as one right-padded batch."""
         examples = [self[row] for row in rows]
         length = max(len(ids) for ids, _ in examples)
+        length = -(-length // LENGTH_STEP) * LENGTH_STEP
         input_ids = torch.full((len(rows), length), self.pad_id, dtype=torch.long)
         mask = torch.zeros(len(rows), length, dtype=torch.long)
         predicts = torch.zeros(len(rows), length, dtype=torch.bool)
