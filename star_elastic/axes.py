@@ -136,6 +136,8 @@ class NormSpec:
 
     `grouped` norms work on the axis's groups one by one and take a gate branch (Mamba-2).
     `fp32_weight`: the weight multiplies in fp32, before the cast back to the input's dtype.
+    `reader`: path of the module whose weights read the norm's output along their last dimension;
+    empty where they do more than that (a tied embedding).
     """
 
     path: str
@@ -144,6 +146,7 @@ class NormSpec:
     eps: float
     grouped: bool = False
     fp32_weight: bool = False
+    reader: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,28 +162,22 @@ class MoeSpec:
 class Probe:
     """Where the importance of an axis is measured: a module's input or output (`side`).
 
-    `dims` holds one dimension, the layout of the last one of what passes there; the axis is that
-    of its segment `segment`.
+    `dims` holds one dimension of one segment: the layout of what passes there. With `written`, the
+    module is a linear one and a unit is measured by the norm of what the module makes of it.
     """
 
     path: str
     layer: int | None
     side: str
     dims: tuple[Dim, ...]
-    segment: int = 0
+    written: bool = False
 
     @property
     def axis(self) -> str:
         """The axis that is measured here."""
-        name = self.dims[0][self.segment].axis
+        name = self.dims[0][0].axis
         assert name is not None, self
         return name
-
-    @property
-    def span(self) -> tuple[int, int]:
-        """The measured (start, stop) elements of the last dimension."""
-        lengths = [s.num_units * s.unit for s in self.dims[0][: self.segment + 1]]
-        return sum(lengths[:-1]), sum(lengths)
 
 
 Laid = TensorSpec | StateSpec | WorkSpec | Probe

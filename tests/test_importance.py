@@ -148,8 +148,15 @@ class Naive:
             self.see(f"hidden/{layer}", x)
             mixer = block.mixer
             if letter == "M":
-                width = mixer.out_proj.in_features
-                self.see(f"layers.{layer}.ssm_heads", mixer.in_proj(x)[:, width : 2 * width])
+                seen: list[torch.Tensor] = []
+                hook = mixer.out_proj.register_forward_pre_hook(lambda _, a, s=seen: s.append(a[0]))
+                mixer(normed)
+                hook.remove()
+                size = self.parent.config["mamba_head_dim"]
+                heads = seen[0][0].split(size, -1)
+                columns = mixer.out_proj.weight.split(size, 1)
+                norms = [(y @ w.T).norm(dim=-1) for y, w in zip(heads, columns, strict=True)]
+                self.see(f"layers.{layer}.ssm_heads", torch.stack(norms, -1))
             elif letter == "*":
                 q, k, v = mixer.q_proj(x), mixer.k_proj(x), mixer.v_proj(x)
                 self.see(f"layers.{layer}.heads", self.attention(q, k, v, 6, 2))
@@ -274,10 +281,9 @@ def kill(parent: Parent, name: str, unit: int) -> None:
             elif name == "experts" and key.endswith("e_score_correction_bias"):
                 tensor.zero_()  # or another expert may never be chosen either
                 tensor[unit] = -100
-            elif name == "ssm_heads" and key.endswith("in_proj.weight"):
+            elif name == "ssm_heads" and key.endswith("out_proj.weight"):
                 size = parent.config["mamba_head_dim"]
-                start = (axis.size + unit) * size
-                tensor[start : start + size] = 0
+                tensor[:, unit * size : (unit + 1) * size] = 0
             elif name == "heads" and key.endswith("q_proj.weight"):
                 # It looks everywhere at once and averages to nothing; the others pick one token.
                 size = tensor.shape[0] // axis.size
@@ -341,7 +347,7 @@ def test_scores_move_with_the_units(parent: Parent) -> None:
 
 
 def test_scores_of_a_submodel_use_the_sliced_table(parent: Parent) -> None:
-    """`AxisMap.at` cuts the probes too: x starts elsewhere in a narrower in_proj."""
+    """`AxisMap.at` cuts the probes too."""
     widths = {name: a.size - a.num_groups for name, a in parent.axis_map.axes.items()}
     widths["hidden"] = parent.axis_map.axes["hidden"].size // 2
     complete = parent.axis_map.complete(widths)

@@ -62,9 +62,9 @@ class Llama:
         def add(part: str, name: str, *dims: Dim, **kwargs) -> None:
             tensors[name] = TensorSpec(name, part, dims, (Piece(name),), **kwargs)
 
-        def add_norm(path: str, layer: int | None) -> None:
+        def add_norm(path: str, layer: int | None, reader: str) -> None:
             add("norms", f"{path}.weight", hidden, layer=layer)
-            norms.append(NormSpec(path, "hidden", layer, eps))
+            norms.append(NormSpec(path, "hidden", layer, eps, reader=reader))
             probes.append(Probe(path, layer, "output", (hidden,)))
 
         def add_linear(path: str, layer: int, out: Dim, inner: Dim, bias: bool, gate=None):
@@ -85,11 +85,11 @@ class Llama:
             add_linear(f"{path}.mlp.gate_proj", layer, neurons, hidden, bias)
             add_linear(f"{path}.mlp.up_proj", layer, neurons, hidden, bias)
             add_linear(f"{path}.mlp.down_proj", layer, hidden, neurons, bias, gate=1)
-            add_norm(f"{path}.input_layernorm", layer)
-            add_norm(f"{path}.post_attention_layernorm", layer)
+            add_norm(f"{path}.input_layernorm", layer, f"{path}.self_attn")
+            add_norm(f"{path}.post_attention_layernorm", layer, f"{path}.mlp")
             probes.append(Probe(f"{path}.self_attn.o_proj", layer, "input", (queries,)))
             probes.append(Probe(f"{path}.mlp.down_proj", layer, "input", (neurons,)))
-        add_norm("model.norm", None)
+        add_norm("model.norm", None, "" if tied else "lm_head")
         if not tied:
             add("head", "lm_head.weight", vocab, hidden)
 

@@ -188,9 +188,10 @@ class _Builder:
             pieces = tuple(Piece(f"{stem}.{i}.{last}.weight", i) for i in range(stacked))
         self.tensors[name] = TensorSpec(name, part, dims, pieces, **kwargs)
 
-    def add_norm(self, path: str, layer: int | None) -> None:
+    def add_norm(self, path: str, layer: int | None, reader: str) -> None:
         self.add("norms", f"{path}.weight", self.hidden, layer=layer)
-        self.norms.append(NormSpec(path, "hidden", layer, self.shape.eps, fp32_weight=True))
+        eps = self.shape.eps
+        self.norms.append(NormSpec(path, "hidden", layer, eps, fp32_weight=True, reader=reader))
         self.probes.append(Probe(path, layer, "output", (self.hidden,)))
 
     def add_mlp(self, path: str, axis: str, size: int, layer: int) -> None:
@@ -263,8 +264,7 @@ class _Builder:
             self.add("mamba", f"{path}.in_proj.bias", projected, layer=layer)
             self.add("mamba", f"{path}.out_proj.bias", self.hidden, layer=layer)
         self.norms.append(NormSpec(f"{path}.norm", "ssm_heads", layer, s.eps, grouped=True))
-        # Segment 1 of [z | x | B | C | dt]: x.
-        self.probes.append(Probe(f"{path}.in_proj", layer, "output", (projected,), segment=1))
+        self.probes.append(Probe(f"{path}.out_proj", layer, "input", ((inner,),), written=True))
         state = fixed(s.ssm_state)
         self.states.append(StateSpec("ssm", layer, ((inner,), state), dtype_bytes=FP32_BYTES))
         self.states.append(StateSpec("conv", layer, (conv, fixed(s.conv_kernel))))
@@ -302,7 +302,7 @@ class NemotronH:
         table.add("embeddings", "model.embeddings.weight", vocab, table.hidden, lookup=True)
         for layer, letter in enumerate(shape.pattern):
             path = f"model.layers.{layer}"
-            table.add_norm(f"{path}.norm", layer)
+            table.add_norm(f"{path}.norm", layer, f"{path}.mixer")
             if letter == "M":
                 table.add_mamba(f"{path}.mixer", layer)
             elif letter == "*":
@@ -311,7 +311,7 @@ class NemotronH:
                 table.add_moe(f"{path}.mixer", layer)
             else:
                 table.add_mlp(f"{path}.mixer", "ffn", shape.ffn, layer)
-        table.add_norm("model.norm_f", None)
+        table.add_norm("model.norm_f", None, "lm_head")
         table.add("head", "lm_head.weight", vocab, table.hidden, disk="lm_head.weight")
         return AxisMap(
             family=self.model_type,

@@ -8,7 +8,9 @@ that a score does not depend on how samples are batched. What is measured on eac
     hidden                 output of every pre-norm and of the final norm; scores of the norms added
     ffn, shared_ffn        input of the down projection (after the activation)
     expert_ffn             the same, the mean over all (token, chosen expert) pairs of a sample
-    ssm_heads, heads       x part of in_proj's output, input of o_proj; L2 over a head's channels
+    heads                  input of o_proj; L2 over a head's channels
+    ssm_heads              norm of what a head writes to the residual stream, W_h y_h with its
+                           columns W_h of out_proj (the papers: x part of in_proj's output)
     experts                REAP (arXiv 2510.13999): mean over the tokens routed to the expert of
                            gate(x) * ||f(x)||_2, gates as the router gives them; 0 if no token is
 
@@ -135,19 +137,29 @@ class _Recorder:
             experts = model.get_submodule(moe.experts_path)
             handles.append(experts.register_forward_pre_hook(partial(self._see_experts, moe)))
 
-    def _see_input(self, probe: Probe, _: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
-        self._see(probe, args[0])
+    def _see_input(self, probe: Probe, module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+        self._see(probe, module, args[0])
 
-    def _see_output(self, probe: Probe, _: nn.Module, __: tuple, output: torch.Tensor) -> None:
-        self._see(probe, output)
+    def _see_output(self, probe: Probe, module: nn.Module, _: tuple, output: torch.Tensor) -> None:
+        self._see(probe, module, output)
 
-    def _see(self, probe: Probe, activation: torch.Tensor) -> None:
+    def _norms_written(self, probe: Probe, module: nn.Module, a_BTC: torch.Tensor) -> torch.Tensor:
+        """Norms (B, T, U) of each unit's share of the module's output: sqrt(a_u' W_u' W_u a_u)."""
+        units = self.axis_map.axes[probe.axis].size
+        weight_UDP = module.get_parameter("weight").unflatten(1, (units, -1)).transpose(0, 1)
+        gram_UPP = weight_UDP.mT @ weight_UDP
+        a_BTUP = a_BTC.unflatten(-1, (units, -1))
+        squares_BTU = torch.einsum("btup,upq,btuq->btu", a_BTUP, gram_UPP, a_BTUP)
+        return squares_BTU.clamp(min=0).sqrt()
+
+    def _see(self, probe: Probe, module: nn.Module, activation: torch.Tensor) -> None:
         """Adds the squared mean magnitudes of a batch at one probe."""
-        start, stop = probe.span
-        a_BTC = activation.reshape(*self.mask.shape, -1)[..., start:stop]
+        a_BTC = activation.reshape(*self.mask.shape, -1)
+        if probe.written:
+            a_BTC = self._norms_written(probe, module, a_BTC)
         mask_BT = self.mask.to(a_BTC.device)
         if probe not in self._squares:
-            self._squares[probe] = a_BTC.new_zeros(stop - start, dtype=torch.float64)
+            self._squares[probe] = a_BTC.new_zeros(a_BTC.shape[-1], dtype=torch.float64)
         for a_TC, mask_T in zip(a_BTC, mask_BT, strict=True):
             if mask_T.any():
                 mean_C = a_TC[mask_T].abs().mean(0, dtype=torch.float64)

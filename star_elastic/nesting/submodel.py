@@ -28,6 +28,7 @@ from star_elastic.nesting.modules import (
     ElasticRMSNorm,
     ElasticSigmoidRouter,
 )
+from star_elastic.nesting.rotate import rotate_state
 from star_elastic.nesting.slice import Orders, slice_state, sort_state
 from star_elastic.widths import Width, Widths
 
@@ -124,11 +125,22 @@ def load_parent(
     return model.to(device).eval(), config
 
 
-def sort_in_place(parent: PreTrainedModel, axis_map: AxisMap, orders: Orders) -> None:
-    """Permutes a model's own weights, best units first. Its function is unchanged."""
+def sort_in_place(
+    parent: PreTrainedModel,
+    axis_map: AxisMap,
+    orders: Orders,
+    basis: torch.Tensor | None = None,
+) -> None:
+    """Permutes a model's own weights, best units first, in another basis of the residual stream
+    if one is given (which then takes the place of an order of `hidden`). Its function is unchanged.
+    """
     state = {**dict(parent.named_parameters()), **dict(parent.named_buffers())}
+    changed: Mapping[str, torch.Tensor] = state
+    if basis is not None:
+        changed = rotate_state(state, axis_map, basis)
+        orders = {key: order for key, order in orders.items() if key != "hidden"}
     with torch.no_grad():
-        for name, value in sort_state(state, axis_map, orders).items():
+        for name, value in sort_state(changed, axis_map, orders).items():
             state[name].copy_(value)
 
 
