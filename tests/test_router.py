@@ -168,7 +168,7 @@ def test_kd_alone_moves_the_router_and_matches_finite_differences(config):
 
 
 def test_axes_with_equal_choices_draw_independent_noise():
-    router = Router({"a": (4, 2), "b": (4, 2)}, 1)
+    router = Router({"a": (4, 2), "b": (4, 2)}, 1, start=0.0)
     draws = [
         router.decide(router.one_hot(0), Temperature(1.0, 1.0), noise_key=(0, step)).choice
         for step in range(200)

@@ -103,6 +103,56 @@ def test_interrupted_and_resumed_equals_uninterrupted(run_folder, trained):
         train(config)
 
 
+def test_two_workers_train_as_one_does(run_folder):
+    """Half of the rows each: the same losses and weights up to the order of sums; resumable."""
+    torch.set_num_threads(2)
+    short = {"steps = 40": "steps = 12", "save_every = 16": "save_every = 16\nworkers = {}"}
+
+    def run(name: str, workers: int, **kwargs):
+        changes = {old: new.format(workers) for old, new in short.items()}
+        return train(config_in(run_folder, name, **changes), **kwargs)
+
+    class StopAt(Silent):
+        def advance(self, done, note=""):
+            if note and done == 9:
+                os.kill(os.getpid(), 2)
+
+    one, two = run("one-worker", 1), run("two-workers", 2)
+    for a, b in zip(metrics(one), metrics(two), strict=True):
+        assert a["num_tokens"] == b["num_tokens"] and a["expected"].keys() == b["expected"].keys()
+        assert b["kd"] == pytest.approx(a["kd"], rel=1e-4)
+    first, second = (load_tensors(r.elastic / "model.safetensors") for r in (one, two))
+    assert all(torch.allclose(first[k], second[k], atol=1e-4) for k in first)
+    with pytest.raises(Interrupted):
+        run("two-resumed", 2, progress=StopAt())
+    again = load_tensors(run("two-resumed", 2, resume=True).elastic / "model.safetensors")
+    assert all(torch.equal(second[k], again[k]) for k in second)
+
+
+def test_principal_basis_is_stored_with_the_checkpoint(run_folder):
+    config = config_in(
+        run_folder,
+        "principal",
+        **{
+            "num_samples = 16": 'num_samples = 16\nbasis = "principal"',
+            "steps = 40": "steps = 1",
+            "learning_rate = 2e-3": "learning_rate = 1e-12\nfinal_learning_rate = 1e-12",
+        },
+    )
+    result = train(config)
+    basis = load_tensors(result.elastic / "basis.safetensors")["hidden"]
+    original, _ = load_parent(run_folder / "parent")
+    family = load(result.elastic)
+    ids = torch.arange(20)[None]
+    with torch.no_grad():
+        expected = original(input_ids=ids).logits
+        assert torch.allclose(family["large"](input_ids=ids).logits, expected, atol=1e-4)
+        back = original.get_input_embeddings().weight.double() @ basis
+    assert torch.allclose(family.parent.get_input_embeddings().weight.double(), back, atol=1e-5)
+    norms = [n for n in family.axis_map.norms if n.axis == "hidden"]
+    assert all(family.parent.get_parameter(f"{n.path}.weight").eq(1).all() for n in norms)
+
+
 def test_router_at_full_budget_ends_at_full_width(trained):
     manifest = load_manifest(trained.elastic, load(trained.elastic).axis_map)
     assert manifest.sizes["large"].repair == {}

@@ -24,12 +24,12 @@ HOUR: Recipe = replace(
         "medium": {"active": 0.75, "total": 0.7},
         "small": {"active": 0.5, "total": 0.4},
     },
-    num_rows=200_000,
-    steps=2_600,
-    batch_size=48,
-    problems_per_task=100,
-    budgets=(0, 16, 32, 48, 64),
-    pairs=(("small", "large"), ("medium", "large"), ("small", "medium"), ("large", "small")),
+    num_rows=50_000,
+    steps=2_400,
+    problems_per_task=50,
+    budgets=(0, 32, 48, 64),
+    pairs=(("small", "large"), ("medium", "large"), ("large", "small")),
+    router=replace(DEMO.router, commit_at=0.1),
 )
 SMOKE: Recipe = replace(
     HOUR,

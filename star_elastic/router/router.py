@@ -18,6 +18,9 @@ from star_elastic.nesting.gate import Mixture
 
 HIDDEN_WIDTH = 256
 INIT_STD = 0.1
+START = 3.0
+"""Head start of each axis's full width over the others: the router starts near the parent, so that
+an axis on which no budget presses stays whole (the papers start from equal logits)."""
 LEAK = 0.1
 
 
@@ -51,7 +54,13 @@ def seed_for(*parts: int | str) -> int:
 class Router(nn.Module):
     """Maps a budget vector (N,), one-hot at a trained budget, to logits over each axis's widths."""
 
-    def __init__(self, choices: Mapping[str, tuple[int, ...]], num_budgets: int, seed: int = 0):
+    def __init__(
+        self,
+        choices: Mapping[str, tuple[int, ...]],
+        num_budgets: int,
+        seed: int = 0,
+        start: float = START,
+    ):
         super().__init__()
         self.choices = {axis: tuple(grid) for axis, grid in choices.items()}
         self.num_budgets = num_budgets
@@ -67,6 +76,8 @@ class Router(nn.Module):
             for parameter in net.parameters():
                 nn.init.normal_(parameter, std=INIT_STD, generator=generator)
             self.nets[axis] = net
+            start_C = start * F.one_hot(torch.tensor(0), len(grid))
+            self.register_buffer(f"start_{axis}", start_C, persistent=False)
 
     def one_hot(self, budget: int) -> torch.Tensor:
         """The budget vector of trained budget number `budget`; shape (N,)."""
@@ -88,7 +99,7 @@ class Router(nn.Module):
         """
         mixtures = {}
         for axis, net in self.nets.items():
-            logits_C = net(budget_N) * temperature.scale
+            logits_C = (net(budget_N) + self.get_buffer(f"start_{axis}")) * temperature.scale
             if noise_key is not None:
                 logits_C = logits_C + gumbel(len(logits_C), *noise_key, axis).to(logits_C)
             probs_C = (logits_C / temperature.tau).softmax(-1)

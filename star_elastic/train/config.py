@@ -35,11 +35,16 @@ class DataConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class CalibrationConfig:
-    """Rows that importance is estimated on: the first of the training data, or stored scores."""
+    """Rows that importance is estimated on: the first of the training data, or stored scores.
+
+    `basis` of the residual stream, from which hidden channels are cut: the parent's own channels,
+    or its principal components, of which far fewer do (not for models with tied embeddings).
+    """
 
     num_samples: int = 256
     batch_size: int = 16
     scores: str = ""
+    basis: Literal["channels", "principal"] = "channels"
 
     def __post_init__(self):
         require(self.num_samples >= 1, "calibration.num_samples must be at least 1")
@@ -88,6 +93,7 @@ class OptimizerConfig:
 class ScheduleConfig:
     """How long and how much at a time. `sizes_per_step`: all sizes on the same tokens with one
     teacher forward, or one size drawn by `size_weights`, which weigh the losses otherwise.
+    `workers` threads share a step's rows: for models too small to fill the cores one by one.
     """
 
     steps: int
@@ -95,11 +101,13 @@ class ScheduleConfig:
     sizes_per_step: Literal["all", "one"] = "all"
     size_weights: tuple[float, ...] = ()
     save_every: int = 200
+    workers: int = 1
     autocast: bool = True
 
     def __post_init__(self):
         require(self.steps >= 1, f"schedule.steps={self.steps} is less than 1")
         require(self.batch_size >= 1, f"schedule.batch_size={self.batch_size} is less than 1")
+        require(self.workers >= 1, f"schedule.workers={self.workers} is less than 1")
         require(self.save_every >= 1, f"schedule.save_every={self.save_every} is less than 1")
         require(all(w > 0 for w in self.size_weights), "schedule.size_weights must be positive")
 

@@ -37,6 +37,16 @@ class Batch:
     def num_tokens(self) -> int:
         return int(self.attention_mask.sum())
 
+    @property
+    def num_predicted(self) -> int:
+        return int(self.predicts.sum())
+
+    def split(self, count: int) -> list[Batch]:
+        """At most `count` parts of about equally many rows."""
+        tensors = (self.input_ids, self.attention_mask, self.predicts)
+        parts = [tensor.tensor_split(min(count, len(tensor))) for tensor in tensors]
+        return [Batch(*part) for part in zip(*parts, strict=True)]
+
 
 class JsonLines:
     """Rows of several JSONL files by number, read on demand."""

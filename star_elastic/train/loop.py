@@ -27,6 +27,7 @@ from star_elastic.router.router import Decision, Router, Temperature, seed_for
 from star_elastic.train.config import RunConfig
 from star_elastic.train.data import Batch, BatchOrder
 from star_elastic.train.losses import distillation_loss
+from star_elastic.train.workers import Learner, Workers
 
 SETTLED = Temperature(tau=1.0, scale=1.0)
 SETTLE_STEPS, SETTLE_RATE = 400, 0.02
@@ -65,6 +66,7 @@ class Trainer:
         self.teacher = teacher.eval().requires_grad_(False)
         self.router = router
         self.batches = batches
+        self.workers = Workers(Learner(self.student, router), config.schedule.workers)
         self.cost = CostModel(student.axis_map)
         self.names = list(config.sizes)
         self.step = 0
@@ -106,18 +108,18 @@ class Trainer:
         total = sum(weights)
         return [(name, w / total) for name, w in zip(self.names, weights, strict=True)]
 
-    def decide(self, name: str) -> Decision:
-        """The router's noisy decision for a size in this step."""
+    def decide(self, name: str, router: Router) -> Decision:
+        """A router's noisy decision for a size in this step."""
         key = (self.config.seed, self.step, 0, name)
         hard = random.Random(seed_for(*key, "hard")).random() < self.config.router.hard_share
-        budget = self.router.one_hot(self.names.index(name))
-        return self.router.decide(budget, self.temperature(), noise_key=key, hard=hard)
+        budget = router.one_hot(self.names.index(name))
+        return router.decide(budget, self.temperature(), noise_key=key, hard=hard)
 
     def commit(self) -> dict[str, Commitment]:
         """Fixes the widths of every size (called once, at `commit_step`).
 
         A size whose argmax is too far from its budget to be moved onto it within one grid step
-        per axis first gets up to `SETTLE_STEPS` more router steps on its budget loss alone.
+        per axis first gets up to `SETTLE_STEPS` more router steps that no data sees (`settle`).
         """
         for number, name in enumerate(self.names):
             budgets = self.config.sizes[name]
@@ -133,10 +135,16 @@ class Trainer:
         return self.committed
 
     def settle(self, budget: torch.Tensor, budgets: Budgets) -> None:
-        """One gradient step of the router on the budget loss of its argmax (straight through)."""
-        mixtures = self.router.decide(budget, SETTLED, hard=True).mixtures
+        """One gradient step of the router: its expected cost onto the budget or, where it is there,
+        each axis's most likely width towards the one nearest to the expected."""
+        mixtures = self.router.decide(budget, SETTLED).mixtures
+        loss = budget_loss(mixtures, budgets, self.cost)
+        if loss <= TOLERANCE:
+            for mixture in mixtures.values():
+                offsets = mixture.probs.new_tensor(mixture.choices) - mixture.expected().detach()
+                loss = loss - mixture.probs[offsets.abs().argmin()].log()
         parameters = list(self.router.parameters())
-        gradients = torch.autograd.grad(budget_loss(mixtures, budgets, self.cost), parameters)
+        gradients = torch.autograd.grad(loss, parameters)
         norm = torch.stack([gradient.norm() for gradient in gradients]).norm()
         with torch.no_grad():
             for parameter, gradient in zip(parameters, gradients, strict=True):
@@ -155,16 +163,18 @@ class Trainer:
         self.optimizer.param_groups[0]["lr"] = rate
         report = StepReport(self.step, batch.num_tokens, rate)
         self.optimizer.zero_grad(set_to_none=True)
-        with torch.no_grad(), self._autocast():
-            teacher = _counted_logits(self.teacher(**_inputs(batch)).logits, batch)
-        for name, weight in self.sizes_of_step():
-            loss = self._size_loss(name, batch, teacher, report)
-            if not torch.isfinite(loss):
+        shards = batch.split(len(self.workers.learners))
+        weights = [shard.num_predicted / batch.num_predicted for shard in shards]
+        losses = self.workers.map(self._learn, list(zip(shards, weights, strict=True)))
+        for name, _ in self.sizes_of_step():
+            report.kd[name] = math.fsum(loss[name] for loss in losses)
+            if not math.isfinite(report.kd[name]):
                 raise CheckpointError(
-                    f"the loss of size {name!r} is {loss.item()} at step {self.step}; lower "
+                    f"the loss of size {name!r} is {report.kd[name]} at step {self.step}; lower "
                     "optimizer.learning_rate and resume, the last saved state is intact"
                 )
-            (loss * weight).backward()
+            if not self.committed:
+                self._report_router(name, report)
         clip = self.config.optimizer.clip_norm
         nn.utils.clip_grad_norm_(self.student.parent.parameters(), clip)
         nn.utils.clip_grad_norm_(self.router.parameters(), clip)
@@ -172,27 +182,33 @@ class Trainer:
         self.step += 1
         return report
 
-    def _size_loss(
-        self, name: str, batch: Batch, teacher: torch.Tensor, report: StepReport
-    ) -> torch.Tensor:
-        if self.committed:
-            loss = self._distil(self.committed[name].widths, batch, teacher)
-            report.kd[name] = loss.item()
-            return loss
-        decision = self.decide(name)
-        kd = self._distil(decision.mixtures, batch, teacher)
-        pull = budget_loss(decision.mixtures, self.config.sizes[name], self.cost)
-        report.kd[name] = kd.item()
-        report.budget[name] = pull.item()
-        report.expected[name] = {
-            axis: round(mixture.expected().item(), 1) for axis, mixture in decision.mixtures.items()
-        }
-        return kd + self.config.router.weight * pull
+    def _learn(self, learner: Learner, part: tuple[Batch, float]) -> dict[str, float]:
+        """Adds the gradients of a part of the step's rows, which has `share` of its counted
+        tokens; returns the part's share of the step's KD per size."""
+        batch, share = part
+        with torch.no_grad(), self._autocast():
+            teacher = _counted_logits(self.teacher(**_inputs(batch)).logits, batch)
+        kd = {}
+        for name, weight in self.sizes_of_step():
+            if self.committed:
+                size, pull = self.committed[name].widths, 0.0
+            else:
+                size = self.decide(name, learner.router).mixtures
+                pull = budget_loss(size, self.config.sizes[name], self.cost)
+            with self._autocast():
+                logits = learner.student(size, **_inputs(batch)).logits
+            loss = distillation_loss(teacher, _counted_logits(logits, batch))
+            kd[name] = loss.item() * share
+            ((loss + self.config.router.weight * pull) * (weight * share)).backward()
+        return kd
 
-    def _distil(self, size, batch: Batch, teacher: torch.Tensor) -> torch.Tensor:
-        with self._autocast():
-            logits = self.student(size, **_inputs(batch)).logits
-        return distillation_loss(teacher, _counted_logits(logits, batch))
+    @torch.no_grad()
+    def _report_router(self, name: str, report: StepReport) -> None:
+        mixtures = self.decide(name, self.router).mixtures
+        report.budget[name] = budget_loss(mixtures, self.config.sizes[name], self.cost).item()
+        report.expected[name] = {
+            axis: round(mixture.expected().item(), 1) for axis, mixture in mixtures.items()
+        }
 
     def _autocast(self) -> AbstractContextManager:
         if not self.config.schedule.autocast:

@@ -21,25 +21,28 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 import star_elastic
 from star_elastic.axes import AxisMap
-from star_elastic.checkpoint import save_tensors, write_json
+from star_elastic.checkpoint import load_tensors, save_tensors, write_json
 from star_elastic.cost import CostModel
 from star_elastic.errors import CheckpointError, ConfigError, ShapeError
 from star_elastic.families import family_of, read_config
+from star_elastic.importance.basis import principal_basis
 from star_elastic.importance.estimate import estimate_scores
 from star_elastic.importance.files import ScoreInfo, load_scores, save_scores
 from star_elastic.importance.orders import orders_from_scores
 from star_elastic.manifest import Manifest, Size, save_manifest
+from star_elastic.nesting.rotate import check_rotatable
 from star_elastic.nesting.stream import save_model
 from star_elastic.nesting.submodel import ElasticModel, load_parent, sort_in_place
 from star_elastic.router.budget import check_budgets
 from star_elastic.router.router import Router
 from star_elastic.train.config import RunConfig, to_plain
-from star_elastic.train.data import BatchOrder, Examples, JsonLines
+from star_elastic.train.data import Batch, BatchOrder, Examples, JsonLines
 from star_elastic.train.loop import StepReport, Trainer
 from star_elastic.train.state import has_state, load_state, save_state
 from star_elastic.widths import Widths, default_step
 
 ELASTIC = "elastic"
+BASIS = "basis.safetensors"
 
 
 class Progress(Protocol):
@@ -121,6 +124,8 @@ def train(
     axis_map = family_of(model_config).axis_map(model_config)
     choices = dict(config.choices) or default_choices(axis_map)
     check_choices(choices, axis_map)
+    if config.calibration.basis == "principal":
+        check_rotatable(axis_map)
     for name, budgets in config.sizes.items():
         check_budgets(name, budgets, CostModel(axis_map), choices)
     _prepare_directory(run, config, resume)
@@ -134,7 +139,8 @@ def train(
     write_json(run / "run.json", to_plain(config))
     scores = _scores(config, run, teacher, axis_map, examples, progress)
     orders = orders_from_scores(scores, axis_map)
-    sort_in_place(parent, axis_map, orders)
+    basis = _basis(config, run, teacher, axis_map, examples)
+    sort_in_place(parent, axis_map, orders, basis)
 
     student = ElasticModel(parent, model_config)
     router = Router(choices, len(config.sizes), config.seed)
@@ -148,6 +154,8 @@ def train(
         save_manifest(_manifest(config, trainer, choices, tokens), directory)
         save_tensors(directory / "router.safetensors", router.state_dict())
         save_tensors(directory / "orders.safetensors", dict(orders))
+        if basis is not None:
+            save_tensors(directory / BASIS, {"hidden": basis})
 
     dtype = getattr(torch, str(model_config.get("dtype") or model_config.get("torch_dtype")), None)
     elastic = run / ELASTIC
@@ -209,6 +217,24 @@ def _scores(config, run: Path, model, axis_map: AxisMap, examples: Examples, pro
     return scores
 
 
+def _basis(config, run: Path, model, axis_map: AxisMap, examples: Examples) -> torch.Tensor | None:
+    if config.calibration.basis == "channels":
+        return None
+    own = run / BASIS
+    if not own.is_file():
+        count = min(config.calibration.num_samples, len(examples))
+        batches = calibration_batches(examples, count, config.calibration.batch_size)
+        basis = principal_basis(model, axis_map, ((b.input_ids, b.attention_mask) for b in batches))
+        save_tensors(own, {"hidden": basis})
+    return load_tensors(own)["hidden"]
+
+
+def calibration_batches(examples: Examples, count: int, batch_size: int) -> Iterator[Batch]:
+    """The first `count` rows in batches."""
+    for start in range(0, count, batch_size):
+        yield examples.batch(range(start, min(start + batch_size, count)))
+
+
 def rank(
     model: PreTrainedModel,
     axis_map: AxisMap,
@@ -226,11 +252,10 @@ def rank(
 
     def batches() -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         nonlocal num_tokens
-        for start in range(0, count, batch_size):
-            batch = examples.batch(range(start, min(start + batch_size, count)))
+        for number, batch in enumerate(calibration_batches(examples, count, batch_size), start=1):
             num_tokens += batch.num_tokens
             yield batch.input_ids, batch.attention_mask
-            progress.advance(min(start + batch_size, count))
+            progress.advance(min(number * batch_size, count))
 
     scores = estimate_scores(model, axis_map, batches())
     return scores, ScoreInfo(num_samples=count, num_tokens=num_tokens, source=source)

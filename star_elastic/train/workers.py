@@ -1,0 +1,78 @@
+"""Threads that share a step's rows.
+
+The products of a small model are too small to keep several cores busy; threads that each take a
+part of the rows do. All compute with the same weights in the same memory; each collects gradients
+of its own, and their sum, in the order of the threads, is the step's gradient.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+
+from star_elastic.nesting.submodel import ElasticModel, build_skeleton
+from star_elastic.router.router import Router
+
+Part = TypeVar("Part")
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True, slots=True)
+class Learner:
+    """What one thread trains: the shared weights, and where its own gradients collect."""
+
+    student: ElasticModel
+    router: Router
+
+    def parameters(self) -> list[torch.nn.Parameter]:
+        """Parameters of student and router, in the same order for every learner."""
+        return [*self.student.parent.parameters(), *self.router.parameters()]
+
+    def twin(self) -> Learner:
+        """A learner with the same memory for its weights and its own for gradients."""
+        parent = build_skeleton(self.student.model_config, self.student.parent)
+        shared = {name: value.detach() for name, value in self.student.state().items()}
+        parent.load_state_dict(shared, strict=False, assign=True)
+        parent.tie_weights()
+        router = copy.deepcopy(self.router)
+        for own, theirs in zip(router.parameters(), self.router.parameters(), strict=True):
+            own.data = theirs.data
+        return Learner(ElasticModel(parent, self.student.model_config).train(), router)
+
+
+class Workers:
+    """`count` threads with a learner each; one works in the calling thread, with no copy."""
+
+    def __init__(self, learner: Learner, count: int):
+        self.learners = [learner, *(learner.twin() for _ in range(count - 1))]
+        threads = max(torch.get_num_threads() // count, 1)
+        self._pool = None
+        if count > 1:
+            self._pool = ThreadPoolExecutor(count, "learner", torch.set_num_threads, (threads,))
+
+    def map(self, work: Callable[[Learner, Part], Result], parts: Sequence[Part]) -> list[Result]:
+        """`work` on every part, one per learner; the gradients end up in the first learner's."""
+        assert len(parts) <= len(self.learners)
+        if self._pool is None:
+            return [work(self.learners[0], part) for part in parts]
+        futures = [
+            self._pool.submit(work, learner, part)
+            for learner, part in zip(self.learners, parts, strict=False)
+        ]
+        results = [future.result() for future in futures]
+        first, *others = self.learners
+        for other in others:
+            for parameter, twin in zip(first.parameters(), other.parameters(), strict=True):
+                if twin.grad is None:
+                    continue
+                if parameter.grad is None:
+                    parameter.grad = twin.grad
+                else:
+                    parameter.grad += twin.grad
+                twin.grad = None
+        return results
