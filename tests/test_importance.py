@@ -114,6 +114,12 @@ def assert_same_scores(found, expected, *, rtol: float = 1e-9) -> None:
         )
 
 
+def written(heads: torch.Tensor, project: torch.nn.Linear, size: int) -> torch.Tensor:
+    """Norms (T, heads) of what each head of `size` channels adds to the projection's output."""
+    pairs = zip(heads.split(size, -1), project.weight.split(size, 1), strict=True)
+    return torch.stack([(y @ w.T).norm(dim=-1) for y, w in pairs], -1)
+
+
 class Naive:
     """The scores' definition in plain loops: each sample, token, head and expert by itself."""
 
@@ -153,13 +159,11 @@ class Naive:
                 mixer(normed)
                 hook.remove()
                 size = self.parent.config["mamba_head_dim"]
-                heads = seen[0][0].split(size, -1)
-                columns = mixer.out_proj.weight.split(size, 1)
-                norms = [(y @ w.T).norm(dim=-1) for y, w in zip(heads, columns, strict=True)]
-                self.see(f"layers.{layer}.ssm_heads", torch.stack(norms, -1))
+                self.see(f"layers.{layer}.ssm_heads", written(seen[0][0], mixer.out_proj, size))
             elif letter == "*":
                 q, k, v = mixer.q_proj(x), mixer.k_proj(x), mixer.v_proj(x)
-                self.see(f"layers.{layer}.heads", self.attention(q, k, v, 6, 2))
+                heads = self.attention(q, k, v, 6, 2)
+                self.see(f"layers.{layer}.heads", written(heads, mixer.o_proj, mixer.head_dim))
             elif letter == "E":
                 self.see(f"layers.{layer}.shared_ffn", F.relu(mixer.shared_experts.up_proj(x)) ** 2)
                 _, gates, chosen = mixer.gate(x)
@@ -187,7 +191,7 @@ class Naive:
             rotated = apply_rotary_pos_emb(*split, cos, sin)
             q, k = (x[0].transpose(0, 1).flatten(1) for x in rotated)
             heads = self.attention(q, k, v, 6, 2)
-            self.see(f"layers.{layer}.heads", heads)
+            self.see(f"layers.{layer}.heads", written(heads, attn.o_proj, attn.head_dim))
             h = h + attn.o_proj(heads)
             x = block.post_attention_layernorm(h)
             self.see(f"hidden/{layer}/post", x)

@@ -87,7 +87,9 @@ class Llama:
             add_linear(f"{path}.mlp.down_proj", layer, hidden, neurons, bias, gate=1)
             add_norm(f"{path}.input_layernorm", layer, f"{path}.self_attn")
             add_norm(f"{path}.post_attention_layernorm", layer, f"{path}.mlp")
-            probes.append(Probe(f"{path}.self_attn.o_proj", layer, "input", (queries,)))
+            probes.append(
+                Probe(f"{path}.self_attn.o_proj", layer, "input", (queries,), written=True)
+            )
             probes.append(Probe(f"{path}.mlp.down_proj", layer, "input", (neurons,)))
         add_norm("model.norm", None, "" if tied else "lm_head")
         if not tied:

@@ -281,7 +281,7 @@ class _Builder:
         self.add(
             "attention", f"{path}.o_proj.weight", self.hidden, queries, layer=layer, gate_dim=1
         )
-        self.probes.append(Probe(f"{path}.o_proj", layer, "input", (queries,)))
+        self.probes.append(Probe(f"{path}.o_proj", layer, "input", (queries,), written=True))
         self.states.append(StateSpec("key_value", layer, (fixed(2), keys), per_token=True))
         self.work.append(WorkSpec(layer, (queries,), flops=4, per_context=True))
 

@@ -8,9 +8,9 @@ that a score does not depend on how samples are batched. What is measured on eac
     hidden                 output of every pre-norm and of the final norm; scores of the norms added
     ffn, shared_ffn        input of the down projection (after the activation)
     expert_ffn             the same, the mean over all (token, chosen expert) pairs of a sample
-    heads                  input of o_proj; L2 over a head's channels
-    ssm_heads              norm of what a head writes to the residual stream, W_h y_h with its
-                           columns W_h of out_proj (the papers: x part of in_proj's output)
+    ssm_heads, heads       norm of what a head writes to the residual stream, W_h y_h with its
+                           columns W_h of out_proj or o_proj (the papers: the x part of in_proj's
+                           output and the input of o_proj, L2 over a head's channels)
     experts                REAP (arXiv 2510.13999): mean over the tokens routed to the expert of
                            gate(x) * ||f(x)||_2, gates as the router gives them; 0 if no token is
 
@@ -206,14 +206,13 @@ class _Recorder:
                 )
 
     def scores(self) -> dict[str, torch.Tensor]:
-        """The scores of every order; a head's is the L2 norm of its channels' scores."""
+        """The scores of every order."""
         keys = axis_keys(self.axis_map)
         scores: dict[str, torch.Tensor] = {}
         for probe, squares in self._squares.items():
             axis = self.axis_map.axes[probe.axis]
             key = order_key(axis.name, None if axis.is_global else probe.layer)
-            units = squares.cpu().reshape(axis.size, -1).sum(1).sqrt()
-            scores[key] = scores.get(key, 0) + units
+            scores[key] = scores.get(key, 0) + squares.cpu().sqrt()
         for moe, sums in self._experts.items():
             reap_E = sums.output_E / sums.tokens_E.clamp(min=1)
             scores[order_key("experts", moe.layer)] = reap_E.cpu()
