@@ -21,7 +21,7 @@ import transformers
 
 import star_elastic
 from star_elastic.checkpoint import load_tensors, write_json, write_text
-from star_elastic.cost import CostModel
+from star_elastic.cost import CostModel, Workload
 from star_elastic.errors import CheckpointError
 from star_elastic.evaluate.accuracy import Evaluation, evaluate_plan
 from star_elastic.evaluate.pareto import plot_pareto
@@ -78,6 +78,7 @@ class Recipe:
     pairs: tuple[tuple[str, str], ...]
     learning_rate: float = 1e-3
     size_weights: tuple[float, ...] = ()
+    workload: Workload = field(default_factory=Workload)
     router: RouterConfig = field(default_factory=RouterConfig)
     seed: int = 0
 
@@ -158,6 +159,7 @@ def run_config(recipe: Recipe, rows: Path, run: Path) -> RunConfig:
         seed=recipe.seed,
         sizes=recipe.sizes,
         choices=recipe.choices,
+        workload=recipe.workload,
         data=DataConfig(train=(str(rows),), context=CONTEXT, loss_on="answers"),
         calibration=CalibrationConfig(num_samples=512, batch_size=32, basis="principal"),
         router=recipe.router,

@@ -233,6 +233,7 @@ def test_distillation_loss_is_the_kl_and_chunks_do_not_change_it():
         ('loss_on = "answers"', 'loss_on = "some"', ConfigError, "data.loss_on='some' is unknown"),
         ("rows.jsonl", "none.jsonl", ConfigError, "none.jsonl does not exist"),
         ('parent = "parent"', 'parent = "nowhere"', ConfigError, "nowhere holds no config.json"),
+        ("[data]", "[workload]\ncontext = -1\n[data]", ConfigError, "context=-1.*give tokens >= 0"),
         ("[schedule]", "[schedul]", ConfigError, "schedul is not a key.*did you mean schedule"),
     ],
 )

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from star_elastic.cost import METRICS
+from star_elastic.cost import METRICS, Workload
 from star_elastic.errors import ConfigError
 from star_elastic.router.router import Annealing
 
@@ -115,7 +115,8 @@ class ScheduleConfig:
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
     """A whole run. `sizes` maps each name, largest first, to budgets (fractions by metric);
-    `choices` maps each elastic axis to its widths, largest first (empty: a default grid).
+    `choices` maps each elastic axis to its widths, largest first (empty: a default grid);
+    `workload` is the decoding that budgets on bytes and operations are counted for.
     """
 
     parent: str
@@ -125,6 +126,7 @@ class RunConfig:
     schedule: ScheduleConfig
     seed: int = 0
     choices: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    workload: Workload = field(default_factory=Workload)
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
     router: RouterConfig = field(default_factory=RouterConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
@@ -142,6 +144,12 @@ class RunConfig:
                     isinstance(fraction, (int, float)) and 0 < fraction <= 1,
                     f"sizes.{name}.{metric}={fraction} is not a fraction in (0, 1]",
                 )
+        load = self.workload
+        require(
+            load.context >= 0 and load.batch >= 1 and load.dtype_bytes >= 1,
+            f"workload has context={load.context}, batch={load.batch}, "
+            f"dtype_bytes={load.dtype_bytes}; give tokens >= 0, sequences and bytes >= 1",
+        )
         weights = self.schedule.size_weights
         require(
             not weights or len(weights) == len(self.sizes),

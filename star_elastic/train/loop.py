@@ -67,7 +67,7 @@ class Trainer:
         self.router = router
         self.batches = batches
         self.workers = Workers(Learner(self.student, router), config.schedule.workers)
-        self.cost = CostModel(student.axis_map)
+        self.cost = CostModel(student.axis_map, config.workload)
         self.names = list(config.sizes)
         self.step = 0
         self.committed: dict[str, Commitment] = {}

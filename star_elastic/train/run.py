@@ -127,7 +127,7 @@ def train(
     if config.calibration.basis == "principal":
         check_rotatable(axis_map)
     for name, budgets in config.sizes.items():
-        check_budgets(name, budgets, CostModel(axis_map), choices)
+        check_budgets(name, budgets, CostModel(axis_map, config.workload), choices)
     _prepare_directory(run, config, resume)
     rows = JsonLines(config.data.train)
     tokenizer = load_tokenizer(config.parent)
