@@ -180,6 +180,11 @@ def test_batches_depend_on_seed_and_step_only(run_folder):
     assert [jumped.rows(step) for step in (17, 3, 12)] == [rows[17], rows[3], rows[12]]
     assert sorted(row for batch in rows[:8] for row in batch) == list(range(64))
     assert [BatchOrder(examples, 8, seed=2).rows(step) for step in range(20)] != rows
+    # Every token of the epoch weighs the same, whatever the length of its batch.
+    batches = [straight.batch(step) for step in range(8)]
+    per_token = [b.weight / b.num_tokens for b in batches]
+    assert per_token == pytest.approx([per_token[0]] * 8)
+    assert sum(b.weight for b in batches) == pytest.approx(8)
 
 
 def test_answers_only_marks_the_completion(run_folder):

@@ -10,7 +10,7 @@ import json
 import random
 from array import array
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -27,11 +27,13 @@ LENGTH_POOL = 16
 @dataclass(frozen=True, slots=True)
 class Batch:
     """Token ids (B, T), right-padded; `attention_mask` (B, T) of real tokens; `predicts` (B, T)
-    marks the positions whose next token counts in the loss."""
+    marks the positions whose next token counts in the loss. `weight` of its mean loss among the
+    run's batches: rows of like length share a batch, and a token of a short one counts no more."""
 
     input_ids: torch.Tensor
     attention_mask: torch.Tensor
     predicts: torch.Tensor
+    weight: float = 1.0
 
     @property
     def num_tokens(self) -> int:
@@ -45,7 +47,7 @@ class Batch:
         """At most `count` parts of about equally many rows."""
         tensors = (self.input_ids, self.attention_mask, self.predicts)
         parts = [tensor.tensor_split(min(count, len(tensor))) for tensor in tensors]
-        return [Batch(*part) for part in zip(*parts, strict=True)]
+        return [Batch(*part, weight=self.weight) for part in zip(*parts, strict=True)]
 
 
 class JsonLines:
@@ -181,6 +183,7 @@ class BatchOrder:
         self._order: list[int] = []
         self._pool_number = (-1, -1)
         self._pool: list[list[int]] = []
+        self._mean_length = 1.0
 
     def rows(self, step: int) -> list[int]:
         """Row numbers of a step's batch."""
@@ -198,6 +201,7 @@ class BatchOrder:
             lengths = {row: len(self.examples[row][0]) for row in rows}
             rows.sort(key=lambda row: (lengths[row], row))
             self._pool = [rows[i * size : (i + 1) * size] for i in range(count)]
+            self._mean_length = sum(lengths.values()) / len(lengths)
             random.Random(f"{self.seed}-pool-{epoch}-{pool}").shuffle(self._pool)
             self._pool_number = (epoch, pool)
         return self._pool[position]
@@ -207,4 +211,5 @@ class BatchOrder:
         rows = self.rows(step)
         if 0 < limit < len(rows):
             rows = rows[:: len(rows) // limit][:limit]
-        return self.examples.batch(rows)
+        batch = self.examples.batch(rows)
+        return replace(batch, weight=batch.num_tokens / len(rows) / self._mean_length)

@@ -199,7 +199,8 @@ class Trainer:
                 logits = learner.student(size, **_inputs(batch)).logits
             loss = distillation_loss(teacher, _counted_logits(logits, batch))
             kd[name] = loss.item() * share
-            ((loss + self.config.router.weight * pull) * (weight * share)).backward()
+            loss = batch.weight * loss + self.config.router.weight * pull
+            (loss * (weight * share)).backward()
         return kd
 
     @torch.no_grad()
