@@ -20,6 +20,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -104,16 +105,13 @@ def training_steps(elastic: ElasticModel, sizes, tokens: int, rounds: int) -> di
     ids = torch.randint(0, elastic.parent.config.vocab_size, (tokens // length, length))
     elastic.train()
 
-    def step(forward: Callable[[], torch.Tensor]) -> Callable[[], None]:
-        def run() -> None:
-            elastic.zero_grad(set_to_none=True)
-            forward().float().log_softmax(-1).mean().backward()
+    def step(model: torch.nn.Module, *size) -> None:
+        elastic.zero_grad(set_to_none=True)
+        logits = model(*size, input_ids=ids, use_cache=False).logits
+        logits.float().log_softmax(-1).mean().backward()
 
-        return run
-
-    sides = {"parent": step(lambda: elastic.parent(input_ids=ids, use_cache=False).logits)}
-    for name, widths in sizes.items():
-        sides[name] = step(lambda w=widths: elastic(w, input_ids=ids, use_cache=False).logits)
+    sides = {"parent": partial(step, elastic.parent)}
+    sides |= {name: partial(step, elastic, widths) for name, widths in sizes.items()}
     seconds = interleaved(sides, rounds)
     elastic.zero_grad(set_to_none=True)
     cost = CostModel(elastic.axis_map, Workload(context=length // 2))
@@ -129,7 +127,7 @@ def training_steps(elastic: ElasticModel, sizes, tokens: int, rounds: int) -> di
 
 @torch.inference_mode()
 def decode(model: PreTrainedModel, batch: int, steps: int) -> Callable[[], None]:
-    """Decodes `steps` tokens after a short prompt; the prefill is not in the time."""
+    """Reads a short prompt and decodes `steps` tokens."""
     ids = torch.randint(0, model.config.vocab_size, (batch, 16))
 
     @torch.inference_mode()
