@@ -233,12 +233,12 @@ def new_directory(out: str | Path) -> Iterator[Path]:
 NOT_COPIED = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx", ".h5", ".msgpack")
 
 
-def copy_extras(source: Path, target: Path, *, skip: Iterable[str] = ()) -> None:
+def copy_extras(source: Path, target: Path) -> None:
     """Copies the small files beside the weights: tokenizer, templates, generation settings.
 
-    Remote code (`.py`), the README and the names in `skip` stay behind.
+    Remote code (`.py`) and the README stay behind.
     """
-    left = {"config.json", INDEX_NAME, "elastic.json", "README.md", *skip}
+    left = {"config.json", INDEX_NAME, "elastic.json", "README.md"}
     for file in sorted(source.iterdir()):
         if not file.is_file() or file.name in left or file.name.startswith("."):
             continue

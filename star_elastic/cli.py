@@ -20,7 +20,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemaini
 from rich.progress import Progress as RichProgress
 from rich.table import Table
 
-from star_elastic.errors import ConfigError, StarElasticError
+from star_elastic.errors import ConfigError, Interrupted, StarElasticError
 
 app = typer.Typer(
     help="One reasoning model, many nested sizes inside a single checkpoint.",
@@ -355,9 +355,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except StarElasticError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
-    except RuntimeError as error:
-        if type(error).__name__ != "Interrupted":
-            raise
+    except Interrupted as error:
         print(str(error), file=sys.stderr)
         raise SystemExit(1) from None
 

@@ -287,7 +287,7 @@ def make_report(
     run: Path,
 ) -> dict[str, Any]:
     """Everything measured, as plain data."""
-    cost = CostModel(family.axis_map)
+    cost = CostModel(family.axis_map, recipe.workload)
     full = cost.count(family.axis_map.full)
     parent = next(e for e in evaluations if e.label == PARENT)
     solved = problems[:: max(len(problems) // KL_PROBLEMS, 1)]
@@ -306,6 +306,7 @@ def make_report(
             "total_share": counted.total / full.total,
             "active_share": counted.active / full.active,
             "flops_per_token": counted.flops_per_token,
+            "budget_shares": {m: counted.metric(m) / full.metric(m) for m in size.budgets},
             "accuracy": by_label[name].accuracy,
             "standard_error": by_label[name].standard_error,
             "share_of_parent": by_label[name].accuracy / max(parent.accuracy, 1e-9),

@@ -4,6 +4,10 @@ Anything else that goes wrong is a bug of ours and surfaces as an ordinary excep
 """
 
 
+class Interrupted(Exception):
+    """The user stopped a run; its state is saved. Exit code 1."""
+
+
 class StarElasticError(Exception):
     """Base of all errors that the command line reports in one line with exit code 2."""
 

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from star_elastic.checkpoint import load_tensors
 from star_elastic.demo import bundled_parent
-from star_elastic.errors import BudgetError, CheckpointError, ConfigError, ShapeError
+from star_elastic.errors import BudgetError, CheckpointError, ConfigError, Interrupted, ShapeError
 from star_elastic.evaluate.tasks import messages, sample_problems
 from star_elastic.families import family_of
 from star_elastic.generate.family import load
@@ -19,7 +19,7 @@ from star_elastic.nesting.submodel import ElasticModel, load_parent
 from star_elastic.router.budget import TOLERANCE
 from star_elastic.train.data import BatchOrder, Examples, JsonLines
 from star_elastic.train.losses import distillation_loss
-from star_elastic.train.run import Interrupted, Silent, default_choices, train
+from star_elastic.train.run import Silent, default_choices, train
 from tests.tiny_run import TINY, config_in
 
 
@@ -149,6 +149,7 @@ def test_principal_basis_is_stored_with_the_checkpoint(run_folder):
         assert torch.allclose(family["large"](input_ids=ids).logits, expected, atol=1e-4)
         back = original.get_input_embeddings().weight.double() @ basis
     assert torch.allclose(family.parent.get_input_embeddings().weight.double(), back, atol=1e-5)
+    assert "hidden" not in load_tensors(result.elastic / "orders.safetensors")
     norms = [n for n in family.axis_map.norms if n.axis == "hidden"]
     assert all(family.parent.get_parameter(f"{n.path}.weight").eq(1).all() for n in norms)
 
@@ -180,11 +181,12 @@ def test_batches_depend_on_seed_and_step_only(run_folder):
     assert [jumped.rows(step) for step in (17, 3, 12)] == [rows[17], rows[3], rows[12]]
     assert sorted(row for batch in rows[:8] for row in batch) == list(range(64))
     assert [BatchOrder(examples, 8, seed=2).rows(step) for step in range(20)] != rows
-    # Every token of the epoch weighs the same, whatever the length of its batch.
+    # A batch of short rows counts for less.
     batches = [straight.batch(step) for step in range(8)]
-    per_token = [b.weight / b.num_tokens for b in batches]
-    assert per_token == pytest.approx([per_token[0]] * 8)
     assert sum(b.weight for b in batches) == pytest.approx(8)
+    by_length = sorted(batches, key=lambda b: b.num_tokens)
+    assert [b.weight for b in by_length] == sorted(b.weight for b in batches)
+    assert by_length[0].weight < 0.7 and by_length[-1].weight > 1.2
 
 
 def test_answers_only_marks_the_completion(run_folder):
@@ -238,6 +240,9 @@ def test_distillation_loss_is_the_kl_and_chunks_do_not_change_it():
         ('loss_on = "answers"', 'loss_on = "some"', ConfigError, "data.loss_on='some' is unknown"),
         ("rows.jsonl", "none.jsonl", ConfigError, "none.jsonl does not exist"),
         ('parent = "parent"', 'parent = "nowhere"', ConfigError, "nowhere holds no config.json"),
+        ("num_samples = 16", 'scores = "none"', CheckpointError, "none does not exist"),
+        ("warmup_steps = 2", "betas = [1.0, 0.9]", ConfigError, r"optimizer.betas=\[1.0, 0.9\]"),
+        ("[optimizer]", "[router.annealing]\ntau_end = 0\n[optimizer]", ConfigError, "all must be"),
         ("[data]", "[workload]\ncontext = -1\n[data]", ConfigError, "context=-1.*give tokens >= 0"),
         ("[schedule]", "[schedul]", ConfigError, "schedul is not a key.*did you mean schedule"),
     ],

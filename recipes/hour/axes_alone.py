@@ -31,7 +31,6 @@ from star_elastic.evaluate.accuracy import evaluate_plan
 from star_elastic.evaluate.tasks import TASKS, sample_problems
 from star_elastic.generate.phased import PhasedGenerator
 from star_elastic.generate.phases import Plan
-from star_elastic.importance.basis import principal_basis
 from star_elastic.importance.orders import orders_from_scores
 from star_elastic.nesting.submodel import (
     ElasticModel,
@@ -43,7 +42,7 @@ from star_elastic.router.budget import Commitment
 from star_elastic.router.router import Router
 from star_elastic.train.data import BatchOrder, Examples, JsonLines
 from star_elastic.train.loop import Trainer
-from star_elastic.train.run import calibration_batches, load_tokenizer, rank
+from star_elastic.train.run import find_basis, load_tokenizer, rank
 from star_elastic.widths import Widths
 
 NEAR = 0.01
@@ -120,10 +119,7 @@ def measure(out: Path, steps: int, problems_per_task: int) -> dict:
             parent, elastic.axis_map, examples,
             num_samples=512, batch_size=32, source="bundled tasks", progress=bars,
         )  # fmt: skip
-        batches = calibration_batches(examples, min(512, len(examples)), 32)
-        basis = principal_basis(
-            parent, elastic.axis_map, ((b.input_ids, b.attention_mask) for b in batches)
-        )
+        basis = find_basis(parent, elastic.axis_map, examples, num_samples=512, batch_size=32)
         orders = orders_from_scores(scores, elastic.axis_map)
         sort_in_place(parent, elastic.axis_map, orders, basis)
         problems = sample_problems(TASKS, "test", problems_per_task, DEMO.seed)

@@ -1,4 +1,4 @@
-"""The longer form of the demo: up to an hour on 2 CPU cores, budgets on two costs at once.
+"""The longer form of the demo: up to an hour on 2 CPU cores, budgets on several costs at once.
 
     python recipes/hour/run.py --out runs/hour
     python recipes/hour/run.py --out runs/smoke --smoke      # the same code path, under a minute
@@ -18,7 +18,7 @@ from pathlib import Path
 from star_elastic.cli import run_and_show
 from star_elastic.cost import Workload
 from star_elastic.demo import DEMO, Recipe, run_recipe
-from star_elastic.errors import StarElasticError
+from star_elastic.errors import Interrupted, StarElasticError
 
 HOUR: Recipe = replace(
     DEMO,
@@ -58,6 +58,8 @@ def main() -> None:
         run_and_show(SMOKE if options.smoke else HOUR, options.out, options.json, run_recipe)
     except StarElasticError as error:
         parser.exit(2, f"error: {error}\n")
+    except Interrupted as error:
+        parser.exit(1, f"{error}\n")
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ import json
 import os
 import time
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import scan
@@ -110,15 +111,14 @@ class RouterLoad:
         self.counts_LE = torch.zeros(len(self.gates), model.config.n_routed_experts)
         self._real_N = torch.zeros(0, dtype=torch.bool)
         for index, gate in enumerate(self.gates):
-            gate.register_forward_hook(
-                lambda _module, _inputs, output, index=index: self._count(index, output[2])
-            )
+            gate.register_forward_hook(partial(self._count, index))
 
     def expect(self, real_BT: torch.Tensor) -> None:
         """Say which positions of the next forward are not padding."""
         self._real_N = real_BT.flatten()
 
-    def _count(self, index: int, choices_NK: torch.Tensor) -> None:
+    def _count(self, index: int, _: torch.nn.Module, __: tuple, output: tuple) -> None:
+        choices_NK = output[2]
         if len(choices_NK) == len(self._real_N):
             chosen = choices_NK[self._real_N].flatten()
             self.counts_LE[index] += torch.bincount(chosen, minlength=self.counts_LE.shape[1])

@@ -23,6 +23,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import matplotlib
@@ -250,10 +251,10 @@ def find_widths(axis_map: AxisMap, axes: tuple[str, ...]) -> list[Widths]:
     cost = CostModel(axis_map)
     total = cost.count(axis_map.full).total
 
-    def distance(widths: Widths, removed: float) -> float:
-        return abs(cost.count(widths).total - (1 - removed) * total)
+    def distance(removed: float, widths: Widths) -> tuple[float, str]:
+        return abs(cost.count(widths).total - (1 - removed) * total), str(widths)
 
-    return [min(grid, key=lambda w, share=share: (distance(w, share), str(w))) for share in REMOVED]
+    return [min(grid, key=partial(distance, removed)) for removed in REMOVED]
 
 
 @torch.no_grad()

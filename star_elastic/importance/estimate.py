@@ -146,9 +146,10 @@ class _Recorder:
     def _norms_written(self, probe: Probe, module: nn.Module, a_BTC: torch.Tensor) -> torch.Tensor:
         """Norms (B, T, U) of each unit's share of the module's output: sqrt(a_u' W_u' W_u a_u)."""
         units = self.axis_map.axes[probe.axis].size
-        weight_UDP = module.get_parameter("weight").unflatten(1, (units, -1)).transpose(0, 1)
+        weight_DC = module.get_parameter("weight").float()
+        weight_UDP = weight_DC.unflatten(1, (units, -1)).transpose(0, 1)
         gram_UPP = weight_UDP.mT @ weight_UDP
-        a_BTUP = a_BTC.unflatten(-1, (units, -1))
+        a_BTUP = a_BTC.float().unflatten(-1, (units, -1))
         squares_BTU = torch.einsum("btup,upq,btuq->btu", a_BTUP, gram_UPP, a_BTUP)
         return squares_BTU.clamp(min=0).sqrt()
 

@@ -13,7 +13,7 @@ from star_elastic.checkpoint import load_tensors, save_tensors
 from star_elastic.errors import CheckpointError
 from star_elastic.importance.orders import Scores, check_scores
 
-FORMAT = "star_elastic scores 1"
+FORMAT = "star_elastic scores 2"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -40,6 +40,7 @@ def readers(axis_map: AxisMap, path: str) -> list[TensorSpec]:
     ]
 
 
+@torch.no_grad()
 def rotate_state(
     state: Mapping[str, torch.Tensor], axis_map: AxisMap, basis_HH: torch.Tensor
 ) -> dict[str, torch.Tensor]:
@@ -55,17 +56,19 @@ def rotate_state(
     identity = torch.eye(size, dtype=torch.float64, device=basis.device)
     if basis.shape != (size, size) or (basis.mT @ basis - identity).abs().max() > ORTHONORMAL:
         raise ShapeError(f"the basis is not orthonormal over {size} channels; estimate it again")
-    rotated = {name: state[name] for name in axis_map.tensors}
+    folded: dict[str, torch.Tensor] = {}
     norms = [norm for norm in axis_map.norms if norm.axis == HIDDEN]
     for norm in norms:
-        weight = state[f"{norm.path}.weight"].double()
-        for spec in readers(axis_map, norm.reader):
-            rotated[spec.name] = rotated[spec.name].double() * weight
+        folded |= {s.name: state[f"{norm.path}.weight"] for s in readers(axis_map, norm.reader)}
+    rotated = {}
     for name, spec in axis_map.tensors.items():
+        value = state[name].double()
+        if name in folded:
+            value = value * folded[name].double()
         for dim in range(len(spec.dims)):
             if spec.axis_of(dim) == HIDDEN:
-                moved = rotated[name].double().movedim(dim, -1)
-                rotated[name] = (moved @ basis.to(moved.device)).movedim(-1, dim)
+                value = (value.movedim(dim, -1) @ basis.to(value.device)).movedim(-1, dim)
+        rotated[name] = value.to(state[name].dtype).contiguous()
     for norm in norms:
         rotated[f"{norm.path}.weight"] = torch.ones_like(state[f"{norm.path}.weight"])
-    return {name: value.to(state[name].dtype).contiguous() for name, value in rotated.items()}
+    return rotated

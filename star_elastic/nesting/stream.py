@@ -143,7 +143,7 @@ def _write(
             on_tensor=on_tensor,
         )
         write_json(directory / "config.json", config)
-        copy_extras(source.reader.path, directory, skip=("router.safetensors",))
+        copy_extras(source.reader.path, directory)
         if finish:
             finish(directory)
 

@@ -8,6 +8,7 @@ whole parameters and the cost is that of the small size.
 from __future__ import annotations
 
 import logging
+import threading
 from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
@@ -35,6 +36,8 @@ from star_elastic.widths import Width, Widths
 logger = logging.getLogger(__name__)
 
 MAX_SKELETONS = 32
+_BUILDING = threading.Lock()
+"""Building a model sets the default dtype and device of the whole process for a moment."""
 GROUPED_MM_MULTIPLE = 8
 """PyTorch's grouped product wants strides of whole 16 bytes: 8 elements of bf16."""
 
@@ -58,6 +61,7 @@ def build_skeleton(config: Config, like: PreTrainedModel | None = None) -> PreTr
     if like is not None:
         kinds["attn_implementation"] = like.config._attn_implementation
         kinds["experts_implementation"] = like.config._experts_implementation
+        kinds["dtype"] = like.dtype
     if not grouped_mm_fits(config) and kinds.get("experts_implementation") != "eager":
         kinds["experts_implementation"] = "eager"
         logger.warning(
@@ -165,9 +169,10 @@ class ElasticModel(nn.Module):
         key = (widths, gated)
         if key not in self._skeletons:
             config = self.family.config_at(self.model_config, widths)
-            skeleton = build_skeleton(config, self.parent)
-            if gated:
-                self._install_gates(skeleton, widths)
+            with _BUILDING:
+                skeleton = build_skeleton(config, self.parent)
+                if gated:
+                    self._install_gates(skeleton, widths)
             skeleton.requires_grad_(False)
             self._skeletons[key] = skeleton
             while len(self._skeletons) > MAX_SKELETONS:

@@ -18,12 +18,16 @@ import torch.nn.functional as F
 from star_elastic.cost import METRICS, CostModel
 from star_elastic.errors import BudgetError, ShapeError
 from star_elastic.nesting.gate import Mixtures
-from star_elastic.router.router import Decision
+from star_elastic.router.router import Decision, Router, Temperature
 from star_elastic.widths import Widths
 
 FULL_WIDTH_WEIGHT = 10.0
 AIM = 0.005
 TOLERANCE = 0.02
+SETTLED = Temperature(tau=1.0, scale=1.0)
+SETTLE_STEPS, SETTLE_RATE = 1000, 0.02
+DECIDED = 0.98
+"""Probability from which an axis counts as settled on one width."""
 
 Budgets = Mapping[str, float]
 """Fractions of the parent's cost, by metric."""
@@ -137,3 +141,46 @@ def commit(decision: Decision, budgets: Budgets, cost: CostModel) -> Commitment:
             "change the choices so that they satisfy the model's rules"
         )
     return best[1]
+
+
+def settle(router: Router, budget_N: torch.Tensor, budgets: Budgets, cost: CostModel) -> Commitment:
+    """Fixes the widths of the size that the budget vector stands for.
+
+    Where the router's argmax cannot be moved onto the budgets within one grid step per axis, the
+    router first takes up to `SETTLE_STEPS` gradient steps that no data sees: its expected cost onto
+    the budgets or, where it is there, one axis onto the width next to its expected one, those whose
+    grid steps cost most first, so that the finer ones can make up for it. What still misses then is
+    in the commitment.
+    """
+    coarsest_first = sorted(
+        router.choices,
+        key=lambda axis: _step_cost(axis, router.choices[axis], budgets, cost),
+        reverse=True,
+    )
+    fixed = commit(router.decide(budget_N, SETTLED), budgets, cost)
+    for _ in range(SETTLE_STEPS):
+        if fixed.miss <= TOLERANCE:
+            break
+        mixtures = router.decide(budget_N, SETTLED).mixtures
+        loss = budget_loss(mixtures, budgets, cost)
+        if loss <= TOLERANCE:
+            open_axes = [a for a in coarsest_first if mixtures[a].probs.max() < DECIDED]
+            for mixture in [mixtures[axis] for axis in open_axes[:1]]:
+                offsets = mixture.probs.new_tensor(mixture.choices) - mixture.expected().detach()
+                loss = loss - mixture.probs[offsets.abs().argmin()].log()
+        parameters = list(router.parameters())
+        gradients = torch.autograd.grad(loss, parameters)
+        norm = torch.stack([gradient.norm() for gradient in gradients]).norm()
+        with torch.no_grad():
+            for parameter, gradient in zip(parameters, gradients, strict=True):
+                parameter -= SETTLE_RATE / max(norm.item(), 1e-12) * gradient
+        fixed = commit(router.decide(budget_N, SETTLED), budgets, cost)
+    return fixed
+
+
+def _step_cost(axis: str, choices: tuple[int, ...], budgets: Budgets, cost: CostModel) -> float:
+    """Relative cost of an axis's mean grid step, summed over the budgets' metrics."""
+    full = cost.axis_map.full
+    whole, least = cost.count(full), cost.count(full.replace(**{axis: choices[-1]}))
+    saved = sum(1 - least.metric(m) / whole.metric(m) for m in budgets)
+    return saved / max(len(choices) - 1, 1)

@@ -70,6 +70,13 @@ class RouterConfig:
         require(0 < self.commit_at <= 1, f"router.commit_at={self.commit_at} is not in (0, 1]")
         require(self.batch_size >= 0, f"router.batch_size={self.batch_size} is negative")
         require(self.weight >= 0, f"router.weight={self.weight} is negative")
+        require(self.learning_rate > 0, f"router.learning_rate={self.learning_rate} is not > 0")
+        a = self.annealing
+        require(
+            a.tau_start > 0 and a.tau_end > 0 and a.scale_start > 0 and a.scale_end > 0,
+            f"router.annealing has tau {a.tau_start} to {a.tau_end} and scale {a.scale_start} to "
+            f"{a.scale_end}; all must be > 0",
+        )
         require(0 <= self.hard_share <= 1, f"router.hard_share={self.hard_share} is not in [0, 1]")
 
 
@@ -86,7 +93,14 @@ class OptimizerConfig:
 
     def __post_init__(self):
         require(self.learning_rate > 0, f"optimizer.learning_rate={self.learning_rate} is not > 0")
-        require(len(self.betas) == 2, "optimizer.betas needs two numbers")
+        require(
+            len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas),
+            f"optimizer.betas={list(self.betas)} must be two numbers in [0, 1)",
+        )
+        for name in ("final_learning_rate", "warmup_steps", "weight_decay"):
+            value = getattr(self, name)
+            require(value >= 0, f"optimizer.{name}={value} is negative")
+        require(self.clip_norm > 0, f"optimizer.clip_norm={self.clip_norm} is not > 0")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from star_elastic.errors import CheckpointError, ConfigError
@@ -27,8 +28,8 @@ LENGTH_POOL = 16
 @dataclass(frozen=True, slots=True)
 class Batch:
     """Token ids (B, T), right-padded; `attention_mask` (B, T) of real tokens; `predicts` (B, T)
-    marks the positions whose next token counts in the loss. `weight` of its mean loss among the
-    run's batches: rows of like length share a batch, and a token of a short one counts no more."""
+    marks the positions whose next token counts in the loss. `weight` of its mean loss, 1 on
+    average: rows of like length share a batch, and a batch of short ones counts for less."""
 
     input_ids: torch.Tensor
     attention_mask: torch.Tensor
@@ -118,7 +119,7 @@ class Examples:
         elif "prompt" in content and "completion" in content:
             prompt, completion = content["prompt"], content["completion"]
         elif "messages" in content:
-            prompt, completion = self._render(content["messages"])
+            prompt, completion = self._render(row, content["messages"])
         else:
             raise CheckpointError(
                 f"row {row} has the keys {sorted(content)}; give text, prompt and completion, "
@@ -132,7 +133,7 @@ class Examples:
         first = max(len(head) - 1, 0) if self.loss_on == "answers" else 0
         return ids[: self.context], first
 
-    def _render(self, messages: list[dict]) -> tuple[str, str]:
+    def _render(self, row: int, messages: list[dict]) -> tuple[str, str]:
         """The conversation up to the last turn's start, and that turn.
 
         A template opens the turn with or without thinking; the opening that the conversation
@@ -152,8 +153,10 @@ class Examples:
                 )
                 if whole.startswith(prompt):
                     return prompt, whole.removeprefix(prompt)
-        except (TypeError, KeyError, ValueError) as error:
-            raise CheckpointError(f"messages cannot be rendered ({error})") from None
+        except (TypeError, KeyError, ValueError, TemplateError) as error:
+            raise CheckpointError(
+                f"row {row}: its messages cannot be rendered ({error}); correct or remove the row"
+            ) from None
         return "", whole
 
     def batch(self, rows: Sequence[int]) -> Batch:
@@ -167,7 +170,7 @@ class Examples:
         for i, (ids, first) in enumerate(examples):
             input_ids[i, : len(ids)] = torch.tensor(ids)
             mask[i, : len(ids)] = 1
-            predicts[i, first : len(ids) - 1] = True
+            predicts[i, first : max(len(ids) - 1, first)] = True
         return Batch(input_ids, mask, predicts)
 
 

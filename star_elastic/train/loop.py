@@ -22,15 +22,12 @@ from transformers import PreTrainedModel
 from star_elastic.cost import CostModel
 from star_elastic.errors import CheckpointError
 from star_elastic.nesting.submodel import ElasticModel
-from star_elastic.router.budget import TOLERANCE, Budgets, Commitment, budget_loss, commit
+from star_elastic.router.budget import Commitment, budget_loss, settle
 from star_elastic.router.router import Decision, Router, Temperature, seed_for
 from star_elastic.train.config import RunConfig
 from star_elastic.train.data import Batch, BatchOrder
 from star_elastic.train.losses import distillation_loss
 from star_elastic.train.workers import Learner, Workers
-
-SETTLED = Temperature(tau=1.0, scale=1.0)
-SETTLE_STEPS, SETTLE_RATE = 400, 0.02
 
 
 @dataclass(slots=True)
@@ -116,39 +113,12 @@ class Trainer:
         return router.decide(budget, self.temperature(), noise_key=key, hard=hard)
 
     def commit(self) -> dict[str, Commitment]:
-        """Fixes the widths of every size (called once, at `commit_step`).
-
-        A size whose argmax is too far from its budget to be moved onto it within one grid step
-        per axis first gets up to `SETTLE_STEPS` more router steps that no data sees (`settle`).
-        """
+        """Fixes the widths of every size (called once, at `commit_step`)."""
         for number, name in enumerate(self.names):
-            budgets = self.config.sizes[name]
             budget = self.router.one_hot(number)
-            fixed = commit(self.router.decide(budget, SETTLED), budgets, self.cost)
-            for _ in range(SETTLE_STEPS):
-                if fixed.miss <= TOLERANCE:
-                    break
-                self.settle(budget, budgets)
-                fixed = commit(self.router.decide(budget, SETTLED), budgets, self.cost)
-            self.committed[name] = fixed
+            self.committed[name] = settle(self.router, budget, self.config.sizes[name], self.cost)
         self.router.requires_grad_(False)
         return self.committed
-
-    def settle(self, budget: torch.Tensor, budgets: Budgets) -> None:
-        """One gradient step of the router: its expected cost onto the budget or, where it is there,
-        each axis's most likely width towards the one nearest to the expected."""
-        mixtures = self.router.decide(budget, SETTLED).mixtures
-        loss = budget_loss(mixtures, budgets, self.cost)
-        if loss <= TOLERANCE:
-            for mixture in mixtures.values():
-                offsets = mixture.probs.new_tensor(mixture.choices) - mixture.expected().detach()
-                loss = loss - mixture.probs[offsets.abs().argmin()].log()
-        parameters = list(self.router.parameters())
-        gradients = torch.autograd.grad(loss, parameters)
-        norm = torch.stack([gradient.norm() for gradient in gradients]).norm()
-        with torch.no_grad():
-            for parameter, gradient in zip(parameters, gradients, strict=True):
-                parameter -= SETTLE_RATE / max(norm.item(), 1e-12) * gradient
 
     def train_step(self) -> StepReport:
         """One optimiser step over the sizes of this step, all on the same tokens.
@@ -163,9 +133,15 @@ class Trainer:
         self.optimizer.param_groups[0]["lr"] = rate
         report = StepReport(self.step, batch.num_tokens, rate)
         self.optimizer.zero_grad(set_to_none=True)
-        shards = batch.split(len(self.workers.learners))
-        weights = [shard.num_predicted / batch.num_predicted for shard in shards]
-        losses = self.workers.map(self._learn, list(zip(shards, weights, strict=True)))
+        counted = batch.num_predicted
+        if not counted:
+            raise CheckpointError(
+                f"no row of step {self.step} has a token to learn from; raise data.context or "
+                "remove rows whose prompts fill it"
+            )
+        shards = [s for s in batch.split(len(self.workers.learners)) if s.num_predicted]
+        parts = [(shard, shard.num_predicted / counted) for shard in shards]
+        losses = self.workers.map(self._learn, parts)
         for name, _ in self.sizes_of_step():
             report.kd[name] = math.fsum(loss[name] for loss in losses)
             if not math.isfinite(report.kd[name]):

@@ -6,7 +6,9 @@ A run directory holds `run.json` (the resolved config), `scores.safetensors`, `m
 
 from __future__ import annotations
 
+import itertools
 import json
+import math
 import signal
 import threading
 import time
@@ -23,7 +25,7 @@ import star_elastic
 from star_elastic.axes import AxisMap
 from star_elastic.checkpoint import load_tensors, save_tensors, write_json
 from star_elastic.cost import CostModel
-from star_elastic.errors import CheckpointError, ConfigError, ShapeError
+from star_elastic.errors import CheckpointError, ConfigError, Interrupted, ShapeError
 from star_elastic.families import family_of, read_config
 from star_elastic.importance.basis import principal_basis
 from star_elastic.importance.estimate import estimate_scores
@@ -33,16 +35,17 @@ from star_elastic.manifest import Manifest, Size, save_manifest
 from star_elastic.nesting.rotate import check_rotatable
 from star_elastic.nesting.stream import save_model
 from star_elastic.nesting.submodel import ElasticModel, load_parent, sort_in_place
-from star_elastic.router.budget import check_budgets
+from star_elastic.router.budget import TOLERANCE, Commitment, check_budgets
 from star_elastic.router.router import Router
 from star_elastic.train.config import RunConfig, to_plain
 from star_elastic.train.data import Batch, BatchOrder, Examples, JsonLines
 from star_elastic.train.loop import StepReport, Trainer
 from star_elastic.train.state import has_state, load_state, save_state
-from star_elastic.widths import Widths, default_step
+from star_elastic.widths import default_step
 
 ELASTIC = "elastic"
 BASIS = "basis.safetensors"
+SCORES = "scores.safetensors"
 
 
 class Progress(Protocol):
@@ -65,10 +68,6 @@ class Silent:
         """Ignored."""
 
 
-class Interrupted(RuntimeError):
-    """The user stopped the run; its state is saved."""
-
-
 @dataclass(frozen=True, slots=True)
 class RunResult:
     """Where the elastic checkpoint is, and what training cost."""
@@ -86,6 +85,8 @@ def default_choices(axis_map: AxisMap) -> dict[str, tuple[int, ...]]:
         if name == "heads":
             continue
         step = max(default_step(axis.size, axis.num_groups), axis.num_groups)
+        divisors = [axis_map.axes[d].size for first, d in axis_map.multiples if first == name]
+        step = math.lcm(step, *divisors) if divisors else step
         least = max(axis.size // 2, axis.minimum)
         widths = [w for w in range(axis.size, least - 1, -step) if w % axis.num_groups == 0]
         if len(widths) > 1:
@@ -108,6 +109,12 @@ def check_choices(choices: Mapping[str, tuple[int, ...]], axis_map: AxisMap) -> 
             )
         for width in grid:
             axis_map.check_width(name, width)
+    for first, second in axis_map.multiples:
+        pairs = itertools.product(
+            *(choices.get(name, (axis_map.axes[name].size,)) for name in (first, second))
+        )
+        for pair in pairs:
+            axis_map.complete(dict(zip((first, second), pair, strict=True)))
 
 
 def train(
@@ -129,6 +136,7 @@ def train(
     for name, budgets in config.sizes.items():
         check_budgets(name, budgets, CostModel(axis_map, config.workload), choices)
     _prepare_directory(run, config, resume)
+    given = _given_scores(config, run, axis_map)
     rows = JsonLines(config.data.train)
     tokenizer = load_tokenizer(config.parent)
     examples = Examples(rows, tokenizer, config.data.context, config.data.loss_on)
@@ -137,9 +145,13 @@ def train(
     parent, _ = load_parent(config.parent)
     run.mkdir(parents=True, exist_ok=True)
     write_json(run / "run.json", to_plain(config))
+    if given:
+        save_scores(run / SCORES, *given)
     scores = _scores(config, run, teacher, axis_map, examples, progress)
     orders = orders_from_scores(scores, axis_map)
     basis = _basis(config, run, teacher, axis_map, examples)
+    if basis is not None:
+        del orders["hidden"]
     sort_in_place(parent, axis_map, orders, basis)
 
     student = ElasticModel(parent, model_config)
@@ -185,9 +197,7 @@ def _prepare_directory(run: Path, config: RunConfig, resume: bool) -> None:
     if resume:
         if not has_state(run):
             raise CheckpointError(f"{run} holds no saved state; start without --resume")
-        saved = json.loads((run / "run.json").read_text(encoding="utf-8"))
-        wanted = json.loads(json.dumps(to_plain(config)))
-        changed = sorted(key for key in wanted if wanted[key] != saved.get(key))
+        changed = _changed_keys(run, config)
         if changed:
             raise ConfigError(
                 f"{', '.join(changed)} differ from the run in {run}; resume with its own config, "
@@ -195,15 +205,41 @@ def _prepare_directory(run: Path, config: RunConfig, resume: bool) -> None:
             )
         if (run / ELASTIC).exists():
             raise CheckpointError(f"{run / ELASTIC} is complete already; nothing to resume")
-    elif run.exists() and any(run.iterdir()):
+    elif has_state(run) or (run / ELASTIC).exists():
         raise CheckpointError(f"{run} is not empty; resume it with --resume or name another out")
+    elif run.exists() and any(run.iterdir()) and _changed_keys(run, config):
+        raise CheckpointError(f"{run} holds something else; name another out")
 
 
-def _scores(config, run: Path, model, axis_map: AxisMap, examples: Examples, progress: Progress):
-    own = run / "scores.safetensors"
-    stored = config.calibration.scores or (str(own) if own.is_file() else "")
-    if stored:
-        return load_scores(Path(stored), axis_map)[0]
+def _changed_keys(run: Path, config: RunConfig) -> list[str]:
+    """Tables of the config that differ from the one the directory was begun with."""
+    wanted = json.loads(json.dumps(to_plain(config)))
+    try:
+        saved = json.loads((run / "run.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        saved = {}
+    return sorted(key for key in wanted if wanted[key] != saved.get(key))
+
+
+def _given_scores(config: RunConfig, run: Path, axis_map: AxisMap):
+    """Scores that the config names and the run does not have yet, as `save_scores` takes them."""
+    if not config.calibration.scores or (run / SCORES).is_file():
+        return None
+    scores, info = load_scores(Path(config.calibration.scores), axis_map)
+    return scores, axis_map, info
+
+
+def _scores(
+    config: RunConfig,
+    run: Path,
+    model: PreTrainedModel,
+    axis_map: AxisMap,
+    examples: Examples,
+    progress: Progress,
+) -> dict[str, torch.Tensor]:
+    own = run / SCORES
+    if own.is_file():
+        return load_scores(own, axis_map)[0]
     scores, info = rank(
         model,
         axis_map,
@@ -217,16 +253,29 @@ def _scores(config, run: Path, model, axis_map: AxisMap, examples: Examples, pro
     return scores
 
 
-def _basis(config, run: Path, model, axis_map: AxisMap, examples: Examples) -> torch.Tensor | None:
+def _basis(
+    config: RunConfig, run: Path, model: PreTrainedModel, axis_map: AxisMap, examples: Examples
+) -> torch.Tensor | None:
     if config.calibration.basis == "channels":
         return None
     own = run / BASIS
     if not own.is_file():
-        count = min(config.calibration.num_samples, len(examples))
-        batches = calibration_batches(examples, count, config.calibration.batch_size)
-        basis = principal_basis(model, axis_map, ((b.input_ids, b.attention_mask) for b in batches))
+        options = config.calibration
+        basis = find_basis(model, axis_map, examples, options.num_samples, options.batch_size)
         save_tensors(own, {"hidden": basis})
     return load_tensors(own)["hidden"]
+
+
+def find_basis(
+    model: PreTrainedModel,
+    axis_map: AxisMap,
+    examples: Examples,
+    num_samples: int,
+    batch_size: int,
+) -> torch.Tensor:
+    """Principal basis (H, H) of the residual stream on the first `num_samples` rows."""
+    batches = calibration_batches(examples, min(num_samples, len(examples)), batch_size)
+    return principal_basis(model, axis_map, ((b.input_ids, b.attention_mask) for b in batches))
 
 
 def calibration_batches(examples: Examples, count: int, batch_size: int) -> Iterator[Batch]:
@@ -291,7 +340,12 @@ def _metrics(run: Path, step: int) -> list[dict]:
     file = run / "metrics.jsonl"
     if not file.is_file():
         return []
-    rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines() if line]
+    rows = []
+    for line in file.read_text(encoding="utf-8").splitlines():
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            break  # a line that a killed run began
     rows = [row for row in rows if row["step"] < step]
     text = "".join(json.dumps(row) + "\n" for row in rows)
     temporary = file.with_suffix(".tmp")
@@ -320,24 +374,28 @@ def _stop_requested() -> Iterator[threading.Event]:
 def _note(report: StepReport, trainer: Trainer) -> str:
     losses = "  ".join(f"{name} {kd:.3f}" for name, kd in report.kd.items())
     phase = "sizes fixed" if trainer.committed else "router learns"
+    for name, fixed in trainer.committed.items():
+        if fixed.miss > TOLERANCE:
+            phase += f", {name} misses its budget by {fixed.miss:.1%}"
     return f"KD nats/token {losses}  ({phase})"
 
 
 def _manifest(config: RunConfig, trainer: Trainer, choices, tokens: int) -> Manifest:
-    def costs(widths: Widths) -> dict[str, float]:
-        counted = trainer.cost.count(widths)
+    def costs(fixed: Commitment) -> dict[str, float]:
+        counted = trainer.cost.count(fixed.widths)
         return {
             "total": counted.total,
             "active": counted.active,
             "weight_bytes": counted.weight_bytes,
+            "state_bytes": counted.state_bytes,
             "flops_per_token": counted.flops_per_token,
-            "budget_miss": round(trainer.committed[name].miss, 6),
+            "budget_miss": round(fixed.miss, 6),
         }
 
     sizes = {}
     for name in trainer.names:
         fixed = trainer.committed[name]
-        sizes[name] = Size(fixed.widths, config.sizes[name], costs(fixed.widths), fixed.repair)
+        sizes[name] = Size(fixed.widths, config.sizes[name], costs(fixed), fixed.repair)
     return Manifest(
         family=trainer.student.family.model_type,
         choices=choices,
@@ -347,6 +405,7 @@ def _manifest(config: RunConfig, trainer: Trainer, choices, tokens: int) -> Mani
             "data": [Path(file).name for file in config.data.train],
             "seed": config.seed,
             "steps": trainer.step,
+            "workload": to_plain(config.workload),
             "tokens_per_size": tokens,
             "package_version": star_elastic.__version__,
         },

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -46,7 +46,7 @@ class Learner:
 
 
 class Workers:
-    """`count` threads with a learner each; one works in the calling thread, with no copy."""
+    """`count` learners, the first with no copy; one alone works in the calling thread."""
 
     def __init__(self, learner: Learner, count: int):
         self.learners = [learner, *(learner.twin() for _ in range(count - 1))]
@@ -64,15 +64,13 @@ class Workers:
             self._pool.submit(work, learner, part)
             for learner, part in zip(self.learners, parts, strict=False)
         ]
-        results = [future.result() for future in futures]
+        wait(futures)
         first, *others = self.learners
         for other in others:
             for parameter, twin in zip(first.parameters(), other.parameters(), strict=True):
-                if twin.grad is None:
-                    continue
                 if parameter.grad is None:
                     parameter.grad = twin.grad
-                else:
+                elif twin.grad is not None:
                     parameter.grad += twin.grad
                 twin.grad = None
-        return results
+        return [future.result() for future in futures]
