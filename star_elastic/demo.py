@@ -22,7 +22,7 @@ import transformers
 import star_elastic
 from star_elastic.checkpoint import load_tensors, write_json, write_text
 from star_elastic.cost import CostModel, Workload
-from star_elastic.errors import CheckpointError
+from star_elastic.errors import CheckpointError, Interrupted
 from star_elastic.evaluate.accuracy import Evaluation, evaluate_plan
 from star_elastic.evaluate.pareto import plot_pareto
 from star_elastic.evaluate.tasks import TASKS, Problem, draw_conversation, messages, sample_problems
@@ -126,7 +126,10 @@ def run_recipe(recipe: Recipe, out: str | Path, progress: Progress | None = None
         write_rows(rows_file, recipe.num_rows, recipe.seed)
     elastic = run / ELASTIC
     if not elastic.exists():
-        train(run_config(recipe, rows_file, run), resume=has_state(run), progress=progress)
+        try:
+            train(run_config(recipe, rows_file, run), resume=has_state(run), progress=progress)
+        except Interrupted:
+            raise Interrupted(f"stopped; the same command goes on where {run} stands") from None
     family = load(elastic)
     cut_slices(family, out / "slices", progress)
     problems = sample_problems(TASKS, "test", recipe.problems_per_task, recipe.seed)
