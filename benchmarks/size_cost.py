@@ -48,8 +48,8 @@ SHARES = {"large": 1.0, "medium": 0.75, "small": 0.5}
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--tokens", type=int, default=1024, help="tokens of a training step")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--tokens", type=int, default=4096, help="tokens of a training step")
     parser.add_argument("--decode-steps", type=int, default=24)
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 16])
     parser.add_argument("--smoke", action="store_true", help="tiny model, two rounds")
