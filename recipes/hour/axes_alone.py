@@ -82,8 +82,8 @@ def equal_cuts(cost: CostModel, metric: str, saved: float) -> list[Cut]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=150, help="nested distillation steps")
-    parser.add_argument("--problems", type=int, default=50, help="problems per task")
+    parser.add_argument("--steps", type=int, default=100, help="nested distillation steps")
+    parser.add_argument("--problems", type=int, default=20, help="problems per task")
     parser.add_argument("--smoke", action="store_true", help="two steps, one problem per task")
     options = parser.parse_args()
     if options.smoke:
