@@ -9,11 +9,16 @@ and no tensor library: it is integers only.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 from star_elastic.errors import ShapeError
 from star_elastic.widths import Width, Widths
+
+LAYERS, TOP_K = "layers", "top_k"
+"""Two axes that cut no dimension: which layers there are (1 or 0 for each), and how many of the
+experts a token uses."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,7 +28,7 @@ class Axis:
     `size` counts units at full width, `num_groups` the groups in which units are ranked and cut
     alike (a width is a multiple of it), `layers` the layers that have the axis (empty for an axis
     with one order for the whole model, like the residual stream), `minimum` the smallest width
-    that keeps the model well defined.
+    that keeps the model well defined. The units of `ranked` axes are permuted, best first.
     """
 
     name: str
@@ -31,6 +36,7 @@ class Axis:
     num_groups: int = 1
     layers: tuple[int, ...] = ()
     minimum: int = 1
+    ranked: bool = True
 
     @property
     def is_global(self) -> bool:
@@ -79,8 +85,8 @@ class TensorSpec:
 
     `part` names the kind of block it belongs to, for tables. `gate_dim` is the dimension whose axis
     gate multiplies the parameter while the router learns (the inputs of a projection that writes
-    the residual stream); `routed` marks weights of which a token uses only `top_k` of the experts
-    along dimension 0; `lookup` an embedding table, read one row per token; buffers count in bytes,
+    the residual stream); `routed` marks weights of which a token uses only `top_k` experts along
+    dimension 0; `lookup` an embedding table, read one row per token; buffers count in bytes,
     not in parameters.
     """
 
@@ -151,11 +157,15 @@ class NormSpec:
 
 @dataclass(frozen=True, slots=True)
 class MoeSpec:
-    """A mixture-of-experts layer: the paths of its router and of its fused experts module."""
+    """A mixture-of-experts layer: the paths of its router and of its fused experts module.
+
+    A token chooses its experts inside `selected_groups` of the routing groups.
+    """
 
     layer: int
     router_path: str
     experts_path: str
+    selected_groups: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,8 +197,9 @@ Laid = TensorSpec | StateSpec | WorkSpec | Probe
 class AxisMap:
     """The whole table of one model at given widths.
 
-    `multiples` lists pairs of axes of which the first must be a multiple of the second, where a
-    model's config class insists on it. `top_k` counts the routed experts that a token uses.
+    `blocks` is the path of the list of layers, `mixers` those of its Mamba-2 mixers. `multiples`
+    lists pairs of axes of which the first must be a multiple of the second, where a model's config
+    class insists on it.
     """
 
     family: str
@@ -199,8 +210,9 @@ class AxisMap:
     moe_layers: tuple[MoeSpec, ...] = ()
     probes: tuple[Probe, ...] = ()
     work: tuple[WorkSpec, ...] = ()
-    top_k: int = 0
     multiples: tuple[tuple[str, str], ...] = ()
+    blocks: str = "model.layers"
+    mixers: tuple[tuple[int, str], ...] = ()
 
     @property
     def full(self) -> Widths:
@@ -210,7 +222,9 @@ class AxisMap:
     def complete(self, widths: Mapping[str, Width]) -> Widths:
         """`widths` with every axis that is not named at full width, checked.
 
-        Raises ShapeError with the rule that is broken and a width that would do.
+        Per-layer widths that are the same in all layers that are kept become one width, and axes
+        that no layer is left of are at full width: equal models have equal widths. Raises
+        ShapeError with the rule that is broken and a width that would do.
         """
         for name in widths:
             if name not in self.axes:
@@ -229,6 +243,16 @@ class AxisMap:
             for width in per_layer:
                 self.check_width(name, width)
         done = Widths({name: widths.get(name, axis.size) for name, axis in self.axes.items()})
+        kept = self.kept_layers(done)
+        if not kept:
+            raise ShapeError("layers keeps none of the layers; keep at least one")
+        attention = sorted({state.layer for state in self.states if state.per_token})
+        if attention and not set(attention) & set(kept):
+            raise ShapeError(
+                "layers keeps no attention layer, without which transformers cannot decode; keep "
+                f"at least one of {', '.join(map(str, attention))}"
+            )
+        done = Widths({name: self._collapse(name, value, kept) for name, value in done.items()})
         for name, divisor in self.multiples:
             first, second = done[name], done[divisor]
             if isinstance(first, int) and isinstance(second, int) and first % second:
@@ -237,6 +261,19 @@ class AxisMap:
                     f"{self.family} config requires; use {name}={max(first // second, 1) * second}"
                 )
         return done
+
+    def _collapse(self, name: str, value: Width, kept: tuple[int, ...]) -> Width:
+        """One width in place of a tuple that is constant over the layers that are kept; full width
+        on an axis that none of them has."""
+        axis = self.axes[name]
+        if name == LAYERS:
+            return 1 if len(kept) == len(axis.layers) else value
+        if not axis.is_global and not set(axis.layers) & set(kept):
+            return axis.size
+        if not isinstance(value, tuple):
+            return value
+        seen = {w for w, layer in zip(value, axis.layers, strict=True) if layer in kept}
+        return seen.pop() if len(seen) == 1 else value
 
     def check_width(self, name: str, width: int) -> None:
         """Raises ShapeError unless `width` is legal on the axis by itself."""
@@ -265,6 +302,46 @@ class AxisMap:
             return value[self.axes[axis].layers.index(layer)]
         return value
 
+    def kept_layers(self, widths: Mapping) -> tuple[int, ...]:
+        """The layers that there are at `widths`, in their order."""
+        layers = self.axes[LAYERS].layers
+        return tuple(layer for layer in layers if self.width(widths, LAYERS, layer))
+
+    def layer_widths(self, widths: Mapping[str, Width], layer: int) -> Widths:
+        """One width per axis, as `layer` sees them; axes that it does not have are at full width.
+
+        So equal layers of different sizes have equal widths here.
+        """
+        own = self.own_axes(layer)
+        return Widths(
+            {
+                name: self.width(widths, name, layer)
+                if axis.is_global or name in own
+                else axis.size
+                for name, axis in self.axes.items()
+            }
+        )
+
+    def own_axes(self, layer: int) -> tuple[str, ...]:
+        """The axes whose width in `layer` is that layer's own."""
+        return tuple(n for n, axis in self.axes.items() if n != LAYERS and layer in axis.layers)
+
+    def names_at(self, widths: Mapping[str, Width]) -> dict[str, str]:
+        """Every tensor that there is at `widths`: its name here -> its name there.
+
+        The two differ where layers before it are gone.
+        """
+        places = self._places(widths)
+        return {
+            name: _renumber(name, spec.layer, places)
+            for name, spec in self.tensors.items()
+            if spec.layer is None or spec.layer in places
+        }
+
+    def _places(self, widths: Mapping) -> dict[int, int]:
+        """New numbers of the layers that are kept."""
+        return {layer: place for place, layer in enumerate(self.kept_layers(widths))}
+
     def runs(self, spec: Laid, dim: int, widths: Widths) -> list[tuple[int, int]]:
         """Kept (start, stop) ranges of a dimension at `widths`, adjacent ranges merged."""
         merged: list[tuple[int, int]] = []
@@ -290,10 +367,14 @@ class AxisMap:
         )
 
     def at(self, widths: Mapping[str, Width]) -> AxisMap:
-        """The table of the sliced model (tensors, axes and states), to slice it further."""
+        """The table of the sliced model, to slice it further."""
         widths = self.complete(widths)
+        places = self._places(widths)
 
-        def cut(spec):
+        def here(specs: Iterable) -> list:
+            return [spec for spec in specs if spec.layer is None or spec.layer in places]
+
+        def cut(spec: Any) -> Any:
             dims = tuple(
                 tuple(
                     replace(s, num_units=self.width(widths, s.axis, spec.layer)) if s.axis else s
@@ -301,28 +382,80 @@ class AxisMap:
                 )
                 for dim in spec.dims
             )
-            if isinstance(spec, TensorSpec) and len(spec.pieces) > 1:
+            changes: dict = {"dims": dims, "layer": places.get(spec.layer)}
+            if isinstance(spec, (TensorSpec, Probe)):
+                label = "name" if isinstance(spec, TensorSpec) else "path"
+                changes[label] = _renumber(getattr(spec, label), spec.layer, places)
+            if isinstance(spec, TensorSpec):
+                stacked = spec.pieces[0].index is not None
                 kept = [i for lo, hi in self.runs(spec, 0, widths) for i in range(lo, hi)]
-                pieces = tuple(replace(spec.pieces[new], index=new) for new in range(len(kept)))
-                return replace(spec, dims=dims, pieces=pieces)
-            return replace(spec, dims=dims)
+                changes["pieces"] = tuple(
+                    replace(piece, name=_renumber(piece.name, spec.layer, places))
+                    for piece in (spec.pieces[: len(kept)] if stacked else spec.pieces)
+                )
+            return replace(spec, **changes)
 
+        def move(spec, *labels: str):
+            moved = {name: _renumber(getattr(spec, name), spec.layer, places) for name in labels}
+            return replace(spec, layer=places.get(spec.layer), **moved)
+
+        tensors = [cut(spec) for spec in here(self.tensors.values())]
+        return replace(
+            self,
+            axes=self._axes_at(widths, places),
+            tensors={spec.name: spec for spec in tensors},
+            states=tuple(cut(spec) for spec in here(self.states)),
+            norms=tuple(move(spec, "path", "reader") for spec in here(self.norms)),
+            moe_layers=tuple(
+                move(spec, "router_path", "experts_path") for spec in here(self.moe_layers)
+            ),
+            probes=tuple(cut(spec) for spec in here(self.probes)),
+            work=tuple(cut(spec) for spec in here(self.work)),
+            mixers=tuple(
+                (places[layer], _renumber(path, layer, places))
+                for layer, path in self.mixers
+                if layer in places
+            ),
+        )
+
+    def _axes_at(self, widths: Widths, places: Mapping[int, int]) -> dict[str, Axis]:
         axes = {}
         for name, axis in self.axes.items():
-            value = widths[name]
+            value = 1 if name == LAYERS else widths[name]
             if isinstance(value, tuple):
                 raise ShapeError(
                     f"{name} differs between layers; a table of its own needs one width per axis"
                 )
-            axes[name] = replace(axis, size=value)
-        return replace(
-            self,
-            axes=axes,
-            tensors={name: cut(spec) for name, spec in self.tensors.items()},
-            states=tuple(cut(spec) for spec in self.states),
-            probes=tuple(cut(spec) for spec in self.probes),
-            work=tuple(cut(spec) for spec in self.work),
-        )
+            layers = tuple(places[layer] for layer in axis.layers if layer in places)
+            if axis.is_global or layers:
+                axes[name] = replace(axis, size=value, layers=layers)
+        if "experts" in axes:
+            axes["experts"] = replace(
+                axes["experts"],
+                minimum=fewest_experts(
+                    axes[TOP_K].size,
+                    self.moe_layers[0].selected_groups,
+                    axes["experts"].num_groups,
+                    axes["experts"].size,
+                ),
+            )
+        return axes
+
+
+def fewest_experts(top_k: int, selected_groups: int, num_groups: int, size: int) -> int:
+    """At least `top_k` experts inside the selected routing groups, and 2 in each group, whose score
+    is the sum of its two best."""
+    per_group = max(-(-top_k // selected_groups), 2)
+    return min(per_group * num_groups, size)
+
+
+def _renumber(name: str, layer: int | None, places: Mapping[int, int]) -> str:
+    """A path with the new number of its layer."""
+    if layer is None or places[layer] == layer or not name:
+        return name
+    old = f".layers.{layer}."
+    assert name.count(old) == 1, (name, layer)
+    return name.replace(old, f".layers.{places[layer]}.")
 
 
 def order_key(axis: str, layer: int | None) -> str:
@@ -333,7 +466,7 @@ def order_key(axis: str, layer: int | None) -> str:
 def axis_keys(axis_map: AxisMap) -> dict[str, tuple[str, int | None]]:
     """Every (axis, layer) that has scores and an order of its own, by key."""
     keys = {}
-    for axis in axis_map.axes.values():
+    for axis in (axis for axis in axis_map.axes.values() if axis.ranked):
         for layer in axis.layers or (None,):
             keys[order_key(axis.name, layer)] = (axis.name, layer)
     return keys

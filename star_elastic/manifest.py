@@ -37,11 +37,17 @@ class Size:
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """The family in one checkpoint. `sizes` is ordered from the largest to the smallest."""
+    """The family in one checkpoint. `sizes` is ordered from the largest to the smallest.
+
+    `per_layer` lists the axes on which layers have widths of their own, `depth` the layers from the
+    most important one where `layers` is elastic.
+    """
 
     family: str
     choices: Mapping[str, tuple[int, ...]]
     sizes: Mapping[str, Size]
+    per_layer: tuple[str, ...] = ()
+    depth: tuple[int, ...] = ()
     provenance: Mapping[str, Any] = field(default_factory=dict)
 
     def size(self, name: str) -> Size:
@@ -90,6 +96,8 @@ def load_manifest(directory: str | Path, axis_map: AxisMap) -> Manifest:
             family=content["family"],
             choices={axis: tuple(grid) for axis, grid in content["choices"].items()},
             sizes=sizes,
+            per_layer=tuple(content.get("per_layer", ())),
+            depth=tuple(content.get("depth", ())),
             provenance=content.get("provenance", {}),
         )
     except (ValueError, KeyError, TypeError, AttributeError) as error:

@@ -39,29 +39,31 @@ class Widths(Mapping[str, Width]):
         return f"Widths({self})"
 
     def __str__(self) -> str:
-        return ",".join(f"{axis}={width}" for axis, width in self._items.items())
+        """As `parse_widths` reads it: `hidden=48,ffn=64/32/64`, slashes between layers."""
+        return ",".join(
+            f"{axis}={'/'.join(map(str, width)) if isinstance(width, tuple) else width}"
+            for axis, width in self._items.items()
+        )
 
     def replace(self, **changes: Width) -> Widths:
         """A copy with some axes changed."""
         return Widths({**self._items, **changes})
 
-    @property
-    def is_homogeneous(self) -> bool:
-        """Whether every axis has one width for all its layers."""
-        return not any(isinstance(width, tuple) for width in self._items.values())
 
-
-def parse_widths(text: str) -> dict[str, int]:
-    """`"hidden=1920,expert_ffn=960"` as a dict. Raises ConfigError on anything else."""
-    widths: dict[str, int] = {}
+def parse_widths(text: str) -> dict[str, Width]:
+    """`"hidden=1920,expert_ffn=960/960/480"` as a dict; slashes separate the widths of the layers
+    that have the axis. Raises ConfigError on anything else."""
+    widths: dict[str, Width] = {}
     for part in filter(None, (p.strip() for p in text.split(","))):
         name, separator, value = part.partition("=")
-        if not separator or not value.strip().isdigit():
+        numbers = [number.strip() for number in value.split("/")]
+        if not separator or not all(number.isdigit() for number in numbers):
             raise ConfigError(
                 f"widths {part!r} is not of the form axis=number; "
                 "write for example hidden=1920,expert_ffn=960"
             )
-        widths[name.strip()] = int(value)
+        per_layer = list(map(int, numbers))
+        widths[name.strip()] = tuple(per_layer) if len(per_layer) > 1 else per_layer[0]
     return widths
 
 

@@ -352,7 +352,8 @@ def test_scores_move_with_the_units(parent: Parent) -> None:
 
 def test_scores_of_a_submodel_use_the_sliced_table(parent: Parent) -> None:
     """`AxisMap.at` cuts the probes too."""
-    widths = {name: a.size - a.num_groups for name, a in parent.axis_map.axes.items()}
+    ranked = {name: a for name, a in parent.axis_map.axes.items() if a.ranked}
+    widths = {name: a.size - a.num_groups for name, a in ranked.items()}
     widths["hidden"] = parent.axis_map.axes["hidden"].size // 2
     complete = parent.axis_map.complete(widths)
     sliced = parent.axis_map.at(complete)
@@ -463,6 +464,8 @@ def test_magnitude_is_what_a_cut_takes_away(parent: Parent) -> None:
         return sum(state[n].square().sum().item() for n in specs if not specs[n].is_buffer)
 
     for name, axis in axis_map.axes.items():
+        if not axis.ranked:
+            continue
         # Not `complete`: transformers' rule hidden % heads == 0 is no matter here.
         widths = axis_map.full.replace(**{name: axis.size - axis.num_groups})
         kept = slice_state(sorted_state, axis_map, widths)

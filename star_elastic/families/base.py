@@ -7,8 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-from star_elastic.axes import AxisMap
-from star_elastic.errors import ConfigError
+from star_elastic.axes import LAYERS, AxisMap
+from star_elastic.errors import ConfigError, ShapeError
+from star_elastic.widths import Widths
 
 Config = dict[str, Any]
 
@@ -85,19 +86,30 @@ def require_multiple(name: str, value: int, divisor_name: str, divisor: int) -> 
         )
 
 
-def homogeneous(widths: Mapping[str, Any], family: str) -> dict[str, int]:
-    """Widths as scalars. Raises ShapeError for per-layer widths a config cannot hold."""
-    from star_elastic.errors import ShapeError
-
-    scalars: dict[str, int] = {}
+def homogeneous(widths: Mapping[str, Any], axis_map: AxisMap) -> dict[str, int]:
+    """Widths as scalars, `layers` apart. Raises ShapeError for per-layer widths that a config
+    cannot hold, with the nearest widths that it can."""
+    nearest = nearest_homogeneous(widths, axis_map)
     for axis, width in widths.items():
-        if isinstance(width, tuple):
-            if len(set(width)) > 1:
-                nearest = round(sum(width) / len(width))
-                raise ShapeError(
-                    f"{axis} differs between layers, which {family}'s config.json cannot express; "
-                    f"use one width, for example about {nearest}"
-                )
-            width = width[0]
-        scalars[axis] = width
-    return scalars
+        if axis != LAYERS and width != nearest[axis] and set(width) != {nearest[axis]}:
+            kept = {name: value for name, value in nearest.items() if name != LAYERS}
+            raise ShapeError(
+                f"{axis} differs between layers, which {axis_map.family}'s config.json cannot "
+                f"express; the nearest widths that it can: {Widths(kept)}"
+            )
+    return {axis: width for axis, width in nearest.items() if axis != LAYERS}
+
+
+def nearest_homogeneous(widths: Mapping[str, Any], axis_map: AxisMap) -> dict[str, Any]:
+    """One width per axis: of the widths that occur in the layers that are kept, the one nearest to
+    their mean."""
+    kept = axis_map.kept_layers(widths)
+    nearest: dict[str, Any] = {}
+    for name, width in widths.items():
+        if name != LAYERS and isinstance(width, tuple):
+            layers = axis_map.axes[name].layers
+            values = [w for w, layer in zip(width, layers, strict=True) if layer in kept]
+            mean = sum(values) / max(len(values), 1)
+            width = min(values or width, key=lambda w: (abs(w - mean), -w))
+        nearest[name] = width
+    return nearest

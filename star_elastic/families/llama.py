@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from star_elastic.axes import (
+    LAYERS,
     Axis,
     AxisMap,
     Dim,
@@ -102,6 +103,7 @@ class Llama:
                 "hidden": Axis("hidden", hidden_size),
                 "ffn": Axis("ffn", ffn_size, layers=layers),
                 "heads": Axis("heads", num_heads, num_kv, layers, num_kv),
+                LAYERS: Axis(LAYERS, 1, layers=layers, minimum=0, ranked=False),
             },
             tensors=tensors,
             states=tuple(
@@ -115,12 +117,15 @@ class Llama:
 
     def config_at(self, config: Config, widths: Mapping) -> Config:
         """See `Family.config_at`. `head_dim` is written out, or it would follow hidden_size."""
-        kept = homogeneous(self.axis_map(config).complete(widths), self.model_type)
+        axis_map = self.axis_map(config)
+        complete = axis_map.complete(widths)
+        kept = homogeneous(complete, axis_map)
         num_heads = get_int(config, "num_attention_heads", 32)
         return {
             **config,
             "hidden_size": kept["hidden"],
             "intermediate_size": kept["ffn"],
+            "num_hidden_layers": len(axis_map.kept_layers(complete)),
             "num_attention_heads": kept["heads"],
             "num_key_value_heads": config.get("num_key_value_heads") or num_heads,
             "head_dim": config.get("head_dim") or config["hidden_size"] // num_heads,

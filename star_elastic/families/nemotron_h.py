@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from types import MappingProxyType
 
 from star_elastic.axes import (
+    LAYERS,
+    TOP_K,
     Axis,
     AxisMap,
     Dim,
@@ -23,6 +25,7 @@ from star_elastic.axes import (
     StateSpec,
     TensorSpec,
     WorkSpec,
+    fewest_experts,
     fixed,
 )
 from star_elastic.errors import ConfigError
@@ -137,12 +140,6 @@ def read_shape(config: Config) -> Shape:
     return shape
 
 
-def _fewest_experts(shape: Shape) -> int:
-    """At least top_k experts inside the selected groups, and 2 per group (its score needs two)."""
-    per_group = max(-(-shape.top_k // shape.selected_groups), 2)
-    return min(per_group * shape.routing_groups, shape.experts)
-
-
 def _axes(shape: Shape) -> dict[str, Axis]:
     where = {
         letter: tuple(i for i, c in enumerate(shape.pattern) if c == letter) for letter in "M*E-"
@@ -151,9 +148,10 @@ def _axes(shape: Shape) -> dict[str, Axis]:
     if where["-"]:
         axes["ffn"] = Axis("ffn", shape.ffn, layers=where["-"])
     if where["E"]:
-        axes["experts"] = Axis(
-            "experts", shape.experts, shape.routing_groups, where["E"], _fewest_experts(shape)
+        fewest = fewest_experts(
+            shape.top_k, shape.selected_groups, shape.routing_groups, shape.experts
         )
+        axes["experts"] = Axis("experts", shape.experts, shape.routing_groups, where["E"], fewest)
         axes["expert_ffn"] = Axis("expert_ffn", shape.expert_ffn, layers=where["E"])
         axes["shared_ffn"] = Axis("shared_ffn", shape.shared_ffn, layers=where["E"])
     if where["M"]:
@@ -162,6 +160,9 @@ def _axes(shape: Shape) -> dict[str, Axis]:
     if where["*"]:
         kv_heads = shape.kv_heads
         axes["heads"] = Axis("heads", shape.heads, kv_heads, where["*"], kv_heads)
+    axes[LAYERS] = Axis(LAYERS, 1, layers=tuple(range(len(shape.pattern))), minimum=0, ranked=False)
+    if where["E"]:
+        axes[TOP_K] = Axis(TOP_K, shape.top_k, layers=where["E"], ranked=False)
     return axes
 
 
@@ -175,6 +176,7 @@ class _Builder:
         self.states: list[StateSpec] = []
         self.work: list[WorkSpec] = []
         self.moe: list[MoeSpec] = []
+        self.mixers: list[tuple[int, str]] = []
         self.probes: list[Probe] = []
         self.hidden: Dim = (Segment(shape.hidden, axis="hidden"),)
 
@@ -237,7 +239,7 @@ class _Builder:
                 self.add("routed experts", f"{path}.fc1_latent_proj.bias", latent, layer=layer)
                 self.add("routed experts", f"{path}.fc2_latent_proj.bias", self.hidden, layer=layer)
         self.add_mlp(f"{path}.shared_experts", "shared_ffn", s.shared_ffn, layer)
-        self.moe.append(MoeSpec(layer, f"{path}.gate", f"{path}.experts"))
+        self.moe.append(MoeSpec(layer, f"{path}.gate", f"{path}.experts", s.selected_groups))
 
     def add_mamba(self, path: str, layer: int) -> None:
         s = self.shape
@@ -263,6 +265,7 @@ class _Builder:
         if s.mamba_bias:
             self.add("mamba", f"{path}.in_proj.bias", projected, layer=layer)
             self.add("mamba", f"{path}.out_proj.bias", self.hidden, layer=layer)
+        self.mixers.append((layer, path))
         self.norms.append(NormSpec(f"{path}.norm", "ssm_heads", layer, s.eps, grouped=True))
         self.probes.append(Probe(f"{path}.out_proj", layer, "input", ((inner,),), written=True))
         state = fixed(s.ssm_state)
@@ -322,7 +325,7 @@ class NemotronH:
             moe_layers=tuple(table.moe),
             probes=tuple(table.probes),
             work=tuple(table.work),
-            top_k=shape.top_k if table.moe else 0,
+            mixers=tuple(table.mixers),
         )
 
     def config_at(self, config: Config, widths: Mapping) -> Config:
@@ -331,7 +334,9 @@ class NemotronH:
         Layers are written as `hybrid_override_pattern` with the legacy names beside it, which
         every reader so far loads; newer names alone are rejected by older engines.
         """
-        kept = homogeneous(self.axis_map(config).complete(widths), self.model_type)
+        axis_map = self.axis_map(config)
+        complete = axis_map.complete(widths)
+        kept = homogeneous(complete, axis_map)
         fields = {
             "hidden": "hidden_size",
             "ffn": "intermediate_size",
@@ -340,8 +345,10 @@ class NemotronH:
             "shared_ffn": "moe_shared_expert_intermediate_size",
             "ssm_heads": "mamba_num_heads",
             "heads": "num_attention_heads",
+            TOP_K: "num_experts_per_tok",
         }
-        pattern = layer_pattern(config)
+        letters = layer_pattern(config)
+        pattern = "".join(letters[layer] for layer in axis_map.kept_layers(complete))
         renamed = {k: v for k, v in config.items() if k not in ("layer_types", "num_local_experts")}
         return {
             **renamed,

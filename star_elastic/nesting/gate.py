@@ -4,18 +4,20 @@ For choices w_1 > w_2 > ... with weights p_i, unit c has the gate `sum of p_i ov
 staircase that is 1 on the innermost band (docs/paper_map.md). Every path through an axis is gated
 exactly once: a projection's inputs by its columns; the residual stream where it is read, in the
 norms, which is the same as gating the embedding and everything written to the stream; a Mamba
-head where the gated norm reads it. With a one-hot mixture the gated model equals the slice.
+head where the gated norm reads it; a layer where it is added to the stream. With a one-hot mixture
+the gated model equals the slice.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
-from star_elastic.axes import AxisMap, NormSpec
-from star_elastic.widths import Widths
+from star_elastic.axes import LAYERS, AxisMap, NormSpec, TensorSpec
+from star_elastic.widths import Width, Widths
 
 NEGLIGIBLE = 1e-3
 """Choices with less weight than this do not widen the slice that is computed."""
@@ -54,46 +56,78 @@ class Mixture:
         return self.probs @ ratios, self.probs @ ratios.sqrt()
 
 
-Mixtures = Mapping[str, Mixture]
+Mixtures = Mapping[str, Mixture | tuple[Mixture, ...]]
+"""One mixture per axis, or one per layer that has the axis, as in `Widths`."""
+
+
+def mixture_at(mixtures: Mixtures, axis_map: AxisMap, axis: str, layer: int | None):
+    """The mixture of an axis in a layer; None if the axis has no mixture."""
+    value = mixtures.get(axis)
+    if isinstance(value, tuple):
+        assert layer is not None, axis
+        return value[axis_map.axes[axis].layers.index(layer)]
+    return value
 
 
 def widest_slice(mixtures: Mixtures, axis_map: AxisMap, negligible: float = NEGLIGIBLE) -> Widths:
     """The smallest slice that holds every choice with weight; other axes at full width."""
-    full = dict(axis_map.full)
-    full.update({name: mixture.widest(negligible) for name, mixture in mixtures.items()})
-    return Widths(full)
+    widest: dict[str, Width] = {
+        name: tuple(mixture.widest(negligible) for mixture in value)
+        if isinstance(value, tuple)
+        else value.widest(negligible)
+        for name, value in mixtures.items()
+    }
+    return axis_map.complete(widest)
 
 
-def gate_tensors(
-    tensors: Mapping[str, torch.Tensor], axis_map: AxisMap, mixtures: Mixtures, widths: Widths
-) -> dict[str, torch.Tensor]:
-    """Sliced parameters with their gated dimension multiplied by the axis's unit gates."""
-    gated = dict(tensors)
-    for name, spec in axis_map.tensors.items():
-        if spec.gate_dim is None:
-            continue
-        (segment,) = spec.dims[spec.gate_dim]
-        if segment.axis is None or segment.axis not in mixtures:
-            continue
-        width = axis_map.width(widths, segment.axis, spec.layer)
-        units = mixtures[segment.axis].unit_gates(width, segment.num_groups)
-        shape = [1] * len(spec.dims)
-        shape[spec.gate_dim] = -1
-        gate = units.repeat_interleave(segment.unit).reshape(shape)
-        gated[name] = tensors[name] * gate.to(tensors[name].dtype)
-    return gated
+def expected_widths(mixtures: Mixtures, axis_map: AxisMap) -> dict[str, Any]:
+    """Expected width per axis (tensors, or tuples of them), full width for axes without a choice.
+
+    What a layer does not have, it does not cost: `layers` is its expected presence.
+    """
+    expected: dict[str, Any] = dict(axis_map.full)
+    for name, value in mixtures.items():
+        per_layer = value if isinstance(value, tuple) else (value,)
+        widths = tuple(mixture.expected() for mixture in per_layer)
+        expected[name] = widths if isinstance(value, tuple) else widths[0]
+    return expected
+
+
+def gate_parameter(
+    tensor: torch.Tensor, spec: TensorSpec, axis_map: AxisMap, mixtures: Mixtures, widths: Widths
+) -> torch.Tensor:
+    """A sliced parameter with its gated dimension, if it has one, multiplied by the unit gates."""
+    if spec.gate_dim is None:
+        return tensor
+    (segment,) = spec.dims[spec.gate_dim]
+    if segment.axis is None:
+        return tensor
+    mixture = mixture_at(mixtures, axis_map, segment.axis, spec.layer)
+    if mixture is None:
+        return tensor
+    width = axis_map.width(widths, segment.axis, spec.layer)
+    units = mixture.unit_gates(width, segment.num_groups)
+    shape = [1] * len(spec.dims)
+    shape[spec.gate_dim] = -1
+    gate = units.repeat_interleave(segment.unit).reshape(shape)
+    return tensor * gate.to(tensor.dtype)
 
 
 def norm_buffers(
     norm: NormSpec, unit: int, axis_map: AxisMap, mixtures: Mixtures, widths: Widths
-) -> dict[str, torch.Tensor]:
-    """Buffers of an elastic norm whose axis has `unit` channels per unit."""
-    mixture = mixtures[norm.axis]
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
+    """Input gate, epsilon and output scale of an elastic norm whose axis has `unit` channels per
+    unit; None if the axis has no mixture."""
+    mixture = mixture_at(mixtures, axis_map, norm.axis, norm.layer)
+    if mixture is None:
+        return None
     width = axis_map.width(widths, norm.axis, norm.layer)
     eps_factor, scale = mixture.norm_terms(width)
     gate = mixture.unit_gates(width, axis_map.axes[norm.axis].num_groups)
-    return {
-        f"{norm.path}.input_gate": gate.repeat_interleave(unit),
-        f"{norm.path}.eps": norm.eps * eps_factor,
-        f"{norm.path}.scale": scale,
-    }
+    return gate.repeat_interleave(unit), norm.eps * eps_factor, scale
+
+
+def presence_gate(mixtures: Mixtures, axis_map: AxisMap, layer: int) -> torch.Tensor | None:
+    """How far a layer's contribution to the residual stream is open (a scalar); None: fully."""
+    mixture = mixture_at(mixtures, axis_map, LAYERS, layer)
+    return None if mixture is None else mixture.expected()

@@ -65,14 +65,16 @@ class ElasticGroupedRMSNorm(_GatedInputNorm):
 
 
 class ElasticSigmoidRouter(nn.Module):
-    """DeepSeek-style sigmoid router under a soft expert gate (docs/method in paper_map.md).
+    """DeepSeek-style sigmoid router under soft gates of experts and of ranks (docs/paper_map.md).
 
     Selection score (sigma + bias) + log c, so that closing an expert never raises its chance and
-    a closed one (c = 0) is never selected; combine weights proportional to c * sigma over the
-    top-k. The correction bias never enters the weights.
+    a closed one (c = 0) is never selected; combine weights proportional to c * g * sigma over the
+    top-k, g the gate of an expert's rank in the selection (all 1 unless top_k is elastic). The
+    correction bias never enters the weights.
     """
 
     expert_gate: torch.Tensor
+    rank_gate: torch.Tensor
     e_score_correction_bias: torch.Tensor
 
     def __init__(self, router: Any):
@@ -88,6 +90,7 @@ class ElasticSigmoidRouter(nn.Module):
             "e_score_correction_bias", torch.empty_like(router.e_score_correction_bias)
         )
         self.register_buffer("expert_gate", torch.ones(self.num_experts))
+        self.register_buffer("rank_gate", torch.ones(self.top_k))
 
     @torch.no_grad()
     def _select(self, scores_TE: torch.Tensor) -> torch.Tensor:
@@ -97,14 +100,14 @@ class ElasticSigmoidRouter(nn.Module):
         best = group_scores.topk(self.topk_group, dim=-1, sorted=False)[1]
         closed = torch.ones_like(group_scores, dtype=torch.bool).scatter_(1, best, False)
         choice_TE = by_group.masked_fill(closed[..., None], float("-inf")).flatten(-2)
-        return choice_TE.topk(self.top_k, dim=-1, sorted=False)[1]
+        return choice_TE.topk(self.top_k, dim=-1)[1]
 
     def forward(self, hidden_states: torch.Tensor):
         x_TD = hidden_states.reshape(-1, hidden_states.shape[-1]).to(torch.float32)
         logits_TE = F.linear(x_TD, self.weight.to(torch.float32))
         scores_TE = logits_TE.sigmoid()
         index_TK = self._select(scores_TE)
-        weights_TK = (scores_TE * self.expert_gate).gather(1, index_TK)
+        weights_TK = (scores_TE * self.expert_gate).gather(1, index_TK) * self.rank_gate
         if self.norm_topk_prob:
             weights_TK = weights_TK / (weights_TK.sum(-1, keepdim=True) + 1e-20)
         return logits_TE, weights_TK * self.routed_scaling_factor, index_TK

@@ -46,10 +46,10 @@ def slice_tensor(
 def slice_state(
     state: Mapping[str, torch.Tensor], axis_map: AxisMap, widths: Widths
 ) -> dict[str, torch.Tensor]:
-    """Every tensor of the table, cut to `widths`."""
+    """Every tensor that there is at `widths`, cut, by its name in the sliced model."""
     return {
-        name: slice_tensor(state[name], spec, axis_map, widths)
-        for name, spec in axis_map.tensors.items()
+        new: slice_tensor(state[name], axis_map.tensors[name], axis_map, widths)
+        for name, new in axis_map.names_at(widths).items()
     }
 
 

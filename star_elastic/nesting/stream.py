@@ -32,7 +32,7 @@ from star_elastic.nesting.slice import (
     slice_tensor,
     sort_tensor,
 )
-from star_elastic.widths import Width, Widths
+from star_elastic.widths import Width
 
 Progress = Callable[[int, int], None]
 """Called with (bytes written so far, bytes in all)."""
@@ -90,22 +90,25 @@ class _Source:
 
 def _jobs(
     source: _Source,
+    target: AxisMap,
+    names: Mapping[str, str],
     kept_first: Callable[[TensorSpec], list[int]],
     convert: Callable[[TensorSpec, bool], Callable[[torch.Tensor], torch.Tensor]],
-    shape: Callable[[TensorSpec], tuple[int, ...]],
 ) -> Iterator[_Job]:
     """The tensors to write, in the order of the table.
 
+    `target` is the table of the model that is written, `names` maps the source's tensors to its.
     `kept_first(spec)` lists the old rows of dimension 0 of a stacked tensor, in their new order.
     """
-    for spec in source.axis_map.tensors.values():
+    for old_name, new_name in names.items():
+        spec, written = source.axis_map.tensors[old_name], target.tensors[new_name]
         stacked = spec.pieces[0].index is not None
-        olds = kept_first(spec) if stacked else [0]
-        for new, old in enumerate(olds):
+        shape = target.shape(written, target.full)
+        for new, old in enumerate(kept_first(spec) if stacked else [0]):
             name = source.name_of(spec, spec.pieces[old])
             planned = Planned(
-                spec.pieces[new].name,
-                shape(spec)[1:] if stacked else shape(spec),
+                written.pieces[new].name,
+                shape[1:] if stacked else shape,
                 source.reader.dtype(name),
             )
             yield _Job(planned, name, convert(spec, stacked))
@@ -177,7 +180,8 @@ def slice_checkpoint(
     def convert(spec: TensorSpec, stacked: bool):
         return lambda tensor: slice_tensor(tensor, spec, axis_map, complete, skip_first=stacked)
 
-    jobs = list(_jobs(source, kept, convert, lambda spec: axis_map.shape(spec, complete)))
+    names = axis_map.names_at(complete)
+    jobs = list(_jobs(source, axis_map.at(complete), names, kept, convert))
     _write(source, jobs, target, out, max_shard_bytes, progress, finish)
 
 
@@ -208,9 +212,9 @@ def sort_checkpoint(
     def convert(spec: TensorSpec, stacked: bool):
         return lambda tensor: sort_tensor(tensor, spec, axis_map, orders, skip_first=stacked)
 
-    full: Widths = axis_map.full
-    jobs = list(_jobs(source, moved, convert, lambda spec: axis_map.shape(spec, full)))
-    _write(source, jobs, family.config_at(config, full), out, max_shard_bytes, progress, finish)
+    jobs = list(_jobs(source, axis_map, axis_map.names_at(axis_map.full), moved, convert))
+    written = family.config_at(config, axis_map.full)
+    _write(source, jobs, written, out, max_shard_bytes, progress, finish)
 
 
 def save_model(

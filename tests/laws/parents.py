@@ -9,7 +9,7 @@ hold them exactly; `Float64` then runs the whole model in float64.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,14 +31,19 @@ TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5}
 """Allowed difference, relative to the largest logit."""
 
 AXES = {
-    "dense": ("hidden", "ffn", "ssm_heads", "heads"),
-    "moe": ("hidden", "experts", "expert_ffn", "shared_ffn", "ssm_heads", "heads"),
-    "llama": ("hidden", "ffn", "heads"),
-}
+    "dense": ("hidden", "ffn", "ssm_heads", "heads", "layers"),
+    "moe": (
+        "hidden", "experts", "expert_ffn", "shared_ffn", "ssm_heads", "heads", "layers", "top_k",
+    ),
+    "llama": ("hidden", "ffn", "heads", "layers"),
+}  # fmt: skip
 """Elastic axes of each kind of parent."""
 
-AXIS_CASES = [(kind, axis) for kind, axes in AXES.items() for axis in (*axes, "all")]
-"""Every axis of every kind alone, and all together."""
+SHARED_CASES = [(kind, axis) for kind, axes in AXES.items() for axis in (*axes, "all")]
+"""Every axis of every kind alone, and all together, with one width for all layers."""
+
+AXIS_CASES = [*SHARED_CASES, *((kind, "per layer") for kind in AXES)]
+"""The same, and all together with widths of their own in every layer."""
 
 
 def examples(count: int) -> settings:
@@ -271,6 +276,10 @@ def parents(draw, kind: str, dtype: torch.dtype = torch.float64) -> Parent:
     return make_parent(draw(configs(kind)), draw(st.integers(0, 2**20)), dtype)
 
 
+Grid = Mapping[str, tuple[int, ...] | tuple[tuple[int, ...], ...]]
+"""Choices of each axis, widest first; or such choices for each layer that has the axis."""
+
+
 def legal_widths(axis_map: AxisMap, name: str) -> list[int]:
     """Widths of an axis that go with any legal widths of the other axes, ascending."""
     axis = axis_map.axes[name]
@@ -282,30 +291,58 @@ def legal_widths(axis_map: AxisMap, name: str) -> list[int]:
 
 
 @st.composite
-def grids(draw, axis_map: AxisMap, case: str) -> dict[str, tuple[int, ...]]:
-    """Choices of the axes of a case (one axis, or "all"): full width first, then narrower ones."""
-    grid = {}
-    for name in axis_map.axes if case == "all" else (case,):
-        legal = legal_widths(axis_map, name)
-        narrower = draw(st.sets(st.sampled_from(legal[:-1]), min_size=1, max_size=2))
-        grid[name] = (legal[-1], *sorted(narrower, reverse=True))
+def grids(draw, axis_map: AxisMap, case: str) -> Grid:
+    """Choices of the axes of a case: full width first, then narrower ones, if there are any.
+
+    A case is one axis, "all", or "per layer". Layers always have choices of their own: to be there
+    or not; an attention layer always is (transformers' caches need one).
+    """
+    everything = case in ("all", "per layer")
+    grid: dict[str, Any] = {}
+    for name, axis in axis_map.axes.items():
+        if not everything and name != case:
+            continue
+        if name == "layers":
+            others = [layer for layer in axis.layers if layer != axis_map.axes["heads"].layers[0]]
+            gone = draw(st.sets(st.sampled_from(others), min_size=1))
+            grid[name] = tuple((1, 0) if layer in gone else (1,) for layer in axis.layers)
+        else:
+            legal = legal_widths(axis_map, name)
+            narrower = st.just(set())
+            if len(legal) > 1:
+                narrower = st.sets(st.sampled_from(legal[:-1]), min_size=1, max_size=2)
+            choices = narrower.map(lambda few, w=legal[-1]: (w, *sorted(few, reverse=True)))
+            per_layer = case == "per layer" and not axis.is_global
+            grid[name] = tuple(draw(choices) for _ in axis.layers) if per_layer else draw(choices)
     return grid
 
 
+def each(grid: Grid, choose: Callable[[tuple[int, ...]], Any]) -> dict[str, Any]:
+    """`choose(choices)` for every axis, or for each of its layers."""
+    return {
+        name: tuple(map(choose, choices)) if isinstance(choices[0], tuple) else choose(choices)
+        for name, choices in grid.items()
+    }
+
+
 @st.composite
-def some_widths(draw, axis_map: AxisMap, case: str = "all") -> dict[str, int]:
+def some_widths(draw, axis_map: AxisMap, case: str = "all") -> dict[str, Any]:
     """Legal widths of the axes of a case, each narrower than full where it can be."""
-    return {name: choices[-1] for name, choices in draw(grids(axis_map, case)).items()}
+    return each(draw(grids(axis_map, case)), lambda choices: choices[-1])
 
 
 def one_hot(
-    grid: Mapping[str, tuple[int, ...]],
-    widths: Mapping[str, int],
-    dtype: torch.dtype = torch.float64,
-) -> dict[str, Mixture]:
+    grid: Grid, widths: Mapping[str, Any], dtype: torch.dtype = torch.float64
+) -> dict[str, Any]:
     """Mixtures that have all their weight on `widths`."""
+
+    def mixture(choices, width):
+        return Mixture(choices, torch.tensor([c == width for c in choices], dtype=dtype))
+
     return {
-        name: Mixture(choices, torch.tensor([c == widths[name] for c in choices], dtype=dtype))
+        name: tuple(map(mixture, choices, widths[name]))
+        if isinstance(choices[0], tuple)
+        else mixture(choices, widths[name])
         for name, choices in grid.items()
     }
 

@@ -6,7 +6,7 @@ transformers documents for the family; nothing of the package is used.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -120,6 +120,18 @@ def llama_keeps(name: str, c: Mapping[str, Any], w: Mapping[str, int]) -> list[l
 def longest_suffix(name: str, suffixes: Mapping[str, object]) -> str:
     """The longest of the suffixes that a name ends with."""
     return max((s for s in suffixes if name.endswith(s)), key=len)
+
+
+def naive_name(name: str, there: Sequence[int]) -> str | None:
+    """A tensor's name when only some layers are there; None if its own is not."""
+    words = name.split(".")
+    if "layers" in words:
+        at = words.index("layers") + 1
+        layer = int(words[at])
+        if not there[layer]:
+            return None
+        words[at] = str(sum(there[:layer]))
+    return ".".join(words)
 
 
 KEEPS = {"nemotron_h": nemotron_h_keeps, "llama": llama_keeps}

@@ -1,0 +1,105 @@
+"""Importance of whole layers: the change of the logits when a layer is left out, again and again.
+
+Source: Nemotron Elastic (arXiv 2511.16664): s_j = sum (M - M_without_j)^2 / sum M^2 with M the
+parent's logits; the least important layer is removed, and the others are measured anew without it.
+Shapes: B samples, T tokens, N unmasked tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
+from typing import Protocol
+
+import torch
+from transformers import PreTrainedModel
+
+from star_elastic.axes import LAYERS
+from star_elastic.errors import CheckpointError, ConfigError, ShapeError
+from star_elastic.families import family_of
+from star_elastic.families.base import Config
+
+
+class Padded(Protocol):
+    """Calibration rows: ids and mask (B, T), padded on the right."""
+
+    @property
+    def input_ids(self) -> torch.Tensor: ...
+
+    @property
+    def attention_mask(self) -> torch.Tensor: ...
+
+
+class Progress(Protocol):
+    """Told how many layers are ranked."""
+
+    def stage(self, name: str, total: int) -> None:
+        """`total` layers will be ranked."""
+
+    def advance(self, done: int, note: str = "") -> None:
+        """`done` of them are."""
+
+
+class LayerRemover(Protocol):
+    """Makes the model that is left when only some layers are kept."""
+
+    def __call__(self, kept: Sequence[int]) -> PreTrainedModel:
+        """The model of these layers, in their order."""
+        ...
+
+
+@torch.no_grad()
+def rank_layers(
+    model: PreTrainedModel,
+    config: Config,
+    batches: Sequence[Padded],
+    progress: Progress,
+    without: LayerRemover,
+) -> tuple[int, ...]:
+    """The layers, most important first: the reverse of the sequence in which they are removed.
+
+    Costs a forward pass over the batches per layer and rank, L (L + 1) / 2 in all. The last layer
+    left is the most important one; what may not be removed (`without` raises ShapeError) stays.
+    Raises ConfigError without a token, CheckpointError for logits that are not finite.
+    """
+    layers = list(family_of(config).axis_map(config).axes[LAYERS].layers)
+    if not any(batch.attention_mask.any() for batch in batches):
+        raise ConfigError("the calibration data has no tokens; name a file with text in it")
+    progress.stage("rank layers", len(layers) - 1)
+    removed: list[int] = []
+    while len(layers) > 1:
+        candidates = {}
+        for layer in layers:
+            with suppress(ShapeError):  # the last attention layer stays
+                candidates[layer] = without([other for other in layers if other != layer])
+        scores = _changes(model, candidates, batches)
+        least = min(scores, key=lambda layer: (scores[layer], -layer))
+        layers.remove(least)
+        removed.append(least)
+        progress.advance(len(removed), f"layer {least} changes the logits by {scores[least]:.3g}")
+    return (*layers, *reversed(removed))
+
+
+def _changes(
+    model: PreTrainedModel, candidates: Mapping[int, PreTrainedModel], batches: Iterable[Padded]
+) -> dict[int, float]:
+    """Squared distance of each candidate's logits from the model's, relative to their square."""
+    squares, changes = 0.0, dict.fromkeys(candidates, 0.0)
+    for batch in batches:
+        whole_NV = _logits(model, batch)
+        squares += float(whole_NV.square().sum(dtype=torch.float64))
+        for layer, candidate in candidates.items():
+            difference_NV = whole_NV - _logits(candidate, batch)
+            changes[layer] += float(difference_NV.square().sum(dtype=torch.float64))
+    if not 0 < squares < float("inf"):
+        raise CheckpointError(
+            "the model's logits are not finite; the weights are damaged or overflow in this dtype: "
+            "restore the checkpoint or load it in float32"
+        )
+    return {layer: change / squares for layer, change in changes.items()}
+
+
+def _logits(model: PreTrainedModel, batch: Padded) -> torch.Tensor:
+    """Logits (N, V) of the unmasked tokens. Right padding never reaches a real token."""
+    logits_BTV = model(input_ids=batch.input_ids.to(model.device), use_cache=False).logits
+    return logits_BTV[batch.attention_mask.bool().to(logits_BTV.device)].float()

@@ -1,0 +1,315 @@
+"""The elastic model: a sorted parent whose forward runs any size, with gradients to its parameters.
+
+The unit is the block. Inside a block's forward its parent's parameters are whole (sharded training
+unshards them first); there they are sliced, gated and given to a skeleton of the small block in a
+functional call. So a step costs what the size costs, and every layer may have widths of its own.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.func import functional_call
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+
+from star_elastic.axes import LAYERS, TOP_K, AxisMap, NormSpec, TensorSpec
+from star_elastic.families import Family, family_of
+from star_elastic.families.base import Config
+from star_elastic.nesting.documents import DocumentMamba2Mixer
+from star_elastic.nesting.gate import (
+    Mixtures,
+    gate_parameter,
+    mixture_at,
+    norm_buffers,
+    presence_gate,
+    widest_slice,
+)
+from star_elastic.nesting.modules import (
+    ElasticGroupedRMSNorm,
+    ElasticRMSNorm,
+    ElasticSigmoidRouter,
+)
+from star_elastic.nesting.skeleton import build_block, build_skeleton
+from star_elastic.nesting.slice import slice_tensor
+from star_elastic.widths import Widths
+
+MAX_SKELETONS = 32
+"""Skeletons kept per layer, and of the part outside the layers; the least recently used goes."""
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """What one forward is asked for: the slice that is computed, and the gates inside it.
+
+    `recompute` keeps no activations inside blocks and computes them again in the backward pass.
+    """
+
+    widths: Widths
+    mixtures: Mixtures | None
+    recompute: bool = False
+
+
+class _Skeletons(OrderedDict):
+    """Skeletons by what they were built for, least recently used dropped."""
+
+    def fetch(self, key, build) -> Any:
+        """The skeleton of a key, built on first use."""
+        if key not in self:
+            self[key] = build()
+            while len(self) > MAX_SKELETONS:
+                self.popitem(last=False)
+        self.move_to_end(key)
+        return self[key]
+
+
+class _Part(nn.Module):
+    """What a block and the part outside the blocks have in common: slicing, gating, skeletons."""
+
+    def __init__(self, axis_map: AxisMap, layer: int | None, prefix: str):
+        super().__init__()
+        self.axis_map = axis_map
+        self.layer = layer
+        self.prefix = prefix
+        self.specs: tuple[TensorSpec, ...] = tuple(
+            spec for spec in axis_map.tensors.values() if spec.layer == layer
+        )
+        self.norms: tuple[NormSpec, ...] = tuple(n for n in axis_map.norms if n.layer == layer)
+        self.skeletons = _Skeletons()
+
+    def name(self, path: str) -> str:
+        """A path of the model, seen from this part."""
+        return path.removeprefix(self.prefix)
+
+    def tensors(self, state: Mapping[str, torch.Tensor], call: Call) -> dict[str, torch.Tensor]:
+        """This part's parameters, buffers and gates for a call, by their name in its skeleton."""
+        axis_map, widths = self.axis_map, call.widths
+        sliced = {
+            self.name(spec.name): slice_tensor(state[self.name(spec.name)], spec, axis_map, widths)
+            for spec in self.specs
+        }
+        if call.mixtures is None:
+            return sliced
+        for spec in self.specs:
+            name = self.name(spec.name)
+            sliced[name] = gate_parameter(sliced[name], spec, axis_map, call.mixtures, widths)
+        for norm in self.norms:
+            path = self.name(norm.path)
+            (segment,) = axis_map.tensors[f"{norm.path}.weight"].dims[0]
+            weight = sliced[f"{path}.weight"]
+            buffers = norm_buffers(norm, segment.unit, axis_map, call.mixtures, widths) or (
+                weight.new_ones(weight.shape), weight.new_tensor(norm.eps), weight.new_tensor(1.0)
+            )  # fmt: skip
+            names = ("input_gate", "eps", "scale")
+            sliced.update({f"{path}.{n}": b for n, b in zip(names, buffers, strict=True)})
+        return sliced
+
+    def install_norms(self, skeleton: nn.Module, widths: Widths) -> None:
+        """Replaces the norms of a skeleton by those that can be half open."""
+        with torch.device("meta"):
+            for norm in self.norms:
+                (size,) = self.axis_map.shape(self.axis_map.tensors[f"{norm.path}.weight"], widths)
+                if norm.grouped:
+                    groups = self.axis_map.axes[norm.axis].num_groups
+                    module: nn.Module = ElasticGroupedRMSNorm(size, norm.eps, num_groups=groups)
+                else:
+                    module = ElasticRMSNorm(size, norm.eps, fp32_weight=norm.fp32_weight)
+                skeleton.set_submodule(self.name(norm.path), module)
+
+
+def _state_of(module: nn.Module) -> dict[str, torch.Tensor]:
+    return {**dict(module.named_parameters()), **dict(module.named_buffers())}
+
+
+class ElasticBlock(_Part):
+    """One layer of the parent at the widths of a call. A unit of sharded training.
+
+    `forward` takes and returns the residual stream (B, T, hidden width), with the other inputs that
+    transformers gives to a layer.
+    """
+
+    def __init__(self, parent: PreTrainedModel, config: Config, axis_map: AxisMap, layer: int):
+        family = family_of(config)
+        path = f"{axis_map.blocks}.{layer}"
+        super().__init__(axis_map, layer, f"{path}.")
+        self.block = parent.get_submodule(path)
+        self._family, self._config = family, config
+        self._like = (parent,)  # in a tuple, so that it is no submodule
+        self._kind = type(self.block)
+        self.moe = next((m for m in axis_map.moe_layers if m.layer == layer), None)
+        self.mixer = next((path for at, path in axis_map.mixers if at == layer), None)
+
+    def forward(self, x_BTD: torch.Tensor, call: Call, **inputs: Any) -> torch.Tensor:
+        if call.recompute and torch.is_grad_enabled():
+            recomputed: Any = checkpoint(
+                self._run, x_BTD, call, inputs, use_reentrant=False, preserve_rng_state=False
+            )
+            return recomputed
+        return self._run(x_BTD, call, inputs)
+
+    def _run(self, x_BTD: torch.Tensor, call: Call, inputs: Mapping[str, Any]) -> torch.Tensor:
+        assert self.layer is not None
+        tensors = self.tensors(_state_of(self.block), call)
+        gated = call.mixtures is not None
+        if gated and self.moe is not None:
+            tensors |= self._routing_gates(tensors, call)
+        skeleton = self.skeleton(self.axis_map.layer_widths(call.widths, self.layer), gated=gated)
+        y_BTD = functional_call(skeleton, tensors, (x_BTD,), dict(inputs))
+        if call.mixtures is None:
+            return y_BTD
+        gate = presence_gate(call.mixtures, self.axis_map, self.layer)
+        return y_BTD if gate is None else x_BTD + gate.to(x_BTD.dtype) * (y_BTD - x_BTD)
+
+    def _routing_gates(self, tensors: Mapping[str, torch.Tensor], call: Call) -> dict:
+        assert self.moe is not None and call.mixtures is not None
+        path = self.name(self.moe.router_path)
+        bias_E = tensors[f"{path}.e_score_correction_bias"]
+        gates = {"expert_gate": torch.ones_like(bias_E)}
+        experts = mixture_at(call.mixtures, self.axis_map, "experts", self.layer)
+        if experts is not None:
+            groups = self.axis_map.axes["experts"].num_groups
+            gates["expert_gate"] = experts.unit_gates(bias_E.shape[0], groups)
+        top_k = self.axis_map.width(call.widths, TOP_K, self.layer)
+        ranks = mixture_at(call.mixtures, self.axis_map, TOP_K, self.layer)
+        gates["rank_gate"] = ranks.unit_gates(top_k) if ranks else bias_E.new_ones(top_k)
+        return {f"{path}.{name}": gate for name, gate in gates.items()}
+
+    def skeleton(self, widths: Widths, *, gated: bool) -> nn.Module:
+        """The memory-less block at the widths that this layer sees."""
+        skeleton = self.skeletons.fetch(
+            (widths, gated), lambda: self._build_skeleton(widths, gated)
+        )
+        # A gated skeleton stays out of training mode, in which fused Mamba kernels would read the
+        # norm's weight and skip its gate; nothing else depends on the mode.
+        return skeleton.train(self.training and not gated)
+
+    def _build_skeleton(self, widths: Widths, gated: bool) -> nn.Module:
+        assert self.layer is not None
+        config = self._family.config_at(self._config, widths)
+        skeleton = build_block(self._kind, config, self.layer, self._like[0])
+        if self.mixer is not None:
+            path = self.name(self.mixer)
+            mixer: Any = skeleton.get_submodule(path)
+            with torch.device("meta"):
+                skeleton.set_submodule(path, DocumentMamba2Mixer(mixer.config, self.layer))
+        if gated:
+            self.install_norms(skeleton, widths)
+            if self.moe is not None:
+                path = self.name(self.moe.router_path)
+                with torch.device("meta"):
+                    router = ElasticSigmoidRouter(skeleton.get_submodule(path))
+                skeleton.set_submodule(path, router)
+        return skeleton.requires_grad_(False)
+
+
+class _Caller(nn.Module):
+    """Stands in a skeleton in place of a layer and calls the parent's block."""
+
+    def __init__(self, block: ElasticBlock):
+        super().__init__()
+        self._block = (block,)  # in a tuple, so that it is no submodule
+        for name, value in vars(block.block).items():
+            if not name.startswith("_") and name != "training":
+                setattr(self, name, value)  # what a model asks of its layers (block_type, ...)
+
+    def forward(self, x_BTD: torch.Tensor, *, elastic: Call, **inputs: Any) -> torch.Tensor:
+        return self._block[0](x_BTD, elastic, **inputs)
+
+
+class ElasticModel(_Part):
+    """A sorted parent whose forward runs any submodel, with gradients to the parent's parameters.
+
+    `forward(size, **inputs)` takes the size as an argument: `Widths` for a plain slice, or mixtures
+    for the gated forward of the router. Inputs and result are those of the transformers model;
+    there is no cache (submodels generate). The parent is `self.parent`; nothing in it is changed.
+    `recompute`: activation checkpointing, block by block. `axis_map`: a table other than the
+    family's.
+    """
+
+    def __init__(
+        self,
+        parent: PreTrainedModel,
+        config: Config,
+        *,
+        recompute: bool = False,
+        axis_map: AxisMap | None = None,
+    ):
+        family: Family = family_of(config)
+        super().__init__(axis_map or family.axis_map(config), None, "")
+        self.parent = parent
+        self.model_config = config
+        self.family = family
+        self.recompute = recompute
+        layers = self.axis_map.axes[LAYERS].layers
+        self.blocks = nn.ModuleList(
+            ElasticBlock(parent, config, self.axis_map, layer) for layer in layers
+        )
+        by_part = {spec.part: spec.name for spec in self.specs}
+        self._head = by_part.get("head", by_part["embeddings"])
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """The parent's parameters and buffers by name."""
+        return _state_of(self.parent)
+
+    def forward(self, size: Widths | Mixtures, *, slice_at: Widths | None = None, **inputs):
+        """Runs the submodel of `size`.
+
+        With mixtures, computes the slice `slice_at` (default: the widest choices with weight).
+        """
+        call = self._call(size, slice_at)
+        tensors = self.tensors(self._own_state(), call)
+        inputs = {**inputs, "use_cache": False, "elastic": call}
+        return functional_call(self._skeleton(call), tensors, (), inputs)
+
+    def hidden_states(self, size: Widths | Mixtures, **inputs) -> tuple[torch.Tensor, torch.Tensor]:
+        """What the LM head reads, and the head: states (B, T, hidden width), weight (V, hidden
+        width). For losses that never hold all logits at once."""
+        call = self._call(size, None)
+        tensors = self.tensors(self._own_state(), call)
+        skeleton = self._skeleton(call)
+        prefix = f"{skeleton.base_model_prefix}."
+        body = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
+        inputs = {**inputs, "use_cache": False, "elastic": call}
+        output = functional_call(skeleton.base_model, body, (), inputs)
+        return output.last_hidden_state, tensors[self._head]
+
+    def _call(self, size: Widths | Mixtures, slice_at: Widths | None) -> Call:
+        if isinstance(size, Widths):
+            return Call(size, None, self.recompute)
+        return Call(slice_at or widest_slice(size, self.axis_map), size, self.recompute)
+
+    def _own_state(self) -> dict[str, torch.Tensor]:
+        """The tensors outside the layers."""
+        return {spec.name: self.parent.get_parameter(spec.name) for spec in self.specs}
+
+    def _skeleton(self, call: Call) -> PreTrainedModel:
+        kept = self.axis_map.kept_layers(call.widths)
+        gated = call.mixtures is not None
+        key = (call.widths["hidden"], kept, gated)
+        skeleton = self.skeletons.fetch(key, lambda: self._build_skeleton(call, kept, gated))
+        return skeleton.train(self.training)
+
+    def _build_skeleton(self, call: Call, kept: tuple[int, ...], gated: bool) -> PreTrainedModel:
+        """The model around the layers, in which callers stand for the layers themselves."""
+        axis_map = self.axis_map
+        outside = {"hidden": call.widths["hidden"], LAYERS: call.widths[LAYERS]}
+        for first, divisor in axis_map.multiples:
+            if first == "hidden":
+                outside[divisor] = axis_map.axes[divisor].minimum
+        widths = axis_map.complete(outside)
+        skeleton = build_skeleton(self.family.config_at(self.model_config, widths), self.parent)
+        if gated:
+            self.install_norms(skeleton, widths)
+        callers = nn.ModuleList(_Caller(self._block_at(layer)) for layer in kept)
+        skeleton.set_submodule(axis_map.at(widths).blocks, callers)
+        return skeleton.requires_grad_(False)
+
+    def _block_at(self, layer: int) -> ElasticBlock:
+        block = self.blocks[layer]
+        assert isinstance(block, ElasticBlock)
+        return block
