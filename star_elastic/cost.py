@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
-from star_elastic.axes import AxisMap, Dim
+from star_elastic.axes import LAYERS, TOP_K, AxisMap, Dim
 from star_elastic.errors import BudgetError
 
-METRICS = ("active", "total", "bytes", "flops")
+METRICS = ("active", "total", "bytes", "flops", "ms")
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,13 +30,15 @@ class Workload:
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """Counts of one submodel. `active` and `total` are parameters including both embeddings."""
+    """Counts of one submodel. `active` and `total` are parameters including both embeddings; `ms`
+    milliseconds per token, if they were measured."""
 
     total: float
     active: float
     weight_bytes: float
     state_bytes: float
     flops_per_token: float
+    ms: float | None = None
 
     @property
     def bytes(self) -> float:
@@ -45,7 +48,13 @@ class Cost:
         """The count that a budget of this name limits. Raises BudgetError for unknown names."""
         if name not in METRICS:
             raise BudgetError(f"budget {name!r} is unknown; use {', '.join(METRICS)}")
-        return self.flops_per_token if name == "flops" else getattr(self, name)
+        value = self.flops_per_token if name == "flops" else getattr(self, name)
+        if value is None:
+            raise BudgetError(
+                "a budget in milliseconds needs a latency table; measure one with star-elastic "
+                "latency and name it as workload.latency"
+            )
+        return value
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,11 +69,20 @@ class _Row:
 
 
 class CostModel:
-    """Counts any widths of one axis map; built once, asked often."""
+    """Counts any widths of one axis map; built once, asked often.
 
-    def __init__(self, axis_map: AxisMap, workload: Workload = Workload()):
+    `milliseconds(widths, axis_map)` is what a latency table says (latency.py).
+    """
+
+    def __init__(
+        self,
+        axis_map: AxisMap,
+        workload: Workload = Workload(),
+        milliseconds: Callable[[Mapping, AxisMap], Any] | None = None,
+    ):
         self.axis_map = axis_map
         self.workload = workload
+        self._milliseconds = milliseconds
         self._rows = {True: self._group(merge=True), False: self._group(merge=False)}
 
     def _group(self, *, merge: bool) -> list[_Row]:
@@ -89,6 +107,8 @@ class CostModel:
         sums: Counter = Counter()
         for row in self._rows[merge]:
             size = row.count * row.scale
+            if row.layer is not None:
+                size = size * self._width(widths, LAYERS, row.layer)
             active = size
             for position, dim in enumerate(row.dims):
                 length = sum(
@@ -97,7 +117,7 @@ class CostModel:
                 )
                 size = size * length
                 routed = row.kind == "routed" and position == 0
-                active = active * (self.axis_map.top_k if routed else length)
+                active = active * (self._width(widths, TOP_K, row.layer) if routed else length)
             sums[row.kind] += size
             if row.kind == "routed":
                 sums["routed_active"] += active
@@ -110,6 +130,7 @@ class CostModel:
             weight_bytes=(parameters + sums["routed"]) * load.dtype_bytes + sums["buffer"] * 4,
             state_bytes=load.batch * (sums["state"] + sums["state_per_token"] * load.context),
             flops_per_token=2 * used + sums["work"] + sums["context"] * load.context,
+            ms=self._milliseconds(widths, self.axis_map) if self._milliseconds else None,
         )
 
     def _width(self, widths: Mapping, axis: str, layer: int | None):
@@ -119,7 +140,8 @@ class CostModel:
 def count_parts(axis_map: AxisMap, widths: Mapping) -> dict[str, int]:
     """Parameters of each part of the model (embeddings, norms, mamba, ...) at integer widths."""
     parts: Counter = Counter()
+    there = axis_map.names_at(widths)
     for spec in axis_map.tensors.values():
-        if not spec.is_buffer:
+        if not spec.is_buffer and spec.name in there:
             parts[spec.part] += math.prod(axis_map.shape(spec, widths))
     return dict(parts)

@@ -13,11 +13,14 @@ from hypothesis import strategies as st
 
 from star_elastic.axes import AxisMap
 from star_elastic.checkpoint import CheckpointReader
-from star_elastic.cost import METRICS, CostModel, Workload, count_parts
+from star_elastic.cost import METRICS as ALL_METRICS
+from star_elastic.cost import CostModel, Workload, count_parts
 from star_elastic.errors import BudgetError
 from star_elastic.families import family_of
+from star_elastic.nesting.skeleton import build_skeleton
 from star_elastic.nesting.stream import save_model, slice_checkpoint
-from star_elastic.nesting.submodel import build_skeleton, build_submodel
+from star_elastic.nesting.submodel import build_submodel
+from star_elastic.widths import Widths
 from tests.laws.parents import (
     AXES,
     configs,
@@ -27,6 +30,9 @@ from tests.laws.parents import (
     parents,
     some_widths,
 )
+
+METRICS = tuple(metric for metric in ALL_METRICS if metric != "ms")
+"""What is counted; milliseconds are measured (test_latency.py)."""
 
 NANO_30B = {
     "model_type": "nemotron_h",
@@ -68,7 +74,7 @@ def test_counted_is_built(kind, data):
     active = total
     for name, parameter in model.named_parameters():
         if name.endswith((".experts.up_proj", ".experts.down_proj")):
-            unused = parameter.shape[0] - config["num_experts_per_tok"]
+            unused = parameter.shape[0] - model.config.num_experts_per_tok
             active -= unused * parameter[0].numel()
     assert (cost.total, cost.active) == (total, active)
     assert sum(count_parts(axis_map, widths).values()) == total
@@ -124,6 +130,13 @@ def test_cost_is_monotone_in_every_axis(kind, data):
     axis_map = table(data.draw(configs(kind)))
     model = CostModel(axis_map, Workload(context=100))
     widths = data.draw(some_widths(axis_map))
+    there = widths.pop("layers")
+    without, with_it = (
+        model.count(axis_map.complete({**widths, "layers": mask}))
+        for mask in (there, tuple(max(a, b) for a, b in zip(there, (1,) * len(there), strict=True)))
+    )
+    assert all(without.metric(metric) <= with_it.metric(metric) for metric in METRICS)
+    assert without.total < with_it.total
     for axis in axis_map.axes:
         counts = [
             model.count(axis_map.full.replace(**{**widths, axis: width}))
@@ -132,7 +145,7 @@ def test_cost_is_monotone_in_every_axis(kind, data):
         for metric in METRICS:
             values = [cost.metric(metric) for cost in counts]
             assert values == sorted(values), (axis, metric)
-        totals = [cost.total for cost in counts]
+        totals = [cost.active if axis == "top_k" else cost.total for cost in counts]
         assert len(set(totals)) == len(totals), axis
 
 
@@ -147,15 +160,26 @@ def test_expected_cost_is_exact_and_differentiable(kind, data):
     tensors = {
         name: torch.tensor(float(width), dtype=torch.float64, requires_grad=True)
         for name, width in widths.items()
+        if name != "layers"
     }
+    presence = [torch.tensor(float(w), requires_grad=True) for w in widths["layers"]]
+    tensors["layers"] = tuple(presence)
     counted, expected = model.count(tensors), model.count(widths)
     for metric in METRICS:
         value = counted.metric(metric)
         assert value.item() == expected.metric(metric)
-        grads = torch.autograd.grad(
-            value, list(tensors.values()), retain_graph=True, allow_unused=True
+        *grads, of_first = torch.autograd.grad(
+            value,
+            [*(t for t in tensors.values() if not isinstance(t, tuple)), presence[0]],
+            retain_graph=True,
+            allow_unused=True,
         )
-        for name, grad in zip(tensors, grads, strict=True):
+        with_first, without_first = (
+            model.count({**widths, "layers": (there, *widths["layers"][1:])}).metric(metric)
+            for there in (1, 0)
+        )
+        assert of_first.item() == pytest.approx(with_first - without_first)
+        for name, grad in zip(tensors, grads, strict=False):
             # Costs are at most quadratic in one width, so a step of 1 leaves no error.
             up, down = (
                 model.count({**widths, name: widths[name] + step}).metric(metric)
@@ -171,13 +195,16 @@ def test_one_width_per_layer_counts_layer_by_layer(kind, data):
     model = CostModel(axis_map, Workload(context=5))
     widths = axis_map.complete(data.draw(some_widths(axis_map)))
     spread = {
-        name: (width,) * len(axis_map.axes[name].layers) if axis_map.axes[name].layers else width
+        name: width
+        if axis_map.axes[name].is_global or name == "layers"
+        else (width,) * len(axis_map.axes[name].layers)
         for name, width in widths.items()
     }
-    assert model.count(axis_map.complete(spread)) == model.count(widths)
+    assert model.count(Widths(spread)) == model.count(widths)
+    assert axis_map.complete(spread) == widths
     # Narrowing one layer of the only axis in two steps costs the same as in one.
     for name, axis in axis_map.axes.items():
-        if len(axis.layers) < 2:
+        if len(axis.layers) < 2 or not axis.ranked:
             continue
         full, narrow = axis.size, legal_widths(axis_map, name)[0]
         mixed = (narrow,) + (full,) * (len(axis.layers) - 1)
