@@ -27,8 +27,9 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
 from star_elastic.cost import CostModel, Workload
+from star_elastic.nesting.elastic import ElasticModel
 from star_elastic.nesting.stream import save_model, slice_checkpoint
-from star_elastic.nesting.submodel import ElasticModel, build_submodel, load_parent
+from star_elastic.nesting.submodel import build_submodel, load_parent
 
 LARGE = {
     "hybrid_override_pattern": "ME*EME", "hidden_size": 1024, "num_attention_heads": 8,
@@ -81,7 +82,7 @@ def widths_at(elastic: ElasticModel, share: float):
     cut = {
         name: round(axis.size * share / axis.num_groups) * axis.num_groups
         for name, axis in axis_map.axes.items()
-        if name not in ("experts", "heads")
+        if axis.ranked and name not in ("experts", "heads")
     }
     return axis_map.complete(cut)
 

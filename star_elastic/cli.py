@@ -29,7 +29,10 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
-STAGES = {"rank": "Rank units", "train": "Train sizes", "slice": "Slice", "evaluate": "Evaluate"}
+STAGES = {
+    "rank": "Rank units", "rank layers": "Rank layers", "train": "Train sizes", "slice": "Slice",
+    "evaluate": "Evaluate", "latency": "Latency",
+}  # fmt: skip
 
 
 class Bars:
@@ -199,25 +202,97 @@ def rank(
     from star_elastic.families import family_of
     from star_elastic.importance.files import save_scores
     from star_elastic.nesting.submodel import load_parent
-    from star_elastic.train.data import Examples, JsonLines
+    from star_elastic.train.calibrate import rank as rank_units
     from star_elastic.train.run import load_tokenizer
-    from star_elastic.train.run import rank as rank_units
+    from star_elastic.train.sources import Source, calibration_batches
 
     if out.exists():
         raise ConfigError(f"{out} exists already; name a new file or remove it first")
-    rows = JsonLines([data])
+    source = Source([data], load_tokenizer(model))
     parent, config = load_parent(model)
     axis_map = family_of(config).axis_map(config)
-    examples = Examples(rows, load_tokenizer(model), context, "all")
+    count = min(samples, len(source))
+    batches = calibration_batches(
+        [source], [1.0], num_samples=count, batch_size=batch_size, context=context
+    )
     with Bars() as bars:
         scores, info = rank_units(
-            parent, axis_map, examples,
-            num_samples=samples, batch_size=batch_size, source=data.name, progress=bars,
-        )  # fmt: skip
+            parent, axis_map, batches, num_samples=count, name=data.name, progress=bars
+        )
     save_scores(out, scores, axis_map, info)
     result = {"scores": str(out), "samples": info.num_samples, "tokens": info.num_tokens}
     print_json(result) if as_json else print(
         f"{out}: {len(scores)} orders from {info.num_samples} rows, {info.num_tokens:,} tokens"
+    )
+
+
+@app.command()
+def latency(
+    model: Annotated[Path, typer.Argument(help="Parent or elastic checkpoint, or config.json.")],
+    out: Annotated[Path, typer.Option(help="Table to write (.json).")],
+    phase: Annotated[str, typer.Option(help="decode or prefill.")] = "decode",
+    batch: Annotated[int, typer.Option(help="Sequences at once.", min=1)] = 1,
+    context: Annotated[int, typer.Option(help="Tokens of context.", min=1)] = 256,
+    dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
+    seconds: Annotated[float, typer.Option(help="Time to measure for.", min=0)] = 60.0,
+    as_json: AsJson = False,
+) -> None:
+    """Measures on this machine what widths cost in milliseconds per token, for `ms` budgets."""
+    # Mistakes first: what follows may take minutes.
+    if out.exists():
+        raise ConfigError(f"{out} exists already; name a new file or remove it first")
+    if not out.absolute().parent.is_dir():
+        raise ConfigError(f"{out.parent} is not a directory; make it, or name another file")
+    from star_elastic.families import family_of, read_config
+    from star_elastic.manifest import FILE_NAME, load_manifest
+
+    config = read_config(model)
+    axis_map = family_of(config).axis_map(config)
+    choices = load_manifest(model, axis_map).choices if (model / FILE_NAME).is_file() else None
+
+    import torch
+
+    from star_elastic.evaluate.latency import Setting, measure
+    from star_elastic.latency import save_table
+
+    dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+    if dtype not in dtypes:
+        raise ConfigError(f"dtype={dtype!r} is unknown; use {' or '.join(dtypes)}")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    setting = Setting(
+        phase=phase, batch=batch, context=context, dtype=dtypes[dtype], device=device,
+        seconds=seconds,
+    )  # fmt: skip
+    with Bars() as bars:
+        bars.stage("latency", max(round(seconds), 1))
+        table, checks = measure(
+            config, setting, choices=choices, progress=lambda done, _: bars.advance(round(done))
+        )
+    save_table(table, out)
+    full = table.milliseconds(axis_map.full, axis_map)
+    errors = sorted(abs(check.error) for check in checks)
+    result = {
+        "table": str(out), "device": table.machine.device, "threads": table.machine.threads,
+        "ms_per_token": full, "median_error": errors[len(errors) // 2], "worst_error": errors[-1],
+        "checks": [
+            {"widths": dict(check.widths), "predicted": check.predicted,
+             "measured": check.measured, "error": check.error}
+            for check in checks
+        ],
+    }  # fmt: skip
+    if as_json:
+        print_json(result)
+        return
+    axes = [axis for axis in axis_map.axes if axis != "layers"]
+    rows = [
+        [f"{check.predicted:.3f}", f"{check.measured:.3f}", f"{check.error:+.1%}",
+         *(_width_text(check.widths[axis]) for axis in axes)]
+        for check in checks
+    ]  # fmt: skip
+    print_table("ms per token at held-out widths", ["predicted", "measured", "error", *axes], rows)
+    print(
+        f"{out}: {full:.3f} ms per token at full width ({phase}, batch {batch}, context {context}, "
+        f"{dtype})\non {table.machine.device}, {table.machine.threads} threads"
     )
 
 
@@ -236,9 +311,9 @@ def train(
         result = run_training(config, resume=resume, progress=bars)
     if as_json:
         print_json({"elastic": str(result.elastic), "steps": result.steps,
-                    "tokens_per_size": result.tokens, "seconds": result.seconds})  # fmt: skip
+                    "tokens": result.tokens, "seconds": result.seconds})  # fmt: skip
     else:
-        print(f"{result.elastic}: {result.steps} steps, {result.tokens:,} tokens per size")
+        print(f"{result.elastic}: {result.steps} steps, {result.tokens:,} tokens")
 
 
 @app.command()
@@ -256,6 +331,11 @@ def sizes(
     manifest = load_manifest(elastic, axis_map)
     cost = CostModel(axis_map)
     full = cost.count(axis_map.full)
+    # Layers and top_k are shown where a size cuts them.
+    shown = [
+        name for name, axis in axis_map.axes.items()
+        if axis.ranked or any(s.widths[name] != axis.size for s in manifest.sizes.values())
+    ]  # fmt: skip
     result, rows = {}, []
     for name, size in manifest.sizes.items():
         counted = cost.count(size.widths)
@@ -267,29 +347,48 @@ def sizes(
         rows.append([
             name, f"{counted.active:,} ({counted.active / full.active:.1%})",
             f"{counted.total:,} ({counted.total / full.total:.1%})",
-            *(str(size.widths[axis]) for axis in axis_map.axes),
+            *(_width_text(size.widths[axis]) for axis in shown),
         ])  # fmt: skip
     if as_json:
         print_json({"family": manifest.family, "sizes": result})
     else:
-        print_table(str(elastic), ["size", "active", "total", *axis_map.axes], rows)
+        print_table(str(elastic), ["size", "active", "total", *shown], rows)
+
+
+def _width_text(width: int | tuple[int, ...]) -> str:
+    """A width, or the range of widths that differ between layers."""
+    return str(width) if isinstance(width, int) else f"{min(width)}-{max(width)}"
 
 
 @app.command("slice")
 def slice_size(
     elastic: Annotated[Path, typer.Argument(help="Elastic checkpoint directory.")],
-    size: Annotated[str, typer.Option(help="Name of the size to cut out.")],
     out: Annotated[Path, typer.Option(help="New directory for the ordinary checkpoint.")],
+    size: Annotated[str, typer.Option(help="Name of the size to cut out.")] = "",
+    budget: Annotated[str, typer.Option(help="Or one between them: active=0.6, bytes=1GB.")] = "",
     as_json: AsJson = False,
 ) -> None:
-    """Cuts a size out as an ordinary checkpoint, with no further training."""
+    """Cuts a size out as an ordinary checkpoint, with no further training.
+
+    For a budget between trained ones the router gives widths; they were not trained themselves.
+    """
+    if bool(size) == bool(budget):
+        raise ConfigError("name a --size or a --budget (one of them), for example --size small")
     from star_elastic.families import family_of, read_config
     from star_elastic.manifest import load_manifest
     from star_elastic.nesting.stream import slice_checkpoint
 
     config = read_config(elastic)
-    manifest = load_manifest(elastic, family_of(config).axis_map(config))
-    widths = manifest.size(size).widths
+    axis_map = family_of(config).axis_map(config)
+    manifest = load_manifest(elastic, axis_map)
+    if size:
+        widths = manifest.size(size).widths
+    else:
+        from star_elastic.router.files import widths_for
+
+        metric, _, amount = budget.partition("=")
+        given = float(amount) if amount.replace(".", "", 1).isdigit() else amount
+        widths = widths_for(elastic, manifest, axis_map, {metric.strip(): given}).widths
     with Bars() as bars:
         begun = False
 
@@ -301,8 +400,8 @@ def slice_size(
             bars.advance(done)
 
         slice_checkpoint(elastic, widths, out, progress=progress)
-    result = {"out": str(out), "size": size, "widths": dict(widths)}
-    print_json(result) if as_json else print(f"{out}: {size} ({widths})")
+    result = {"out": str(out), "size": size or budget, "widths": dict(widths)}
+    print_json(result) if as_json else print(f"{out}: {size or budget} ({widths})")
 
 
 @app.command()

@@ -34,18 +34,19 @@ from star_elastic.importance.orders import orders_from_scores
 from star_elastic.nesting.stream import slice_checkpoint
 from star_elastic.nesting.submodel import build_submodel, load_parent, sort_in_place
 from star_elastic.router.router import Annealing
+from star_elastic.train.calibrate import BASIS, Progress, Silent
 from star_elastic.train.config import (
     CalibrationConfig,
-    DataConfig,
-    OptimizerConfig,
+    EngineConfig,
     RouterConfig,
     RunConfig,
-    ScheduleConfig,
-    to_plain,
+    SourceConfig,
+    StageConfig,
 )
 from star_elastic.train.losses import distillation_loss
-from star_elastic.train.run import BASIS, ELASTIC, Progress, Silent, train
+from star_elastic.train.run import ELASTIC, train
 from star_elastic.train.state import has_state
+from star_elastic.train.strict import to_plain
 
 PARENT = "parent"
 UNTRAINED = "untrained"
@@ -71,16 +72,43 @@ class Recipe:
     sizes: Mapping[str, Mapping[str, float]]
     choices: Mapping[str, tuple[int, ...]]
     num_rows: int
-    steps: int
-    batch_size: int
+    stages: tuple[StageConfig, ...]
     problems_per_task: int
     budgets: tuple[int, ...]
     pairs: tuple[tuple[str, str], ...]
-    learning_rate: float = 1e-3
-    size_weights: tuple[float, ...] = ()
     workload: Workload = field(default_factory=Workload)
     router: RouterConfig = field(default_factory=RouterConfig)
     seed: int = 0
+
+
+def stages(
+    router_steps: int, steps: int, *, windows: int = 4, learning_rate: float = 1e-3
+) -> tuple[StageConfig, ...]:
+    """The curriculum of a short run on the bundled parent.
+
+    While the router learns, few windows a step: its noise comes from the draws of widths, not from
+    the data, and each of its steps costs as much as the widest choice. The large size weighs most:
+    it begins as the parent and must not lose what the others change for themselves.
+    """
+    common = {"context": CONTEXT, "size_weights": (0.4, 0.3, 0.3)}
+    return (
+        StageConfig(
+            tokens=router_steps * 2 * CONTEXT,
+            batch_size=2,
+            learning_rate=learning_rate,
+            final_learning_rate=learning_rate,
+            warmup_steps=max(router_steps // 4, 1),
+            **common,
+        ),
+        StageConfig(
+            tokens=steps * windows * CONTEXT,
+            batch_size=windows,
+            learning_rate=learning_rate,
+            final_learning_rate=learning_rate / 50,
+            warmup_steps=1,
+            **common,
+        ),
+    )
 
 
 DEMO = Recipe(
@@ -93,16 +121,13 @@ DEMO = Recipe(
         "ssm_heads": (16, 14, 12, 10, 8),
     },
     num_rows=10_000,
-    steps=440,
-    batch_size=16,
+    stages=stages(80, 360),
     problems_per_task=20,
     budgets=(0, 32, 64),
     pairs=(("small", "large"), ("medium", "large")),
-    size_weights=(0.2, 0.3, 0.5),
     # A short run has to sharpen gently: what the budget first pulls up must be able to come down.
     router=RouterConfig(
-        commit_at=0.18,
-        batch_size=8,
+        commit_at=80 / 440,
         learning_rate=3e-3,
         annealing=Annealing(tau_end=0.4, scale_end=1.5),
     ),
@@ -163,23 +188,12 @@ def run_config(recipe: Recipe, rows: Path, run: Path) -> RunConfig:
         sizes=recipe.sizes,
         choices=recipe.choices,
         workload=recipe.workload,
-        data=DataConfig(train=(str(rows),), context=CONTEXT, loss_on="answers"),
+        data=(SourceConfig(files=(str(rows),), loss_on="answers"),),
+        stages=recipe.stages,
         calibration=CalibrationConfig(num_samples=512, batch_size=32, basis="principal"),
         router=recipe.router,
-        optimizer=OptimizerConfig(
-            learning_rate=recipe.learning_rate,
-            final_learning_rate=recipe.learning_rate / 50,
-            warmup_steps=max(recipe.steps // 20, 1),
-        ),
         # On so small a model fp32 on two threads is as fast as bf16, and exact.
-        schedule=ScheduleConfig(
-            steps=recipe.steps,
-            batch_size=recipe.batch_size,
-            size_weights=recipe.size_weights,
-            save_every=100,
-            workers=2,
-            autocast=False,
-        ),
+        engine=EngineConfig(save_every=100, workers=2, autocast=False),
     )
 
 

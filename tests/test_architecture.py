@@ -14,8 +14,8 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "star_elastic"
 # Each may import what stands before it, and itself.
 RANKS = (
-    "errors", "widths", "axes", "cost", "checkpoint", "families", "manifest", "importance",
-    "nesting", "router", "train", "generate", "evaluate", "demo", "cli",
+    "errors", "widths", "amounts", "axes", "cost", "checkpoint", "latency", "families",
+    "manifest", "importance", "nesting", "router", "train", "generate", "evaluate", "demo", "cli",
 )  # fmt: skip
 LAZY_FACADE = PACKAGE / "__init__.py"
 
@@ -54,7 +54,9 @@ def test_imports_point_down(file):
     "code",
     [
         "import star_elastic.axes",
+        "import star_elastic.amounts",
         "import star_elastic.cost",
+        "import star_elastic.latency",
         "import star_elastic.families",
         "import star_elastic.widths",
         "import star_elastic.cli; sys.argv = ['star-elastic', '--help']; star_elastic.cli.main()",

@@ -60,6 +60,10 @@ def test_rank_train_sizes_slice_generate(run_folder):
     counted = answer("count", cut)
     assert counted["total"] == listed["small"]["total"]
     assert counted["active"] == listed["small"]["active"]
+    between = run_folder / "between"
+    assert answer("slice", elastic, "--budget", "active=0.85", "--out", between)["size"]
+    share = answer("count", between)["active"] / answer("count", elastic)["active"]
+    assert share == pytest.approx(0.85, rel=0.02)
     phases = answer(
         "generate", elastic, "--think", "small", "--answer", "large", "--thinking-budget", 8,
         "add 12 34",
@@ -70,6 +74,10 @@ def test_rank_train_sizes_slice_generate(run_folder):
 def test_mistakes_are_one_line(trained, tmp_path):
     elastic = trained.elastic
     assert "has small" not in refusal("slice", elastic, "--size", "x", "--out", tmp_path / "x")
+    assert "lies outside the range of active" in refusal(
+        "slice", elastic, "--budget", "active=0.2", "--out", tmp_path / "x"
+    )
+    assert "one of them" in refusal("slice", elastic, "--out", tmp_path / "x")
     assert not (tmp_path / "x").exists()
     assert "is not an elastic checkpoint" in refusal("sizes", elastic.parents[1] / "parent")
     taken = tmp_path / "taken"
@@ -84,6 +92,22 @@ def test_mistakes_are_one_line(trained, tmp_path):
     )
     assert "-1" in refusal("generate", elastic, "--thinking-budget", "-1", "add 1 2")
     assert "empty" in refusal("generate", elastic, "")
+
+
+def test_latency_table_serves_a_budget_in_milliseconds(run_folder):
+    table = run_folder / "latency.json"
+    measured = answer("latency", run_folder / "parent", "--out", table, "--seconds", 2)
+    assert measured["ms_per_token"] > 0 and len(measured["checks"]) == 6
+    text = RUN.replace('out = "run"', 'out = "ms"\nlatency = "latency.json"')
+    text = text.replace("active = 0.7", f'ms = "{0.95 * measured["ms_per_token"]:.6f}ms"')
+    (run_folder / "ms.toml").write_text(text.replace("tokens = 15360", "tokens = 3072"))
+    done = call("train", run_folder / "ms.toml", "--json")
+    if done.returncode == 2:  # so tiny a model may cost the same at every width
+        assert "cannot be met" in done.stderr or "no widths" in done.stderr
+        return
+    assert done.returncode == 0, done.stderr
+    sizes = answer("sizes", run_folder / "ms" / "elastic")["sizes"]
+    assert list(sizes["small"]["budgets"]) == ["ms"]
 
 
 def test_demo_refuses_a_directory_that_is_not_its_own(tmp_path):
@@ -112,7 +136,11 @@ def test_readme_quick_start_runs(trained):
 
 def test_readme_run_config_is_valid():
     (text,) = re.findall(r"```toml\n(.*?)```", README, re.S)
-    assert parse(RunConfig, tomllib.loads(text), "").sizes["small"] == {"active": 0.5, "total": 0.4}
+    assert parse(RunConfig, tomllib.loads(text), "").sizes["small"] == {
+        "active": 0.5,
+        "total": 0.4,
+        "bytes": "1.2GB",
+    }
 
 
 @pytest.mark.parametrize(
@@ -121,6 +149,8 @@ def test_readme_run_config_is_valid():
         ["recipes/hour/run.py", "--out", "{out}", "--smoke", "--json"],
         ["recipes/hour/axes_alone.py", "--out", "{out}", "--smoke"],
         ["benchmarks/size_cost.py", "--smoke"],
+        ["benchmarks/kl_memory.py", "--smoke"],
+        ["benchmarks/latency_table.py", "--smoke"],
     ],
     ids=lambda command: Path(command[0]).stem,
 )

@@ -1,26 +1,48 @@
-"""Nested distillation end to end on a tiny parent: config, data, training, resume, the result."""
+"""Nested distillation end to end on a tiny parent: config, training, resume, the result."""
 
+import errno
 import json
 import os
+import signal
+import subprocess
+import sys
+import time
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from star_elastic.checkpoint import load_tensors
-from star_elastic.demo import bundled_parent
 from star_elastic.errors import BudgetError, CheckpointError, ConfigError, Interrupted, ShapeError
-from star_elastic.evaluate.tasks import messages, sample_problems
 from star_elastic.families import family_of
 from star_elastic.generate.family import load
 from star_elastic.manifest import load_manifest
+from star_elastic.nesting.elastic import ElasticModel
 from star_elastic.nesting.stream import slice_checkpoint
-from star_elastic.nesting.submodel import ElasticModel, load_parent
-from star_elastic.router.budget import TOLERANCE
-from star_elastic.train.data import BatchOrder, Examples, JsonLines
+from star_elastic.nesting.submodel import load_parent, sort_in_place
+from star_elastic.router.budget import AIM
+from star_elastic.router.grid import default_choices
+from star_elastic.train import state
+from star_elastic.train.calibrate import Silent
+from star_elastic.train.config import StageConfig
+from star_elastic.train.curriculum import Curriculum, Position
 from star_elastic.train.losses import distillation_loss
-from star_elastic.train.run import Silent, default_choices, train
+from star_elastic.train.run import train
 from tests.tiny_run import TINY, config_in
+
+SHORT = {"tokens = 15360": "tokens = 4608"}
+"""12 steps instead of 40."""
+TWO_STAGES = """
+[[stages]]
+tokens = 1536
+context = 128
+batch_size = 2
+size_weights = [3, 1]
+sizes_per_step = "one"
+groups = 2
+learning_rate = 1e-3
+
+[engine]"""
 
 
 def metrics(result):
@@ -28,11 +50,26 @@ def metrics(result):
     return [json.loads(line) for line in text.splitlines()]
 
 
-def test_result_is_an_elastic_checkpoint_that_meets_its_budgets(run_folder, trained):
+def weights_of(result):
+    return load_tensors(result.elastic / "model.safetensors")
+
+
+class StopAt(Silent):
+    """Asks a run to stop after some steps."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def advance(self, done, note=""):
+        if note and done == self.step:
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_result_is_an_elastic_checkpoint_that_meets_its_budgets(trained):
     family = load(trained.elastic)
-    axis_map = family.axis_map
-    assert family.sizes["large"].widths == axis_map.full
-    assert family.sizes["small"].cost["budget_miss"] <= TOLERANCE
+    cost = family.sizes["small"].cost
+    assert family.sizes["large"].widths == family.axis_map.full
+    assert cost["budget_miss"] <= max(AIM, cost["least_miss"])
     assert set(family.sizes["small"].repair.values()) <= {-1, 1}
     plain, info = AutoModelForCausalLM.from_pretrained(
         trained.elastic, output_loading_info=True, dtype=torch.float32
@@ -63,10 +100,7 @@ def test_training_brings_the_small_size_closer_to_the_parent(run_folder, trained
     committed = [row["kd"]["small"] for row in rows if not row["expected"]]
     assert len(rows) == 40 and len(committed) == 16
     ids = torch.randint(0, 300, (4, 40), generator=torch.Generator().manual_seed(3))
-    orders = load_tensors(trained.elastic / "orders.safetensors")
-    from star_elastic.nesting.submodel import sort_in_place
-
-    sort_in_place(original, family.axis_map, orders)
+    sort_in_place(original, family.axis_map, load_tensors(trained.elastic / "orders.safetensors"))
     elastic = ElasticModel(original, config)
     with torch.no_grad():
         teacher = elastic(family.axis_map.full, input_ids=ids).logits.flatten(0, 1)
@@ -75,58 +109,131 @@ def test_training_brings_the_small_size_closer_to_the_parent(run_folder, trained
     assert distillation_loss(teacher, after) < 0.95 * distillation_loss(teacher, before)
 
 
+# Resume
+
+
+def same_run(one, other):
+    """Bit for bit the same result and losses."""
+    for name in ("model.safetensors", "router.safetensors", "orders.safetensors"):
+        ours, theirs = (load_tensors(r.elastic / name) for r in (one, other))
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(ours[key], theirs[key]) for key in ours), name
+    losses = [[row["kd"] for row in metrics(r)] for r in (one, other)]
+    assert losses[0] == losses[1]
+
+
 def test_interrupted_and_resumed_equals_uninterrupted(run_folder, trained):
     torch.set_num_threads(1)
     config = config_in(run_folder, "resumed")
-
-    class StopAt(Silent):
-        def __init__(self, step):
-            self.step = step
-
-        def advance(self, done, note=""):
-            if note and done == self.step:
-                os.kill(os.getpid(), 2)
-
     for step in (7, 31):
         with pytest.raises(Interrupted, match=f"stopped at step {step}; go on with --resume"):
             train(config, resume=step > 7, progress=StopAt(step))
-    result = train(config, resume=True)
-    for name in ("model.safetensors", "router.safetensors", "orders.safetensors"):
-        ours, theirs = (load_tensors(r.elastic / name) for r in (result, trained))
-        assert ours.keys() == theirs.keys()
-        assert all(torch.equal(ours[key], theirs[key]) for key in ours), name
-    losses = [[row["kd"] for row in metrics(r)] for r in (result, trained)]
-    assert losses[0] == losses[1]
+    same_run(train(config, resume=True), trained)
     with pytest.raises(CheckpointError, match="is complete already"):
         train(config, resume=True)
     with pytest.raises(CheckpointError, match="is not empty"):
         train(config)
 
 
-def test_two_workers_train_as_one_does(run_folder):
-    """Half of the rows each: the same losses and weights up to the order of sums; resumable."""
+def test_killed_and_resumed_equals_uninterrupted(run_folder):
+    """kill -9 at any moment of a run of two stages, in the router's part and after it."""
+    torch.set_num_threads(1)
+    changes = {
+        **SHORT,
+        "save_every = 16": "save_every = 2",
+        "[engine]": TWO_STAGES,
+    }
+    straight = train(config_in(run_folder, "unkilled", **changes))
+    assert [row["stage"] for row in metrics(straight)] == [0] * 12 + [1] * 6
+    config_in(run_folder, "killed", **changes)
+    command = [sys.executable, "-m", "star_elastic.cli", "train", run_folder / "killed.toml"]
+    log, saved = run_folder / "killed" / "metrics.jsonl", run_folder / "killed" / "state"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    for step in (5, 15):
+        arguments = command if step == 5 else [*command, "--resume"]
+        process = subprocess.Popen(
+            arguments, env=environment, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL
+        )
+        while not (saved.is_dir() and log.exists() and len(log.read_text().splitlines()) >= step):
+            assert process.poll() is None, "the run ended before it was killed"
+            time.sleep(0.01)
+        process.kill()
+        process.wait()
+        assert not (run_folder / "killed" / "elastic").exists()
+    same_run(train(config_in(run_folder, "killed", **changes), resume=True), straight)
+
+
+def test_a_full_disk_leaves_the_last_state_intact(run_folder, monkeypatch):
+    torch.set_num_threads(1)
+    config = config_in(run_folder, "full-disk", **SHORT, **{"save_every = 16": "save_every = 4"})
+    write, calls = state._save_tensors, []
+
+    def save_or_fail(trainer, folder):
+        calls.append(trainer.step)
+        if len(calls) == 2:
+            (folder / "half-written").write_bytes(b"0" * 100)
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write(trainer, folder)
+
+    monkeypatch.setattr(state, "_save_tensors", save_or_fail)
+    with pytest.raises(CheckpointError, match="No space left.*free space and resume"):
+        train(config)
+    assert calls == [4, 8]
+    assert not list((run_folder / "full-disk").glob(".state*"))
+    monkeypatch.undo()
+    resumed = train(config, resume=True)
+    straight = train(config_in(run_folder, "no-full-disk", **SHORT))
+    same_run(resumed, straight)
+
+
+def test_a_damaged_state_ends_with_one_line(run_folder):
+    config = config_in(run_folder, "damaged", **SHORT)
+    with pytest.raises(Interrupted):
+        train(config, progress=StopAt(3))
+    (file,) = (run_folder / "damaged" / "state").glob("*.safetensors")
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(CheckpointError, match="is damaged or of another run .*; start anew"):
+        train(config, resume=True)
+
+
+# Law 7: how a step is computed does not change it
+
+
+@pytest.mark.parametrize(
+    "engine",
+    ["micro_batch = 1", "micro_batch = 3", "recompute = true", "workers = 2"],
+)
+def test_micro_batches_threads_and_recomputing_change_nothing(run_folder, engine):
     torch.set_num_threads(2)
-    short = {"steps = 40": "steps = 12", "save_every = 16": "save_every = 16\nworkers = {}"}
-
-    def run(name: str, workers: int, **kwargs):
-        changes = {old: new.format(workers) for old, new in short.items()}
-        return train(config_in(run_folder, name, **changes), **kwargs)
-
-    class StopAt(Silent):
-        def advance(self, done, note=""):
-            if note and done == 9:
-                os.kill(os.getpid(), 2)
-
-    one, two = run("one-worker", 1), run("two-workers", 2)
-    for a, b in zip(metrics(one), metrics(two), strict=True):
+    name = engine.replace(" ", "")
+    one = train(config_in(run_folder, f"{name}-one", **SHORT))
+    other = train(
+        config_in(run_folder, name, **SHORT, **{"save_every = 16": f"save_every = 16\n{engine}"})
+    )
+    for a, b in zip(metrics(one), metrics(other), strict=True):
         assert a["num_tokens"] == b["num_tokens"] and a["expected"].keys() == b["expected"].keys()
         assert b["kd"] == pytest.approx(a["kd"], rel=1e-4)
-    first, second = (load_tensors(r.elastic / "model.safetensors") for r in (one, two))
+    first, second = weights_of(one), weights_of(other)
     assert all(torch.allclose(first[k], second[k], atol=1e-4) for k in first)
+
+
+def test_cached_teacher_trains_and_is_found_again(run_folder):
+    torch.set_num_threads(1)
+    cached = {**SHORT, "save_every = 16": "save_every = 5\nteacher_samples = 64"}
+    config = config_in(run_folder, "cached", **cached)
     with pytest.raises(Interrupted):
-        run("two-resumed", 2, progress=StopAt())
-    again = load_tensors(run("two-resumed", 2, resume=True).elastic / "model.safetensors")
-    assert all(torch.equal(second[k], again[k]) for k in second)
+        train(config, progress=StopAt(7))
+    shards = list((run_folder / "cached" / "teacher").glob("*.safetensors"))
+    assert len(shards) == 2
+    result, live = train(config, resume=True), train(config_in(run_folder, "live", **SHORT))
+    # Single steps are noisy estimates of the divergence, without bias.
+    mean = [sum(row["kd"]["small"] for row in metrics(run)) / 12 for run in (result, live)]
+    assert mean[0] == pytest.approx(mean[1], rel=0.1)
+    with pytest.raises(ConfigError, match="teacher_samples=300 is not in 0 to 255"):
+        config_in(run_folder, "many", **{"save_every = 16": "teacher_samples = 300"})
+
+
+# The parts of a run
 
 
 def test_principal_basis_is_stored_with_the_checkpoint(run_folder):
@@ -135,7 +242,7 @@ def test_principal_basis_is_stored_with_the_checkpoint(run_folder):
         "principal",
         **{
             "num_samples = 16": 'num_samples = 16\nbasis = "principal"',
-            "steps = 40": "steps = 1",
+            "tokens = 15360": "tokens = 1",
             "learning_rate = 2e-3": "learning_rate = 1e-12\nfinal_learning_rate = 1e-12",
         },
     )
@@ -155,96 +262,144 @@ def test_principal_basis_is_stored_with_the_checkpoint(run_folder):
 
 
 def test_router_at_full_budget_ends_at_full_width(trained):
+    """Law 9: the argmax at budget 1 is full on every axis, with nothing to repair."""
     manifest = load_manifest(trained.elastic, load(trained.elastic).axis_map)
     assert manifest.sizes["large"].repair == {}
 
 
-def test_one_size_per_step_follows_the_weights(run_folder):
+def test_one_size_per_group_follows_the_weights(run_folder):
+    changes = {
+        "batch_size = 4": 'batch_size = 4\nsizes_per_step = "one"\n'
+        "size_weights = [3, 1]\ngroups = 4",
+        "tokens = 15360": "tokens = 4608",
+    }
+    rows = metrics(train(config_in(run_folder, "one", **changes)))
+    assert len(rows) == 12
+    small = sum(row["num_distilled"] for row in rows if "small" in row["kd"])
+    assert 0 < sum("small" in row["kd"] for row in rows) < 12 and small > 0
+    assert any(len(row["kd"]) == 2 for row in rows)
+    assert sum("large" in row["kd"] for row in rows) > sum("small" in row["kd"] for row in rows)
+
+
+def test_given_widths_leave_nothing_to_learn(run_folder):
+    changes = {
+        **SHORT,
+        "[router]": '[router.fixed]\nlarge = "hidden=48"\nsmall = "hidden=32,top_k=1"\n[router]',
+    }
+    result = train(config_in(run_folder, "given", **changes))
+    sizes = load(result.elastic).sizes
+    assert sizes["small"].widths["hidden"] == 32 and sizes["small"].widths["top_k"] == 1
+    assert not any(row["expected"] for row in metrics(result))
+
+
+def test_layers_of_their_own_widths_and_fewer_layers(run_folder):
+    """Per-layer widths and depth, from the router to the reloaded family, generating."""
+    changes = {
+        **SHORT,
+        "[choices]": "[choices]\nlayers = [3, 2]\ntop_k = [2, 1]",
+        "[sizes.large]": 'per_layer = ["ssm_heads", "expert_ffn", "shared_ffn"]\n[sizes.large]',
+        "active = 0.7": "active = 0.55",
+    }
+    result = train(config_in(run_folder, "own", **changes))
+    family = load(result.elastic)
+    assert sorted(family.manifest.depth) == [0, 1, 2]
+    assert family.manifest.per_layer == ("ssm_heads", "expert_ffn", "shared_ffn")
+    small = family.sizes["small"]
+    assert small.cost["budget_miss"] <= 0.02
+    (generation,) = family.generate(["add 1 2"], think="small", answer="small", max_new_tokens=8)
+    assert generation.token_ids
+
+
+def test_stages_have_their_steps_rates_and_sizes():
+    long = StageConfig(
+        tokens=640,
+        context=64,
+        batch_size=2,
+        learning_rate=1.0,
+        final_learning_rate=0.5,
+        warmup_steps=2,
+        size_weights=(0.75, 0.25),
+    )
+    short = StageConfig(
+        tokens=100,
+        context=10,
+        batch_size=2,
+        learning_rate=0.1,
+        final_learning_rate=0.1,
+        warmup_steps=0,
+        size_weights=(0.5, 0.5),
+        sizes_per_step="one",
+    )
+    curriculum = Curriculum([long, short])
+    assert curriculum.num_steps == 5 + 5
+    assert [curriculum.at(step) for step in (0, 4, 5, 9)] == [
+        Position(0, 0), Position(0, 4), Position(1, 0), Position(1, 4),
+    ]  # fmt: skip
+    rates = [curriculum.learning_rate(step) for step in range(10)]
+    assert rates[0] == 0.5 and rates[1] > rates[2] > rates[4] > 0.5
+    assert rates[5:] == pytest.approx([0.1] * 5)
+    assert curriculum.sizes(3, 0, ["a", "b"], 0) == [("a", 0.75), ("b", 0.25)]
+    drawn = [curriculum.sizes(7, group, ["a", "b"], 0)[0][0] for group in range(40)]
+    assert 8 < drawn.count("a") < 32 and drawn == [
+        curriculum.sizes(7, group, ["a", "b"], 0)[0][0] for group in range(40)
+    ]
+
+
+def test_default_stages_are_the_papers(run_folder):
     config = config_in(
         run_folder,
-        "one",
-        **{"steps = 40": 'steps = 16\nsizes_per_step = "one"\nsize_weights = [3, 1]'},
+        "defaults",
+        **{
+            "context = 96\nbatch_size = 4\n": "",
+            "[engine]": "[[stages]]\ntokens = 50_000_000\n[engine]",
+        },
     )
-    result = train(config)
-    rows = metrics(result)
-    drawn = [next(iter(row["kd"])) for row in rows]
-    assert all(len(row["kd"]) == 1 for row in rows)
-    assert drawn.count("large") > drawn.count("small") > 0
+    first, second = config.stages
+    assert (first.context, first.batch_size, first.size_weights) == (8192, 1536, (0.5, 0.5))
+    assert (second.context, second.batch_size) == (49152, 512)
+    assert second.size_weights == pytest.approx((1 / 1.6, 0.6 / 1.6))
+    assert (first.num_steps, second.num_steps) == (1, 2)
 
 
-def test_batches_depend_on_seed_and_step_only(run_folder):
-    tokenizer = AutoTokenizer.from_pretrained(bundled_parent())
-    examples = Examples(JsonLines([run_folder / "rows.jsonl"]), tokenizer, 96, "answers")
-    straight = BatchOrder(examples, 8, seed=1)
-    rows = [straight.rows(step) for step in range(20)]
-    jumped = BatchOrder(examples, 8, seed=1)
-    assert [jumped.rows(step) for step in (17, 3, 12)] == [rows[17], rows[3], rows[12]]
-    assert sorted(row for batch in rows[:8] for row in batch) == list(range(64))
-    assert [BatchOrder(examples, 8, seed=2).rows(step) for step in range(20)] != rows
-    # A batch of short rows counts for less.
-    batches = [straight.batch(step) for step in range(8)]
-    assert sum(b.weight for b in batches) == pytest.approx(8)
-    by_length = sorted(batches, key=lambda b: b.num_tokens)
-    assert [b.weight for b in by_length] == sorted(b.weight for b in batches)
-    assert by_length[0].weight < 0.7 and by_length[-1].weight > 1.2
-
-
-def test_answers_only_marks_the_completion(run_folder):
-    tokenizer = AutoTokenizer.from_pretrained(bundled_parent())
-    (problem,) = sample_problems(["add"], "train", 1, seed=0)
-    file = run_folder / "one.jsonl"
-    rows = [
-        {"messages": messages(problem)},
-        {"messages": messages(problem, thinking=False)},
-        {"prompt": "add 1 2", "completion": " 3"},
-        {"text": "add 1 2"},
-    ]
-    file.write_text("\n".join(json.dumps(row) for row in rows))
-    examples = Examples(JsonLines([file]), tokenizer, 200, "answers")
-    for row, opening in ((0, "<think>\n"), (1, "<think></think>")):
-        ids, first = examples[row]
-        assert tokenizer.decode(ids[: first + 1]).endswith(f"assistant\n{opening}")
-        assert tokenizer.decode(ids).endswith(f"{problem.answer}<|im_end|>")
-    batch = examples.batch([0, 2, 3])
-    assert batch.predicts.sum(1).tolist()[1] == len(tokenizer.encode(" 3"))
-    assert batch.predicts.sum(1).tolist()[2] == len(tokenizer.encode("add 1 2")) - 1
-    assert not (batch.predicts & (batch.attention_mask == 0)).any()
-
-
-def test_distillation_loss_is_the_kl_and_chunks_do_not_change_it():
-    generator = torch.Generator().manual_seed(0)
-    teacher, student = (torch.randn(10, 7, generator=generator) for _ in range(2))
-    p, q = teacher.softmax(-1), student.softmax(-1)
-    expected = (p * (p / q).log()).sum(-1).mean()
-    assert torch.allclose(distillation_loss(teacher, student), expected, atol=1e-6)
-    assert torch.allclose(distillation_loss(teacher, student, chunk=3), expected, atol=1e-6)
-    assert distillation_loss(teacher, teacher).abs() < 1e-7
+# Mistakes
 
 
 @pytest.mark.parametrize(
     ("old", "new", "kind", "message"),
     [
-        (
-            "steps = 40",
-            "stepz = 12",
-            ConfigError,
-            "schedule.stepz is not a key.*did you mean steps",
-        ),
-        ("steps = 40", "steps = 0", ConfigError, "schedule.steps=0 is less than 1"),
-        ("steps = 40", 'steps = "12"', ConfigError, "schedule.steps='12' is not a int"),
-        ("active = 0.7", "active = 1.7", ConfigError, r"sizes.small.active=1.7 is not a fraction"),
+        ("tokens = 15360", "tokenz = 12", ConfigError, "stages.0..tokenz is not.*did you mean tok"),
+        ("tokens = 15360", "tokens = 0", ConfigError, "stages.tokens=0 is less than 1"),
+        ("tokens = 15360", 'tokens = "12"', ConfigError, r"stages\[0\].tokens='12' is not a int"),
+        ("active = 0.7", "active = 1.7", ConfigError, r"sizes.small.active=1.7 is more than the p"),
+        ("active = 0.7", 'active = "7X"', ConfigError, r"sizes.small.active='7X' has the unknown"),
         ("active = 0.7", "speed = 0.7", ConfigError, "sizes.small.speed is no budget"),
         ("active = 0.7", "active = 0.1", BudgetError, "small.*cannot be met; the choices reach"),
+        ("active = 0.7", "ms = 0.7", BudgetError, "milliseconds needs a latency table; measure"),
+        (
+            "active = 0.7",
+            "active = 0.7\ntotal = 1.0",
+            BudgetError,
+            "no widths of the choices meet active=0.7 and total=1 within 2%; the nearest",
+        ),
         ("[8, 6, 4]", "[8, 5]", ShapeError, "ssm_heads=5 is not a multiple of its 2 groups"),
         ("[8, 6, 4]", "[6, 4]", ConfigError, "must descend from the full width 8"),
-        ('loss_on = "answers"', 'loss_on = "some"', ConfigError, "data.loss_on='some' is unknown"),
+        ("[choices]", "[choices]\nlayers = [3, 0]", ConfigError, "must keep at least one layer"),
+        ('loss_on = "answers"', 'loss_on = "some"', ConfigError, "loss_on='some' is unknown"),
         ("rows.jsonl", "none.jsonl", ConfigError, "none.jsonl does not exist"),
         ('parent = "parent"', 'parent = "nowhere"', ConfigError, "nowhere holds no config.json"),
         ("num_samples = 16", 'scores = "none"', CheckpointError, "none does not exist"),
-        ("warmup_steps = 2", "betas = [1.0, 0.9]", ConfigError, r"optimizer.betas=\[1.0, 0.9\]"),
-        ("[optimizer]", "[router.annealing]\ntau_end = 0\n[optimizer]", ConfigError, "all must be"),
-        ("[data]", "[workload]\ncontext = -1\n[data]", ConfigError, "context=-1.*give tokens >= 0"),
-        ("[schedule]", "[schedul]", ConfigError, "schedul is not a key.*did you mean schedule"),
+        ("[engine]", "[optimizer]\nbetas = [1.0, 0.9]\n[engine]", ConfigError, "optimizer.betas="),
+        ("[engine]", "[router.annealing]\ntau_end = 0\n[engine]", ConfigError, "all must be"),
+        ("[engine]", "[workload]\ncontext = -1\n[engine]", ConfigError, "context=-1.*give tokens"),
+        ("[engine]", "[engin]", ConfigError, "engin is not a key.*did you mean engine"),
+        ("batch_size = 4", "batch_size = 4\ngroups = 3", ConfigError, "groups=3 does not divide"),
+        (
+            "batch_size = 4",
+            "batch_size = 4\nsize_weights = [1.0]",
+            ConfigError,
+            "size_weights has 1 entries for 2 sizes",
+        ),
+        ("[router]", '[router]\nfixed = {tiny = "hidden=1"}', ConfigError, "fixed.tiny is no size"),
     ],
 )
 def test_mistakes_end_before_any_work(run_folder, old, new, kind, message):
@@ -254,22 +409,21 @@ def test_mistakes_end_before_any_work(run_folder, old, new, kind, message):
 
 
 def test_resume_refuses_another_config(run_folder, trained):
-    with pytest.raises(ConfigError, match="schedule differ from the run"):
-        train(config_in(run_folder, "straight", **{"steps = 40": "steps = 50"}), resume=True)
+    with pytest.raises(ConfigError, match="stages differ from the run"):
+        train(config_in(run_folder, "straight", **{"tokens = 15360": "tokens = 999"}), resume=True)
     with pytest.raises(CheckpointError, match="holds no saved state"):
         train(config_in(run_folder, "never"), resume=True)
 
 
 def test_a_loss_that_is_not_finite_ends_with_one_line(run_folder):
     config = config_in(run_folder, "nan", **{"learning_rate = 2e-3": "learning_rate = 1e20"})
-    with pytest.raises(
-        CheckpointError, match=r"the loss of size .* lower optimizer\.learning_rate"
-    ):
+    with pytest.raises(CheckpointError, match=r"the loss of size .* lower the stage's learning_r"):
         train(config)
 
 
-def test_default_choices_halve_every_axis_but_heads():
+def test_default_choices_halve_every_axis_but_those_the_papers_keep():
     config = {**TINY, "vocab_size": 64}
     grid = default_choices(family_of(config).axis_map(config))
     assert grid["hidden"] == (48, 40, 32, 24) and grid["ssm_heads"] == (8, 6, 4)
-    assert grid["experts"] == (8, 7, 6, 5, 4) and "heads" not in grid
+    assert grid["experts"] == (8, 7, 6, 5, 4)
+    assert not {"heads", "layers", "top_k"} & set(grid)

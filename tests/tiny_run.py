@@ -12,8 +12,8 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from star_elastic.demo import bundled_parent, write_rows
+from star_elastic.nesting.elastic import ElasticModel
 from star_elastic.nesting.stream import save_model
-from star_elastic.nesting.submodel import ElasticModel
 from star_elastic.train.config import load_run_config
 from star_elastic.train.run import train
 
@@ -40,25 +40,26 @@ expert_ffn = [32, 24, 16]
 shared_ffn = [64, 60, 56, 52, 48, 44, 40, 36, 32, 28, 24]
 ssm_heads = [8, 6, 4]
 
-[data]
-train = ["rows.jsonl"]
-context = 96
+[[data]]
+files = ["rows.jsonl"]
 loss_on = "answers"
 
 [calibration]
 num_samples = 16
+context = 96
 
 [router]
 commit_at = 0.6
 learning_rate = 1e-2
 
-[optimizer]
+[[stages]]
+tokens = 15360
+context = 96
+batch_size = 4
 learning_rate = 2e-3
 warmup_steps = 2
 
-[schedule]
-steps = 40
-batch_size = 8
+[engine]
 save_every = 16
 autocast = false
 """

@@ -32,17 +32,15 @@ from star_elastic.evaluate.tasks import TASKS, sample_problems
 from star_elastic.generate.phased import PhasedGenerator
 from star_elastic.generate.phases import Plan
 from star_elastic.importance.orders import orders_from_scores
-from star_elastic.nesting.submodel import (
-    ElasticModel,
-    build_submodel,
-    load_parent,
-    sort_in_place,
-)
+from star_elastic.nesting.elastic import ElasticModel
+from star_elastic.nesting.submodel import build_submodel, load_parent, sort_in_place
 from star_elastic.router.budget import Commitment
 from star_elastic.router.router import Router
-from star_elastic.train.data import BatchOrder, Examples, JsonLines
+from star_elastic.train.calibrate import find_basis, rank
+from star_elastic.train.config import StageConfig
 from star_elastic.train.loop import Trainer
-from star_elastic.train.run import find_basis, load_tokenizer, rank
+from star_elastic.train.run import load_tokenizer
+from star_elastic.train.sources import Source, calibration_batches
 from star_elastic.widths import Widths
 
 NEAR = 0.01
@@ -63,12 +61,21 @@ class Cut:
         return f"{self.axis}={self.widths[self.axis]}"
 
 
+def stage(steps: int, num_sizes: int) -> StageConfig:
+    """One stage in which all cuts weigh the same."""
+    plain = DEMO.stages[-1]
+    tokens = steps * plain.batch_size * plain.context
+    return replace(plain, tokens=tokens, size_weights=(1 / num_sizes,) * num_sizes)
+
+
 def equal_cuts(cost: CostModel, metric: str, saved: float) -> list[Cut]:
     """For each axis, the width that saves nearest to `saved` of the cost, where one comes near."""
     full = cost.axis_map.full
     whole = cost.count(full).metric(metric)
     cuts = []
     for name, axis in cost.axis_map.axes.items():
+        if not axis.ranked:
+            continue
         step = axis.num_groups if axis.num_groups > 1 or axis.size <= 16 else 8
         grid = [w for w in range(axis.size - step, axis.minimum - 1, -step) if w > 0]
         share = {w: 1 - cost.count(full.replace(**{name: w})).metric(metric) / whole for w in grid}
@@ -106,7 +113,7 @@ def measure(out: Path, steps: int, problems_per_task: int) -> dict:
     """Cuts, distils, evaluates; writes `axes_alone.json` and returns its content."""
     out.mkdir(parents=True, exist_ok=True)
     rows = out / "train.jsonl"
-    write_rows(rows, max(steps * DEMO.batch_size, 64), DEMO.seed)
+    write_rows(rows, max(16 * steps, 64), DEMO.seed)
     parent, config = load_parent(bundled_parent())
     teacher, _ = load_parent(bundled_parent())
     tokenizer = load_tokenizer(bundled_parent())
@@ -114,12 +121,20 @@ def measure(out: Path, steps: int, problems_per_task: int) -> dict:
     cost = CostModel(elastic.axis_map)
     cuts = [*equal_cuts(cost, "active", 0.12), *equal_cuts(cost, "total", 0.2)]
     with Bars() as bars:
-        examples = Examples(JsonLines([rows]), tokenizer, CONTEXT, "answers")
+        source = Source([rows], tokenizer, "answers")
+        count = min(512, len(source))
+        options = {"num_samples": count, "batch_size": 32, "context": CONTEXT}
         scores, _ = rank(
-            parent, elastic.axis_map, examples,
-            num_samples=512, batch_size=32, source="bundled tasks", progress=bars,
-        )  # fmt: skip
-        basis = find_basis(parent, elastic.axis_map, examples, num_samples=512, batch_size=32)
+            parent,
+            elastic.axis_map,
+            calibration_batches([source], [1.0], **options),
+            num_samples=count,
+            name="bundled tasks",
+            progress=bars,
+        )
+        basis = find_basis(
+            parent, elastic.axis_map, calibration_batches([source], [1.0], **options)
+        )
         orders = orders_from_scores(scores, elastic.axis_map)
         sort_in_place(parent, elastic.axis_map, orders, basis)
         problems = sample_problems(TASKS, "test", problems_per_task, DEMO.seed)
@@ -140,14 +155,15 @@ def measure(out: Path, steps: int, problems_per_task: int) -> dict:
 
         before = evaluate()
         sizes = {c.name: {c.metric: 1 - c.saved} for c in cuts}
-        recipe = replace(DEMO, sizes=sizes, steps=steps, size_weights=())
+        recipe = replace(DEMO, sizes=sizes, stages=(stage(steps, len(sizes)),))
         run = run_config(recipe, rows, out)
         router = Router({"hidden": (elastic.axis_map.axes["hidden"].size,)}, len(sizes))
-        order = BatchOrder(examples, recipe.batch_size, recipe.seed)
-        trainer = Trainer(run, elastic, teacher, router, order)
+        trainer = Trainer(
+            run, elastic, ElasticModel(teacher, config), router, [source], sizes, cost
+        )
         trainer.committed = {c.name: Commitment(c.widths, 0.0, {}) for c in cuts}
         bars.stage("train", steps)
-        while trainer.step < steps:
+        while trainer.step < trainer.curriculum.num_steps:
             trainer.train_step()
             bars.advance(trainer.step)
         elastic.eval()

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from star_elastic.cli import run_and_show
 from star_elastic.cost import Workload
-from star_elastic.demo import DEMO, Recipe, run_recipe
+from star_elastic.demo import DEMO, Recipe, run_recipe, stages
 from star_elastic.errors import Interrupted, StarElasticError
 
 HOUR: Recipe = replace(
@@ -31,7 +31,7 @@ HOUR: Recipe = replace(
     choices={**DEMO.choices, "shared_ffn": tuple(range(128, 15, -8))},
     workload=Workload(context=256, batch=64),
     num_rows=50_000,
-    steps=2_200,
+    stages=stages(220, 1_980),
     problems_per_task=50,
     budgets=(0, 32, 64),
     pairs=(("small", "large"), ("medium", "large"), ("large", "small")),
@@ -40,8 +40,7 @@ HOUR: Recipe = replace(
 SMOKE: Recipe = replace(
     HOUR,
     num_rows=200,
-    steps=6,
-    batch_size=4,
+    stages=stages(2, 4, windows=2),
     problems_per_task=1,
     budgets=(8,),
     pairs=HOUR.pairs[:1],

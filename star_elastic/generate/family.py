@@ -18,6 +18,7 @@ from star_elastic.generate.phases import DEFAULT_GRACE, DEFAULT_MAX_NEW_TOKENS, 
 from star_elastic.generate.prompts import Prompt
 from star_elastic.manifest import Manifest, Size, load_manifest
 from star_elastic.nesting.submodel import build_submodel, load_parent
+from star_elastic.router.files import widths_for
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -55,6 +56,15 @@ class ElasticFamily(Mapping[str, PreTrainedModel]):
 
     def __contains__(self, size: object) -> bool:
         return size in self.manifest.sizes
+
+    def at(self, **budget: float | str) -> PreTrainedModel:
+        """The model for one budget between trained ones, for example `family.at(active=0.6)`.
+
+        Its widths are the router's; they were not trained themselves. Raises BudgetError outside
+        the trained range.
+        """
+        found = widths_for(self.path, self.manifest, self.axis_map, budget)
+        return build_submodel(self.parent, self.config, found.widths)
 
     @property
     def sizes(self) -> Mapping[str, Size]:

@@ -1,44 +1,49 @@
 """Budgets: the loss that pulls the router to them, and the exact choice when it commits.
 
 A size's budget is a fraction of the parent's cost for one or several metrics (`active`, `total`,
-`bytes`, `flops` of cost.py).
+`bytes`, `flops`, `ms` of cost.py).
 """
 
 from __future__ import annotations
 
-import itertools
+import copy
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 
 from star_elastic.cost import METRICS, CostModel
-from star_elastic.errors import BudgetError, ShapeError
-from star_elastic.nesting.gate import Mixtures
+from star_elastic.errors import BudgetError
+from star_elastic.nesting.gate import Mixture, expected_widths
+from star_elastic.router.grid import Grid, complete_widths
 from star_elastic.router.router import Decision, Router, Temperature
 from star_elastic.widths import Widths
 
 FULL_WIDTH_WEIGHT = 10.0
 AIM = 0.005
-TOLERANCE = 0.02
+"""Relative distance to a budget that counts as met."""
+REACH = 0.02
+"""A budget that all widths of the grid miss by more than this is refused before training."""
 SETTLED = Temperature(tau=1.0, scale=1.0)
 SETTLE_STEPS, SETTLE_RATE = 1000, 0.02
 DECIDED = 0.98
-"""Probability from which an axis counts as settled on one width."""
+"""Probability from which a place counts as settled on one width."""
+EXHAUSTIVE = 200_000
+"""Combinations of widths up to this many are counted one and all."""
+BEAM = 64
 
 Budgets = Mapping[str, float]
 """Fractions of the parent's cost, by metric."""
 
 
-def check_budgets(name: str, budgets: Budgets, cost: CostModel, choices: Mapping) -> None:
-    """Raises BudgetError unless the budgets are known and lie in the range of the choices."""
+def check_budgets(name: str, budgets: Budgets, cost: CostModel, grid: Grid) -> None:
+    """Raises BudgetError unless the budgets are known and some widths of the grid meet them all."""
     if not budgets:
         raise BudgetError(f"size {name!r} has no budget; give one, for example active = 0.5")
     full = cost.axis_map.full
-    least = full.replace(**{axis: min(grid) for axis, grid in choices.items()})
+    least = full.replace(**grid.extremes()[1])
     for metric, fraction in budgets.items():
         if metric not in METRICS:
             raise BudgetError(
@@ -47,35 +52,37 @@ def check_budgets(name: str, budgets: Budgets, cost: CostModel, choices: Mapping
         floor = cost.count(least).metric(metric) / cost.count(full).metric(metric)
         if not floor <= fraction <= 1:
             raise BudgetError(
-                f"size {name!r}: {metric}={fraction} cannot be met; the choices reach from "
+                f"size {name!r}: {metric}={fraction:.4g} cannot be met; the choices reach from "
                 f"{floor:.3f} to 1"
             )
+    possible, widths = nearest_possible(budgets, cost, grid)
+    if possible > REACH:
+        asked = " and ".join(f"{metric}={fraction:.4g}" for metric, fraction in budgets.items())
+        raise BudgetError(
+            f"size {name!r}: no widths of the choices meet {asked} within {REACH:.0%}; the nearest "
+            f"({widths}) miss by {possible:.1%}: change a budget or give finer choices"
+        )
 
 
-def expected_widths(mixtures: Mixtures, cost: CostModel) -> dict[str, Any]:
-    """Expected width per axis (tensors), full width for axes without a choice."""
-    expected: dict[str, Any] = dict(cost.axis_map.full)
-    expected.update({axis: mixture.expected() for axis, mixture in mixtures.items()})
-    return expected
-
-
-def budget_loss(mixtures: Mixtures, budgets: Budgets, cost: CostModel) -> torch.Tensor:
+def budget_loss(decision: Decision, budgets: Budgets, cost: CostModel) -> torch.Tensor:
     """Relative distance of the expected cost to the budget, summed over metrics; a scalar.
 
     |C(x) / (b * C_full) - 1| at the expected widths x, without slack: any slack is a budget
-    missed. At the full budget, 10 * the squared distance to the one-hot full width is added.
+    missed. At the full budget, 10 * the squared distance to the one-hot full width is added, the
+    mean over the layers of an axis on which each decides for itself.
     """
     full = cost.count(cost.axis_map.full)
-    now = cost.count(expected_widths(mixtures, cost))
+    now = cost.count(expected_widths(decision.mixtures, cost.axis_map))
     distances = [
         torch.as_tensor(now.metric(metric) / (fraction * full.metric(metric)) - 1).abs()
         for metric, fraction in budgets.items()
     ]
     loss = torch.stack(distances).sum()
     if all(fraction == 1 for fraction in budgets.values()):
-        for mixture in mixtures.values():
-            target = F.one_hot(torch.tensor(0), len(mixture.choices)).to(mixture.probs)
-            loss = loss + FULL_WIDTH_WEIGHT * F.mse_loss(mixture.probs, target)
+        share = len(decision.mixtures) / len(decision.picks)
+        for pick in decision.picks:
+            target = F.one_hot(torch.tensor(0), len(pick.choices)).to(pick.probs)
+            loss = loss + FULL_WIDTH_WEIGHT * share * F.mse_loss(pick.probs, target)
     return loss
 
 
@@ -83,104 +90,256 @@ def budget_loss(mixtures: Mixtures, budgets: Budgets, cost: CostModel) -> torch.
 class Commitment:
     """The widths a size is fixed to: how far off its budget, and what moved after argmax.
 
-    `miss` is the largest relative distance to a budget; `repair` maps each axis that moved to
-    its steps on the grid (negative: narrower).
+    `miss` is the largest relative distance to a budget, `possible` the smallest that any widths of
+    the grid have (None where there are too many to count); `repair` maps each axis that moved to
+    its steps on the grid (negative: narrower; summed over its layers).
     """
 
     widths: Widths
     miss: float
     repair: Mapping[str, int]
+    possible: float | None = None
 
 
-def budget_miss(widths: Mapping, budgets: Budgets, cost: CostModel) -> float:
-    """The largest relative distance of the exact cost to a budget."""
+def budget_miss(widths: Mapping, budgets: Budgets, cost: CostModel):
+    """The largest relative distance of the exact cost to a budget; a tensor for tensors (n,)."""
     full = cost.count(cost.axis_map.full)
-    now = cost.count(widths)
-    return max(
+    now = cost.count({**cost.axis_map.full, **widths})
+    misses = [
         abs(now.metric(metric) / (fraction * full.metric(metric)) - 1)
         for metric, fraction in budgets.items()
-    )
+    ]
+    if any(isinstance(miss, torch.Tensor) for miss in misses):
+        return torch.stack(list(torch.broadcast_tensors(*map(torch.as_tensor, misses)))).amax(0)
+    return max(misses)
 
 
-def commit(decision: Decision, budgets: Budgets, cost: CostModel) -> Commitment:
-    """Fixes a size's widths: the router's argmax, moved at most one grid step per axis.
+@dataclass(frozen=True, slots=True)
+class _Scored:
+    """Combinations of choices, by position on the grid (n, places), with what speaks for each."""
 
-    Of all widths within one step, takes the most probable (by the router) that meets the budget
-    within 0.5 %, else within 2 %, else the nearest to the budget.
+    positions: torch.Tensor
+    misses: torch.Tensor
+    log_probs: torch.Tensor
+    moves: torch.Tensor
+
+    def best(self, count: int = 1) -> list[int]:
+        """Rows, best first: budgets met, then the most probable; or else the nearest to them."""
+        met = self.misses <= AIM
+        keys = zip(
+            (~met).tolist(),
+            torch.where(met, -self.log_probs, self.misses).tolist(),
+            self.moves.tolist(),
+            self.misses.tolist(),
+            range(len(self.misses)),
+            strict=True,
+        )
+        finite = (key for key in keys if math.isfinite(key[3]))
+        return [key[-1] for key in sorted(finite)[:count]]
+
+
+class _Search:
+    """Scores combinations of choices of one decision against budgets, many at a time."""
+
+    def __init__(self, grid: Grid, budgets: Budgets, cost: CostModel, picks: Sequence[Mixture]):
+        self.grid, self.budgets, self.cost = grid, budgets, cost
+        self.choices = [grid.choices[place.axis] for place in grid.places]
+        self.log_probs = [pick.probs.detach().double().clamp_min(1e-30).log() for pick in picks]
+        self.start = torch.tensor([int(pick.probs.detach().argmax()) for pick in picks])
+
+    def score(self, positions: torch.Tensor) -> _Scored:
+        """Exact cost of every row of positions; widths that do not go together miss by infinity."""
+        columns = [
+            torch.tensor(choices, dtype=torch.float64)[positions[:, i]]
+            for i, choices in enumerate(self.choices)
+        ]
+        widths = self.grid.widths(columns)
+        misses = torch.as_tensor(budget_miss(widths, self.budgets, self.cost)).double()
+        misses = torch.where(self._legal(widths), misses.expand(len(positions)), math.inf)
+        log_probs = torch.zeros(len(positions), dtype=torch.float64)
+        for i, values in enumerate(self.log_probs):
+            log_probs += values[positions[:, i]]
+        return _Scored(positions, misses, log_probs, (positions != self.start).sum(1))
+
+    def _legal(self, widths: Mapping) -> torch.Tensor:
+        legal = torch.tensor(True)
+        for pair in self.cost.axis_map.multiples:
+            first, second = (widths.get(name, self.cost.axis_map.full[name]) for name in pair)
+            for divisor in second if isinstance(second, tuple) else (second,):
+                legal = legal & (torch.as_tensor(first) % divisor == 0)
+        return legal
+
+    def near(self, radius: int) -> _Scored:
+        """Combinations within `radius` steps of the likeliest one on every place: all of them, or
+        those that a beam of the best ones reaches place by place."""
+        allowed = [
+            list(range(max(at - radius, 0), min(at + radius + 1, len(choices))))
+            for at, choices in zip(self.start.tolist(), self.choices, strict=True)
+        ]
+        if math.prod(map(len, allowed)) <= EXHAUSTIVE:
+            return self.score(
+                torch.cartesian_prod(*map(torch.tensor, allowed)).reshape(-1, len(allowed))
+            )
+        beam = self.score(self.start[None])
+        for _ in range(len(allowed)):
+            rows = [beam.positions]
+            for place, options in enumerate(allowed):
+                for option in options:
+                    moved = beam.positions.clone()
+                    moved[:, place] = option
+                    rows.append(moved)
+            scored = self.score(torch.cat(rows).unique(dim=0))
+            kept = scored.best(BEAM)
+            before = beam.best()
+            improved = [(scored.misses[kept[0]] <= AIM).item(), scored.log_probs[kept[0]].item()]
+            last = [(beam.misses[before[0]] <= AIM).item(), beam.log_probs[before[0]].item()]
+            beam = _Scored(
+                scored.positions[kept], scored.misses[kept], scored.log_probs[kept],
+                scored.moves[kept],
+            )  # fmt: skip
+            if improved == last and improved[0]:
+                break
+        return beam
+
+
+def commit(
+    decision: Decision,
+    budgets: Budgets,
+    cost: CostModel,
+    grid: Grid,
+    possible: float | None = None,
+    *,
+    radius: int = 1,
+) -> Commitment:
+    """Fixes a size's widths: the router's argmax, every place moved at most `radius` grid steps.
+
+    Of all widths that near, takes the most probable (by the router) that meets the budgets
+    within 0.5 %, else the nearest to them. Raises BudgetError if none of them go together.
     """
-    axes = list(decision.mixtures)
-    steps: list[list[tuple[int, int, float]]] = []
-    for axis in axes:
-        mixture = decision.mixtures[axis]
-        at = mixture.choices.index(decision.choice[axis])
-        log_probs = mixture.probs.detach().clamp_min(1e-30).log().tolist()
-        options = []
-        for position in (at - 1, at, at + 1):
-            if 0 <= position < len(mixture.choices):
-                width = mixture.choices[position]
-                options.append((width, at - position, log_probs[position]))
-        steps.append(options)
-
-    best: tuple[tuple, Commitment] | None = None
-    for combination in itertools.product(*steps):
-        chosen = {axis: option[0] for axis, option in zip(axes, combination, strict=True)}
-        try:
-            widths = cost.axis_map.complete(chosen)
-        except ShapeError:
-            continue
-        miss = budget_miss(widths, budgets, cost)
-        moved = {a: o[1] for a, o in zip(axes, combination, strict=True) if o[1]}
-        log_prob = math.fsum(option[2] for option in combination)
-        grade = 0 if miss <= AIM else 1 if miss <= TOLERANCE else 2
-        rank = (grade, miss if grade == 2 else -log_prob, len(moved), miss)
-        if best is None or rank < best[0]:
-            best = (rank, Commitment(widths, miss, moved))
-    if best is None:
+    search = _Search(grid, budgets, cost, decision.picks)
+    scored = search.near(radius)
+    best = scored.best()
+    if not best:
         raise BudgetError(
-            f"no allowed widths lie within one step of {dict(decision.choice)}; "
+            f"no allowed widths lie within {radius} steps of {dict(decision.choice)}; "
             "change the choices so that they satisfy the model's rules"
         )
-    return best[1]
+    positions = scored.positions[best[0]]
+    chosen = [choices[p] for choices, p in zip(search.choices, positions.tolist(), strict=True)]
+    repair: dict[str, int] = {}
+    for place, steps in zip(grid.places, (search.start - positions).tolist(), strict=True):
+        if steps:
+            repair[place.axis] = repair.get(place.axis, 0) + steps
+    widths = complete_widths(grid, chosen, cost.axis_map)
+    return Commitment(widths, float(budget_miss(widths, budgets, cost)), repair, possible)
+
+
+def nearest_possible(budgets: Budgets, cost: CostModel, grid: Grid) -> tuple[float, Widths]:
+    """The smallest miss that any widths of the grid have, and those widths.
+
+    Where layers decide for themselves, widths that are the same in all layers are counted; they
+    bound the miss from above. Grids with too many combinations are thinned alike on every axis.
+    """
+    alike = Grid(grid.choices, {}, grid.depth)
+    choices = {axis: list(range(len(widths))) for axis, widths in alike.choices.items()}
+    while math.prod(map(len, choices.values())) > EXHAUSTIVE:
+        longest = max(choices, key=lambda axis: len(choices[axis]))
+        choices[longest] = sorted({*choices[longest][::2], choices[longest][-1]})
+    flat = [
+        Mixture(alike.choices[axis], torch.ones(len(alike.choices[axis]), dtype=torch.float64))
+        for axis in choices
+    ]
+    search = _Search(alike, budgets, cost, flat)
+    positions = torch.cartesian_prod(*map(torch.tensor, choices.values()))
+    scored = search.score(positions.reshape(-1, len(choices)))
+    best = int(scored.misses.argmin())
+    if not math.isfinite(scored.misses[best]):
+        raise BudgetError("no widths of the choices go together; change the choices")
+    chosen = [w[p] for w, p in zip(search.choices, scored.positions[best].tolist(), strict=True)]
+    return float(scored.misses[best]), complete_widths(alike, chosen, cost.axis_map)
 
 
 def settle(router: Router, budget_N: torch.Tensor, budgets: Budgets, cost: CostModel) -> Commitment:
     """Fixes the widths of the size that the budget vector stands for.
 
-    Where the router's argmax cannot be moved onto the budgets within one grid step per axis, the
+    Where the router's argmax cannot be moved onto the budgets within one grid step per place, the
     router first takes up to `SETTLE_STEPS` gradient steps that no data sees: its expected cost onto
-    the budgets or, where it is there, one axis onto the width next to its expected one, those whose
-    grid steps cost most first, so that the finer ones can make up for it. What still misses then is
-    in the commitment.
+    the budgets or, where it is there, one place onto the width next to its expected one, those
+    whose grid steps cost most first, so that the finer ones can make up for it. If that does not
+    bring it into reach, places move further than one step; `repair` tells.
     """
-    coarsest_first = sorted(
-        router.choices,
-        key=lambda axis: _step_cost(axis, router.choices[axis], budgets, cost),
-        reverse=True,
+    grid = router.grid
+    possible, _ = nearest_possible(budgets, cost, grid)
+    enough = max(AIM, possible if not grid.per_layer else 0.0)
+    order = sorted(
+        range(len(grid.places)), key=lambda i: _step_cost(grid, i, budgets, cost), reverse=True
     )
-    fixed = commit(router.decide(budget_N, SETTLED), budgets, cost)
+    best = commit(router.decide(budget_N, SETTLED), budgets, cost, grid, possible)
     for _ in range(SETTLE_STEPS):
-        if fixed.miss <= TOLERANCE:
+        if best.miss <= enough * (1 + 1e-9):
             break
-        mixtures = router.decide(budget_N, SETTLED).mixtures
-        loss = budget_loss(mixtures, budgets, cost)
-        if loss <= TOLERANCE:
-            open_axes = [a for a in coarsest_first if mixtures[a].probs.max() < DECIDED]
-            for mixture in [mixtures[axis] for axis in open_axes[:1]]:
-                offsets = mixture.probs.new_tensor(mixture.choices) - mixture.expected().detach()
-                loss = loss - mixture.probs[offsets.abs().argmin()].log()
-        parameters = list(router.parameters())
-        gradients = torch.autograd.grad(loss, parameters)
-        norm = torch.stack([gradient.norm() for gradient in gradients]).norm()
-        with torch.no_grad():
-            for parameter, gradient in zip(parameters, gradients, strict=True):
-                parameter -= SETTLE_RATE / max(norm.item(), 1e-12) * gradient
-        fixed = commit(router.decide(budget_N, SETTLED), budgets, cost)
-    return fixed
+        decision = router.decide(budget_N, SETTLED)
+        loss = budget_loss(decision, budgets, cost)
+        if loss <= REACH:
+            picks = [decision.picks[i] for i in order]
+            for pick in [pick for pick in picks if pick.probs.max() < DECIDED][:1]:
+                offsets = pick.probs.new_tensor(pick.choices) - pick.expected().detach()
+                loss = loss - pick.probs[offsets.abs().argmin()].log()
+        _descend(router, loss)
+        now = commit(router.decide(budget_N, SETTLED), budgets, cost, grid, possible)
+        best = min(best, now, key=lambda fixed: fixed.miss)
+    decision = router.decide(budget_N, SETTLED)
+    for radius in range(2, max(map(len, grid.choices.values()))):
+        if best.miss <= enough * (1 + 1e-9):
+            break
+        now = commit(decision, budgets, cost, grid, possible, radius=radius)
+        best = min(best, now, key=lambda fixed: fixed.miss)
+    return best
 
 
-def _step_cost(axis: str, choices: tuple[int, ...], budgets: Budgets, cost: CostModel) -> float:
-    """Relative cost of an axis's mean grid step, summed over the budgets' metrics."""
-    full = cost.axis_map.full
-    whole, least = cost.count(full), cost.count(full.replace(**{axis: choices[-1]}))
+def _descend(router: Router, loss: torch.Tensor) -> None:
+    """One gradient step of fixed length."""
+    parameters = list(router.parameters())
+    gradients = torch.autograd.grad(loss, parameters)
+    norm = torch.stack([gradient.norm() for gradient in gradients]).norm()
+    with torch.no_grad():
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            parameter -= SETTLE_RATE / max(norm.item(), 1e-12) * gradient
+
+
+def _step_cost(grid: Grid, number: int, budgets: Budgets, cost: CostModel) -> float:
+    """Relative cost of a place's mean grid step, summed over the budgets' metrics."""
+    place, full = grid.places[number], cost.axis_map.full
+    widest = [grid.choices[p.axis][0] for p in grid.places]
+    narrow = [*widest]
+    narrow[number] = grid.choices[place.axis][-1]
+    whole, least = cost.count(full), cost.count({**full, **grid.widths(narrow)})
     saved = sum(1 - least.metric(m) / whole.metric(m) for m in budgets)
-    return saved / max(len(choices) - 1, 1)
+    return saved / max(len(grid.choices[place.axis]) - 1, 1)
+
+
+def settle_between(
+    router: Router, trained: Sequence[Budgets], asked: Budgets, cost: CostModel
+) -> Commitment:
+    """Widths for budgets between two trained ones, by interpolating their budget vectors.
+
+    `trained` are the budgets the router was trained at, in its order. The router that is given is
+    left as it is. Raises BudgetError for budgets outside the trained range or metrics that no
+    trained size has.
+    """
+    if len(asked) != 1:
+        raise BudgetError("give one budget, for example active=0.6, to find widths between sizes")
+    ((metric, fraction),) = asked.items()
+    known = sorted((b[metric], number) for number, b in enumerate(trained) if metric in b)
+    if len(known) < 2 or not known[0][0] <= fraction <= known[-1][0]:
+        reach = f"{known[0][0]:.4g} to {known[-1][0]:.4g}" if len(known) > 1 else "none"
+        raise BudgetError(
+            f"{metric}={fraction:.4g} lies outside the range of {metric} that this router was "
+            f"trained for ({reach}); ask for a budget inside it, or train a size there"
+        )
+    below = max(pair for pair in known if pair[0] <= fraction)
+    above = min(pair for pair in known if pair[0] >= fraction)
+    span = above[0] - below[0]
+    share = (fraction - below[0]) / span if span else 0.0
+    vector = (1 - share) * router.one_hot(below[1]) + share * router.one_hot(above[1])
+    return settle(copy.deepcopy(router), vector, asked, cost)

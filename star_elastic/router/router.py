@@ -1,20 +1,24 @@
 """The router: one small network per axis that maps a budget to a distribution over widths.
 
-Shapes: N budgets, C choices of an axis. Source of the architecture: Nemotron Elastic (arXiv
-2511.16664), section on the router; deliberate differences are named where they occur.
+Shapes: N budgets, C choices of an axis, L layers that decide for themselves (1: all alike). Source
+of the architecture: Nemotron Elastic (arXiv 2511.16664), section on the router; deliberate
+differences are named where they occur.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from star_elastic.nesting.gate import Mixture
+from star_elastic.axes import LAYERS
+from star_elastic.nesting.gate import Mixture, Mixtures
+from star_elastic.router.grid import Grid
+from star_elastic.widths import Width
 
 HIDDEN_WIDTH = 256
 INIT_STD = 0.1
@@ -26,10 +30,15 @@ LEAK = 0.1
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """What the router says for one budget: a mixture per axis and the most likely widths."""
+    """What the router says for one budget.
 
-    mixtures: Mapping[str, Mixture]
-    choice: Mapping[str, int]
+    `picks` is one mixture for every place of the grid, in its order; `mixtures` the same by axis,
+    as a model reads them; `choice` the most likely widths.
+    """
+
+    mixtures: Mixtures
+    picks: tuple[Mixture, ...]
+    choice: Mapping[str, Width]
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,31 +61,35 @@ def seed_for(*parts: int | str) -> int:
 
 
 class Router(nn.Module):
-    """Maps a budget vector (N,), one-hot at a trained budget, to logits over each axis's widths."""
+    """Maps a budget vector (N,), one-hot at a trained budget, to logits over each axis's widths.
+
+    On axes on which the layers decide for themselves, one network gives the logits of all layers.
+    """
 
     def __init__(
         self,
-        choices: Mapping[str, tuple[int, ...]],
+        grid: Grid | Mapping[str, tuple[int, ...]],
         num_budgets: int,
         seed: int = 0,
         start: float = START,
     ):
         super().__init__()
-        self.choices = {axis: tuple(grid) for axis, grid in choices.items()}
+        self.grid = grid if isinstance(grid, Grid) else Grid(dict(grid))
         self.num_budgets = num_budgets
         self.nets = nn.ModuleDict()
-        for axis, grid in self.choices.items():
-            assert list(grid) == sorted(set(grid), reverse=True), (axis, grid)
+        for axis, choices in self.grid.choices.items():
+            assert list(choices) == sorted(set(choices), reverse=True), (axis, choices)
+            num_layers = self.grid.per_layer.get(axis, 1)
             net = nn.Sequential(
                 nn.Linear(num_budgets, HIDDEN_WIDTH, bias=False),
                 nn.LeakyReLU(LEAK),
-                nn.Linear(HIDDEN_WIDTH, len(grid), bias=False),
+                nn.Linear(HIDDEN_WIDTH, num_layers * len(choices), bias=False),
             )
             generator = torch.Generator().manual_seed(seed_for(seed, "router", axis))
             for parameter in net.parameters():
                 nn.init.normal_(parameter, std=INIT_STD, generator=generator)
             self.nets[axis] = net
-            start_C = start * F.one_hot(torch.tensor(0), len(grid))
+            start_C = start * F.one_hot(torch.tensor(0), len(choices))
             self.register_buffer(f"start_{axis}", start_C, persistent=False)
 
     def one_hot(self, budget: int) -> torch.Tensor:
@@ -95,20 +108,47 @@ class Router(nn.Module):
         """The decision for a budget vector.
 
         `noise_key` draws Gumbel noise keyed by it and the axis; without it there is none (as in
-        evaluation). `hard` returns a one-hot sample whose gradient is that of the soft one.
+        evaluation). `hard` returns one-hot samples whose gradient is that of the soft ones.
         """
-        mixtures = {}
+        picks: list[Mixture] = []
         for axis, net in self.nets.items():
-            logits_C = (net(budget_N) + self.get_buffer(f"start_{axis}")) * temperature.scale
+            choices = self.grid.choices[axis]
+            logits_LC = net(budget_N).unflatten(0, (-1, len(choices)))
+            logits_LC = (logits_LC + self.get_buffer(f"start_{axis}")) * temperature.scale
             if noise_key is not None:
-                logits_C = logits_C + gumbel(len(logits_C), *noise_key, axis).to(logits_C)
-            probs_C = (logits_C / temperature.tau).softmax(-1)
+                noise = gumbel(logits_LC.numel(), *noise_key, axis).reshape(logits_LC.shape)
+                logits_LC = logits_LC + noise.to(logits_LC)
+            probs_LC = (logits_LC / temperature.tau).softmax(-1)
             if hard:
-                one_hot_C = F.one_hot(probs_C.argmax(), len(probs_C)).to(probs_C)
-                probs_C = one_hot_C + (probs_C - probs_C.detach())
-            mixtures[axis] = Mixture(self.choices[axis], probs_C)
-        choice = {a: m.choices[int(m.probs.detach().argmax())] for a, m in mixtures.items()}
-        return Decision(mixtures, choice)
+                one_hot_LC = F.one_hot(probs_LC.argmax(-1), len(choices)).to(probs_LC)
+                probs_LC = one_hot_LC + (probs_LC - probs_LC.detach())
+            picks += [Mixture(choices, probs_C) for probs_C in probs_LC]
+        likeliest = [pick.choices[int(pick.probs.detach().argmax())] for pick in picks]
+        choice = self.grid.widths(likeliest)
+        return Decision(self._by_axis(picks), tuple(picks), choice)
+
+    def _by_axis(self, picks: Sequence[Mixture]) -> dict[str, Mixture | tuple[Mixture, ...]]:
+        grouped: dict[str, list[Mixture]] = {}
+        for place, pick in zip(self.grid.places, picks, strict=True):
+            grouped.setdefault(place.axis, []).append(pick)
+        return {
+            axis: self._presence(of_axis[0])
+            if axis == LAYERS
+            else tuple(of_axis)
+            if axis in self.grid.per_layer
+            else of_axis[0]
+            for axis, of_axis in grouped.items()
+        }
+
+    def _presence(self, counts: Mixture) -> tuple[Mixture, ...]:
+        """Whether each layer is there, from a mixture over how many are: its gate is the weight of
+        all counts that reach down to its rank."""
+        ranks = {layer: rank for rank, layer in enumerate(self.grid.depth)}
+        gates = counts.unit_gates(len(ranks))
+        return tuple(
+            Mixture((1, 0), torch.stack([gates[ranks[layer]], 1 - gates[ranks[layer]]]))
+            for layer in range(len(ranks))
+        )
 
 
 def gumbel(count: int, *key: int | str) -> torch.Tensor:

@@ -1,74 +1,125 @@
 """The run config: one strict TOML file, checked before any work starts.
 
-Unknown keys fail with the nearest known name; every default is defined once, here.
+Every default is defined once, here; those of the stages, the optimiser and the router are the
+papers' (arXiv 2605.07182 and 2511.16664).
 """
 
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import tomllib
-import types
-import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
+from star_elastic.amounts import parse_budget
 from star_elastic.cost import METRICS, Workload
 from star_elastic.errors import ConfigError
 from star_elastic.router.router import Annealing
+from star_elastic.train.strict import parse, require
 
 
 @dataclass(frozen=True, kw_only=True)
-class DataConfig:
-    """Training rows. `loss_on`: every token, or only those of completions and last answers."""
+class SourceConfig:
+    """Rows of one kind: JSONL files, or directories and parquet files of Hugging Face datasets.
 
-    train: tuple[str, ...]
-    context: int = 1024
+    `weight` is its share of the tokens, relative to the other sources. `loss_on`: every token, or
+    only those of completions and last answers.
+    """
+
+    files: tuple[str, ...]
+    weight: float = 1.0
     loss_on: Literal["all", "answers"] = "all"
 
     def __post_init__(self):
-        require(bool(self.train), "data.train names no file; list JSONL files")
-        require(self.context >= 2, f"data.context={self.context} is less than 2 tokens")
+        require(bool(self.files), "data.files names no file; list JSONL files or datasets")
+        require(self.weight > 0, f"data.weight={self.weight} is not > 0; leave the source out")
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageConfig:
+    """One stage of the curriculum: `tokens` in all, in `batch_size` windows of `context` a step.
+
+    The defaults of a run's first stage are short and uniform over the sizes, those of later ones
+    long and weighted to the large sizes. `size_weights` has one entry per size, largest first.
+    `sizes_per_step`: all sizes on the same tokens with one teacher forward, their losses weighted;
+    or one size for each of the step's `groups` of windows, drawn by the weights. The learning rate
+    warms up and falls to `final_learning_rate` by a cosine inside the stage.
+    """
+
+    tokens: int
+    context: int = 0
+    batch_size: int = 0
+    size_weights: tuple[float, ...] = ()
+    sizes_per_step: Literal["all", "one"] = "all"
+    groups: int = 1
+    learning_rate: float = 1e-4
+    final_learning_rate: float = 1e-5
+    warmup_steps: int = 60
+
+    def __post_init__(self):
+        require(self.tokens >= 1, f"stages.tokens={self.tokens} is less than 1")
+        require(
+            self.context == 0 or self.context >= 2, f"stages.context={self.context} is not >= 2"
+        )
+        require(self.batch_size >= 0, f"stages.batch_size={self.batch_size} is negative")
+        require(self.groups >= 1, f"stages.groups={self.groups} is less than 1")
+        require(all(w > 0 for w in self.size_weights), "stages.size_weights must be positive")
+        require(self.learning_rate > 0, f"stages.learning_rate={self.learning_rate} is not > 0")
+        for name in ("final_learning_rate", "warmup_steps"):
+            require(getattr(self, name) >= 0, f"stages.{name}={getattr(self, name)} is negative")
+
+    @property
+    def num_steps(self) -> int:
+        """Optimiser steps of the stage."""
+        return max(1, round(self.tokens / (self.batch_size * self.context)))
+
+
+FIRST_STAGE = {"context": 8192, "batch_size": 1536}
+LATER_STAGES = {"context": 49152, "batch_size": 512}
+FAVOUR_LARGE = 0.6
+"""Weight of each size in later stages relative to the next larger one: .51, .31, .18 for three
+sizes, where the papers use .5, .3, .2."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class CalibrationConfig:
     """Rows that importance is estimated on: the first of the training data, or stored scores.
 
-    `basis` of the residual stream, from which hidden channels are cut: the parent's own channels,
-    or its principal components, of which far fewer do (not for models with tied embeddings).
+    `context` cuts longer rows. `basis` of the residual stream, from which hidden channels are cut:
+    the parent's own channels, or its principal components, of which far fewer do (not for models
+    with tied embeddings).
     """
 
     num_samples: int = 256
     batch_size: int = 16
+    context: int = 1024
     scores: str = ""
     basis: Literal["channels", "principal"] = "channels"
 
     def __post_init__(self):
-        require(self.num_samples >= 1, "calibration.num_samples must be at least 1")
-        require(self.batch_size >= 1, "calibration.batch_size must be at least 1")
+        for name, least in (("num_samples", 1), ("batch_size", 1), ("context", 2)):
+            value = getattr(self, name)
+            require(value >= least, f"calibration.{name}={value} is less than {least}")
 
 
 @dataclass(frozen=True, kw_only=True)
 class RouterConfig:
     """The router: `weight` of its budget loss, and the share of all steps after which the widths
-    are fixed and every size trains as a plain slice. While it learns, a step reads `batch_size`
-    rows of the step's batch (0: all): its noise comes from the draws of widths, not from the data,
-    and every one of its steps costs as much as the widest choice.
+    are fixed and every size trains as a plain slice. `fixed` gives widths per size instead, and
+    there is nothing to learn.
     """
 
     learning_rate: float = 1e-2
     weight: float = 1.0
     commit_at: float = 0.3
-    batch_size: int = 0
     hard_share: float = 0.004
     annealing: Annealing = field(default_factory=Annealing)
+    fixed: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self):
         require(0 < self.commit_at <= 1, f"router.commit_at={self.commit_at} is not in (0, 1]")
-        require(self.batch_size >= 0, f"router.batch_size={self.batch_size} is negative")
         require(self.weight >= 0, f"router.weight={self.weight} is negative")
         require(self.learning_rate > 0, f"router.learning_rate={self.learning_rate} is not > 0")
         a = self.annealing
@@ -82,99 +133,125 @@ class RouterConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-    """AdamW with linear warm-up and a cosine to `final_learning_rate`."""
+    """AdamW."""
 
-    learning_rate: float = 1e-4
-    final_learning_rate: float = 1e-5
-    warmup_steps: int = 60
     betas: tuple[float, ...] = (0.9, 0.98)
     weight_decay: float = 0.0
     clip_norm: float = 1.0
 
     def __post_init__(self):
-        require(self.learning_rate > 0, f"optimizer.learning_rate={self.learning_rate} is not > 0")
         require(
             len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas),
             f"optimizer.betas={list(self.betas)} must be two numbers in [0, 1)",
         )
-        for name in ("final_learning_rate", "warmup_steps", "weight_decay"):
-            value = getattr(self, name)
-            require(value >= 0, f"optimizer.{name}={value} is negative")
+        require(self.weight_decay >= 0, f"optimizer.weight_decay={self.weight_decay} is negative")
         require(self.clip_norm > 0, f"optimizer.clip_norm={self.clip_norm} is not > 0")
 
 
 @dataclass(frozen=True, kw_only=True)
-class ScheduleConfig:
-    """How long and how much at a time. `sizes_per_step`: all sizes on the same tokens with one
-    teacher forward, or one size drawn by `size_weights`, which weigh the losses otherwise.
-    `workers` threads share a step's rows: for models too small to fill the cores one by one.
+class EngineConfig:
+    """How a step is computed; none of it changes what is learned, but for rounding.
+
+    `micro_batch` windows at a time (0: all that a worker has). `workers` threads share a step's
+    windows: for models too small to fill the cores one by one. `recompute` keeps no activations
+    inside blocks. `autocast` multiplies in bf16. `teacher_samples` > 0 caches that many samples of
+    the teacher's distribution per token instead of running it whenever a row comes again.
+    `save_every` steps the state is saved.
     """
 
-    steps: int
-    batch_size: int = 32
-    sizes_per_step: Literal["all", "one"] = "all"
-    size_weights: tuple[float, ...] = ()
-    save_every: int = 200
+    micro_batch: int = 0
     workers: int = 1
+    recompute: bool = False
     autocast: bool = True
+    teacher_samples: int = 0
+    save_every: int = 200
 
     def __post_init__(self):
-        require(self.steps >= 1, f"schedule.steps={self.steps} is less than 1")
-        require(self.batch_size >= 1, f"schedule.batch_size={self.batch_size} is less than 1")
-        require(self.workers >= 1, f"schedule.workers={self.workers} is less than 1")
-        require(self.save_every >= 1, f"schedule.save_every={self.save_every} is less than 1")
-        require(all(w > 0 for w in self.size_weights), "schedule.size_weights must be positive")
+        for name, least in (("micro_batch", 0), ("workers", 1), ("save_every", 1)):
+            value = getattr(self, name)
+            require(value >= least, f"engine.{name}={value} is less than {least}")
+        require(
+            0 <= self.teacher_samples <= 255,
+            f"engine.teacher_samples={self.teacher_samples} is not in 0 to 255",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """A whole run. `sizes` maps each name, largest first, to budgets (fractions by metric);
-    `choices` maps each elastic axis to its widths, largest first (empty: a default grid);
-    `workload` is the decoding that budgets on bytes and operations are counted for.
+    """A whole run. `sizes` maps each name, largest first, to budgets by metric: fractions of the
+    parent's cost, or amounts with a unit; `choices` maps each elastic axis to its widths, largest
+    first (empty: a default grid); `per_layer` lists axes on which every layer has widths of its
+    own; `workload` is the decoding that budgets on bytes and operations are counted for, `latency`
+    the measured table for budgets in milliseconds.
     """
 
     parent: str
     out: str
-    sizes: Mapping[str, Mapping[str, float]]
-    data: DataConfig
-    schedule: ScheduleConfig
+    sizes: Mapping[str, Mapping[str, float | str]]
+    data: tuple[SourceConfig, ...]
+    stages: tuple[StageConfig, ...]
     seed: int = 0
     choices: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    per_layer: tuple[str, ...] = ()
     workload: Workload = field(default_factory=Workload)
+    latency: str = ""
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
     router: RouterConfig = field(default_factory=RouterConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
 
     def __post_init__(self):
         require(bool(self.sizes), "sizes is empty; add for example [sizes.small] active = 0.5")
+        require(bool(self.data), "data is empty; add [[data]] with files")
+        require(bool(self.stages), "stages is empty; add [[stages]] with tokens")
         for name, budgets in self.sizes.items():
             require(bool(budgets), f"sizes.{name} has no budget; add for example active = 0.5")
-            for metric, fraction in budgets.items():
+            for metric, amount in budgets.items():
                 require(
                     metric in METRICS,
                     f"sizes.{name}.{metric} is no budget; use {', '.join(METRICS)}",
                 )
-                require(
-                    isinstance(fraction, (int, float)) and 0 < fraction <= 1,
-                    f"sizes.{name}.{metric}={fraction} is not a fraction in (0, 1]",
-                )
+                parse_budget(amount, metric, f"sizes.{name}.")
         load = self.workload
         require(
             load.context >= 0 and load.batch >= 1 and load.dtype_bytes >= 1,
             f"workload has context={load.context}, batch={load.batch}, "
             f"dtype_bytes={load.dtype_bytes}; give tokens >= 0, sequences and bytes >= 1",
         )
-        weights = self.schedule.size_weights
+        for name in self.router.fixed:
+            require(
+                name in self.sizes, f"router.fixed.{name} is no size; use {', '.join(self.sizes)}"
+            )
         require(
-            not weights or len(weights) == len(self.sizes),
-            f"schedule.size_weights has {len(weights)} entries for {len(self.sizes)} sizes",
+            not self.router.fixed or set(self.router.fixed) == set(self.sizes),
+            "router.fixed gives widths for some sizes only; give them for all or for none",
+        )
+        object.__setattr__(
+            self, "stages", tuple(self._resolve(n, s) for n, s in enumerate(self.stages))
         )
 
-
-def require(condition: bool, message: str) -> None:
-    """Raises ConfigError with `message` unless the condition holds."""
-    if not condition:
-        raise ConfigError(message)
+    def _resolve(self, number: int, stage: StageConfig) -> StageConfig:
+        """A stage with its defaults filled in, which depend on where it stands."""
+        shape = LATER_STAGES if number else FIRST_STAGE
+        weights = stage.size_weights or tuple(
+            FAVOUR_LARGE**i if number else 1.0 for i in range(len(self.sizes))
+        )
+        require(
+            len(weights) == len(self.sizes),
+            f"stages[{number}].size_weights has {len(weights)} entries for {len(self.sizes)} sizes",
+        )
+        total = sum(weights)
+        stage = dataclasses.replace(
+            stage,
+            context=stage.context or shape["context"],
+            batch_size=stage.batch_size or shape["batch_size"],
+            size_weights=tuple(weight / total for weight in weights),
+        )
+        require(
+            stage.batch_size % stage.groups == 0,
+            f"stages[{number}].groups={stage.groups} does not divide batch_size={stage.batch_size}",
+        )
+        return stage
 
 
 def load_run_config(file: str | Path) -> RunConfig:
@@ -187,75 +264,20 @@ def load_run_config(file: str | Path) -> RunConfig:
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{file} is not valid TOML ({error})") from None
     config = parse(RunConfig, content, "")
-    base = file.parent
 
     def resolve(path: str) -> str:
-        return path if not path or Path(path).is_absolute() else str(base / path)
+        return path if not path or Path(path).is_absolute() else str(file.parent / path)
 
-    data = dataclasses.replace(config.data, train=tuple(resolve(p) for p in config.data.train))
-    calibration = dataclasses.replace(config.calibration, scores=resolve(config.calibration.scores))
     return dataclasses.replace(
         config,
         parent=resolve(config.parent),
         out=resolve(config.out),
-        data=data,
-        calibration=calibration,
+        latency=resolve(config.latency),
+        data=tuple(
+            dataclasses.replace(source, files=tuple(map(resolve, source.files)))
+            for source in config.data
+        ),
+        calibration=dataclasses.replace(
+            config.calibration, scores=resolve(config.calibration.scores)
+        ),
     )
-
-
-def parse(kind: type, content: Any, where: str) -> Any:
-    """A config dataclass from plain data, strictly. `where` is the dotted path for messages."""
-    if not isinstance(content, dict):
-        raise ConfigError(f"{where or 'the config'} is {content!r}; it must be a table")
-    hints = typing.get_type_hints(kind)
-    known = {f.name: f for f in dataclasses.fields(kind)}
-    for key in content:
-        if key not in known:
-            near = difflib.get_close_matches(key, known, n=1)
-            advice = f"did you mean {near[0]}?" if near else f"use {', '.join(known)}"
-            raise ConfigError(f"{where}{key} is not a key of the run config; {advice}")
-    values = {key: _value(hints[key], value, f"{where}{key}") for key, value in content.items()}
-    for name, entry in known.items():
-        required = entry.default is dataclasses.MISSING
-        if name not in values and required and entry.default_factory is dataclasses.MISSING:
-            raise ConfigError(f"{where}{name} is missing; the run config needs it")
-    return kind(**values)
-
-
-def _value(hint: Any, value: Any, where: str) -> Any:
-    origin = typing.get_origin(hint)
-    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
-        return parse(hint, value, f"{where}.")
-    if origin is Literal:
-        options = typing.get_args(hint)
-        if value not in options:
-            raise ConfigError(
-                f"{where}={value!r} is unknown; use {' or '.join(map(repr, options))}"
-            )
-        return value
-    if origin is tuple:
-        if not isinstance(value, list):
-            raise ConfigError(f"{where}={value!r} is not a list")
-        inner = typing.get_args(hint)[0]
-        return tuple(_value(inner, item, f"{where}[{i}]") for i, item in enumerate(value))
-    if origin is Mapping or origin is typing.get_origin(Mapping[str, Any]):
-        if not isinstance(value, dict):
-            raise ConfigError(f"{where}={value!r} is not a table")
-        inner = typing.get_args(hint)[1]
-        return {key: _value(inner, item, f"{where}.{key}") for key, item in value.items()}
-    if origin in (types.UnionType, typing.Union):
-        return value
-    if hint is float and type(value) is int:
-        return float(value)
-    if type(value) is not hint:
-        raise ConfigError(f"{where}={value!r} is not a {hint.__name__}")
-    return value
-
-
-def to_plain(config: Any) -> Any:
-    """A config as plain JSON data, to be saved resolved beside its results."""
-    if dataclasses.is_dataclass(config):
-        return {f.name: to_plain(getattr(config, f.name)) for f in dataclasses.fields(config)}
-    if isinstance(config, Mapping):
-        return {key: to_plain(value) for key, value in config.items()}
-    return list(config) if isinstance(config, tuple) else config

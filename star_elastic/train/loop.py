@@ -5,73 +5,101 @@ wide as its widest choice with weight. At `router.commit_at` of the steps the wi
 (argmax, moved at most one grid step per axis onto the budget) and from then on every size trains
 as the plain slice that will be cut out, at the cost of that slice. Committing before the end is a
 deliberate difference from the papers: the sizes that leave are then sizes that were trained.
+
+A step's windows fall into groups. The sizes of a group, the router's noise in it and its windows
+depend on (seed, step, group) alone: not on how many windows a micro-batch, a thread or a rank takes
+at a time. The loss is normalised by the counted tokens of the whole step, so that none of these
+changes the gradient.
 """
 
 from __future__ import annotations
 
 import math
 import random
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
 
 from star_elastic.cost import CostModel
 from star_elastic.errors import CheckpointError
-from star_elastic.nesting.submodel import ElasticModel
-from star_elastic.router.budget import Commitment, budget_loss, settle
+from star_elastic.nesting.elastic import ElasticModel
+from star_elastic.nesting.gate import expected_widths
+from star_elastic.router.budget import Budgets, Commitment, budget_loss, settle
 from star_elastic.router.router import Decision, Router, Temperature, seed_for
 from star_elastic.train.config import RunConfig
-from star_elastic.train.data import Batch, BatchOrder
-from star_elastic.train.losses import distillation_loss
+from star_elastic.train.curriculum import Curriculum
+from star_elastic.train.distributed import World
+from star_elastic.train.losses import linear_kl, sampled_kl
+from star_elastic.train.packing import PackedBatch, PackedStream, merge_states
+from star_elastic.train.sources import Source
+from star_elastic.train.teacher import TeacherCache
 from star_elastic.train.workers import Learner, Workers
 
 
 @dataclass(slots=True)
 class StepReport:
     """What one step did. `kd` in nats per token and `budget` (router loss) by size; `expected`
-    widths by size while the router learns; `num_tokens` real tokens of the batch."""
+    widths by size while the router learns (the mean over the layers that decide for themselves);
+    `num_tokens` real tokens of the step's windows, `num_distilled` summed over the sizes."""
 
     step: int
+    stage: int
     num_tokens: int
+    num_distilled: int
     learning_rate: float
     kd: dict[str, float] = field(default_factory=dict)
     budget: dict[str, float] = field(default_factory=dict)
     expected: dict[str, dict[str, float]] = field(default_factory=dict)
 
 
+Job = tuple[int, PackedBatch]
+"""Windows of one group: the group's number, and the windows."""
+
+
 class Trainer:
     """One nested distillation run over a sorted parent.
 
     `student.parent` holds the shared weights that are trained; `teacher` the frozen original.
-    The random draws of a step depend only on (seed, step), never on what ran before.
+    `budgets` are the sizes' budgets as fractions of the parent's cost. In a world of many ranks,
+    student and teacher are sharded already, and every rank calls the same methods.
     """
 
     def __init__(
         self,
         config: RunConfig,
         student: ElasticModel,
-        teacher: PreTrainedModel,
+        teacher: ElasticModel,
         router: Router,
-        batches: BatchOrder,
+        sources: Sequence[Source],
+        budgets: Mapping[str, Budgets],
+        cost: CostModel,
+        world: World | None = None,
+        cache: TeacherCache | None = None,
     ):
         self.config = config
+        self.world = world or World()
         self.student = student.train()
         self.teacher = teacher.eval().requires_grad_(False)
         self.router = router
-        self.batches = batches
-        self.workers = Workers(Learner(self.student, router), config.schedule.workers)
-        self.cost = CostModel(student.axis_map, config.workload)
+        self.sources = sources
+        self.budgets = budgets
+        self.cost = cost
+        self.cache = cache
+        self.curriculum = Curriculum(config.stages)
+        self.workers = Workers(Learner(self.student, router, teacher), config.engine.workers)
         self.names = list(config.sizes)
         self.step = 0
+        self.tokens = 0
         self.committed: dict[str, Commitment] = {}
+        self._stream: tuple[int, PackedStream] | None = None
         options = config.optimizer
         self.optimizer = torch.optim.AdamW(
             [
-                {"params": list(student.parent.parameters()), "lr": options.learning_rate},
+                {"params": list(student.parent.parameters()), "lr": config.stages[0].learning_rate},
                 {"params": list(router.parameters()), "lr": config.router.learning_rate},
             ],
             betas=(options.betas[0], options.betas[1]),
@@ -82,32 +110,15 @@ class Trainer:
     @property
     def commit_step(self) -> int:
         """The first step that trains plain slices."""
-        return max(1, round(self.config.router.commit_at * self.config.schedule.steps))
+        return max(1, round(self.config.router.commit_at * self.curriculum.num_steps))
 
     def temperature(self) -> Temperature:
         """Router temperature of the current step."""
         return self.config.router.annealing.at(self.step / self.commit_step)
 
-    def learning_rate(self) -> float:
-        """Learning rate of the shared weights at the current step."""
-        options, steps = self.config.optimizer, self.config.schedule.steps
-        warm = min(1.0, (self.step + 1) / max(options.warmup_steps, 1))
-        done = self.step / steps
-        low, high = options.final_learning_rate, options.learning_rate
-        return warm * (low + (high - low) * 0.5 * (1 + math.cos(math.pi * done)))
-
-    def sizes_of_step(self) -> list[tuple[str, float]]:
-        """The sizes that train in this step, with the weights of their losses (sum 1)."""
-        weights = self.config.schedule.size_weights or (1.0,) * len(self.names)
-        if self.config.schedule.sizes_per_step == "one":
-            draw = random.Random(seed_for(self.config.seed, self.step, "size"))
-            return [(draw.choices(self.names, weights)[0], 1.0)]
-        total = sum(weights)
-        return [(name, w / total) for name, w in zip(self.names, weights, strict=True)]
-
-    def decide(self, name: str, router: Router) -> Decision:
-        """A router's noisy decision for a size in this step."""
-        key = (self.config.seed, self.step, 0, name)
+    def decide(self, name: str, router: Router, group: int) -> Decision:
+        """A router's noisy decision for a size in a group of this step's windows."""
+        key = (self.config.seed, self.step, group, name)
         hard = random.Random(seed_for(*key, "hard")).random() < self.config.router.hard_share
         budget = router.one_hot(self.names.index(name))
         return router.decide(budget, self.temperature(), noise_key=key, hard=hard)
@@ -115,91 +126,212 @@ class Trainer:
     def commit(self) -> dict[str, Commitment]:
         """Fixes the widths of every size (called once, at `commit_step`)."""
         for number, name in enumerate(self.names):
-            budget = self.router.one_hot(number)
-            self.committed[name] = settle(self.router, budget, self.config.sizes[name], self.cost)
+            fixed = settle(self.router, self.router.one_hot(number), self.budgets[name], self.cost)
+            self.committed[name] = self.world.gather(fixed)[0]
         self.router.requires_grad_(False)
         return self.committed
 
     def train_step(self) -> StepReport:
-        """One optimiser step over the sizes of this step, all on the same tokens.
+        """One optimiser step over the sizes of this step.
 
         Raises CheckpointError if a loss is not finite, before any weight changes.
         """
         if self.step >= self.commit_step and not self.committed:
             self.commit()
-        limit = 0 if self.committed else self.config.router.batch_size
-        batch = self.batches.batch(self.step, limit)
-        rate = self.learning_rate()
+        position = self.curriculum.at(self.step)
+        batch = self._batch()
+        num_tokens, counted = map(int, self.world.sum([batch.num_tokens, batch.num_predicted]))
+        rate = self.curriculum.learning_rate(self.step)
         self.optimizer.param_groups[0]["lr"] = rate
-        report = StepReport(self.step, batch.num_tokens, rate)
         self.optimizer.zero_grad(set_to_none=True)
-        counted = batch.num_predicted
-        if not counted:
-            raise CheckpointError(
-                f"no row of step {self.step} has a token to learn from; raise data.context or "
-                "remove rows whose prompts fill it"
-            )
-        shards = [s for s in batch.split(len(self.workers.learners)) if s.num_predicted]
-        parts = [(shard, shard.num_predicted / counted) for shard in shards]
-        losses = self.workers.map(self._learn, parts)
-        for name, _ in self.sizes_of_step():
-            report.kd[name] = math.fsum(loss[name] for loss in losses)
-            if not math.isfinite(report.kd[name]):
-                raise CheckpointError(
-                    f"the loss of size {name!r} is {report.kd[name]} at step {self.step}; lower "
-                    "optimizer.learning_rate and resume, the last saved state is intact"
-                )
-            if not self.committed:
-                self._report_router(name, report)
+        groups = list(enumerate(batch.split(self.config.stages[position.stage].groups)))
+        parts = [self._jobs(groups, w) for w in range(len(self.workers.learners))]
+        results = self.workers.map(
+            lambda learner, jobs: self._learn(learner, jobs, counted), [p for p in parts if p]
+        )
+        report = StepReport(self.step, position.stage, num_tokens, 0, rate)
+        self._collect(report, results)
+        if not self.committed:
+            self._report_router(report)
+        self.world.average_gradients(self.router)
         clip = self.config.optimizer.clip_norm
         nn.utils.clip_grad_norm_(self.student.parent.parameters(), clip)
         nn.utils.clip_grad_norm_(self.router.parameters(), clip)
         self.optimizer.step()
         self.step += 1
+        self.tokens += num_tokens
         return report
 
-    def _learn(self, learner: Learner, part: tuple[Batch, float]) -> dict[str, float]:
-        """Adds the gradients of a part of the step's rows, which has `share` of its counted
-        tokens; returns the part's share of the step's KD per size."""
-        batch, share = part
+    def _batch(self) -> PackedBatch:
+        """This rank's windows of the step: its share of every group, group after group."""
+        position = self.curriculum.at(self.step)
+        return self._stream_of(position.stage).batch(
+            position.step, lanes=self._lanes(position.stage)
+        )
+
+    def _lanes(self, stage: int) -> list[int]:
+        config, world = self.config.stages[stage], self.world
+        of_group = config.batch_size // config.groups
+        own = of_group // world.size
+        return [
+            group * of_group + world.rank * own + lane
+            for group in range(config.groups)
+            for lane in range(own)
+        ]
+
+    def _stream_of(self, stage: int) -> PackedStream:
+        if self._stream is None or self._stream[0] != stage:
+            config = self.config.stages[stage]
+            stream = PackedStream(
+                self.sources,
+                [source.weight for source in self.config.data],
+                context=config.context,
+                batch_size=config.batch_size,
+                seed=self.config.seed,
+                stage=stage,
+            )
+            self._stream = (stage, stream)
+        return self._stream[1]
+
+    def _jobs(self, groups: Sequence[Job], worker: int) -> list[Job]:
+        """A worker's windows of every group, in micro-batches."""
+        size = self.config.engine.micro_batch
+        jobs = []
+        for group, windows in groups:
+            parts = windows.split(len(self.workers.learners))
+            if worker < len(parts):
+                part = parts[worker]
+                count = -(-len(part.input_ids) // size) if size else 1
+                jobs += [(group, micro) for micro in part.split(count)]
+        return jobs
+
+    def _learn(
+        self, learner: Learner, jobs: Sequence[Job], counted: int
+    ) -> tuple[dict[str, float], dict[str, int]]:
+        """Adds the gradients of some windows of a step that has `counted` counted tokens; returns
+        KD (summed, nats) and counted tokens by size."""
+        kd: dict[str, float] = dict.fromkeys(self.names, 0.0)
+        tokens = dict.fromkeys(self.names, 0)
+        for group, batch in jobs:
+            batch = batch.to(self.world.device)
+            share = batch.num_predicted / max(counted, 1)
+            divergence = self._teach(learner, batch)
+            for name, weight in self.curriculum.sizes(
+                self.step, group, self.names, self.config.seed
+            ):
+                pull: Any = 0.0
+                if self.committed:
+                    size: Any = self.committed[name].widths
+                else:
+                    decision = self.decide(name, learner.router, group)
+                    size = decision.mixtures
+                    pull = budget_loss(decision, self.budgets[name], self.cost)
+                with self._autocast():
+                    states, head = learner.student.hidden_states(size, **batch.inputs)
+                    total = divergence(states[batch.predicts], head)
+                loss = total / max(counted, 1) + self.config.router.weight * share * pull
+                # Ranks average their gradients: each must count for all of them.
+                (self.world.size * weight * loss).backward()
+                kd[name] += total.item()
+                tokens[name] += batch.num_predicted
+        return kd, tokens
+
+    def _teach(self, learner: Learner, batch: PackedBatch):
+        """The divergence from the teacher on some windows, as a function of the student's states
+        at their counted positions and its head; live, or from what is cached."""
+        if self.cache is not None and self._is_cached(self.cache, batch):
+            targets = self.cache.gather(batch.documents, batch.predicts)
+            return lambda states, head: sampled_kl(states, head, targets)
         with torch.no_grad(), self._autocast():
-            teacher = _counted_logits(self.teacher(**_inputs(batch)).logits, batch)
-        kd = {}
-        for name, weight in self.sizes_of_step():
-            if self.committed:
-                size, pull = self.committed[name].widths, 0.0
-            else:
-                size = self.decide(name, learner.router).mixtures
-                pull = budget_loss(size, self.config.sizes[name], self.cost)
-            with self._autocast():
-                logits = learner.student(size, **_inputs(batch)).logits
-            loss = distillation_loss(teacher, _counted_logits(logits, batch))
-            kd[name] = loss.item() * share
-            loss = batch.weight * loss + self.config.router.weight * pull
-            (loss * (weight * share)).backward()
-        return kd
+            full = learner.teacher.axis_map.full
+            states, head = learner.teacher.hidden_states(full, **batch.inputs)
+            if self.cache is not None:
+                self.cache.sample(batch.documents, states, head)
+                targets = self.cache.gather(batch.documents, batch.predicts)
+                return lambda own, own_head: sampled_kl(own, own_head, targets)
+            known = states[batch.predicts]
+        return lambda own, own_head: linear_kl(own, own_head, known, head)
+
+    def _is_cached(self, cache: TeacherCache, batch: PackedBatch) -> bool:
+        """Whether no rank has to ask the teacher (sharded, it speaks only to all of them)."""
+        return not self.world.any(not cache.covers(batch.documents))
+
+    def _collect(self, report: StepReport, results: Sequence[tuple[Mapping, Mapping]]) -> None:
+        """Puts the losses of all workers and ranks into the report, and checks them."""
+        sums = [math.fsum(kd[name] for kd, _ in results) for name in self.names]
+        counts = [sum(tokens[name] for _, tokens in results) for name in self.names]
+        totals = self.world.sum([*sums, *counts])
+        for name, kd, count in zip(self.names, totals, totals[len(sums) :], strict=False):
+            if not count:
+                continue
+            report.kd[name] = kd / count
+            report.num_distilled += int(count)
+            if not math.isfinite(kd):
+                raise CheckpointError(
+                    f"the loss of size {name!r} is {kd} at step {self.step}; lower the stage's "
+                    "learning_rate and resume, the last saved state is intact"
+                )
+        if not report.kd:
+            raise CheckpointError(
+                f"no window of step {self.step} has a token to learn from; raise stages.context or "
+                "remove rows whose prompts fill it"
+            )
 
     @torch.no_grad()
-    def _report_router(self, name: str, report: StepReport) -> None:
-        mixtures = self.decide(name, self.router).mixtures
-        report.budget[name] = budget_loss(mixtures, self.config.sizes[name], self.cost).item()
-        report.expected[name] = {
-            axis: round(mixture.expected().item(), 1) for axis, mixture in mixtures.items()
-        }
+    def _report_router(self, report: StepReport) -> None:
+        for name in report.kd:
+            decision = self.decide(name, self.router, 0)
+            loss = budget_loss(decision, self.budgets[name], self.cost)
+            report.budget[name] = float(loss)
+            expected = expected_widths(decision.mixtures, self.student.axis_map)
+            report.expected[name] = {
+                axis: round(_mean(expected[axis]), 1) for axis in decision.mixtures
+            }
 
     def _autocast(self) -> AbstractContextManager:
-        if not self.config.schedule.autocast:
+        if not self.config.engine.autocast:
             return nullcontext()
-        device = next(self.student.parameters()).device.type
-        return torch.autocast(device, torch.bfloat16)
+        return torch.autocast(self.world.device.type, torch.bfloat16)
+
+    # What a saved state holds
+
+    def tensors(self, names: Sequence[str] = ()) -> dict[str, torch.Tensor]:
+        """Every tensor of the state by name: weights, router, the optimiser's moments.
+
+        Moments exist once a step was taken; those in `names` are made (as zeros) to be loaded into.
+        """
+        tensors: dict[str, torch.Tensor] = {}
+        for label, parameter in self._parameters():
+            tensors[label] = parameter.detach()
+            state = self.optimizer.state[parameter]
+            for key in ("step", "exp_avg", "exp_avg_sq"):
+                name = f"optimizer.{label}.{key}"
+                if name in names and key not in state:
+                    scalar = torch.zeros((), dtype=torch.float32, device=parameter.device)
+                    state[key] = scalar if key == "step" else torch.zeros_like(parameter)
+                if key in state:
+                    tensors[name] = state[key]
+        return tensors
+
+    def _parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        for label, module in (("student", self.student.parent), ("router", self.router)):
+            for name, parameter in module.named_parameters():
+                yield f"{label}.{name}", parameter
+
+    def data_state(self) -> dict[str, Any]:
+        """How far the data of this stage were read, by this rank."""
+        if self._stream is None:
+            return {}
+        stage, stream = self._stream
+        return {"stage": stage, "stream": stream.state()}
+
+    def load_data_state(self, states: Sequence[Mapping[str, Any]]) -> None:
+        """Puts the data where the ranks that saved it stood; any number of ranks may load it."""
+        if all(states):
+            stream = self._stream_of(states[0]["stage"])
+            stream.load(merge_states([state["stream"] for state in states]))
 
 
-def _inputs(batch: Batch) -> Mapping[str, torch.Tensor | bool]:
-    """Right padding never reaches a real token in a causal model, so no mask is passed (it would
-    only slow attention down)."""
-    return {"input_ids": batch.input_ids, "use_cache": False}
-
-
-def _counted_logits(logits_BTV: torch.Tensor, batch: Batch) -> torch.Tensor:
-    """Logits (N, V) of the positions whose next token counts."""
-    return logits_BTV[batch.predicts]
+def _mean(width: Any) -> float:
+    values = width if isinstance(width, tuple) else (width,)
+    return float(sum(values) / len(values))

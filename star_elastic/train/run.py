@@ -1,76 +1,61 @@
 """A whole run, readable top to bottom: check, rank, sort, train, write the elastic checkpoint.
 
 A run directory holds `run.json` (the resolved config), `scores.safetensors`, `metrics.jsonl`,
-`state/` while it trains, and in the end `elastic/`.
+`state/` while it trains, and in the end `elastic/`. Under torchrun all ranks run this; the first
+one writes.
 """
 
 from __future__ import annotations
 
-import itertools
+import hashlib
 import json
-import math
 import signal
 import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
-from typing import Protocol
 
 import torch
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 import star_elastic
-from star_elastic.axes import AxisMap
-from star_elastic.checkpoint import load_tensors, save_tensors, write_json
+from star_elastic.amounts import parse_budget
+from star_elastic.axes import LAYERS, AxisMap
+from star_elastic.checkpoint import save_tensors, write_json
 from star_elastic.cost import CostModel
-from star_elastic.errors import CheckpointError, ConfigError, Interrupted, ShapeError
+from star_elastic.errors import CheckpointError, ConfigError, Interrupted
 from star_elastic.families import family_of, read_config
-from star_elastic.importance.basis import principal_basis
-from star_elastic.importance.estimate import estimate_scores
-from star_elastic.importance.files import ScoreInfo, load_scores, save_scores
-from star_elastic.importance.orders import orders_from_scores
+from star_elastic.families.base import Config
+from star_elastic.importance.files import load_scores, save_scores
+from star_elastic.latency import load_table
 from star_elastic.manifest import Manifest, Size, save_manifest
+from star_elastic.nesting.elastic import ElasticModel
 from star_elastic.nesting.rotate import check_rotatable
 from star_elastic.nesting.stream import save_model
-from star_elastic.nesting.submodel import ElasticModel, load_parent, sort_in_place
-from star_elastic.router.budget import TOLERANCE, Commitment, check_budgets
+from star_elastic.nesting.submodel import load_parent, sort_in_place
+from star_elastic.router.budget import AIM, Commitment, budget_miss, check_budgets
+from star_elastic.router.grid import Grid, default_choices, make_grid
 from star_elastic.router.router import Router
-from star_elastic.train.config import RunConfig, to_plain
-from star_elastic.train.data import Batch, BatchOrder, Examples, JsonLines
+from star_elastic.train.calibrate import BASIS, SCORES, Calibration, Progress, Silent
+from star_elastic.train.config import RunConfig
+from star_elastic.train.distributed import World, join_world
 from star_elastic.train.loop import StepReport, Trainer
+from star_elastic.train.sources import Source
 from star_elastic.train.state import has_state, load_state, save_state
-from star_elastic.widths import default_step
+from star_elastic.train.strict import to_plain
+from star_elastic.train.teacher import TeacherCache
+from star_elastic.widths import parse_widths
 
 ELASTIC = "elastic"
-BASIS = "basis.safetensors"
-SCORES = "scores.safetensors"
-
-
-class Progress(Protocol):
-    """Told what a run does; the command line draws bars from it."""
-
-    def stage(self, name: str, total: int) -> None:
-        """A stage of `total` units begins."""
-
-    def advance(self, done: int, note: str = "") -> None:
-        """`done` units of the stage are finished."""
-
-
-class Silent:
-    """Progress that nobody watches."""
-
-    def stage(self, name: str, total: int) -> None:
-        """Ignored."""
-
-    def advance(self, done: int, note: str = "") -> None:
-        """Ignored."""
+TEACHER = "teacher"
 
 
 @dataclass(frozen=True, slots=True)
 class RunResult:
-    """Where the elastic checkpoint is, and what training cost."""
+    """Where the elastic checkpoint is, and what training cost. `tokens` read from the data."""
 
     elastic: Path
     steps: int
@@ -78,43 +63,64 @@ class RunResult:
     seconds: float
 
 
-def default_choices(axis_map: AxisMap) -> dict[str, tuple[int, ...]]:
-    """Widths from full down to half on every axis but query heads, which the papers keep."""
-    grid = {}
-    for name, axis in axis_map.axes.items():
-        if name == "heads":
-            continue
-        step = max(default_step(axis.size, axis.num_groups), axis.num_groups)
-        divisors = [axis_map.axes[d].size for first, d in axis_map.multiples if first == name]
-        step = math.lcm(step, *divisors) if divisors else step
-        least = max(axis.size // 2, axis.minimum)
-        widths = [w for w in range(axis.size, least - 1, -step) if w % axis.num_groups == 0]
-        if len(widths) > 1:
-            grid[name] = tuple(widths)
-    return grid
+@dataclass(frozen=True, slots=True)
+class Checked:
+    """What a run config means for its parent: everything that can be said before work starts."""
+
+    model_config: Config
+    axis_map: AxisMap
+    choices: Mapping[str, tuple[int, ...]]
+    cost: CostModel
+    budgets: Mapping[str, Mapping[str, float]]
+    fixed: Mapping[str, Commitment]
+
+    def grid(self, config: RunConfig, depth: tuple[int, ...]) -> Grid:
+        """The router's grid, once the layers are ranked."""
+        return make_grid(self.choices, self.axis_map, per_layer=config.per_layer, depth=depth)
 
 
-def check_choices(choices: Mapping[str, tuple[int, ...]], axis_map: AxisMap) -> None:
-    """Raises ShapeError or ConfigError unless every axis's grid is legal and starts at full."""
-    for name, grid in choices.items():
-        if name not in axis_map.axes:
-            raise ShapeError(
-                f"choices.{name}: no such axis in this {axis_map.family} model; "
-                f"use {', '.join(axis_map.axes)}"
-            )
-        axis = axis_map.axes[name]
-        if not grid or list(grid) != sorted(set(grid), reverse=True) or grid[0] != axis.size:
+def check(config: RunConfig, world_size: int = 1) -> Checked:
+    """Checks a run config against its parent's config.json; no weights are read.
+
+    Raises ConfigError, ShapeError, BudgetError or CheckpointError for whatever would go wrong.
+    """
+    model_config = read_config(config.parent)
+    axis_map = family_of(model_config).axis_map(model_config)
+    choices = dict(config.choices) or default_choices(axis_map)
+    # Any ranking of the layers will do to check what does not depend on it.
+    some_depth = tuple(axis_map.axes[LAYERS].layers) if LAYERS in choices else ()
+    grid = make_grid(choices, axis_map, per_layer=config.per_layer, depth=some_depth)
+    if config.calibration.basis == "principal":
+        check_rotatable(axis_map)
+    table = load_table(config.latency, axis_map) if config.latency else None
+    cost = CostModel(axis_map, config.workload, table.milliseconds if table else None)
+    full = cost.count(axis_map.full)
+    budgets = {
+        name: {
+            metric: parse_budget(amount, metric, f"sizes.{name}.").fraction_of(full.metric(metric))
+            for metric, amount in given.items()
+        }
+        for name, given in config.sizes.items()
+    }
+    fixed = {}
+    for name, text in config.router.fixed.items():
+        widths = axis_map.complete(parse_widths(text))
+        fixed[name] = Commitment(widths, float(budget_miss(widths, budgets[name], cost)), {})
+    for name, given in budgets.items():
+        if not fixed:
+            check_budgets(name, given, cost, grid)
+    for number, stage in enumerate(config.stages):
+        of_group = stage.batch_size // stage.groups
+        if of_group % world_size:
             raise ConfigError(
-                f"choices.{name}={list(grid)} must descend from the full width {axis.size}"
+                f"stages[{number}].batch_size={stage.batch_size} in {stage.groups} groups cannot "
+                f"be shared by {world_size} ranks; use a multiple of {stage.groups * world_size}"
             )
-        for width in grid:
-            axis_map.check_width(name, width)
-    for first, second in axis_map.multiples:
-        pairs = itertools.product(
-            *(choices.get(name, (axis_map.axes[name].size,)) for name in (first, second))
+    if world_size > 1 and config.engine.workers > 1:
+        raise ConfigError(
+            f"engine.workers={config.engine.workers} threads on {world_size} ranks; use 1 worker"
         )
-        for pair in pairs:
-            axis_map.complete(dict(zip((first, second), pair, strict=True)))
+    return Checked(model_config, axis_map, choices, cost, budgets, fixed)
 
 
 def train(
@@ -125,61 +131,130 @@ def train(
     Everything that can be wrong with the config is checked before work starts. SIGINT and SIGTERM
     save the state and raise `Interrupted`; `resume` goes on from the last state.
     """
-    progress = progress or Silent()
+    with join_world() as world:
+        shown = (progress or Silent()) if world.is_first else Silent()
+        return _train(config, resume, shown, world)
+
+
+def _train(config: RunConfig, resume: bool, progress: Progress, world: World) -> RunResult:
     run = Path(config.out)
-    model_config = read_config(config.parent)
-    axis_map = family_of(model_config).axis_map(model_config)
-    choices = dict(config.choices) or default_choices(axis_map)
-    check_choices(choices, axis_map)
-    if config.calibration.basis == "principal":
-        check_rotatable(axis_map)
-    for name, budgets in config.sizes.items():
-        check_budgets(name, budgets, CostModel(axis_map, config.workload), choices)
+    checked = check(config, world.size)
     _prepare_directory(run, config, resume)
-    given = _given_scores(config, run, axis_map)
-    rows = JsonLines(config.data.train)
+    given = None
+    if config.calibration.scores and not (run / SCORES).is_file():
+        given = load_scores(Path(config.calibration.scores), checked.axis_map)
     tokenizer = load_tokenizer(config.parent)
-    examples = Examples(rows, tokenizer, config.data.context, config.data.loss_on)
+    sources = [Source(source.files, tokenizer, source.loss_on) for source in config.data]
+    world.wait()
+    if world.is_first:
+        run.mkdir(parents=True, exist_ok=True)
+        write_json(run / "run.json", to_plain(config))
+        if given:
+            save_scores(run / SCORES, given[0], checked.axis_map, given[1])
+    world.wait()
 
-    teacher, _ = load_parent(config.parent)
-    parent, _ = load_parent(config.parent)
-    run.mkdir(parents=True, exist_ok=True)
-    write_json(run / "run.json", to_plain(config))
-    if given:
-        save_scores(run / SCORES, *given)
-    scores = _scores(config, run, teacher, axis_map, examples, progress)
-    orders = orders_from_scores(scores, axis_map)
-    basis = _basis(config, run, teacher, axis_map, examples)
-    if basis is not None:
-        del orders["hidden"]
-    sort_in_place(parent, axis_map, orders, basis)
-
-    student = ElasticModel(parent, model_config)
-    router = Router(choices, len(config.sizes), config.seed)
-    batches = BatchOrder(examples, config.schedule.batch_size, config.seed)
-    trainer = Trainer(config, student, teacher, router, batches)
+    trainer, calibration, orders, basis = _build(config, checked, sources, run, progress, world)
     if resume:
         load_state(trainer, run)
-    tokens, seconds = _loop(trainer, run, progress)
+    seconds = _loop(trainer, run, progress)
+    elastic = run / ELASTIC
+    state = _whole_state(trainer.student, world)
+    depth = calibration.depth(write=False)
 
     def finish(directory: Path) -> None:
-        save_manifest(_manifest(config, trainer, choices, tokens), directory)
-        save_tensors(directory / "router.safetensors", router.state_dict())
+        save_manifest(_manifest(config, checked, trainer, depth), directory)
+        save_tensors(directory / "router.safetensors", trainer.router.state_dict())
         save_tensors(directory / "orders.safetensors", dict(orders))
         if basis is not None:
             save_tensors(directory / BASIS, {"hidden": basis})
 
-    dtype = getattr(torch, str(model_config.get("dtype") or model_config.get("torch_dtype")), None)
-    elastic = run / ELASTIC
-    save_model(
-        student.state(),
-        model_config,
-        Path(config.parent),
-        elastic,
-        dtype=dtype if isinstance(dtype, torch.dtype) else torch.float32,
-        finish=finish,
+    if world.is_first:
+        stored = checked.model_config.get("dtype") or checked.model_config.get("torch_dtype")
+        dtype = getattr(torch, str(stored), None)
+        save_model(
+            state,
+            checked.model_config,
+            Path(config.parent),
+            elastic,
+            dtype=dtype if isinstance(dtype, torch.dtype) else torch.float32,
+            finish=finish,
+        )
+    world.wait()
+    return RunResult(elastic, trainer.step, trainer.tokens, seconds)
+
+
+def _build(
+    config: RunConfig,
+    checked: Checked,
+    sources: list[Source],
+    run: Path,
+    progress: Progress,
+    world: World,
+) -> tuple[Trainer, Calibration, dict[str, torch.Tensor], torch.Tensor | None]:
+    """Ranks and sorts the parent and puts student, teacher and router together."""
+    device = str(world.device)
+    teacher, _ = load_parent(config.parent, device=device)
+    parent, _ = load_parent(config.parent, device=device)
+    calibration = Calibration(
+        config, run, teacher, checked.model_config, checked.axis_map, sources, progress
     )
-    return RunResult(elastic, trainer.step, tokens, seconds)
+    write = world.is_first
+    orders = calibration.orders(write=write)
+    basis = calibration.basis(write=write)
+    if basis is not None:
+        del orders["hidden"]
+    depth = calibration.depth(write=write)
+    sort_in_place(parent, checked.axis_map, orders, basis)
+
+    elastic = partial(ElasticModel, config=checked.model_config)
+    student = world.shard(elastic(parent, recompute=config.engine.recompute))
+    router = Router(checked.grid(config, depth), len(config.sizes), config.seed).to(world.device)
+    trainer = Trainer(
+        config,
+        student,
+        world.shard(elastic(teacher)),
+        router,
+        sources,
+        checked.budgets,
+        checked.cost,
+        world,
+        _teacher_cache(config, checked, sources[0].tokenizer, run, world),
+    )
+    if checked.fixed:
+        trainer.committed = dict(checked.fixed)
+        router.requires_grad_(False)
+    return trainer, calibration, orders, basis
+
+
+def _teacher_cache(
+    config: RunConfig,
+    checked: Checked,
+    tokenizer: PreTrainedTokenizerBase,
+    run: Path,
+    world: World,
+) -> TeacherCache | None:
+    if not config.engine.teacher_samples:
+        return None
+    return TeacherCache(
+        run / TEACHER,
+        num_samples=config.engine.teacher_samples,
+        vocab_size=checked.model_config["vocab_size"],
+        parent=Path(config.parent).name,
+        data=_fingerprint(config, tokenizer),
+        seed=config.seed,
+        writer=world.rank,
+    )
+
+
+def _fingerprint(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> str:
+    """What decides which tokens a row has: files and their sizes, tokenizer, chat template."""
+    sizes = [
+        (Path(file).name, sum(p.stat().st_size for p in (Path(file), *Path(file).rglob("*"))))
+        for source in config.data
+        for file in source.files
+    ]
+    parts = (sizes, len(tokenizer), tokenizer.chat_template)
+    return hashlib.blake2b(repr(parts).encode(), digest_size=8).hexdigest()
 
 
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
@@ -212,146 +287,75 @@ def _prepare_directory(run: Path, config: RunConfig, resume: bool) -> None:
 
 
 def _changed_keys(run: Path, config: RunConfig) -> list[str]:
-    """Tables of the config that differ from the one the directory was begun with."""
+    """Tables of the config that differ from the one the directory was begun with. How a step is
+    computed may change."""
     wanted = json.loads(json.dumps(to_plain(config)))
     try:
         saved = json.loads((run / "run.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         saved = {}
-    return sorted(key for key in wanted if wanted[key] != saved.get(key))
+    return sorted(key for key in wanted if key != "engine" and wanted[key] != saved.get(key))
 
 
-def _given_scores(config: RunConfig, run: Path, axis_map: AxisMap):
-    """Scores that the config names and the run does not have yet, as `save_scores` takes them."""
-    if not config.calibration.scores or (run / SCORES).is_file():
-        return None
-    scores, info = load_scores(Path(config.calibration.scores), axis_map)
-    return scores, axis_map, info
+def _whole_state(student: ElasticModel, world: World) -> dict[str, torch.Tensor]:
+    """The trained weights in one piece, on the first rank (others get none)."""
+    state = {}
+    for name, value in student.state().items():
+        gathered = getattr(value, "full_tensor", lambda whole=value: whole)()
+        if world.is_first:
+            state[name] = gathered.detach().cpu()
+    return state
 
 
-def _scores(
-    config: RunConfig,
-    run: Path,
-    model: PreTrainedModel,
-    axis_map: AxisMap,
-    examples: Examples,
-    progress: Progress,
-) -> dict[str, torch.Tensor]:
-    own = run / SCORES
-    if own.is_file():
-        return load_scores(own, axis_map)[0]
-    scores, info = rank(
-        model,
-        axis_map,
-        examples,
-        num_samples=config.calibration.num_samples,
-        batch_size=config.calibration.batch_size,
-        source=", ".join(Path(file).name for file in config.data.train),
-        progress=progress,
-    )
-    save_scores(own, scores, axis_map, info)
-    return scores
-
-
-def _basis(
-    config: RunConfig, run: Path, model: PreTrainedModel, axis_map: AxisMap, examples: Examples
-) -> torch.Tensor | None:
-    if config.calibration.basis == "channels":
-        return None
-    own = run / BASIS
-    if not own.is_file():
-        options = config.calibration
-        basis = find_basis(model, axis_map, examples, options.num_samples, options.batch_size)
-        save_tensors(own, {"hidden": basis})
-    return load_tensors(own)["hidden"]
-
-
-def find_basis(
-    model: PreTrainedModel,
-    axis_map: AxisMap,
-    examples: Examples,
-    num_samples: int,
-    batch_size: int,
-) -> torch.Tensor:
-    """Principal basis (H, H) of the residual stream on the first `num_samples` rows."""
-    batches = calibration_batches(examples, min(num_samples, len(examples)), batch_size)
-    return principal_basis(model, axis_map, ((b.input_ids, b.attention_mask) for b in batches))
-
-
-def calibration_batches(examples: Examples, count: int, batch_size: int) -> Iterator[Batch]:
-    """The first `count` rows in batches."""
-    for start in range(0, count, batch_size):
-        yield examples.batch(range(start, min(start + batch_size, count)))
-
-
-def rank(
-    model: PreTrainedModel,
-    axis_map: AxisMap,
-    examples: Examples,
-    *,
-    num_samples: int,
-    batch_size: int,
-    source: str,
-    progress: Progress,
-) -> tuple[dict[str, torch.Tensor], ScoreInfo]:
-    """Importance scores on the first `num_samples` rows, and what they were measured on."""
-    count = min(num_samples, len(examples))
-    progress.stage("rank", count)
-    num_tokens = 0
-
-    def batches() -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        nonlocal num_tokens
-        for number, batch in enumerate(calibration_batches(examples, count, batch_size), start=1):
-            num_tokens += batch.num_tokens
-            yield batch.input_ids, batch.attention_mask
-            progress.advance(min(number * batch_size, count))
-
-    scores = estimate_scores(model, axis_map, batches())
-    return scores, ScoreInfo(num_samples=count, num_tokens=num_tokens, source=source)
-
-
-def _loop(trainer: Trainer, run: Path, progress: Progress) -> tuple[int, float]:
-    """Trains to the last step; returns tokens seen per size and seconds in this process."""
-    steps = trainer.config.schedule.steps
-    tokens = sum(row["num_tokens"] for row in _metrics(run, trainer.step))
+def _loop(trainer: Trainer, run: Path, progress: Progress) -> float:
+    """Trains to the last step; returns the seconds in this process."""
+    world, steps = trainer.world, trainer.curriculum.num_steps
+    if world.is_first:
+        _drop_later_metrics(run, trainer.step)
     progress.stage("train", steps)
     begin = last = time.monotonic()
-    with _stop_requested() as stop, open(run / "metrics.jsonl", "a", encoding="utf-8") as log:
+    with _stop_requested() as stop:
         while trainer.step < steps:
             report = trainer.train_step()
-            tokens += report.num_tokens
             now = time.monotonic()
-            log.write(json.dumps({**asdict(report), "seconds": round(now - last, 4)}) + "\n")
+            if world.is_first:
+                row = {**asdict(report), "seconds": round(now - last, 4)}
+                with open(run / "metrics.jsonl", "a", encoding="utf-8") as log:
+                    log.write(json.dumps(row) + "\n")
             last = now
-            log.flush()
             progress.advance(trainer.step, _note(report, trainer))
-            if stop.is_set() or trainer.step % trainer.config.schedule.save_every == 0:
-                save_state(trainer, run)
-            if stop.is_set():
+            stopped = world.any(stop.is_set())
+            if stopped or trainer.step % trainer.config.engine.save_every == 0:
+                _save(trainer, run)
+            if stopped:
                 raise Interrupted(f"stopped at step {trainer.step}; go on with --resume")
         if not trainer.committed:
             trainer.commit()
-        save_state(trainer, run)
-    return tokens, time.monotonic() - begin
+        _save(trainer, run)
+    return time.monotonic() - begin
 
 
-def _metrics(run: Path, step: int) -> list[dict]:
-    """The log up to `step`; rows after the last saved state are dropped from the file."""
+def _save(trainer: Trainer, run: Path) -> None:
+    if trainer.cache is not None:
+        trainer.cache.flush()
+    save_state(trainer, run)
+
+
+def _drop_later_metrics(run: Path, step: int) -> None:
+    """Drops the log's rows after the last saved state; the run writes them again."""
     file = run / "metrics.jsonl"
     if not file.is_file():
-        return []
+        return
     rows = []
     for line in file.read_text(encoding="utf-8").splitlines():
         try:
             rows.append(json.loads(line))
         except ValueError:
             break  # a line that a killed run began
-    rows = [row for row in rows if row["step"] < step]
-    text = "".join(json.dumps(row) + "\n" for row in rows)
+    text = "".join(json.dumps(row) + "\n" for row in rows if row["step"] < step)
     temporary = file.with_suffix(".tmp")
     temporary.write_text(text, encoding="utf-8")
     temporary.replace(file)
-    return rows
 
 
 @contextmanager
@@ -375,12 +379,14 @@ def _note(report: StepReport, trainer: Trainer) -> str:
     losses = "  ".join(f"{name} {kd:.3f}" for name, kd in report.kd.items())
     phase = "sizes fixed" if trainer.committed else "router learns"
     for name, fixed in trainer.committed.items():
-        if fixed.miss > TOLERANCE:
+        if fixed.miss > max(AIM, fixed.possible or 0.0) * (1 + 1e-9):
             phase += f", {name} misses its budget by {fixed.miss:.1%}"
     return f"KD nats/token {losses}  ({phase})"
 
 
-def _manifest(config: RunConfig, trainer: Trainer, choices, tokens: int) -> Manifest:
+def _manifest(
+    config: RunConfig, checked: Checked, trainer: Trainer, depth: tuple[int, ...]
+) -> Manifest:
     def costs(fixed: Commitment) -> dict[str, float]:
         counted = trainer.cost.count(fixed.widths)
         return {
@@ -389,24 +395,28 @@ def _manifest(config: RunConfig, trainer: Trainer, choices, tokens: int) -> Mani
             "weight_bytes": counted.weight_bytes,
             "state_bytes": counted.state_bytes,
             "flops_per_token": counted.flops_per_token,
+            **({} if counted.ms is None else {"ms": round(counted.ms, 6)}),
             "budget_miss": round(fixed.miss, 6),
+            **({} if fixed.possible is None else {"least_miss": round(fixed.possible, 6)}),
         }
 
     sizes = {}
     for name in trainer.names:
         fixed = trainer.committed[name]
-        sizes[name] = Size(fixed.widths, config.sizes[name], costs(fixed), fixed.repair)
+        sizes[name] = Size(fixed.widths, checked.budgets[name], costs(fixed), fixed.repair)
     return Manifest(
         family=trainer.student.family.model_type,
-        choices=choices,
+        choices=checked.choices,
         sizes=sizes,
+        per_layer=config.per_layer,
+        depth=depth,
         provenance={
             "parent": Path(config.parent).name,
-            "data": [Path(file).name for file in config.data.train],
+            "data": [Path(file).name for source in config.data for file in source.files],
             "seed": config.seed,
             "steps": trainer.step,
             "workload": to_plain(config.workload),
-            "tokens_per_size": tokens,
+            "tokens": trainer.tokens,
             "package_version": star_elastic.__version__,
         },
     )

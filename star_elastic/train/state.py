@@ -1,6 +1,8 @@
 """Saved training states: everything a run needs to go on as if it had never stopped.
 
-A state directory is replaced as a whole: the new one is complete before the old one goes.
+Tensors are written by PyTorch's distributed checkpointing in its safetensors format, every rank its
+own part, and load on any number of ranks. A state directory is replaced as a whole: the new one is
+complete before the old one goes.
 """
 
 from __future__ import annotations
@@ -8,81 +10,120 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import warnings
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.hf_storage import (
+    HuggingFaceStorageReader,
+    HuggingFaceStorageWriter,
+)
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
 
-from star_elastic.checkpoint import load_tensors, save_tensors, write_json
+from star_elastic.checkpoint import write_json
 from star_elastic.errors import CheckpointError
 from star_elastic.router.budget import Commitment
 from star_elastic.train.loop import Trainer
 from star_elastic.widths import Widths
 
 STATE, PREVIOUS = "state", "state.previous"
+PROGRESS = "state.json"
 
 
 def save_state(trainer: Trainer, run: Path) -> None:
-    """Writes the trainer's state to `run/state`, keeping the previous one until it is complete."""
-    target, previous = run / STATE, run / PREVIOUS
-    temporary = run / f".{STATE}.{os.getpid()}.partial"
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    save_tensors(temporary / "model.safetensors", dict(trainer.student.parent.named_parameters()))
-    save_tensors(temporary / "router.safetensors", trainer.router.state_dict())
-    moments = {
-        f"{index}.{key}": value
-        for index, entry in trainer.optimizer.state_dict()["state"].items()
-        for key, value in entry.items()
-    }
-    save_tensors(temporary / "optimizer.safetensors", moments)
-    committed = {name: asdict(fixed) for name, fixed in trainer.committed.items()}
-    for name, fixed in trainer.committed.items():
-        committed[name]["widths"] = dict(fixed.widths)
-    write_json(temporary / "state.json", {"step": trainer.step, "committed": committed})
-    if target.exists():
+    """Writes the trainer's state to `run/state`, keeping the previous one until it is complete.
+
+    Called on all ranks. Raises CheckpointError if the disk is full; the last state is intact then.
+    """
+    world = trainer.world
+    target, previous, temporary = run / STATE, run / PREVIOUS, run / f".{STATE}.partial"
+    positions = world.gather(trainer.data_state())
+    if world.is_first:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+    world.wait()
+    problem = ""
+    try:
+        _save_tensors(trainer, temporary)
+        if world.is_first:
+            write_json(temporary / PROGRESS, _progress(trainer, positions))
+    except (OSError, RuntimeError, CheckpointException) as error:
+        problem = str(error).strip().splitlines()[-1]
+    if world.any(bool(problem)):
+        if world.is_first:
+            shutil.rmtree(temporary, ignore_errors=True)
+        raise CheckpointError(
+            f"{target} cannot be written ({problem or 'on another rank'}); free space and resume "
+            f"from the last state, which is intact"
+        )
+    if world.is_first:
+        if target.exists():
+            shutil.rmtree(previous, ignore_errors=True)
+            os.replace(target, previous)
+        os.replace(temporary, target)
         shutil.rmtree(previous, ignore_errors=True)
-        os.replace(target, previous)
-    os.replace(temporary, target)
-    shutil.rmtree(previous, ignore_errors=True)
+    world.wait()
+
+
+def _save_tensors(trainer: Trainer, folder: Path) -> None:
+    writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")
+        save(trainer.tensors(), storage_writer=writer, no_dist=trainer.world.size == 1)
+
+
+def _progress(trainer: Trainer, positions: list[dict]) -> dict[str, Any]:
+    committed = {
+        name: {**asdict(fixed), "widths": dict(fixed.widths)}
+        for name, fixed in trainer.committed.items()
+    }
+    return {
+        "step": trainer.step,
+        "tokens": trainer.tokens,
+        "committed": committed,
+        "data": positions,
+        "shards": sorted(trainer.tensors()),
+    }
 
 
 def has_state(run: Path) -> bool:
     """Whether a run can be resumed."""
-    return any((run / name / "state.json").is_file() for name in (STATE, PREVIOUS))
+    return any((run / name / PROGRESS).is_file() for name in (STATE, PREVIOUS))
 
 
 def load_state(trainer: Trainer, run: Path) -> None:
     """Puts the trainer where the saved state left it. Raises CheckpointError."""
-    folder = next(
-        (run / name for name in (STATE, PREVIOUS) if (run / name / "state.json").is_file()), None
-    )
+    folder = next((run / n for n in (STATE, PREVIOUS) if (run / n / PROGRESS).is_file()), None)
     if folder is None:
         raise CheckpointError(f"{run} holds no saved state; start without --resume")
     try:
-        content = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-        weights = load_tensors(folder / "model.safetensors")
-        with torch.no_grad():
-            for name, parameter in trainer.student.parent.named_parameters():
-                parameter.copy_(weights[name])
-        trainer.router.load_state_dict(load_tensors(folder / "router.safetensors"))
-        trainer.optimizer.load_state_dict(_optimizer_state(trainer, folder))
-        trainer.step = content["step"]
+        content = json.loads((folder / PROGRESS).read_text(encoding="utf-8"))
+        tensors = trainer.tensors(content["shards"])
+        reader = HuggingFaceStorageReader(str(folder))
+        with warnings.catch_warnings(), torch.no_grad():
+            warnings.filterwarnings("ignore", "torch.distributed is disabled")
+            load(tensors, storage_reader=reader, no_dist=trainer.world.size == 1)
+        trainer.step, trainer.tokens = content["step"], content["tokens"]
         trainer.committed = {
-            name: Commitment(Widths(fixed["widths"]), fixed["miss"], fixed["repair"])
+            name: Commitment(**{**fixed, "widths": Widths(fixed["widths"])})
             for name, fixed in content["committed"].items()
         }
-    except (ValueError, KeyError, TypeError, RuntimeError) as error:
+        trainer.load_data_state(content["data"])
+    except (
+        ValueError,
+        KeyError,
+        TypeError,
+        OSError,
+        RuntimeError,
+        CheckpointException,
+    ) as e:
+        first = (str(e).strip() or type(e).__name__).splitlines()[-1]
         raise CheckpointError(
-            f"{folder} is damaged or of another run ({error!r}); start anew in another directory"
+            f"{folder} is damaged or of another run ({first}); start anew in another directory"
         ) from None
     if trainer.committed:
         trainer.router.requires_grad_(False)
-
-
-def _optimizer_state(trainer: Trainer, folder: Path) -> dict:
-    state: dict[int, dict[str, torch.Tensor]] = {}
-    for name, value in load_tensors(folder / "optimizer.safetensors").items():
-        index, key = name.split(".", 1)
-        state.setdefault(int(index), {})[key] = value
-    return {"state": state, "param_groups": trainer.optimizer.state_dict()["param_groups"]}

@@ -1,8 +1,8 @@
-"""Threads that share a step's rows.
+"""Threads that share a step's windows.
 
 The products of a small model are too small to keep several cores busy; threads that each take a
-part of the rows do. All compute with the same weights in the same memory; each collects gradients
-of its own, and their sum, in the order of the threads, is the step's gradient.
+part of the windows do. All compute with the same weights in the same memory; each collects
+gradients of its own, and their sum, in the order of the threads, is the step's gradient.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from typing import TypeVar
 
 import torch
 
-from star_elastic.nesting.submodel import ElasticModel, build_skeleton
+from star_elastic.nesting.elastic import ElasticModel
+from star_elastic.nesting.skeleton import build_skeleton
 from star_elastic.router.router import Router
 
 Part = TypeVar("Part")
@@ -24,10 +25,12 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True, slots=True)
 class Learner:
-    """What one thread trains: the shared weights, and where its own gradients collect."""
+    """What one thread trains with: the shared weights, where its own gradients collect, and the
+    teacher."""
 
     student: ElasticModel
     router: Router
+    teacher: ElasticModel
 
     def parameters(self) -> list[torch.nn.Parameter]:
         """Parameters of student and router, in the same order for every learner."""
@@ -35,14 +38,22 @@ class Learner:
 
     def twin(self) -> Learner:
         """A learner with the same memory for its weights and its own for gradients."""
-        parent = build_skeleton(self.student.model_config, self.student.parent)
-        shared = {name: value.detach() for name, value in self.student.state().items()}
-        parent.load_state_dict(shared, strict=False, assign=True)
-        parent.tie_weights()
         router = copy.deepcopy(self.router)
         for own, theirs in zip(router.parameters(), self.router.parameters(), strict=True):
             own.data = theirs.data
-        return Learner(ElasticModel(parent, self.student.model_config).train(), router)
+        return Learner(_twin(self.student), router, _twin(self.teacher))
+
+
+def _twin(model: ElasticModel) -> ElasticModel:
+    parent = build_skeleton(model.model_config, model.parent)
+    shared = {name: value.detach() for name, value in model.state().items()}
+    parent.load_state_dict(shared, strict=False, assign=True)
+    parent.tie_weights()
+    twin = ElasticModel(parent, model.model_config, recompute=model.recompute)
+    needed = {name for name, p in model.parent.named_parameters() if p.requires_grad}
+    for name, parameter in parent.named_parameters():
+        parameter.requires_grad_(name in needed)
+    return twin.train(model.training)
 
 
 class Workers:

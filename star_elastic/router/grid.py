@@ -1,0 +1,148 @@
+"""The grid: which widths a router may choose, and what its decisions mean as widths."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from star_elastic.axes import LAYERS, AxisMap
+from star_elastic.errors import ConfigError, ShapeError
+from star_elastic.widths import Widths, default_step
+
+KEPT_WHOLE = ("heads", "layers", "top_k")
+"""Axes that are not elastic unless asked for: the papers keep them."""
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """One decision: an axis, and the number of the layer among those that have it (None: all)."""
+
+    axis: str
+    layer: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Grid:
+    """The widths to choose from, widest first on each axis.
+
+    `per_layer` maps the axes on which every layer decides for itself to the number of its layers.
+    The choices of `layers` are numbers of layers; `depth` lists the layers, most important first.
+    """
+
+    choices: Mapping[str, tuple[int, ...]]
+    per_layer: Mapping[str, int] = field(default_factory=dict)
+    depth: tuple[int, ...] = ()
+
+    @property
+    def places(self) -> tuple[Place, ...]:
+        """Every decision, in order."""
+        return tuple(
+            Place(axis, layer)
+            for axis in self.choices
+            for layer in (range(self.per_layer[axis]) if axis in self.per_layer else (None,))
+        )
+
+    @property
+    def size(self) -> int:
+        """How many combinations of widths there are."""
+        return math.prod(len(self.choices[place.axis]) for place in self.places)
+
+    def presence(self, count: Any) -> tuple[Any, ...]:
+        """Which layers there are, in their order, if the `count` most important ones are kept."""
+        ranks = {layer: rank for rank, layer in enumerate(self.depth)}
+        kept = (count > ranks[layer] for layer in range(len(self.depth)))
+        return tuple(value.double() if hasattr(value, "double") else int(value) for value in kept)
+
+    def widths(self, chosen: Sequence[Any]) -> dict[str, Any]:
+        """Widths by axis from one number (or tensor of numbers) for every place."""
+        grouped: dict[str, list] = {}
+        for place, value in zip(self.places, chosen, strict=True):
+            grouped.setdefault(place.axis, []).append(value)
+        return {
+            axis: self.presence(values[0])
+            if axis == LAYERS
+            else tuple(values)
+            if axis in self.per_layer
+            else values[0]
+            for axis, values in grouped.items()
+        }
+
+    def extremes(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """The widest and the narrowest widths."""
+        ends = ([self.choices[p.axis][end] for p in self.places] for end in (0, -1))
+        widest, narrowest = (self.widths(chosen) for chosen in ends)
+        return widest, narrowest
+
+
+def default_choices(axis_map: AxisMap) -> dict[str, tuple[int, ...]]:
+    """Widths from full down to half on every axis that the papers cut."""
+    grid = {}
+    for name, axis in axis_map.axes.items():
+        if name in KEPT_WHOLE:
+            continue
+        step = max(default_step(axis.size, axis.num_groups), axis.num_groups)
+        divisors = [axis_map.axes[d].size for first, d in axis_map.multiples if first == name]
+        step = math.lcm(step, *divisors) if divisors else step
+        least = max(axis.size // 2, axis.minimum)
+        widths = [w for w in range(axis.size, least - 1, -step) if w % axis.num_groups == 0]
+        if len(widths) > 1:
+            grid[name] = tuple(widths)
+    return grid
+
+
+def check_choices(choices: Mapping[str, tuple[int, ...]], axis_map: AxisMap) -> None:
+    """Raises ShapeError or ConfigError unless every axis's grid is legal and starts at full."""
+    for name, grid in choices.items():
+        if name not in axis_map.axes:
+            raise ShapeError(
+                f"choices.{name}: no such axis in this {axis_map.family} model; "
+                f"use {', '.join(axis_map.axes)}"
+            )
+        axis = axis_map.axes[name]
+        full = len(axis.layers) if name == LAYERS else axis.size
+        if not grid or list(grid) != sorted(set(grid), reverse=True) or grid[0] != full:
+            raise ConfigError(
+                f"choices.{name}={list(grid)} must descend from the full width {full}"
+            )
+        if name == LAYERS and grid[-1] < 1:
+            raise ConfigError(f"choices.layers={list(grid)} must keep at least one layer")
+        for width in () if name == LAYERS else grid:
+            axis_map.check_width(name, width)
+    for first, second in axis_map.multiples:
+        pairs = itertools.product(
+            *(choices.get(name, (axis_map.axes[name].size,)) for name in (first, second))
+        )
+        for pair in pairs:
+            axis_map.complete(dict(zip((first, second), pair, strict=True)))
+
+
+def make_grid(
+    choices: Mapping[str, tuple[int, ...]],
+    axis_map: AxisMap,
+    *,
+    per_layer: Sequence[str] = (),
+    depth: Sequence[int] = (),
+) -> Grid:
+    """A checked grid. Raises ShapeError or ConfigError."""
+    check_choices(choices, axis_map)
+    for name in per_layer:
+        if name not in choices or name == LAYERS or axis_map.axes[name].is_global:
+            able = [n for n in choices if n != LAYERS and not axis_map.axes[n].is_global]
+            raise ConfigError(
+                f"per_layer names {name!r}, whose width cannot differ between layers here; "
+                f"use {', '.join(able) or 'none'}"
+            )
+    counts = {name: len(axis_map.axes[name].layers) for name in per_layer}
+    if LAYERS not in choices:
+        return Grid(dict(choices), counts)
+    layers = axis_map.axes[LAYERS].layers
+    assert sorted(depth) == list(layers), (depth, layers)
+    return Grid(dict(choices), counts, tuple(depth))
+
+
+def complete_widths(grid: Grid, chosen: Sequence[int], axis_map: AxisMap) -> Widths:
+    """Integer widths of every axis. Raises ShapeError for widths that do not go together."""
+    return axis_map.complete(grid.widths(chosen))

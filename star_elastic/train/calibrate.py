@@ -1,0 +1,162 @@
+"""Before training: what the parent's units are worth, and in which basis its stream is cut.
+
+Scores and basis are estimated on the first rows of the training data, once; a run directory keeps
+them, so that a run that is started again does not repeat the work.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from transformers import PreTrainedModel
+
+from star_elastic.axes import LAYERS, AxisMap
+from star_elastic.checkpoint import load_tensors, save_tensors
+from star_elastic.families.base import Config
+from star_elastic.importance.basis import principal_basis
+from star_elastic.importance.depth import rank_layers
+from star_elastic.importance.estimate import estimate_scores
+from star_elastic.importance.files import ScoreInfo, load_scores, save_scores
+from star_elastic.importance.orders import orders_from_scores
+from star_elastic.nesting.submodel import build_submodel
+from star_elastic.train.config import RunConfig
+from star_elastic.train.sources import Batch, Source, calibration_batches
+
+BASIS = "basis.safetensors"
+DEPTH = "depth.safetensors"
+SCORES = "scores.safetensors"
+DEPTH_SAMPLES = 32
+"""Rows on which layers are left out one by one, as often as there are layers."""
+
+
+class Progress(Protocol):
+    """Told what a run does; the command line draws bars from it."""
+
+    def stage(self, name: str, total: int) -> None:
+        """A stage of `total` units begins."""
+
+    def advance(self, done: int, note: str = "") -> None:
+        """`done` units of the stage are finished."""
+
+
+class Silent:
+    """Progress that nobody watches."""
+
+    def stage(self, name: str, total: int) -> None:
+        """Ignored."""
+
+    def advance(self, done: int, note: str = "") -> None:
+        """Ignored."""
+
+
+class Calibration:
+    """What is known about a parent: orders of its units, basis, depth. Kept in a run directory."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        run: Path,
+        model: PreTrainedModel,
+        model_config: Config,
+        axis_map: AxisMap,
+        sources: Sequence[Source],
+        progress: Progress,
+    ):
+        self.config, self.run = config, run
+        self.model, self.model_config, self.axis_map = model, model_config, axis_map
+        self.sources, self.progress = sources, progress
+
+    def batches(self, num_samples: int) -> Iterator[Batch]:
+        """The first rows of the data, padded, in batches."""
+        options = self.config.calibration
+        return calibration_batches(
+            self.sources,
+            [source.weight for source in self.config.data],
+            num_samples=num_samples,
+            batch_size=options.batch_size,
+            context=options.context,
+        )
+
+    def orders(self, *, write: bool) -> dict[str, torch.Tensor]:
+        """The permutation of every axis, best unit first; scores are estimated if need be."""
+        own = self.run / SCORES
+        if own.is_file():
+            scores = load_scores(own, self.axis_map)[0]
+        else:
+            count = min(self.config.calibration.num_samples, sum(map(len, self.sources)))
+            scores, info = rank(
+                self.model,
+                self.axis_map,
+                self.batches(count),
+                num_samples=count,
+                name=", ".join(source.name for source in self.sources),
+                progress=self.progress,
+            )
+            if write:
+                save_scores(own, scores, self.axis_map, info)
+        return orders_from_scores(scores, self.axis_map)
+
+    def basis(self, *, write: bool) -> torch.Tensor | None:
+        """The principal basis (H, H) of the residual stream, if the run asks for it."""
+        if self.config.calibration.basis == "channels":
+            return None
+        own = self.run / BASIS
+        if own.is_file():
+            return load_tensors(own)["hidden"]
+        batches = self.batches(self.config.calibration.num_samples)
+        basis = find_basis(self.model, self.axis_map, batches)
+        if write:
+            save_tensors(own, {"hidden": basis})
+        return basis
+
+    def depth(self, *, write: bool) -> tuple[int, ...]:
+        """The layers, most important first, if the run cuts layers."""
+        if LAYERS not in self.config.choices:
+            return ()
+        own = self.run / DEPTH
+        if own.is_file():
+            return tuple(load_tensors(own)["layers"].tolist())
+        batches = list(self.batches(DEPTH_SAMPLES))
+        layers = range(len(self.axis_map.axes[LAYERS].layers))
+
+        def without(kept: Sequence[int]) -> PreTrainedModel:
+            mask = tuple(int(layer in kept) for layer in layers)
+            return build_submodel(self.model, self.model_config, {LAYERS: mask})
+
+        ranking = rank_layers(self.model, self.model_config, batches, self.progress, without)
+        if write:
+            save_tensors(own, {"layers": torch.tensor(ranking)})
+        return ranking
+
+
+def find_basis(model: PreTrainedModel, axis_map: AxisMap, batches: Iterable[Batch]) -> torch.Tensor:
+    """Principal basis (H, H) of the residual stream."""
+    return principal_basis(model, axis_map, ((b.input_ids, b.attention_mask) for b in batches))
+
+
+def rank(
+    model: PreTrainedModel,
+    axis_map: AxisMap,
+    batches: Iterable[Batch],
+    *,
+    num_samples: int,
+    name: str,
+    progress: Progress,
+) -> tuple[dict[str, torch.Tensor], ScoreInfo]:
+    """Importance scores on `num_samples` rows in batches, and what they were measured on."""
+    progress.stage("rank", num_samples)
+    num_tokens = seen = 0
+
+    def watched() -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        nonlocal num_tokens, seen
+        for batch in batches:
+            num_tokens += batch.num_tokens
+            yield batch.input_ids, batch.attention_mask
+            seen += len(batch.input_ids)
+            progress.advance(seen)
+
+    scores = estimate_scores(model, axis_map, watched())
+    return scores, ScoreInfo(num_samples=num_samples, num_tokens=num_tokens, source=name)

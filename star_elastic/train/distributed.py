@@ -1,0 +1,119 @@
+"""Many ranks: PyTorch's FSDP2 under torchrun, on NCCL or gloo. One process is the same with one.
+
+Every block of the elastic model is a sharded unit: its parameters are gathered before its forward,
+where they are sliced, and its gradients are averaged over the ranks. The router is small and whole
+on every rank.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+
+from star_elastic.errors import ConfigError
+from star_elastic.nesting.elastic import ElasticModel
+
+
+@dataclass(frozen=True, slots=True)
+class World:
+    """This process among all that train together."""
+
+    rank: int = 0
+    size: int = 1
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    mesh: DeviceMesh | None = None
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this process writes what is written once."""
+        return self.rank == 0
+
+    def sum(self, values: Sequence[float]) -> list[float]:
+        """Each value summed over all ranks, in float64."""
+        if self.size == 1:
+            return list(values)
+        total = torch.tensor(values, dtype=torch.float64, device=self.device)
+        dist.all_reduce(total)
+        return total.tolist()
+
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is set on any rank."""
+        return self.sum([float(flag)])[0] > 0
+
+    def gather(self, value: Any) -> list[Any]:
+        """A picklable value of every rank, in their order, on every rank."""
+        if self.size == 1:
+            return [value]
+        gathered: list[Any] = [None] * self.size
+        dist.all_gather_object(gathered, value)
+        return gathered
+
+    def wait(self) -> None:
+        """Waits until all ranks are here."""
+        if self.size > 1:
+            dist.barrier()
+
+    def average_gradients(self, module: nn.Module) -> None:
+        """The mean over ranks of the gradients of a module that is whole on every rank; those of
+        sharded modules are averaged already."""
+        if self.size == 1:
+            return
+        for parameter in (p for p in module.parameters() if p.requires_grad):
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            dist.all_reduce(parameter.grad)
+            parameter.grad /= self.size
+
+    def shard(self, model: ElasticModel) -> ElasticModel:
+        """Shards a model's parameters over the ranks, block by block, in place."""
+        if self.size == 1:
+            return model
+        for block in model.blocks:
+            fully_shard(block, mesh=self.mesh)
+        inside = {p for block in model.blocks for p in block.parameters()}
+        fully_shard(model, mesh=self.mesh, ignored_params=inside)
+        register_fsdp_forward_method(model, "hidden_states")
+        return model
+
+
+@contextmanager
+def join_world() -> Iterator[World]:
+    """The world that torchrun set up, or this process alone.
+
+    Uses the rank's CUDA device and NCCL where there are any, else the CPU and gloo. Raises
+    ConfigError if there are fewer devices than ranks on this machine.
+    """
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    if size == 1 or dist.is_initialized():
+        yield World()
+        return
+    local = int(os.environ.get("LOCAL_RANK", "0"))
+    on_gpu = torch.cuda.is_available()
+    if on_gpu and local >= torch.cuda.device_count():
+        raise ConfigError(
+            f"rank {local} of this machine has no GPU ({torch.cuda.device_count()} found); start "
+            "torchrun with --nproc-per-node of that many"
+        )
+    device = torch.device("cuda", local) if on_gpu else torch.device("cpu")
+    if on_gpu:
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if on_gpu else "gloo")
+    try:
+        mesh = init_device_mesh(device.type, (size,))
+        yield World(dist.get_rank(), size, device, mesh)
+    finally:
+        dist.destroy_process_group()
+        gc.collect()
+        sys.stdout.flush()
+        sys.stderr.flush()

@@ -1,0 +1,85 @@
+"""Strict configs: dataclasses from plain data, with the nearest name for every unknown key."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from star_elastic.errors import ConfigError
+
+
+def require(condition: bool, message: str) -> None:
+    """Raises ConfigError with `message` unless the condition holds."""
+    if not condition:
+        raise ConfigError(message)
+
+
+def parse(kind: type, content: Any, where: str) -> Any:
+    """A config dataclass from plain data, strictly. `where` is the dotted path for messages."""
+    if not isinstance(content, dict):
+        raise ConfigError(f"{where or 'the config'} is {content!r}; it must be a table")
+    hints = typing.get_type_hints(kind)
+    known = {f.name: f for f in dataclasses.fields(kind)}
+    for key in content:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1)
+            advice = f"did you mean {near[0]}?" if near else f"use {', '.join(known)}"
+            raise ConfigError(f"{where}{key} is not a key of the run config; {advice}")
+    values = {key: _value(hints[key], value, f"{where}{key}") for key, value in content.items()}
+    for name, entry in known.items():
+        required = entry.default is dataclasses.MISSING
+        if name not in values and required and entry.default_factory is dataclasses.MISSING:
+            raise ConfigError(f"{where}{name} is missing; the run config needs it")
+    return kind(**values)
+
+
+def _value(hint: Any, value: Any, where: str) -> Any:
+    origin = typing.get_origin(hint)
+    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
+        return parse(hint, value, f"{where}.")
+    if origin is Literal:
+        options = typing.get_args(hint)
+        if value not in options:
+            raise ConfigError(
+                f"{where}={value!r} is unknown; use {' or '.join(map(repr, options))}"
+            )
+        return value
+    if origin is tuple:
+        if isinstance(value, tuple):
+            value = list(value)
+        if not isinstance(value, list):
+            raise ConfigError(f"{where}={value!r} is not a list")
+        inner = typing.get_args(hint)[0]
+        return tuple(_value(inner, item, f"{where}[{i}]") for i, item in enumerate(value))
+    if origin is Mapping or origin is typing.get_origin(Mapping[str, Any]):
+        if not isinstance(value, dict):
+            raise ConfigError(f"{where}={value!r} is not a table")
+        inner = typing.get_args(hint)[1]
+        return {key: _value(inner, item, f"{where}.{key}") for key, item in value.items()}
+    if origin in (types.UnionType, typing.Union):
+        kinds = typing.get_args(hint)
+        if type(value) is int and float in kinds:
+            return float(value)
+        if type(value) not in kinds:
+            raise ConfigError(
+                f"{where}={value!r} is not a {' or a '.join(kind.__name__ for kind in kinds)}"
+            )
+        return value
+    if hint is float and type(value) is int:
+        return float(value)
+    if type(value) is not hint:
+        raise ConfigError(f"{where}={value!r} is not a {hint.__name__}")
+    return value
+
+
+def to_plain(config: Any) -> Any:
+    """A config as plain JSON data, to be saved resolved beside its results."""
+    if dataclasses.is_dataclass(config):
+        return {f.name: to_plain(getattr(config, f.name)) for f in dataclasses.fields(config)}
+    if isinstance(config, Mapping):
+        return {key: to_plain(value) for key, value in config.items()}
+    return [to_plain(item) for item in config] if isinstance(config, tuple) else config

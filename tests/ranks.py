@@ -1,0 +1,72 @@
+"""What one rank of a distributed test does; started by torchrun, or alone.
+
+ranks.py gradients RUN.toml OUT   one step; the first rank writes all gradients and the losses
+ranks.py stop RUN.toml STEP       trains until a step, then stops as if interrupted
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from star_elastic.errors import Interrupted
+from star_elastic.train.calibrate import Silent
+from star_elastic.train.config import RunConfig, load_run_config
+from star_elastic.train.distributed import World, join_world
+from star_elastic.train.loop import StepReport
+from star_elastic.train.run import _build, check, load_tokenizer, train
+from star_elastic.train.sources import Source
+
+
+def gradients(config: RunConfig, out: Path, world: World) -> None:
+    """The gradients of the first step of the router's part and of the first plain step."""
+    checked = check(config, world.size)
+    tokenizer = load_tokenizer(config.parent)
+    sources = [Source(s.files, tokenizer, s.loss_on) for s in config.data]
+    scratch = out.with_suffix("")
+    scratch.mkdir(exist_ok=True)
+    trainer, *_ = _build(config, checked, sources, scratch, Silent(), world)
+    report: StepReport = trainer.train_step()
+    found = {"losses": torch.tensor([*report.kd.values(), *report.budget.values()])}
+    for name, parameter in trainer._parameters():
+        if parameter.grad is not None:
+            gradient = parameter.grad
+            found[name] = getattr(gradient, "full_tensor", lambda whole=gradient: whole)().clone()
+    if world.is_first:
+        save_file(found, out)
+        out.with_suffix(".json").write_text(json.dumps({"tokens": report.num_tokens}))
+
+
+class StopAt(Silent):
+    """Interrupts this rank after some steps."""
+
+    def __init__(self, step: int):
+        self.step = step
+
+    def advance(self, done: int, note: str = "") -> None:
+        if note and done == self.step:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    mode, file, last = sys.argv[1:]
+    config = load_run_config(file)
+    if mode == "gradients":
+        with join_world() as world:
+            gradients(config, Path(last), world)
+        return
+    try:
+        train(config, progress=StopAt(int(last)))
+    except Interrupted as stopped:
+        print(stopped)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,79 @@
+"""Law 7 over ranks: two gloo ranks compute what one process does, and save for any number."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from star_elastic.errors import ConfigError
+from star_elastic.train.run import check, train
+from tests.test_train import SHORT, metrics
+from tests.tiny_run import config_in
+
+ROOT = Path(__file__).parent.parent
+TOLERANCE = 1e-6
+"""Of gradients, relative to the largest one of their tensor: sums run in another order."""
+
+
+def launch(ranks: int, *arguments) -> str:
+    """Runs tests/ranks.py on some ranks of this machine."""
+    command = [sys.executable, "-m", "tests.ranks", *map(str, arguments)]
+    if ranks > 1:
+        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+        command = [sys.executable, *launcher, "-m", "tests.ranks", *map(str, arguments)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=False, cwd=ROOT, env=environment, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return done.stdout
+
+
+@pytest.mark.parametrize("phase", ["router", "plain", "one size", "recompute"])
+def test_two_ranks_compute_the_gradients_of_one(run_folder, phase):
+    changes = {
+        "router": {"[sizes.large]": 'per_layer = ["ssm_heads"]\n[sizes.large]'},
+        "plain": {
+            "[router]": '[router.fixed]\nlarge = "hidden=48"\nsmall = "hidden=32,'
+            'layers=0/1/1,experts=6"\n[router]'
+        },
+        "one size": {"batch_size = 4": 'batch_size = 8\ngroups = 4\nsizes_per_step = "one"'},
+        "recompute": {"save_every = 16": "recompute = true\nmicro_batch = 1"},
+    }[phase]
+    name = "ranks-" + phase.replace(" ", "-")
+    config_in(run_folder, name, **changes)
+    found = []
+    for ranks in (1, 2):
+        out = run_folder / f"{name}-{ranks}.safetensors"
+        launch(ranks, "gradients", run_folder / f"{name}.toml", out)
+        found.append(load_file(out))
+    one, two = found
+    assert one.keys() == two.keys()
+    for key, expected in one.items():
+        largest = expected.abs().max().clamp(min=1e-12)
+        assert (two[key] - expected).abs().max() <= TOLERANCE * largest, key
+
+
+def test_a_state_of_two_ranks_loads_on_one(run_folder):
+    torch.set_num_threads(1)
+    straight = train(config_in(run_folder, "one-rank", **SHORT))
+    config = config_in(run_folder, "two-ranks", **SHORT)
+    said = launch(2, "stop", run_folder / "two-ranks.toml", 5)
+    assert "stopped at step 5; go on with --resume" in said
+    assert len(list((run_folder / "two-ranks" / "state").glob("*.safetensors"))) == 2
+    resumed = train(config, resume=True)
+    for a, b in zip(metrics(resumed), metrics(straight), strict=True):
+        assert a["num_tokens"] == b["num_tokens"]
+        assert a["kd"] == pytest.approx(b["kd"], rel=1e-3)
+
+
+def test_windows_that_ranks_cannot_share_are_refused(run_folder):
+    config = config_in(run_folder, "three-ranks")
+    with pytest.raises(ConfigError, match="batch_size=4 .* cannot be shared by 3 ranks; use a mul"):
+        check(config, world_size=3)
