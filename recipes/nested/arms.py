@@ -1,0 +1,215 @@
+"""What every comparison on the bundled parent shares: one lab, in which arms are trained and measured.
+
+An arm is a set of sizes that train together over shared weights: all of them (a nested run), one
+alone, or one from random weights. All arms of a seed see the same rows, the same sorted parent and
+the same frozen teacher; they differ in what the comparison is about, and in nothing else.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from star_elastic.cost import CostModel
+from star_elastic.demo import (
+    CONTEXT,
+    DEMO,
+    MAX_NEW_TOKENS,
+    PARENT,
+    bundled_parent,
+    divergence_from_parent,
+    run_config,
+    write_rows,
+)
+from star_elastic.evaluate.accuracy import evaluate_plan
+from star_elastic.evaluate.tasks import TASKS, Problem, sample_problems
+from star_elastic.generate.phased import PhasedGenerator
+from star_elastic.generate.phases import Plan
+from star_elastic.importance.orders import orders_from_scores
+from star_elastic.nesting.elastic import ElasticModel
+from star_elastic.nesting.submodel import build_submodel, load_parent, sort_in_place
+from star_elastic.router.budget import Commitment
+from star_elastic.router.grid import Grid
+from star_elastic.router.router import Router
+from star_elastic.train.calibrate import Progress, find_basis, rank
+from star_elastic.train.config import StageConfig
+from star_elastic.train.loop import Trainer
+from star_elastic.train.run import load_tokenizer
+from star_elastic.train.sources import Source, calibration_batches
+from star_elastic.widths import Widths
+
+CALIBRATION = 256
+"""Rows that importance and basis are estimated on."""
+
+
+@dataclass(kw_only=True)
+class Outcome:
+    """One trained size of one arm.
+
+    `curve` lists (tokens read, KL to the parent on held-out problems, nats per token); `tokens` is
+    what the arm read in all and `flops` what its training cost, teacher included, for all of its
+    sizes together.
+    """
+
+    arm: str
+    size: str
+    widths: Widths
+    accuracy: float
+    standard_error: float
+    kl: float
+    tokens: int
+    flops: float
+    seconds: float
+    curve: list[tuple[int, float]] = field(default_factory=list)
+    seed: int = 0
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data."""
+        return {**vars(self), "widths": str(self.widths)}
+
+
+class Lab:
+    """The bundled parent, its data and its held-out problems for one seed."""
+
+    def __init__(
+        self,
+        folder: Path,
+        seed: int,
+        *,
+        num_rows: int,
+        problems_per_task: int,
+        curve_problems: int,
+        progress: Progress,
+    ):
+        folder.mkdir(parents=True, exist_ok=True)
+        rows = folder / f"rows-{seed}.jsonl"
+        write_rows(rows, num_rows, seed)
+        self.rows, self.folder, self.seed, self.progress = rows, folder, seed, progress
+        self.teacher, self.config = load_parent(bundled_parent())
+        self.tokenizer = load_tokenizer(bundled_parent())
+        self.source = Source([rows], self.tokenizer, "answers")
+        self.elastic_teacher = ElasticModel(self.teacher, self.config)
+        self.family, self.axis_map = self.elastic_teacher.family, self.elastic_teacher.axis_map
+        self.cost = CostModel(self.axis_map)
+        # Problems and training rows are apart by a hash of the problem, whatever the seed.
+        self.problems = sample_problems(TASKS, "test", problems_per_task, seed)
+        self.watched = self.problems[:: max(len(self.problems) // curve_problems, 1)]
+        count = min(CALIBRATION, len(self.source))
+        options = {"num_samples": count, "batch_size": 32, "context": CONTEXT}
+
+        def batches():
+            return calibration_batches([self.source], [1.0], **options)
+
+        scores, _ = rank(
+            self.teacher, self.axis_map, batches(),
+            num_samples=count, name="bundled tasks", progress=progress,
+        )  # fmt: skip
+        self._basis = find_basis(self.teacher, self.axis_map, batches())
+        self._orders = orders_from_scores(scores, self.axis_map)
+
+    def student(self) -> ElasticModel:
+        """A fresh sorted parent to be trained."""
+        parent, _ = load_parent(bundled_parent())
+        sort_in_place(parent, self.axis_map, self._orders, self._basis)
+        return ElasticModel(parent, self.config)
+
+    def random_student(self, widths: Widths) -> ElasticModel:
+        """A model of a size's shape with random weights."""
+        config = self.family.config_at(self.config, widths)
+        fields = {k: v for k, v in config.items() if k != "model_type"}
+        with torch.random.fork_rng():
+            torch.manual_seed(self.seed)
+            model_config = AutoConfig.for_model(config["model_type"], **fields)
+            model = AutoModelForCausalLM.from_config(model_config)
+        return ElasticModel(model, config)
+
+    def trainer(
+        self,
+        student: ElasticModel,
+        sizes: Mapping[str, Mapping[str, float]],
+        stages: Sequence[StageConfig],
+        *,
+        grid: Grid | None = None,
+        widths: Mapping[str, Widths] | None = None,
+        commit_at: float = 1.0,
+    ) -> Trainer:
+        """A run over `sizes`: with a grid the router learns their widths, else they are given."""
+        recipe = replace(
+            DEMO, sizes=sizes, stages=tuple(stages), seed=self.seed,
+            router=replace(DEMO.router, commit_at=commit_at),
+        )  # fmt: skip
+        router = Router(grid or Grid({"hidden": (self.axis_map.axes["hidden"].size,)}), len(sizes))
+        trainer = Trainer(
+            run_config(recipe, self.rows, self.folder), student, self.elastic_teacher, router,
+            [self.source], sizes, self.cost,
+        )  # fmt: skip
+        if widths:
+            trainer.committed = {name: Commitment(widths[name], 0.0, {}) for name in sizes}
+        return trainer
+
+    def run(self, arm: str, trainer: Trainer, *, points: int = 6) -> list[Outcome]:
+        """Trains an arm to its end and measures each of its sizes."""
+        steps = trainer.curriculum.num_steps
+        marks = {round(steps * (point + 1) / points) for point in range(points)}
+        curves: dict[str, list[tuple[int, float]]] = {name: [] for name in trainer.names}
+        self.progress.stage(f"{arm} ({self.seed})", steps)
+        flops = seconds = 0.0
+        while trainer.step < steps:
+            begin = time.monotonic()
+            report = trainer.train_step()
+            seconds += time.monotonic() - begin
+            flops += self._flops(trainer, report.num_tokens, list(report.kd))
+            if trainer.step in marks and trainer.committed:
+                for name, kl in self.divergences(trainer, self.watched).items():
+                    curves[name].append((trainer.tokens, kl))
+            self.progress.advance(trainer.step)
+        measured = self.measure(trainer)
+        return [
+            Outcome(
+                arm=arm, size=name, widths=trainer.committed[name].widths, kl=kl,
+                accuracy=accuracy, standard_error=error, tokens=trainer.tokens, flops=flops,
+                seconds=seconds, curve=curves[name],
+            )
+            for name, (accuracy, error, kl) in measured.items()
+        ]  # fmt: skip
+
+    def _flops(self, trainer: Trainer, num_tokens: int, names: Sequence[str]) -> float:
+        """Operations of a step: the teacher's forward once, three forwards' worth per size (forward
+        and backward). While the router learns a size costs up to the whole parent: it is counted so.
+        """
+        full = self.cost.count(self.axis_map.full).flops_per_token
+        own = CostModel(trainer.student.axis_map)
+        each = [
+            own.count(trainer.committed[name].widths).flops_per_token if trainer.committed else full
+            for name in names
+        ]
+        return num_tokens * (full + 3 * sum(each))
+
+    def measure(self, trainer: Trainer) -> dict[str, tuple[float, float, float]]:
+        """Accuracy with thinking, its standard error, and KL to the parent of every size."""
+        generator = self._generator(trainer)
+        found = {}
+        for name in trainer.names:
+            plan = Plan(think=name, answer=name, max_new_tokens=MAX_NEW_TOKENS)
+            result = evaluate_plan(generator, self.problems, plan, batch_size=200)
+            kl = divergence_from_parent(generator, name, self.watched)
+            found[name] = (result.accuracy, result.standard_error, kl)
+        return found
+
+    def divergences(self, trainer: Trainer, problems: Sequence[Problem]) -> dict[str, float]:
+        """KL to the parent of every size, nats per token."""
+        generator = self._generator(trainer)
+        return {name: divergence_from_parent(generator, name, problems) for name in trainer.names}
+
+    def _generator(self, trainer: Trainer) -> PhasedGenerator:
+        student = trainer.student
+        models: dict[str, Any] = {PARENT: self.teacher}
+        for name, fixed in trainer.committed.items():
+            models[name] = build_submodel(student.parent, student.model_config, fixed.widths)
+        return PhasedGenerator(models, self.tokenizer, self.family.end_of_thinking)

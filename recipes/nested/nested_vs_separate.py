@@ -1,0 +1,186 @@
+"""N sizes from one run against N sizes trained one by one, on the bundled parent.
+
+    python recipes/nested/nested_vs_separate.py --out runs/nested          # about 25 minutes
+    python recipes/nested/nested_vs_separate.py --out runs/x --smoke       # the same code, seconds
+
+Arms, for every seed, on the same rows with the same orders, basis and teacher:
+    nested      one run of T tokens, router included, all sizes on the same tokens
+    separate T  each size cut at the nested run's widths and distilled alone on T tokens
+    separate T/N   the same on T/N tokens each: equal tokens in all
+    scratch T   each size from random weights, distilled alone on T tokens
+    untrained   the slices without training
+Two comparisons follow: at equal total tokens (nested against separate T/N), and the papers' claim
+(nested against separate T, which reads N times as many). Writes `nested_vs_separate.json` and
+`nested_vs_separate.png` (learning curves) into the directory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from arms import Lab, Outcome
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from star_elastic.cli import Bars, print_table
+from star_elastic.demo import DEMO, stages
+from star_elastic.errors import StarElasticError
+from star_elastic.router.grid import Grid
+from star_elastic.train.config import StageConfig
+
+SIZES = {"medium": {"active": 0.7}, "small": {"active": 0.5}, "tiny": {"active": 0.35}}
+COLOURS = {"nested": "#d9730d", "separate T": "#1f6fb4", "separate T/N": "#6fb41f",
+           "scratch T": "#8a8a8a"}  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--router-steps", type=int, default=60, help="steps of 2 windows")
+    parser.add_argument("--steps", type=int, default=240, help="steps of 4 windows")
+    parser.add_argument("--problems", type=int, default=40, help="held-out problems per task")
+    parser.add_argument("--smoke", action="store_true", help="one seed, a few steps")
+    options = parser.parse_args()
+    if options.smoke:
+        options.seeds, options.router_steps, options.steps, options.problems = 1, 2, 4, 1
+    try:
+        with Bars() as bars:
+            outcomes = [o for seed in range(options.seeds) for o in one_seed(options, seed, bars)]
+    except StarElasticError as error:
+        parser.exit(2, f"error: {error}\n")
+    report = make_report(options, outcomes)
+    options.out.mkdir(parents=True, exist_ok=True)
+    file = options.out / "nested_vs_separate.json"
+    file.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    plot(outcomes, file.with_suffix(".png"))
+    show(report)
+
+
+def one_seed(options: argparse.Namespace, seed: int, bars: Bars) -> list[Outcome]:
+    """All arms of a seed."""
+    lab = Lab(
+        options.out / "work", seed,
+        num_rows=40 * (options.router_steps + options.steps) + 64,
+        problems_per_task=options.problems, curve_problems=40, progress=bars,
+    )  # fmt: skip
+    learning = balanced(stages(options.router_steps, options.steps))
+    share = options.router_steps / (options.router_steps + options.steps)
+    nested = lab.trainer(
+        lab.student(), SIZES, learning, grid=Grid(dict(DEMO.choices)), commit_at=share
+    )
+    outcomes = lab.run("nested", nested)
+    widths = {name: fixed.widths for name, fixed in nested.committed.items()}
+    total = sum(stage.tokens for stage in learning)
+    for arm, tokens in (("separate T", total), ("separate T/N", total // len(SIZES))):
+        for name, budgets in SIZES.items():
+            alone = lab.trainer(lab.student(), {name: budgets}, one_stage(tokens), widths=widths)
+            outcomes += lab.run(arm, alone)
+    for name, budgets in SIZES.items():
+        student = lab.random_student(widths[name])
+        full = {name: student.axis_map.full}
+        trainer = lab.trainer(student, {name: budgets}, one_stage(total), widths=full)
+        outcomes += [replace_widths(o, widths[name]) for o in lab.run("scratch T", trainer)]
+    untrained = lab.trainer(lab.student(), SIZES, learning, widths=widths)
+    for name, (accuracy, error, kl) in lab.measure(untrained).items():
+        outcomes.append(Outcome(
+            arm="untrained", size=name, widths=widths[name], accuracy=accuracy,
+            standard_error=error, kl=kl, tokens=0, flops=0, seconds=0,
+        ))  # fmt: skip
+    for outcome in outcomes:
+        outcome.seed = seed
+    return outcomes
+
+
+def replace_widths(outcome: Outcome, widths) -> Outcome:
+    """The outcome of a model of its own, told by the widths that give its shape."""
+    outcome.widths = widths
+    return outcome
+
+
+def balanced(learning: Sequence[StageConfig]) -> list[StageConfig]:
+    """The stages with all sizes weighing the same: arms must not differ in whom they favour."""
+    even = (1 / len(SIZES),) * len(SIZES)
+    return [replace(stage, size_weights=even) for stage in learning]
+
+
+def one_stage(tokens: int) -> list[StageConfig]:
+    """The demo's main stage for one size alone, over a number of tokens."""
+    plain = stages(1, 1)[-1]
+    warmup = max(tokens // (plain.batch_size * plain.context) // 20, 1)
+    return [replace(plain, tokens=tokens, size_weights=(1.0,), warmup_steps=warmup)]
+
+
+def make_report(options: argparse.Namespace, outcomes: Sequence[Outcome]) -> dict[str, Any]:
+    """Means over seeds with their standard deviations, by arm and size, and every outcome."""
+    table = []
+    for arm in dict.fromkeys(o.arm for o in outcomes):
+        of_arm = [o for o in outcomes if o.arm == arm]
+        for size in SIZES:
+            own = [o for o in of_arm if o.size == size]
+            table.append({
+                "arm": arm, "size": size,
+                "accuracy": spread([o.accuracy for o in own]), "kl": spread([o.kl for o in own]),
+            })  # fmt: skip
+        runs = 1 if arm == "nested" else len(SIZES)
+        seeds = max(len(of_arm) // len(SIZES), 1)
+        each = of_arm[:: len(SIZES)] if arm == "nested" else of_arm
+        for row in table[-len(SIZES) :]:
+            row["runs"] = 0 if arm == "untrained" else runs
+            row["tokens"] = sum(o.tokens for o in each) / seeds
+            row["flops"] = sum(o.flops for o in each) / seeds
+    return {
+        "command": "python recipes/nested/nested_vs_separate.py --out runs/nested"
+        + (" --smoke" if options.smoke else ""),
+        "seeds": options.seeds,
+        "problems_per_task": options.problems,
+        "sizes": SIZES,
+        "table": table,
+        "outcomes": [o.to_json() for o in outcomes],
+    }
+
+
+def spread(values: Sequence[float]) -> list[float]:
+    """Mean and standard deviation over seeds."""
+    return [statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0]
+
+
+def show(report: dict[str, Any]) -> None:
+    rows = [
+        [row["arm"], row["size"], f"{row['accuracy'][0]:.1%} ± {row['accuracy'][1]:.1%}",
+         f"{row['kl'][0]:.4f} ± {row['kl'][1]:.4f}", str(row["runs"]),
+         f"{row['tokens'] / 1e6:.2f}M", f"{row['flops'] / 1e12:.2f}"]
+        for row in report["table"]
+    ]  # fmt: skip
+    columns = ["arm", "size", "accuracy", "KL to parent", "runs", "tokens in all", "TFLOP in all"]
+    print_table(f"Nested against separate, {report['seeds']} seeds (mean ± std)", columns, rows)
+
+
+def plot(outcomes: Sequence[Outcome], file: Path) -> None:
+    """Learning curves: KL to the parent against tokens read by the run, one panel per size."""
+    figure = Figure(figsize=(11, 3.8), dpi=110, layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(1, len(SIZES))
+    for panel, size in zip(panels, SIZES, strict=True):
+        for outcome in (o for o in outcomes if o.size == size and o.curve):
+            xs, ys = zip(*outcome.curve, strict=True)
+            label = outcome.arm if outcome.seed == 0 else None
+            panel.plot([x / 1e6 for x in xs], ys, color=COLOURS[outcome.arm], label=label,
+                       linewidth=1.2, marker=".", alpha=0.8)  # fmt: skip
+        panel.set_yscale("log")
+        panel.set_title(size, fontsize=10)
+        panel.set_xlabel("tokens read by the run (millions)")
+        panel.grid(alpha=0.25)
+    panels[0].set_ylabel("KL to the parent (nats per token)")
+    panels[-1].legend(fontsize=8)
+    figure.savefig(file)
+
+
+if __name__ == "__main__":
+    main()
