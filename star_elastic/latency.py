@@ -13,6 +13,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -87,13 +88,13 @@ def _weights(points: tuple[int, ...], width: Any) -> list[Any]:
         return [1.0]
     last = len(points) - 2
     steps = []
-    for number, (low, high) in enumerate(zip(points, points[1:], strict=False)):
+    for number, (low, high) in enumerate(pairwise(points)):
         share = (width - low) / (high - low)
         if number > 0 or last > 0:
             floor = None if number == 0 else 0.0
             share = _clamp(share, floor, None if number == last else 1.0)
         steps.append(share)
-    inner = [before - after for before, after in zip(steps, steps[1:], strict=False)]
+    inner = [before - after for before, after in pairwise(steps)]
     return [1 - steps[0], *inner, steps[-1]]
 
 

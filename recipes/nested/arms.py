@@ -1,4 +1,4 @@
-"""What every comparison on the bundled parent shares: one lab, in which arms are trained and measured.
+"""What comparisons on the bundled parent share: one lab, in which arms are trained and measured.
 
 An arm is a set of sizes that train together over shared weights: all of them (a nested run), one
 alone, or one from random weights. All arms of a seed see the same rows, the same sorted parent and
@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from star_elastic.axes import LAYERS
 from star_elastic.cost import CostModel
 from star_elastic.demo import (
     CONTEXT,
@@ -31,6 +32,7 @@ from star_elastic.evaluate.accuracy import evaluate_plan
 from star_elastic.evaluate.tasks import TASKS, Problem, sample_problems
 from star_elastic.generate.phased import PhasedGenerator
 from star_elastic.generate.phases import Plan
+from star_elastic.importance.depth import rank_layers
 from star_elastic.importance.orders import orders_from_scores
 from star_elastic.nesting.elastic import ElasticModel
 from star_elastic.nesting.submodel import build_submodel, load_parent, sort_in_place
@@ -52,14 +54,15 @@ CALIBRATION = 256
 class Outcome:
     """One trained size of one arm.
 
-    `curve` lists (tokens read, KL to the parent on held-out problems, nats per token); `tokens` is
-    what the arm read in all and `flops` what its training cost, teacher included, for all of its
-    sizes together.
+    `active` is its share of the parent's active parameters. `curve` lists (tokens read, KL to the
+    parent on held-out problems, nats per token); `tokens` is what the arm read in all and `flops`
+    what its training cost, teacher included, for all of its sizes together.
     """
 
     arm: str
     size: str
     widths: Widths
+    active: float
     accuracy: float
     standard_error: float
     kl: float
@@ -173,15 +176,34 @@ class Lab:
         return [
             Outcome(
                 arm=arm, size=name, widths=trainer.committed[name].widths, kl=kl,
+                active=self.active(trainer.committed[name].widths),
                 accuracy=accuracy, standard_error=error, tokens=trainer.tokens, flops=flops,
                 seconds=seconds, curve=curves[name],
             )
             for name, (accuracy, error, kl) in measured.items()
         ]  # fmt: skip
 
+    def active(self, widths: Widths) -> float:
+        """Share of the parent's active parameters at some of its widths."""
+        return self.cost.count(widths).active / self.cost.count(self.axis_map.full).active
+
+    def depth(self) -> tuple[int, ...]:
+        """The parent's layers, most important first."""
+        layers = range(len(self.axis_map.axes[LAYERS].layers))
+        batches = list(calibration_batches(
+            [self.source], [1.0], num_samples=32, batch_size=32, context=CONTEXT
+        ))  # fmt: skip
+
+        def without(kept: Sequence[int]) -> PreTrainedModel:
+            mask = tuple(int(layer in kept) for layer in layers)
+            return build_submodel(self.teacher, self.config, {LAYERS: mask})
+
+        return rank_layers(self.teacher, self.config, batches, self.progress, without)
+
     def _flops(self, trainer: Trainer, num_tokens: int, names: Sequence[str]) -> float:
         """Operations of a step: the teacher's forward once, three forwards' worth per size (forward
-        and backward). While the router learns a size costs up to the whole parent: it is counted so.
+        and backward). While the router learns, a size costs up to the whole parent and is counted
+        as such.
         """
         full = self.cost.count(self.axis_map.full).flops_per_token
         own = CostModel(trainer.student.axis_map)

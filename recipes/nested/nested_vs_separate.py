@@ -33,6 +33,7 @@ from star_elastic.demo import DEMO, stages
 from star_elastic.errors import StarElasticError
 from star_elastic.router.grid import Grid
 from star_elastic.train.config import StageConfig
+from star_elastic.widths import Widths
 
 SIZES = {"medium": {"active": 0.7}, "small": {"active": 0.5}, "tiny": {"active": 0.35}}
 COLOURS = {"nested": "#d9730d", "separate T": "#1f6fb4", "separate T/N": "#6fb41f",
@@ -86,11 +87,15 @@ def one_seed(options: argparse.Namespace, seed: int, bars: Bars) -> list[Outcome
         student = lab.random_student(widths[name])
         full = {name: student.axis_map.full}
         trainer = lab.trainer(student, {name: budgets}, one_stage(total), widths=full)
-        outcomes += [replace_widths(o, widths[name]) for o in lab.run("scratch T", trainer)]
+        outcomes += [
+            replace_widths(o, widths[name], lab.active(widths[name]))
+            for o in lab.run("scratch T", trainer)
+        ]
     untrained = lab.trainer(lab.student(), SIZES, learning, widths=widths)
     for name, (accuracy, error, kl) in lab.measure(untrained).items():
         outcomes.append(Outcome(
             arm="untrained", size=name, widths=widths[name], accuracy=accuracy,
+            active=lab.active(widths[name]),
             standard_error=error, kl=kl, tokens=0, flops=0, seconds=0,
         ))  # fmt: skip
     for outcome in outcomes:
@@ -98,9 +103,9 @@ def one_seed(options: argparse.Namespace, seed: int, bars: Bars) -> list[Outcome
     return outcomes
 
 
-def replace_widths(outcome: Outcome, widths) -> Outcome:
+def replace_widths(outcome: Outcome, widths: Widths, active: float) -> Outcome:
     """The outcome of a model of its own, told by the widths that give its shape."""
-    outcome.widths = widths
+    outcome.widths, outcome.active = widths, active
     return outcome
 
 

@@ -266,10 +266,12 @@ class ElasticModel(_Part):
         inputs = {**inputs, "use_cache": False, "elastic": call}
         return functional_call(self._skeleton(call), tensors, (), inputs)
 
-    def hidden_states(self, size: Widths | Mixtures, **inputs) -> tuple[torch.Tensor, torch.Tensor]:
+    def hidden_states(
+        self, size: Widths | Mixtures, *, slice_at: Widths | None = None, **inputs
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """What the LM head reads, and the head: states (B, T, hidden width), weight (V, hidden
-        width). For losses that never hold all logits at once."""
-        call = self._call(size, None)
+        width). For losses that never hold all logits at once; else as `forward`."""
+        call = self._call(size, slice_at)
         tensors = self.tensors(self._own_state(), call)
         skeleton = self._skeleton(call)
         prefix = f"{skeleton.base_model_prefix}."

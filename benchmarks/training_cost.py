@@ -1,0 +1,176 @@
+"""What a distillation step costs per token and budget: masks at full width against real slices.
+
+    python benchmarks/training_cost.py                 # a hybrid of about 67M parameters, minutes
+    python benchmarks/training_cost.py --smoke         # the same code on a tiny model, seconds
+
+Four ways to train three sizes (about 1 / .78 / .58 of the active parameters, as in the papers'
+family) on the same tokens, interleaved in one run, medians:
+    masked           each size as one-hot gates at full parent width, with a teacher forward of its
+                     own: what the published reference code does. A baseline only; training never
+                     runs it
+    sliced           each size as a slice, with a teacher forward of its own
+    shared teacher   the slices on the same tokens, one teacher forward for all
+    cached teacher   the slices against stored samples of the teacher's distribution
+Printed beside the ratio of counted operations: 2 per used parameter and token forward, 4 backward.
+Weights are random: time does not depend on them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from size_cost import LARGE, TINY, interleaved
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from star_elastic.cost import CostModel, Workload
+from star_elastic.nesting.elastic import ElasticModel
+from star_elastic.nesting.gate import Mixture
+from star_elastic.train.losses import linear_kl, sampled_kl
+from star_elastic.train.teacher import sample_targets
+from star_elastic.widths import Widths
+
+SHARES = {"large": 1.0, "medium": 0.78, "small": 0.58}
+"""Share of the hidden channels that a size keeps: active parameters follow it."""
+SAMPLES = 32
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--tokens", type=int, default=4096, help="tokens of a step")
+    parser.add_argument("--smoke", action="store_true", help="tiny model, one round")
+    parser.add_argument("--out", type=Path, help="write the result as JSON")
+    options = parser.parse_args()
+    if options.smoke:
+        options.rounds, options.tokens = 1, 64
+    config = {"model_type": "nemotron_h", **(TINY if options.smoke else LARGE)}
+    result = {
+        "command": "python benchmarks/training_cost.py" + (" --smoke" if options.smoke else ""),
+        "machine": {"cpus": os.cpu_count(), "threads": torch.get_num_threads()},
+        "tokens": options.tokens,
+        "rounds": options.rounds,
+        **measure(config, options.tokens, options.rounds),
+    }
+    show(result)
+    if options.out:
+        options.out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+
+
+def build(config: dict, seed: int) -> ElasticModel:
+    """A random model of a config."""
+    fields = {k: v for k, v in config.items() if k != "model_type"}
+    torch.manual_seed(seed)
+    return ElasticModel(
+        AutoModelForCausalLM.from_config(AutoConfig.for_model("nemotron_h", **fields)), config
+    )
+
+
+def measure(config: dict, tokens: int, rounds: int) -> dict:
+    """Time and operations of each way relative to the masked one."""
+    student, teacher = build(config, 0), build(config, 1).eval().requires_grad_(False)
+    axis_map = student.axis_map
+    full = axis_map.full
+    step = 16 if full["hidden"] >= 256 else 8
+    sizes = {
+        name: full.replace(hidden=round(full["hidden"] * share / step) * step)
+        for name, share in SHARES.items()
+    }
+    length = min(tokens, 256)
+    ids = torch.randint(0, config["vocab_size"], (tokens // length, length))
+
+    @torch.no_grad()
+    def ask_teacher() -> tuple[torch.Tensor, torch.Tensor]:
+        states, head = teacher.hidden_states(full, input_ids=ids)
+        return states.flatten(0, 1), head
+
+    known, known_head = ask_teacher()
+    documents = [(0, row, length) for row in range(len(ids))]
+    targets = sample_targets(known, known_head, SAMPLES, documents, seed=0)
+
+    def learn(divergence: Callable, size, **options) -> None:
+        states, head = student.hidden_states(size, input_ids=ids, **options)
+        divergence(states.flatten(0, 1), head).backward()
+
+    def live(answer: tuple[torch.Tensor, torch.Tensor]) -> Callable:
+        return lambda states, head: linear_kl(states, head, *answer)
+
+    def masked() -> None:
+        for widths in sizes.values():
+            learn(live(ask_teacher()), one_hot(widths, full), slice_at=full)
+
+    def sliced() -> None:
+        for widths in sizes.values():
+            learn(live(ask_teacher()), widths)
+
+    def shared() -> None:
+        divergence = live(ask_teacher())
+        for widths in sizes.values():
+            learn(divergence, widths)
+
+    def cached() -> None:
+        for widths in sizes.values():
+            learn(lambda states, head: sampled_kl(states, head, targets), widths)
+
+    ways = {"masked": masked, "sliced": sliced, "shared teacher": shared, "cached teacher": cached}
+    seconds = interleaved({name: fresh(student, way) for name, way in ways.items()}, rounds)
+    cost = CostModel(axis_map, Workload(context=length // 2))
+    whole = cost.count(full).flops_per_token
+    slices = sum(cost.count(widths).flops_per_token for widths in sizes.values())
+    flops = {
+        "masked": len(sizes) * 4 * whole,
+        "sliced": len(sizes) * whole + 3 * slices,
+        "shared teacher": whole + 3 * slices,
+        "cached teacher": 3 * slices,
+    }
+    return {
+        "parameters": cost.count(full).total,
+        "sizes": {
+            name: cost.count(widths).active / cost.count(full).active
+            for name, widths in sizes.items()
+        },
+        "ways": {
+            name: {
+                "time_ratio": seconds[name] / seconds["masked"],
+                "flops_ratio": flops[name] / flops["masked"],
+                "gflop_per_token_and_budget": flops[name] / len(sizes) / 1e9,
+            }
+            for name in ways
+        },
+    }
+
+
+def one_hot(widths: Widths, full: Widths) -> dict[str, Mixture]:
+    """Gates that leave open what a slice keeps."""
+    hidden = int(full["hidden"]), int(widths["hidden"])
+    choices = tuple(sorted(set(hidden), reverse=True))
+    return {"hidden": Mixture(choices, torch.tensor([float(c == hidden[1]) for c in choices]))}
+
+
+def fresh(student: ElasticModel, way: Callable[[], None]) -> Callable[[], None]:
+    """A step that begins with no gradients."""
+
+    def run() -> None:
+        student.zero_grad(set_to_none=True)
+        way()
+
+    return run
+
+
+def show(result: dict) -> None:
+    sizes = ", ".join(f"{name} {share:.0%}" for name, share in result["sizes"].items())
+    print(f"hybrid of {result['parameters']:,} parameters; active: {sizes}; {result['machine']}")
+    print(f"{'way':16} {'time/masked':>12} {'FLOPs/masked':>13} {'GFLOP/(token, budget)':>22}")
+    for name, row in result["ways"].items():
+        print(
+            f"{name:16} {row['time_ratio']:12.3f} {row['flops_ratio']:13.3f} "
+            f"{row['gflop_per_token_and_budget']:22.3f}"
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,238 @@
+"""The papers' ablations on the bundled parent: nested runs of equal length, one change each.
+
+    python recipes/nested/ablations.py --out runs/ablations             # about 20 minutes a seed
+    python recipes/nested/ablations.py --out runs/x --smoke             # the same code, seconds
+
+    curriculum   one stage, two stages, uniform or weighted to the large sizes
+    widths       the router's against uniform, random feasible and hand-chosen ones at equal cost
+    shape        width against depth at equal active parameters; widths of their own in every layer
+Every run trains all its sizes on the same number of tokens; runs with given widths have no router's
+part. Writes `ablations.json` into the directory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from arms import Lab, Outcome
+from nested_vs_separate import spread
+
+from star_elastic.axes import LAYERS
+from star_elastic.cli import Bars, print_table
+from star_elastic.demo import DEMO, stages
+from star_elastic.errors import ShapeError, StarElasticError
+from star_elastic.router.budget import AIM, budget_miss
+from star_elastic.router.grid import Grid
+from star_elastic.train.config import FAVOUR_LARGE, StageConfig
+from star_elastic.widths import Widths, parse_widths
+
+SIZES = {"medium": {"active": 0.7}, "small": {"active": 0.5}, "tiny": {"active": 0.35}}
+UNIFORM = (1 / 3, 1 / 3, 1 / 3)
+TO_LARGE = tuple(FAVOUR_LARGE**i / sum(FAVOUR_LARGE**j for j in range(3)) for i in range(3))
+HAND = {
+    "medium": "hidden=160,expert_ffn=48,shared_ffn=96",
+    "small": "hidden=128,expert_ffn=32,shared_ffn=64",
+    "tiny": "hidden=96,expert_ffn=32,shared_ffn=48",
+}
+"""Round numbers that a person might choose, moved onto the budgets one `shared_ffn` at a time."""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--router-steps", type=int, default=60, help="steps of 2 windows")
+    parser.add_argument("--steps", type=int, default=180, help="steps of 4 windows")
+    parser.add_argument("--problems", type=int, default=30, help="held-out problems per task")
+    parser.add_argument("--smoke", action="store_true", help="one seed, a few steps")
+    options = parser.parse_args()
+    if options.smoke:
+        options.seeds, options.router_steps, options.steps, options.problems = 1, 2, 2, 1
+    try:
+        with Bars() as bars:
+            outcomes = [o for seed in range(options.seeds) for o in one_seed(options, seed, bars)]
+    except StarElasticError as error:
+        parser.exit(2, f"error: {error}\n")
+    report = make_report(options, outcomes)
+    (options.out / "ablations.json").write_text(json.dumps(report, indent=2) + "\n", "utf-8")
+    show(report)
+
+
+def one_seed(options: argparse.Namespace, seed: int, bars: Bars) -> list[Outcome]:
+    """Every run of a seed."""
+    lab = Lab(
+        options.out / "work", seed,
+        num_rows=40 * (options.router_steps + options.steps) + 64,
+        problems_per_task=options.problems, curve_problems=40, progress=bars,
+    )  # fmt: skip
+    learning = [weigh(s, UNIFORM) for s in stages(options.router_steps, options.steps)]
+    router_share = options.router_steps / (options.router_steps + options.steps)
+    grid = Grid(dict(DEMO.choices))
+
+    def learned(arm: str, plan: Sequence[StageConfig], grid: Grid = grid) -> list[Outcome]:
+        trainer = lab.trainer(lab.student(), SIZES, plan, grid=grid, commit_at=router_share)
+        return lab.run(arm, trainer, points=1)
+
+    def given(arm: str, widths: Mapping[str, Widths]) -> list[Outcome]:
+        total = sum(stage.tokens for stage in learning)
+        plan = [replace(learning[-1], tokens=total)]
+        return lab.run(arm, lab.trainer(lab.student(), SIZES, plan, widths=widths), points=1)
+
+    first, second = learning
+    outcomes = learned("one stage, uniform", learning)
+    outcomes += learned("one stage, weighted", [first, weigh(second, TO_LARGE)])
+    halves = two_stages(second)
+    outcomes += learned("two stages, uniform then weighted", [first, *halves])
+    outcomes += learned("two stages, uniform", [first, *(weigh(s, UNIFORM) for s in halves)])
+    outcomes += given("uniform widths", uniform_widths(lab))
+    outcomes += given("random widths", random_widths(lab, seed))
+    outcomes += given("random widths, again", random_widths(lab, seed + 1000))
+    outcomes += given("hand-chosen widths", hand_widths(lab))
+    depth = lab.depth()
+    by_depth = {name: depth_widths(lab, depth, b["active"]) for name, b in SIZES.items()}
+    outcomes += given("depth alone", by_depth)
+    per_layer = {
+        name: len(lab.axis_map.axes[name].layers)
+        for name in ("expert_ffn", "shared_ffn", "ssm_heads")
+    }
+    outcomes += learned("widths per layer", learning, Grid(dict(DEMO.choices), per_layer))
+    for outcome in outcomes:
+        outcome.seed = seed
+    return outcomes
+
+
+def weigh(stage: StageConfig, weights: tuple[float, ...]) -> StageConfig:
+    """A stage with other weights of the sizes."""
+    return replace(stage, size_weights=weights)
+
+
+def two_stages(stage: StageConfig) -> list[StageConfig]:
+    """A stage split as the papers do: short windows first, then long ones weighted to the large
+    sizes, 60 % and 40 % of the tokens. The learning rate falls over both."""
+    middle = (stage.learning_rate + stage.final_learning_rate) / 2
+    short = replace(
+        stage, tokens=round(0.6 * stage.tokens), context=stage.context // 2,
+        batch_size=2 * stage.batch_size, final_learning_rate=middle,
+    )  # fmt: skip
+    long = replace(
+        stage, tokens=round(0.4 * stage.tokens), learning_rate=middle, size_weights=TO_LARGE
+    )
+    return [short, long]
+
+
+def nearest(lab: Lab, candidates: Sequence[Mapping[str, int]], name: str) -> Widths:
+    """Of some widths, those that cost nearest to a size's budget."""
+    legal = []
+    for candidate in candidates:
+        try:
+            legal.append(lab.axis_map.complete(candidate))
+        except ShapeError:
+            continue
+    return min(legal, key=lambda widths: budget_miss(widths, SIZES[name], lab.cost))
+
+
+def uniform_widths(lab: Lab) -> dict[str, Widths]:
+    """The same share of every axis, as near as the grid allows, on the budget by `shared_ffn`."""
+
+    def at(share: float, shared: int) -> dict[str, int]:
+        widths = {
+            axis: min(grid, key=lambda w: abs(w / grid[0] - share))
+            for axis, grid in DEMO.choices.items()
+        }
+        return {**widths, "shared_ffn": shared}
+
+    shares = [s / 100 for s in range(30, 100)]
+    candidates = [at(s, w) for s in shares for w in range(16, 129, 4)]
+    found = {}
+    for name in SIZES:
+        near = [c for c in candidates if budget_miss(lab.axis_map.complete(c), SIZES[name],
+                                                     lab.cost) <= AIM]  # fmt: skip
+        # Of those on the budget, the one whose shares differ least.
+        found[name] = lab.axis_map.complete(min(near, key=unevenness))
+    return found
+
+
+def unevenness(widths: Mapping[str, int]) -> float:
+    """Spread of the shares that widths keep of their axes."""
+    shares = [widths[axis] / grid[0] for axis, grid in DEMO.choices.items()]
+    return max(shares) - min(shares)
+
+
+def random_widths(lab: Lab, seed: int) -> dict[str, Widths]:
+    """Uniformly random widths of the grid that meet the budget within 0.5 %."""
+    draw = random.Random(seed)
+    found = {}
+    for name, budgets in SIZES.items():
+        while name not in found:
+            widths = lab.axis_map.complete({a: draw.choice(g) for a, g in DEMO.choices.items()})
+            if budget_miss(widths, budgets, lab.cost) <= AIM:
+                found[name] = widths
+    return found
+
+
+def hand_widths(lab: Lab) -> dict[str, Widths]:
+    """The hand-chosen widths, moved onto the budgets."""
+    found = {}
+    for name, text in HAND.items():
+        base = parse_widths(text)
+        found[name] = nearest(lab, [{**base, "shared_ffn": w} for w in range(8, 129, 4)], name)
+    return found
+
+
+def depth_widths(lab: Lab, depth: Sequence[int], share: float) -> Widths:
+    """The most important layers that cost nearest to a share of the active parameters; the hidden
+    width makes up for what whole layers cannot meet."""
+    candidates = []
+    for count in range(1, len(depth) + 1):
+        kept = set(depth[:count])
+        mask = tuple(int(layer in kept) for layer in range(len(depth)))
+        candidates += [{LAYERS: mask, "hidden": h} for h in (192, 184, 176)]
+    legal = []
+    for candidate in candidates:
+        try:
+            legal.append(lab.axis_map.complete(candidate))
+        except ShapeError:
+            continue
+    return min(legal, key=lambda widths: budget_miss(widths, {"active": share}, lab.cost))
+
+
+def make_report(options: argparse.Namespace, outcomes: Sequence[Outcome]) -> dict[str, Any]:
+    """Means over seeds by run and size, and every outcome."""
+    table = []
+    for arm in dict.fromkeys(o.arm for o in outcomes):
+        for size in SIZES:
+            own = [o for o in outcomes if o.arm == arm and o.size == size]
+            table.append({
+                "arm": arm, "size": size, "widths": [str(o.widths) for o in own],
+                "active": spread([o.active for o in own]),
+                "accuracy": spread([o.accuracy for o in own]), "kl": spread([o.kl for o in own]),
+            })  # fmt: skip
+    return {
+        "command": "python recipes/nested/ablations.py --out runs/ablations"
+        + (" --smoke" if options.smoke else ""),
+        "seeds": options.seeds,
+        "problems_per_task": options.problems,
+        "table": table,
+        "outcomes": [o.to_json() for o in outcomes],
+    }
+
+
+def show(report: dict[str, Any]) -> None:
+    rows = [
+        [row["arm"], row["size"], f"{row['active'][0]:.1%}",
+         f"{row['accuracy'][0]:.1%} ± {row['accuracy'][1]:.1%}",
+         f"{row['kl'][0]:.4f} ± {row['kl'][1]:.4f}"]
+        for row in report["table"]
+    ]  # fmt: skip
+    columns = ["run", "size", "active", "accuracy", "KL to parent"]
+    print_table(f"Ablations, {report['seeds']} seeds (mean ± std)", columns, rows)
+
+
+if __name__ == "__main__":
+    main()
