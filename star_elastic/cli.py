@@ -309,11 +309,17 @@ def train(
     config = load_run_config(run)
     with Bars() as bars:
         result = run_training(config, resume=resume, progress=bars)
-    if as_json:
-        print_json({"elastic": str(result.elastic), "steps": result.steps,
-                    "tokens": result.tokens, "seconds": result.seconds})  # fmt: skip
-    else:
-        print(f"{result.elastic}: {result.steps} steps, {result.tokens:,} tokens")
+    summary = {"elastic": str(result.elastic), "steps": result.steps,
+               "tokens": result.tokens, "seconds": result.seconds}  # fmt: skip
+    if os.environ.get("RANK", "0") == "0":  # the first of all ranks speaks
+        print_json(summary) if as_json else print(
+            f"{result.elastic}: {result.steps} steps, {result.tokens:,} tokens"
+        )
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        # gloo's threads may abort a process that ends in the ordinary way, after all work is done.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
 
 
 @app.command()

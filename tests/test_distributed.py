@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -11,9 +12,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from star_elastic.errors import ConfigError
+from star_elastic.errors import ConfigError, Interrupted
 from star_elastic.train.run import check, train
-from tests.test_train import SHORT, metrics
+from tests.test_train import SHORT, StopAt, metrics
 from tests.tiny_run import config_in
 
 ROOT = Path(__file__).parent.parent
@@ -21,12 +22,12 @@ TOLERANCE = 1e-6
 """Of gradients, relative to the largest one of their tensor: sums run in another order."""
 
 
-def launch(ranks: int, *arguments) -> str:
-    """Runs tests/ranks.py on some ranks of this machine."""
-    command = [sys.executable, "-m", "tests.ranks", *map(str, arguments)]
+def launch(ranks: int, *arguments, module: str = "tests.ranks") -> str:
+    """Runs a module on some ranks of this machine and returns what it prints."""
+    command = [sys.executable, "-m", module, *map(str, arguments)]
     if ranks > 1:
         launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-        command = [sys.executable, *launcher, "-m", "tests.ranks", *map(str, arguments)]
+        command = [sys.executable, *launcher, "-m", module, *map(str, arguments)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
         command, capture_output=True, text=True, check=False, cwd=ROOT, env=environment, timeout=300
@@ -60,15 +61,20 @@ def test_two_ranks_compute_the_gradients_of_one(run_folder, phase):
         assert (two[key] - expected).abs().max() <= TOLERANCE * largest, key
 
 
-def test_a_state_of_two_ranks_loads_on_one(run_folder):
+def test_states_load_on_another_number_of_ranks(run_folder):
+    """From two ranks to one, and back to two from the command line, which ends the run."""
     torch.set_num_threads(1)
     straight = train(config_in(run_folder, "one-rank", **SHORT))
-    config = config_in(run_folder, "two-ranks", **SHORT)
-    said = launch(2, "stop", run_folder / "two-ranks.toml", 5)
-    assert "stopped at step 5; go on with --resume" in said
+    config, file = config_in(run_folder, "two-ranks", **SHORT), run_folder / "two-ranks.toml"
+    said = launch(2, "stop", file, 4)
+    assert "stopped at step 4; go on with --resume" in said
     assert len(list((run_folder / "two-ranks" / "state").glob("*.safetensors"))) == 2
-    resumed = train(config, resume=True)
-    for a, b in zip(metrics(resumed), metrics(straight), strict=True):
+    with pytest.raises(Interrupted, match="stopped at step 8"):
+        train(config, resume=True, progress=StopAt(8))
+    said = launch(2, "train", file, "--resume", "--json", module="star_elastic.cli")
+    assert json.loads(said)["steps"] == 12
+    log = (run_folder / "two-ranks" / "metrics.jsonl").read_text().splitlines()
+    for a, b in zip(map(json.loads, log), metrics(straight), strict=True):
         assert a["num_tokens"] == b["num_tokens"]
         assert a["kd"] == pytest.approx(b["kd"], rel=1e-3)
 

@@ -144,8 +144,9 @@ class _Search:
     def __init__(self, grid: Grid, budgets: Budgets, cost: CostModel, picks: Sequence[Mixture]):
         self.grid, self.budgets, self.cost = grid, budgets, cost
         self.choices = [grid.choices[place.axis] for place in grid.places]
-        self.log_probs = [pick.probs.detach().double().clamp_min(1e-30).log() for pick in picks]
-        self.start = torch.tensor([int(pick.probs.detach().argmax()) for pick in picks])
+        likely = [pick.probs.detach().cpu().double() for pick in picks]
+        self.log_probs = [probs.clamp_min(1e-30).log() for probs in likely]
+        self.start = torch.tensor([int(probs.argmax()) for probs in likely])
 
     def score(self, positions: torch.Tensor) -> _Scored:
         """Exact cost of every row of positions; widths that do not go together miss by infinity."""
