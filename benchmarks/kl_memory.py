@@ -28,6 +28,7 @@ from pathlib import Path
 import torch
 from torch.nn import functional as F
 
+from star_elastic.cli import at_the_command_line
 from star_elastic.train.losses import CHUNK_BYTES, distillation_loss, linear_kl
 
 PRECISIONS = ("fp32", "bf16")
@@ -206,4 +207,5 @@ def show(result: dict) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with at_the_command_line():
+        main()

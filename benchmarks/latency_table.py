@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 from size_cost import LARGE, TINY
 
+from star_elastic.cli import at_the_command_line
 from star_elastic.evaluate.latency import Check, Setting, measure
 
 WORKLOADS = (
@@ -78,4 +79,5 @@ def show(row: dict) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with at_the_command_line():
+        main()

@@ -26,6 +26,7 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
+from star_elastic.cli import at_the_command_line
 from star_elastic.cost import CostModel, Workload
 from star_elastic.nesting.elastic import ElasticModel
 from star_elastic.nesting.stream import save_model, slice_checkpoint
@@ -198,4 +199,5 @@ def show(result: dict) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with at_the_command_line():
+        main()

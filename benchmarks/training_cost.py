@@ -27,6 +27,7 @@ import torch
 from size_cost import LARGE, TINY, interleaved
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from star_elastic.cli import at_the_command_line
 from star_elastic.cost import CostModel, Workload
 from star_elastic.nesting.elastic import ElasticModel
 from star_elastic.nesting.gate import Mixture
@@ -173,4 +174,5 @@ def show(result: dict) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with at_the_command_line():
+        main()

@@ -9,6 +9,7 @@ and no tensor library: it is integers only.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -254,12 +255,14 @@ class AxisMap:
             )
         done = Widths({name: self._collapse(name, value, kept) for name, value in done.items()})
         for name, divisor in self.multiples:
-            first, second = done[name], done[divisor]
-            if isinstance(first, int) and isinstance(second, int) and first % second:
-                raise ShapeError(
-                    f"{name}={first} is not a multiple of {divisor}={second}, which the "
-                    f"{self.family} config requires; use {name}={max(first // second, 1) * second}"
-                )
+            firsts, seconds = (_distinct(done[axis]) for axis in (name, divisor))
+            for first, second in itertools.product(firsts, seconds):
+                if first % second:
+                    raise ShapeError(
+                        f"{name}={first} is not a multiple of {divisor}={second}, which the "
+                        f"{self.family} config requires; "
+                        f"use {name}={max(first // second, 1) * second}"
+                    )
         return done
 
     def _collapse(self, name: str, value: Width, kept: tuple[int, ...]) -> Width:
@@ -447,6 +450,10 @@ def fewest_experts(top_k: int, selected_groups: int, num_groups: int, size: int)
     is the sum of its two best."""
     per_group = max(-(-top_k // selected_groups), 2)
     return min(per_group * num_groups, size)
+
+
+def _distinct(width: Width) -> list[int]:
+    return sorted(set(width)) if isinstance(width, tuple) else [width]
 
 
 def _renumber(name: str, layer: int | None, places: Mapping[int, int]) -> str:

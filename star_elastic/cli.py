@@ -9,7 +9,8 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,7 +21,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemaini
 from rich.progress import Progress as RichProgress
 from rich.table import Table
 
+from star_elastic.axes import LAYERS
 from star_elastic.errors import ConfigError, Interrupted, StarElasticError
+from star_elastic.widths import parse_widths
 
 app = typer.Typer(
     help="One reasoning model, many nested sizes inside a single checkpoint.",
@@ -157,7 +160,6 @@ def count(
     """Exact total and active parameters, bytes and operations; needs no weights."""
     from star_elastic.cost import CostModel, Workload, count_parts
     from star_elastic.families import family_of, read_config
-    from star_elastic.widths import parse_widths
 
     config = read_config(model)
     axis_map = family_of(config).axis_map(config)
@@ -201,9 +203,8 @@ def rank(
     """Importance scores of every unit of every axis, from forward passes on data."""
     from star_elastic.families import family_of
     from star_elastic.importance.files import save_scores
-    from star_elastic.nesting.submodel import load_parent
+    from star_elastic.nesting.submodel import load_parent, load_tokenizer
     from star_elastic.train.calibrate import rank as rank_units
-    from star_elastic.train.run import load_tokenizer
     from star_elastic.train.sources import Source, calibration_batches
 
     if out.exists():
@@ -353,7 +354,11 @@ def sizes(
         rows.append([
             name, f"{counted.active:,} ({counted.active / full.active:.1%})",
             f"{counted.total:,} ({counted.total / full.total:.1%})",
-            *(_width_text(size.widths[axis]) for axis in shown),
+            *(
+                str(len(axis_map.kept_layers(size.widths))) if axis == LAYERS
+                else _width_text(size.widths[axis])
+                for axis in shown
+            ),
         ])  # fmt: skip
     if as_json:
         print_json({"family": manifest.family, "sizes": result})
@@ -372,14 +377,15 @@ def slice_size(
     out: Annotated[Path, typer.Option(help="New directory for the ordinary checkpoint.")],
     size: Annotated[str, typer.Option(help="Name of the size to cut out.")] = "",
     budget: Annotated[str, typer.Option(help="Or one between them: active=0.6, bytes=1GB.")] = "",
+    widths: Annotated[str, typer.Option(help="Or widths of your own: hidden=128,ffn=256.")] = "",
     as_json: AsJson = False,
 ) -> None:
     """Cuts a size out as an ordinary checkpoint, with no further training.
 
     For a budget between trained ones the router gives widths; they were not trained themselves.
     """
-    if bool(size) == bool(budget):
-        raise ConfigError("name a --size or a --budget (one of them), for example --size small")
+    if sum(map(bool, (size, budget, widths))) != 1:
+        raise ConfigError("name one of --size, --budget and --widths, for example --size small")
     from star_elastic.families import family_of, read_config
     from star_elastic.manifest import load_manifest
     from star_elastic.nesting.stream import slice_checkpoint
@@ -388,13 +394,15 @@ def slice_size(
     axis_map = family_of(config).axis_map(config)
     manifest = load_manifest(elastic, axis_map)
     if size:
-        widths = manifest.size(size).widths
+        chosen = manifest.size(size).widths
+    elif widths:
+        chosen = axis_map.complete(parse_widths(widths))
     else:
         from star_elastic.router.files import widths_for
 
         metric, _, amount = budget.partition("=")
         given = float(amount) if amount.replace(".", "", 1).isdigit() else amount
-        widths = widths_for(elastic, manifest, axis_map, {metric.strip(): given}).widths
+        chosen = widths_for(elastic, manifest, axis_map, {metric.strip(): given}).widths
     with Bars() as bars:
         begun = False
 
@@ -405,9 +413,9 @@ def slice_size(
             begun = True
             bars.advance(done)
 
-        slice_checkpoint(elastic, widths, out, progress=progress)
-    result = {"out": str(out), "size": size or budget, "widths": dict(widths)}
-    print_json(result) if as_json else print(f"{out}: {size or budget} ({widths})")
+        slice_checkpoint(elastic, chosen, out, progress=progress)
+    result = {"out": str(out), "size": size or budget, "widths": dict(chosen)}
+    print_json(result) if as_json else print(f"{out}: {size or budget} ({chosen})")
 
 
 @app.command()
@@ -452,11 +460,24 @@ def generate(
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point of the `star-elastic` command."""
+    with at_the_command_line():
+        app(args=arguments, standalone_mode=True)
+
+
+@contextmanager
+def at_the_command_line() -> Iterator[None]:
+    """What every program of ours does around its work: libraries stay quiet, a mistake of the user
+    or a stop ends in one line with its exit code."""
     # Progress is ours to draw; which kernels are missing on this machine is no news to its owner.
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    if "transformers" in sys.modules:  # which read both when it was imported
+        from transformers.utils import logging
+
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
     try:
-        app(args=arguments, standalone_mode=True)
+        yield
     except StarElasticError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None

@@ -52,7 +52,7 @@ class Cost:
         if value is None:
             raise BudgetError(
                 "a budget in milliseconds needs a latency table; measure one with star-elastic "
-                "latency and name it as workload.latency"
+                'latency and name it in the run config: latency = "table.json"'
             )
         return value
 

@@ -188,7 +188,7 @@ def run_config(recipe: Recipe, rows: Path, run: Path) -> RunConfig:
         sizes=recipe.sizes,
         choices=recipe.choices,
         workload=recipe.workload,
-        data=(SourceConfig(files=(str(rows),), loss_on="answers"),),
+        data=(SourceConfig(files=(str(rows.absolute()),), loss_on="answers"),),
         stages=recipe.stages,
         calibration=CalibrationConfig(num_samples=512, batch_size=32, basis="principal"),
         router=recipe.router,

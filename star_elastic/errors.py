@@ -4,6 +4,12 @@ Anything else that goes wrong is a bug of ours and surfaces as an ordinary excep
 """
 
 
+def reason(error: BaseException, line: int = 0) -> str:
+    """One line (the first, or -1: the last) of what a library's error says, or else its name."""
+    lines = [text.strip() for text in str(error).splitlines() if text.strip()]
+    return lines[line] if lines else type(error).__name__
+
+
 class Interrupted(Exception):
     """The user stopped a run; its state is saved. Exit code 1."""
 

@@ -16,11 +16,13 @@ import torch
 from safetensors.torch import save_file
 
 from star_elastic.errors import Interrupted
+from star_elastic.nesting.submodel import load_tokenizer
 from star_elastic.train.calibrate import Silent
+from star_elastic.train.check import check
 from star_elastic.train.config import RunConfig, load_run_config
 from star_elastic.train.distributed import World, join_world
 from star_elastic.train.loop import StepReport
-from star_elastic.train.run import _build, check, load_tokenizer, train
+from star_elastic.train.run import _build, train
 from star_elastic.train.sources import Source
 
 

@@ -62,6 +62,9 @@ def test_rank_train_sizes_slice_generate(run_folder):
     assert counted["active"] == listed["small"]["active"]
     between = run_folder / "between"
     assert answer("slice", elastic, "--budget", "active=0.85", "--out", between)["size"]
+    chosen = run_folder / "chosen"
+    answer("slice", elastic, "--widths", "hidden=40,shared_ffn=32", "--out", chosen)
+    assert read_config(chosen)["hidden_size"] == 40
     share = answer("count", between)["active"] / answer("count", elastic)["active"]
     assert share == pytest.approx(0.85, rel=0.02)
     phases = answer(
@@ -77,7 +80,9 @@ def test_mistakes_are_one_line(trained, tmp_path):
     assert "lies outside the range of active" in refusal(
         "slice", elastic, "--budget", "active=0.2", "--out", tmp_path / "x"
     )
-    assert "one of them" in refusal("slice", elastic, "--out", tmp_path / "x")
+    assert "name one of --size, --budget and --widths" in refusal(
+        "slice", elastic, "--out", tmp_path / "x"
+    )
     assert not (tmp_path / "x").exists()
     assert "is not an elastic checkpoint" in refusal("sizes", elastic.parents[1] / "parent")
     taken = tmp_path / "taken"
@@ -148,7 +153,10 @@ def test_readme_run_config_is_valid():
     [
         ["recipes/hour/run.py", "--out", "{out}", "--smoke", "--json"],
         ["recipes/hour/axes_alone.py", "--out", "{out}", "--smoke"],
+        ["recipes/nested/nested_vs_separate.py", "--out", "{out}", "--smoke"],
+        ["recipes/nested/ablations.py", "--out", "{out}", "--smoke"],
         ["benchmarks/size_cost.py", "--smoke"],
+        ["benchmarks/training_cost.py", "--smoke"],
         ["benchmarks/kl_memory.py", "--smoke"],
         ["benchmarks/latency_table.py", "--smoke"],
     ],

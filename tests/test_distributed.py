@@ -13,7 +13,8 @@ import torch
 from safetensors.torch import load_file
 
 from star_elastic.errors import ConfigError, Interrupted
-from star_elastic.train.run import check, train
+from star_elastic.train.check import check
+from star_elastic.train.run import train
 from tests.test_train import SHORT, StopAt, metrics
 from tests.tiny_run import config_in
 
@@ -42,7 +43,8 @@ def test_two_ranks_compute_the_gradients_of_one(run_folder, phase):
         "router": {"[sizes.large]": 'per_layer = ["ssm_heads"]\n[sizes.large]'},
         "plain": {
             "[router]": '[router.fixed]\nlarge = "hidden=48"\nsmall = "hidden=32,'
-            'layers=0/1/1,experts=6"\n[router]'
+            'layers=0/1/1,experts=6"\n[router]',
+            "active = 0.7": "active = 0.535",
         },
         "one size": {"batch_size = 4": 'batch_size = 8\ngroups = 4\nsizes_per_step = "one"'},
         "recompute": {"save_every = 16": "recompute = true\nmicro_batch = 1"},

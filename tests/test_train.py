@@ -1,12 +1,12 @@
 """Nested distillation end to end on a tiny parent: config, training, resume, the result."""
 
-import errno
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -19,15 +19,17 @@ from star_elastic.generate.family import load
 from star_elastic.manifest import load_manifest
 from star_elastic.nesting.elastic import ElasticModel
 from star_elastic.nesting.stream import slice_checkpoint
-from star_elastic.nesting.submodel import load_parent, sort_in_place
+from star_elastic.nesting.submodel import load_parent, load_tokenizer, sort_in_place
 from star_elastic.router.budget import AIM
 from star_elastic.router.grid import default_choices
-from star_elastic.train import state
 from star_elastic.train.calibrate import Silent
+from star_elastic.train.check import check
 from star_elastic.train.config import StageConfig
 from star_elastic.train.curriculum import Curriculum, Position
+from star_elastic.train.distributed import World
 from star_elastic.train.losses import distillation_loss
-from star_elastic.train.run import train
+from star_elastic.train.run import _build, train
+from star_elastic.train.sources import Source
 from tests.tiny_run import TINY, config_in
 
 SHORT = {"tokens = 15360": "tokens = 4608"}
@@ -163,27 +165,37 @@ def test_killed_and_resumed_equals_uninterrupted(run_folder):
     same_run(train(config_in(run_folder, "killed", **changes), resume=True), straight)
 
 
-def test_a_full_disk_leaves_the_last_state_intact(run_folder, monkeypatch):
+LIMITED = """
+import resource, signal, sys
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]), resource.RLIM_INFINITY))
+from star_elastic.cli import main
+main(["train", sys.argv[1], "--resume"])
+"""
+"""Resumes a run whose files may not grow beyond a size: what a full disk does to it."""
+
+
+@pytest.mark.parametrize("limit", [200, 20_000], ids=["log", "state"])
+def test_a_full_disk_leaves_the_last_state_intact(run_folder, limit):
     torch.set_num_threads(1)
-    config = config_in(run_folder, "full-disk", **SHORT, **{"save_every = 16": "save_every = 4"})
-    write, calls = state._save_tensors, []
-
-    def save_or_fail(trainer, folder):
-        calls.append(trainer.step)
-        if len(calls) == 2:
-            (folder / "half-written").write_bytes(b"0" * 100)
-            raise OSError(errno.ENOSPC, "No space left on device")
-        write(trainer, folder)
-
-    monkeypatch.setattr(state, "_save_tensors", save_or_fail)
-    with pytest.raises(CheckpointError, match="No space left.*free space and resume"):
-        train(config)
-    assert calls == [4, 8]
-    assert not list((run_folder / "full-disk").glob(".state*"))
-    monkeypatch.undo()
+    name = f"full-disk-{limit}"
+    changes = {**SHORT, "save_every = 16": "save_every = 4"}
+    config = config_in(run_folder, name, **changes)
+    with pytest.raises(Interrupted):
+        train(config, progress=StopAt(6))
+    state = run_folder / name / "state"
+    before = {file.name: file.read_bytes() for file in state.iterdir()}
+    done = subprocess.run(
+        [sys.executable, "-c", LIMITED, run_folder / f"{name}.toml", str(limit)],
+        capture_output=True, text=True, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 2, done.stderr
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert "written (" in line and "resume" in line
+    assert {file.name: file.read_bytes() for file in state.iterdir()} == before
+    assert not list((run_folder / name).glob(".state*"))
     resumed = train(config, resume=True)
-    straight = train(config_in(run_folder, "no-full-disk", **SHORT))
-    same_run(resumed, straight)
+    same_run(resumed, train(config_in(run_folder, f"no-{name}", **SHORT)))
 
 
 def test_a_damaged_state_ends_with_one_line(run_folder):
@@ -281,33 +293,80 @@ def test_one_size_per_group_follows_the_weights(run_folder):
     assert sum("large" in row["kd"] for row in rows) > sum("small" in row["kd"] for row in rows)
 
 
-def test_given_widths_leave_nothing_to_learn(run_folder):
-    changes = {
+def fixed(small: str, budget: float) -> dict[str, str]:
+    """Changes of the run config that give the widths of both sizes."""
+    return {
         **SHORT,
-        "[router]": '[router.fixed]\nlarge = "hidden=48"\nsmall = "hidden=32,top_k=1"\n[router]',
+        "active = 0.7": f"active = {budget}",
+        "[router]": f'[router.fixed]\nlarge = "hidden=48"\nsmall = "{small}"\n[router]',
     }
-    result = train(config_in(run_folder, "given", **changes))
-    sizes = load(result.elastic).sizes
-    assert sizes["small"].widths["hidden"] == 32 and sizes["small"].widths["top_k"] == 1
+
+
+def test_given_widths_leave_nothing_to_learn(run_folder):
+    result = train(config_in(run_folder, "given", **fixed("hidden=32,top_k=1", 0.6356)))
+    family = load(result.elastic)
+    small = family.sizes["small"]
+    assert small.widths["hidden"] == 32 and small.widths["top_k"] == 1
     assert not any(row["expected"] for row in metrics(result))
+    assert not (result.elastic / "router.safetensors").exists()
+    with pytest.raises(CheckpointError, match="has no router, so it has only the sizes large, sm"):
+        family.at(active=0.8)
 
 
-def test_layers_of_their_own_widths_and_fewer_layers(run_folder):
+def test_given_widths_far_from_their_budget_are_refused(run_folder):
+    config = config_in(run_folder, "far", **fixed("hidden=32,top_k=1", 0.7))
+    with pytest.raises(BudgetError, match=r"router.fixed.small costs active=0.63.*misses active=0"):
+        train(config)
+    assert not (run_folder / "far").exists()
+
+
+def test_layers_of_their_own_widths_and_fewer_layers(deep_folder):
     """Per-layer widths and depth, from the router to the reloaded family, generating."""
     changes = {
-        **SHORT,
-        "[choices]": "[choices]\nlayers = [3, 2]\ntop_k = [2, 1]",
+        "hidden = [48, 40, 32, 24]\n": "layers = [5, 4]\ntop_k = [2, 1]\n",
         "[sizes.large]": 'per_layer = ["ssm_heads", "expert_ffn", "shared_ffn"]\n[sizes.large]',
-        "active = 0.7": "active = 0.55",
+        "[64, 60, 56, 52, 48, 44, 40, 36, 32, 28, 24]": "[64, 24]",  # too coarse for all alike
+        "active = 0.7": "active = 0.66",  # with all layers at least .68
     }
-    result = train(config_in(run_folder, "own", **changes))
+    result = train(config_in(deep_folder, "own", **changes))
     family = load(result.elastic)
-    assert sorted(family.manifest.depth) == [0, 1, 2]
+    assert sorted(family.manifest.depth) == [0, 1, 2, 3, 4]
     assert family.manifest.per_layer == ("ssm_heads", "expert_ffn", "shared_ffn")
     small = family.sizes["small"]
-    assert small.cost["budget_miss"] <= 0.02
+    assert small.cost["budget_miss"] <= max(AIM, small.cost["least_miss"])
+    gone = [layer for layer, kept in enumerate(small.widths["layers"]) if not kept]
+    assert gone and set(gone) <= set(family.manifest.depth[4:])
+    assert any(isinstance(small.widths[a], tuple) for a in family.manifest.per_layer)
+    assert family["small"].config.num_hidden_layers == 5 - len(gone)
     (generation,) = family.generate(["add 1 2"], think="small", answer="small", max_new_tokens=8)
     assert generation.token_ids
+    assert family.at(active=0.7) is not None
+    manifest = json.loads((result.elastic / "elastic.json").read_text())
+    for depth, problem in (([0, 1], "does not list every layer"), ([], "depth is missing")):
+        (result.elastic / "elastic.json").write_text(json.dumps({**manifest, "depth": depth}))
+        with pytest.raises(CheckpointError, match=f"elastic.json is damaged.*{problem}"):
+            load(result.elastic).at(active=0.7)
+
+
+@pytest.mark.parametrize(
+    ("layers", "budget", "message"),
+    [
+        ("[3, 1]", 0.3, "cannot be met; the choices reach from"),
+        ("[3, 2]", 0.6, "small"),
+    ],
+)
+def test_budgets_that_depth_cannot_meet_are_refused(run_folder, layers, budget, message):
+    """Before the layers are ranked, or when the ranking shows that what it leaves costs more."""
+    changes = {
+        **SHORT,
+        "hidden = [48, 40, 32, 24]\nexpert_ffn = [32, 24, 16]\n": "",
+        "shared_ffn = [64, 60, 56, 52, 48, 44, 40, 36, 32, 28, 24]\nssm_heads = [8, 6, 4]": (
+            f"layers = {layers}"
+        ),
+        "active = 0.7": f"active = {budget}",
+    }
+    with pytest.raises(BudgetError, match=message):
+        train(config_in(run_folder, f"depth-{budget}", **changes))
 
 
 def test_stages_have_their_steps_rates_and_sizes():
@@ -392,6 +451,16 @@ def test_default_stages_are_the_papers(run_folder):
         ("[engine]", "[router.annealing]\ntau_end = 0\n[engine]", ConfigError, "all must be"),
         ("[engine]", "[workload]\ncontext = -1\n[engine]", ConfigError, "context=-1.*give tokens"),
         ("[engine]", "[engin]", ConfigError, "engin is not a key.*did you mean engine"),
+        ("learning_rate = 2e-3", "learning_rate = inf", ConfigError, "learning_rate=inf is not fi"),
+        (
+            "learning_rate = 2e-3",
+            "learning_rate = 1e-6",
+            ConfigError,
+            "final_learning_rate=.*above",
+        ),
+        ("active = 1.0", "active = 0.65", ConfigError, "'small' has a larger budget than 'large'"),
+        ("[sizes.small]", '[sizes." "]', ConfigError, "sizes has the name ' '; use no spaces"),
+        ('out = "mistake"', 'out = ""', ConfigError, "out is empty; name a directory"),
         ("batch_size = 4", "batch_size = 4\ngroups = 3", ConfigError, "groups=3 does not divide"),
         (
             "batch_size = 4",
@@ -408,17 +477,52 @@ def test_mistakes_end_before_any_work(run_folder, old, new, kind, message):
     assert not (run_folder / "mistake").exists()
 
 
+def test_a_place_that_cannot_be_written_is_told_in_one_line(run_folder):
+    config = replace(config_in(run_folder, "below"), out=str(run_folder / "rows.jsonl" / "below"))
+    with pytest.raises(CheckpointError, match=r"rows.jsonl.* cannot be .*written \(.*correct the"):
+        train(config)
+
+
+def test_resume_may_correct_learning_rates_and_how_steps_are_computed(run_folder):
+    with pytest.raises(Interrupted):
+        train(config_in(run_folder, "corrected", **SHORT), progress=StopAt(3))
+    changes = {"learning_rate = 2e-3": "learning_rate = 1e-4", "save_every = 16": "micro_batch = 2"}
+    result = train(config_in(run_folder, "corrected", **SHORT, **changes), resume=True)
+    rates = [row["learning_rate"] for row in metrics(result)]
+    assert rates[2] > 1e-3 and max(rates[3:]) < 2e-4
+    assert json.loads((run_folder / "corrected/run.json").read_text())["engine"]["micro_batch"] == 2
+
+
 def test_resume_refuses_another_config(run_folder, trained):
     with pytest.raises(ConfigError, match="stages differ from the run"):
         train(config_in(run_folder, "straight", **{"tokens = 15360": "tokens = 999"}), resume=True)
+    samples = {"save_every = 16": "teacher_samples = 9"}
+    with pytest.raises(ConfigError, match=r"engine.teacher_samples differ"):
+        train(config_in(run_folder, "straight", **samples), resume=True)
     with pytest.raises(CheckpointError, match="holds no saved state"):
         train(config_in(run_folder, "never"), resume=True)
 
 
 def test_a_loss_that_is_not_finite_ends_with_one_line(run_folder):
     config = config_in(run_folder, "nan", **{"learning_rate = 2e-3": "learning_rate = 1e20"})
-    with pytest.raises(CheckpointError, match=r"the loss of size .* lower the stage's learning_r"):
+    with pytest.raises(CheckpointError, match=r"(the loss|the gradients) of .* lower learning_r"):
         train(config)
+
+
+def test_a_gradient_that_is_not_finite_changes_no_weight(run_folder):
+    """The loss may be finite where its gradient is not."""
+    config = config_in(run_folder, "inf", **SHORT)
+    checked, tokenizer = check(config), load_tokenizer(config.parent)
+    sources = [Source(source.files, tokenizer, source.loss_on) for source in config.data]
+    folder = run_folder / "inf"
+    folder.mkdir()
+    trainer, *_ = _build(config, checked, sources, folder, Silent(), World())
+    parameter = next(iter(trainer.student.parent.parameters()))
+    before = {name: value.clone() for name, value in trainer.student.state().items()}
+    parameter.register_hook(lambda gradient: gradient / 0)
+    with pytest.raises(CheckpointError, match="gradients of the weights are (nan|inf) at step 0"):
+        trainer.train_step()
+    assert all(torch.equal(value, before[name]) for name, value in trainer.student.state().items())
 
 
 def test_default_choices_halve_every_axis_but_those_the_papers_keep():

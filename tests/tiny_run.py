@@ -68,10 +68,22 @@ autocast = false
 @pytest.fixture(scope="session")
 def run_folder(tmp_path_factory):
     """A tiny random parent with the bundled tokenizer, rows and a run config beside it."""
-    folder = tmp_path_factory.mktemp("train")
+    return make_folder(tmp_path_factory.mktemp("train"), TINY)
+
+
+@pytest.fixture(scope="session")
+def deep_folder(tmp_path_factory):
+    """The same with two layers of each kind but attention."""
+    return make_folder(
+        tmp_path_factory.mktemp("deep"), {**TINY, "hybrid_override_pattern": "ME*ME"}
+    )
+
+
+def make_folder(folder, config):
+    """Fills a folder for training a random parent."""
     tokenizer = AutoTokenizer.from_pretrained(bundled_parent())
     torch.manual_seed(0)
-    config = {**TINY, "vocab_size": len(tokenizer)}
+    config = {**config, "vocab_size": len(tokenizer)}
     fields = {k: v for k, v in config.items() if k != "model_type"}
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model("nemotron_h", **fields)).eval()
     with torch.no_grad():

@@ -15,7 +15,7 @@ import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from star_elastic.cli import Bars, print_table
+from star_elastic.cli import Bars, at_the_command_line, print_table
 from star_elastic.cost import CostModel
 from star_elastic.demo import (
     CONTEXT,
@@ -26,20 +26,18 @@ from star_elastic.demo import (
     run_config,
     write_rows,
 )
-from star_elastic.errors import StarElasticError
 from star_elastic.evaluate.accuracy import evaluate_plan
 from star_elastic.evaluate.tasks import TASKS, sample_problems
 from star_elastic.generate.phased import PhasedGenerator
 from star_elastic.generate.phases import Plan
 from star_elastic.importance.orders import orders_from_scores
 from star_elastic.nesting.elastic import ElasticModel
-from star_elastic.nesting.submodel import build_submodel, load_parent, sort_in_place
+from star_elastic.nesting.submodel import build_submodel, load_parent, load_tokenizer, sort_in_place
 from star_elastic.router.budget import Commitment
 from star_elastic.router.router import Router
 from star_elastic.train.calibrate import find_basis, rank
 from star_elastic.train.config import StageConfig
 from star_elastic.train.loop import Trainer
-from star_elastic.train.run import load_tokenizer
 from star_elastic.train.sources import Source, calibration_batches
 from star_elastic.widths import Widths
 
@@ -95,10 +93,7 @@ def main() -> None:
     options = parser.parse_args()
     if options.smoke:
         options.steps, options.problems = 2, 1
-    try:
-        report = measure(options.out, options.steps, options.problems)
-    except StarElasticError as error:
-        parser.exit(2, f"error: {error}\n")
+    report = measure(options.out, options.steps, options.problems)
     columns = ["cut alone", "cost", "saved", "KL untrained", "KL trained",
                "accuracy untrained", "accuracy trained"]  # fmt: skip
     rows = [
@@ -187,4 +182,5 @@ def measure(out: Path, steps: int, problems_per_task: int) -> dict:
 
 
 if __name__ == "__main__":
-    main()
+    with at_the_command_line():
+        main()

@@ -15,10 +15,9 @@ import argparse
 from dataclasses import replace
 from pathlib import Path
 
-from star_elastic.cli import run_and_show
+from star_elastic.cli import at_the_command_line, run_and_show
 from star_elastic.cost import Workload
 from star_elastic.demo import DEMO, Recipe, run_recipe, stages
-from star_elastic.errors import Interrupted, StarElasticError
 
 HOUR: Recipe = replace(
     DEMO,
@@ -53,13 +52,9 @@ def main() -> None:
     parser.add_argument("--smoke", action="store_true", help="a few steps, same code path")
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
     options = parser.parse_args()
-    try:
-        run_and_show(SMOKE if options.smoke else HOUR, options.out, options.json, run_recipe)
-    except StarElasticError as error:
-        parser.exit(2, f"error: {error}\n")
-    except Interrupted as error:
-        parser.exit(1, f"{error}\n")
+    run_and_show(SMOKE if options.smoke else HOUR, options.out, options.json, run_recipe)
 
 
 if __name__ == "__main__":
-    main()
+    with at_the_command_line():
+        main()

@@ -13,64 +13,45 @@ part. Writes `ablations.json` into the directory.
 from __future__ import annotations
 
 import argparse
-import json
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
-from arms import Lab, Outcome
-from nested_vs_separate import spread
+from arms import SIZES, Lab, Outcome, nats, parse_options, percent, run_seeds, spread
 
 from star_elastic.axes import LAYERS
-from star_elastic.cli import Bars, print_table
+from star_elastic.checkpoint import write_json
+from star_elastic.cli import at_the_command_line, print_table
 from star_elastic.demo import DEMO, stages
-from star_elastic.errors import ShapeError, StarElasticError
+from star_elastic.errors import ShapeError
 from star_elastic.router.budget import AIM, budget_miss
 from star_elastic.router.grid import Grid
-from star_elastic.train.config import FAVOUR_LARGE, StageConfig
-from star_elastic.widths import Widths, parse_widths
+from star_elastic.train.config import LATER_WEIGHTS, StageConfig
+from star_elastic.widths import Width, Widths, parse_widths
 
-SIZES = {"medium": {"active": 0.7}, "small": {"active": 0.5}, "tiny": {"active": 0.35}}
 UNIFORM = (1 / 3, 1 / 3, 1 / 3)
-TO_LARGE = tuple(FAVOUR_LARGE**i / sum(FAVOUR_LARGE**j for j in range(3)) for i in range(3))
+TO_LARGE = LATER_WEIGHTS[len(SIZES)]
 HAND = {
-    "medium": "hidden=160,expert_ffn=48,shared_ffn=96",
-    "small": "hidden=128,expert_ffn=32,shared_ffn=64",
-    "tiny": "hidden=96,expert_ffn=32,shared_ffn=48",
+    "medium": "hidden=152,expert_ffn=48",
+    "small": "hidden=128,expert_ffn=32,ssm_heads=12",
+    "tiny": "hidden=96,expert_ffn=32,ssm_heads=12",
 }
-"""Round numbers that a person might choose, moved onto the budgets one `shared_ffn` at a time."""
+"""Round numbers that a person might choose; `shared_ffn` is what then meets the budget."""
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--seeds", type=int, default=1)
-    parser.add_argument("--router-steps", type=int, default=60, help="steps of 2 windows")
-    parser.add_argument("--steps", type=int, default=180, help="steps of 4 windows")
-    parser.add_argument("--problems", type=int, default=30, help="held-out problems per task")
-    parser.add_argument("--smoke", action="store_true", help="one seed, a few steps")
-    options = parser.parse_args()
-    if options.smoke:
-        options.seeds, options.router_steps, options.steps, options.problems = 1, 2, 2, 1
-    try:
-        with Bars() as bars:
-            outcomes = [o for seed in range(options.seeds) for o in one_seed(options, seed, bars)]
-    except StarElasticError as error:
-        parser.exit(2, f"error: {error}\n")
-    report = make_report(options, outcomes)
-    (options.out / "ablations.json").write_text(json.dumps(report, indent=2) + "\n", "utf-8")
+    options = parse_options(
+        "The papers' ablations: nested runs of equal length, one change each.",
+        seeds=3, router_steps=60, steps=180, problems=30,
+    )  # fmt: skip
+    report = make_report(options, run_seeds(options, arms))
+    write_json(options.out / "ablations.json", report)
     show(report)
 
 
-def one_seed(options: argparse.Namespace, seed: int, bars: Bars) -> list[Outcome]:
+def arms(lab: Lab, options: argparse.Namespace) -> list[Outcome]:
     """Every run of a seed."""
-    lab = Lab(
-        options.out / "work", seed,
-        num_rows=40 * (options.router_steps + options.steps) + 64,
-        problems_per_task=options.problems, curve_problems=40, progress=bars,
-    )  # fmt: skip
     learning = [weigh(s, UNIFORM) for s in stages(options.router_steps, options.steps)]
     router_share = options.router_steps / (options.router_steps + options.steps)
     grid = Grid(dict(DEMO.choices))
@@ -91,19 +72,17 @@ def one_seed(options: argparse.Namespace, seed: int, bars: Bars) -> list[Outcome
     outcomes += learned("two stages, uniform then weighted", [first, *halves])
     outcomes += learned("two stages, uniform", [first, *(weigh(s, UNIFORM) for s in halves)])
     outcomes += given("uniform widths", uniform_widths(lab))
-    outcomes += given("random widths", random_widths(lab, seed))
-    outcomes += given("random widths, again", random_widths(lab, seed + 1000))
+    outcomes += given("random widths", random_widths(lab, lab.seed))
+    outcomes += given("random widths, again", random_widths(lab, lab.seed + 1000))
     outcomes += given("hand-chosen widths", hand_widths(lab))
-    depth = lab.depth()
-    by_depth = {name: depth_widths(lab, depth, b["active"]) for name, b in SIZES.items()}
+    depth = lab.calibration.depth(write=False)
+    by_depth = {name: depth_widths(lab, depth, name) for name in SIZES}
     outcomes += given("depth alone", by_depth)
     per_layer = {
         name: len(lab.axis_map.axes[name].layers)
         for name in ("expert_ffn", "shared_ffn", "ssm_heads")
     }
     outcomes += learned("widths per layer", learning, Grid(dict(DEMO.choices), per_layer))
-    for outcome in outcomes:
-        outcome.seed = seed
     return outcomes
 
 
@@ -126,7 +105,7 @@ def two_stages(stage: StageConfig) -> list[StageConfig]:
     return [short, long]
 
 
-def nearest(lab: Lab, candidates: Sequence[Mapping[str, int]], name: str) -> Widths:
+def nearest(lab: Lab, candidates: Sequence[Mapping[str, Width]], name: str) -> Widths:
     """Of some widths, those that cost nearest to a size's budget."""
     legal = []
     for candidate in candidates:
@@ -177,7 +156,7 @@ def random_widths(lab: Lab, seed: int) -> dict[str, Widths]:
 
 
 def hand_widths(lab: Lab) -> dict[str, Widths]:
-    """The hand-chosen widths, moved onto the budgets."""
+    """The hand-chosen widths with the `shared_ffn` that meets the budgets."""
     found = {}
     for name, text in HAND.items():
         base = parse_widths(text)
@@ -185,21 +164,15 @@ def hand_widths(lab: Lab) -> dict[str, Widths]:
     return found
 
 
-def depth_widths(lab: Lab, depth: Sequence[int], share: float) -> Widths:
-    """The most important layers that cost nearest to a share of the active parameters; the hidden
-    width makes up for what whole layers cannot meet."""
+def depth_widths(lab: Lab, depth: Sequence[int], name: str) -> Widths:
+    """The most important layers that cost nearest to a size's budget; the hidden width makes up for
+    what whole layers cannot meet."""
     candidates = []
     for count in range(1, len(depth) + 1):
         kept = set(depth[:count])
         mask = tuple(int(layer in kept) for layer in range(len(depth)))
-        candidates += [{LAYERS: mask, "hidden": h} for h in (192, 184, 176)]
-    legal = []
-    for candidate in candidates:
-        try:
-            legal.append(lab.axis_map.complete(candidate))
-        except ShapeError:
-            continue
-    return min(legal, key=lambda widths: budget_miss(widths, {"active": share}, lab.cost))
+        candidates += [{LAYERS: mask, "hidden": h} for h in range(192, 143, -8)]
+    return nearest(lab, candidates, name)
 
 
 def make_report(options: argparse.Namespace, outcomes: Sequence[Outcome]) -> dict[str, Any]:
@@ -226,8 +199,7 @@ def make_report(options: argparse.Namespace, outcomes: Sequence[Outcome]) -> dic
 def show(report: dict[str, Any]) -> None:
     rows = [
         [row["arm"], row["size"], f"{row['active'][0]:.1%}",
-         f"{row['accuracy'][0]:.1%} ± {row['accuracy'][1]:.1%}",
-         f"{row['kl'][0]:.4f} ± {row['kl'][1]:.4f}"]
+         percent(row["accuracy"]), nats(row["kl"])]
         for row in report["table"]
     ]  # fmt: skip
     columns = ["run", "size", "active", "accuracy", "KL to parent"]
@@ -235,4 +207,5 @@ def show(report: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with at_the_command_line():
+        main()

@@ -7,16 +7,21 @@ the same frozen teacher; they differ in what the comparison is about, and in not
 
 from __future__ import annotations
 
+import argparse
+import json
+import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from star_elastic.axes import LAYERS
+from star_elastic.checkpoint import write_json
+from star_elastic.cli import Bars
 from star_elastic.cost import CostModel
 from star_elastic.demo import (
     CONTEXT,
@@ -32,22 +37,18 @@ from star_elastic.evaluate.accuracy import evaluate_plan
 from star_elastic.evaluate.tasks import TASKS, Problem, sample_problems
 from star_elastic.generate.phased import PhasedGenerator
 from star_elastic.generate.phases import Plan
-from star_elastic.importance.depth import rank_layers
-from star_elastic.importance.orders import orders_from_scores
 from star_elastic.nesting.elastic import ElasticModel
-from star_elastic.nesting.submodel import build_submodel, load_parent, sort_in_place
+from star_elastic.nesting.submodel import build_submodel, load_parent, load_tokenizer, sort_in_place
 from star_elastic.router.budget import Commitment
 from star_elastic.router.grid import Grid
 from star_elastic.router.router import Router
-from star_elastic.train.calibrate import Progress, find_basis, rank
-from star_elastic.train.config import StageConfig
+from star_elastic.train.calibrate import Calibration, Progress
+from star_elastic.train.config import CalibrationConfig, RunConfig, StageConfig
 from star_elastic.train.loop import Trainer
-from star_elastic.train.run import load_tokenizer
-from star_elastic.train.sources import Source, calibration_batches
-from star_elastic.widths import Widths
+from star_elastic.train.sources import Source
+from star_elastic.widths import Widths, parse_widths
 
-CALIBRATION = 256
-"""Rows that importance and basis are estimated on."""
+SIZES = {"medium": {"active": 0.7}, "small": {"active": 0.5}, "tiny": {"active": 0.35}}
 
 
 @dataclass(kw_only=True)
@@ -76,6 +77,12 @@ class Outcome:
         """Plain data."""
         return {**vars(self), "widths": str(self.widths)}
 
+    @classmethod
+    def from_json(cls, content: dict[str, Any]) -> Outcome:
+        """The inverse of `to_json`."""
+        curve = [(tokens, kl) for tokens, kl in content["curve"]]
+        return cls(**{**content, "widths": parse_widths(content["widths"]), "curve": curve})
+
 
 class Lab:
     """The bundled parent, its data and its held-out problems for one seed."""
@@ -87,7 +94,9 @@ class Lab:
         *,
         num_rows: int,
         problems_per_task: int,
-        curve_problems: int,
+        watched: int,
+        calibration_rows: int,
+        max_new_tokens: int,
         progress: Progress,
     ):
         folder.mkdir(parents=True, exist_ok=True)
@@ -102,19 +111,35 @@ class Lab:
         self.cost = CostModel(self.axis_map)
         # Problems and training rows are apart by a hash of the problem, whatever the seed.
         self.problems = sample_problems(TASKS, "test", problems_per_task, seed)
-        self.watched = self.problems[:: max(len(self.problems) // curve_problems, 1)]
-        count = min(CALIBRATION, len(self.source))
-        options = {"num_samples": count, "batch_size": 32, "context": CONTEXT}
-
-        def batches():
-            return calibration_batches([self.source], [1.0], **options)
-
-        scores, _ = rank(
-            self.teacher, self.axis_map, batches(),
-            num_samples=count, name="bundled tasks", progress=progress,
+        # Those on which the divergence from the parent is measured.
+        self.watched = self.problems[:: max(len(self.problems) // watched, 1)]
+        self._calibration_rows = calibration_rows
+        self._max_new_tokens = max_new_tokens
+        every = {LAYERS: tuple(range(len(self.axis_map.axes[LAYERS].layers), 0, -1))}
+        self.calibration = Calibration(
+            replace(self._run_config(DEMO.sizes, DEMO.stages, 1.0), choices=every),
+            folder / f"calibration-{seed}", self.teacher, self.config, self.axis_map,
+            [self.source], progress,
         )  # fmt: skip
-        self._basis = find_basis(self.teacher, self.axis_map, batches())
-        self._orders = orders_from_scores(scores, self.axis_map)
+        self._orders = self.calibration.orders(write=False)
+        self._basis = self.calibration.basis(write=False)
+        del self._orders["hidden"]
+
+    def _run_config(
+        self,
+        sizes: Mapping[str, Mapping[str, float]],
+        stages: Sequence[StageConfig],
+        commit_at: float,
+    ) -> RunConfig:
+        recipe = replace(
+            DEMO, sizes=sizes, stages=tuple(stages), seed=self.seed,
+            router=replace(DEMO.router, commit_at=commit_at),
+        )  # fmt: skip
+        calibration = CalibrationConfig(
+            num_samples=self._calibration_rows, batch_size=32, context=CONTEXT, basis="principal"
+        )
+        config = run_config(recipe, self.rows, self.folder)
+        return replace(config, calibration=calibration)
 
     def student(self) -> ElasticModel:
         """A fresh sorted parent to be trained."""
@@ -143,13 +168,9 @@ class Lab:
         commit_at: float = 1.0,
     ) -> Trainer:
         """A run over `sizes`: with a grid the router learns their widths, else they are given."""
-        recipe = replace(
-            DEMO, sizes=sizes, stages=tuple(stages), seed=self.seed,
-            router=replace(DEMO.router, commit_at=commit_at),
-        )  # fmt: skip
         router = Router(grid or Grid({"hidden": (self.axis_map.axes["hidden"].size,)}), len(sizes))
         trainer = Trainer(
-            run_config(recipe, self.rows, self.folder), student, self.elastic_teacher, router,
+            self._run_config(sizes, stages, commit_at), student, self.elastic_teacher, router,
             [self.source], sizes, self.cost,
         )  # fmt: skip
         if widths:
@@ -187,19 +208,6 @@ class Lab:
         """Share of the parent's active parameters at some of its widths."""
         return self.cost.count(widths).active / self.cost.count(self.axis_map.full).active
 
-    def depth(self) -> tuple[int, ...]:
-        """The parent's layers, most important first."""
-        layers = range(len(self.axis_map.axes[LAYERS].layers))
-        batches = list(calibration_batches(
-            [self.source], [1.0], num_samples=32, batch_size=32, context=CONTEXT
-        ))  # fmt: skip
-
-        def without(kept: Sequence[int]) -> PreTrainedModel:
-            mask = tuple(int(layer in kept) for layer in layers)
-            return build_submodel(self.teacher, self.config, {LAYERS: mask})
-
-        return rank_layers(self.teacher, self.config, batches, self.progress, without)
-
     def _flops(self, trainer: Trainer, num_tokens: int, names: Sequence[str]) -> float:
         """Operations of a step: the teacher's forward once, three forwards' worth per size (forward
         and backward). While the router learns, a size costs up to the whole parent and is counted
@@ -218,7 +226,7 @@ class Lab:
         generator = self._generator(trainer)
         found = {}
         for name in trainer.names:
-            plan = Plan(think=name, answer=name, max_new_tokens=MAX_NEW_TOKENS)
+            plan = Plan(think=name, answer=name, max_new_tokens=self._max_new_tokens)
             result = evaluate_plan(generator, self.problems, plan, batch_size=200)
             kl = divergence_from_parent(generator, name, self.watched)
             found[name] = (result.accuracy, result.standard_error, kl)
@@ -235,3 +243,63 @@ class Lab:
         for name, fixed in trainer.committed.items():
             models[name] = build_submodel(student.parent, student.model_config, fixed.widths)
         return PhasedGenerator(models, self.tokenizer, self.family.end_of_thinking)
+
+
+# What the recipes' command lines share
+
+
+def parse_options(
+    description: str, *, seeds: int, router_steps: int, steps: int, problems: int
+) -> argparse.Namespace:
+    """The options of a recipe, with its defaults."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--seeds", type=int, default=seeds)
+    parser.add_argument("--router-steps", type=int, default=router_steps, help="of 2 windows")
+    parser.add_argument("--steps", type=int, default=steps, help="of 4 windows")
+    parser.add_argument("--problems", type=int, default=problems, help="held-out, per task")
+    parser.add_argument("--smoke", action="store_true", help="one seed, a few steps")
+    options = parser.parse_args()
+    options.watched, options.calibration_rows, options.max_new_tokens = 40, 256, MAX_NEW_TOKENS
+    if options.smoke:
+        options.seeds, options.router_steps, options.steps, options.problems = 1, 2, 2, 1
+        options.watched, options.calibration_rows, options.max_new_tokens = 2, 4, 8
+    return options
+
+
+def run_seeds(
+    options: argparse.Namespace, arms: Callable[[Lab, argparse.Namespace], list[Outcome]]
+) -> list[Outcome]:
+    """All arms of every seed. A seed's outcomes are kept, so that a stopped recipe goes on."""
+    outcomes = []
+    with Bars() as bars:
+        for seed in range(options.seeds):
+            done = options.out / "work" / f"outcomes-{seed}.json"
+            if not done.is_file():
+                lab = Lab(
+                    options.out / "work", seed,
+                    num_rows=40 * (options.router_steps + options.steps) + 64,
+                    problems_per_task=options.problems, watched=options.watched,
+                    calibration_rows=options.calibration_rows,
+                    max_new_tokens=options.max_new_tokens, progress=bars,
+                )  # fmt: skip
+                found = [replace(outcome, seed=seed) for outcome in arms(lab, options)]
+                write_json(done, [outcome.to_json() for outcome in found])
+            rows = json.loads(done.read_text(encoding="utf-8"))
+            outcomes += [Outcome.from_json(row) for row in rows]
+    return outcomes
+
+
+def spread(values: Sequence[float]) -> list[float]:
+    """Mean and standard deviation over seeds."""
+    return [statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0]
+
+
+def percent(mean_and_std: Sequence[float]) -> str:
+    """`mean ± std` of shares."""
+    return f"{mean_and_std[0]:.1%} ± {mean_and_std[1]:.1%}"
+
+
+def nats(mean_and_std: Sequence[float]) -> str:
+    """`mean ± std` of divergences."""
+    return f"{mean_and_std[0]:.4f} ± {mean_and_std[1]:.4f}"

@@ -17,60 +17,41 @@ Two comparisons follow: at equal total tokens (nested against separate T/N), and
 from __future__ import annotations
 
 import argparse
-import json
-import statistics
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from arms import Lab, Outcome
+from arms import SIZES, Lab, Outcome, nats, parse_options, percent, run_seeds, spread
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from star_elastic.cli import Bars, print_table
+from star_elastic.checkpoint import write_json
+from star_elastic.cli import at_the_command_line, print_table
 from star_elastic.demo import DEMO, stages
-from star_elastic.errors import StarElasticError
 from star_elastic.router.grid import Grid
 from star_elastic.train.config import StageConfig
 from star_elastic.widths import Widths
 
-SIZES = {"medium": {"active": 0.7}, "small": {"active": 0.5}, "tiny": {"active": 0.35}}
 COLOURS = {"nested": "#d9730d", "separate T": "#1f6fb4", "separate T/N": "#6fb41f",
            "scratch T": "#8a8a8a"}  # fmt: skip
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--router-steps", type=int, default=60, help="steps of 2 windows")
-    parser.add_argument("--steps", type=int, default=240, help="steps of 4 windows")
-    parser.add_argument("--problems", type=int, default=40, help="held-out problems per task")
-    parser.add_argument("--smoke", action="store_true", help="one seed, a few steps")
-    options = parser.parse_args()
-    if options.smoke:
-        options.seeds, options.router_steps, options.steps, options.problems = 1, 2, 4, 1
-    try:
-        with Bars() as bars:
-            outcomes = [o for seed in range(options.seeds) for o in one_seed(options, seed, bars)]
-    except StarElasticError as error:
-        parser.exit(2, f"error: {error}\n")
+    options = parse_options(
+        "N sizes from one run against N sizes trained one by one.",
+        seeds=3, router_steps=60, steps=240, problems=40,
+    )  # fmt: skip
+    outcomes = run_seeds(options, arms)
     report = make_report(options, outcomes)
-    options.out.mkdir(parents=True, exist_ok=True)
     file = options.out / "nested_vs_separate.json"
-    file.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    write_json(file, report)
     plot(outcomes, file.with_suffix(".png"))
     show(report)
 
 
-def one_seed(options: argparse.Namespace, seed: int, bars: Bars) -> list[Outcome]:
+def arms(lab: Lab, options: argparse.Namespace) -> list[Outcome]:
     """All arms of a seed."""
-    lab = Lab(
-        options.out / "work", seed,
-        num_rows=40 * (options.router_steps + options.steps) + 64,
-        problems_per_task=options.problems, curve_problems=40, progress=bars,
-    )  # fmt: skip
     learning = balanced(stages(options.router_steps, options.steps))
     share = options.router_steps / (options.router_steps + options.steps)
     nested = lab.trainer(
@@ -98,8 +79,6 @@ def one_seed(options: argparse.Namespace, seed: int, bars: Bars) -> list[Outcome
             active=lab.active(widths[name]),
             standard_error=error, kl=kl, tokens=0, flops=0, seconds=0,
         ))  # fmt: skip
-    for outcome in outcomes:
-        outcome.seed = seed
     return outcomes
 
 
@@ -147,24 +126,40 @@ def make_report(options: argparse.Namespace, outcomes: Sequence[Outcome]) -> dic
         "problems_per_task": options.problems,
         "sizes": SIZES,
         "table": table,
+        "nested_minus": {arm: differences(outcomes, arm) for arm in ("separate T", "separate T/N")},
         "outcomes": [o.to_json() for o in outcomes],
     }
 
 
-def spread(values: Sequence[float]) -> list[float]:
-    """Mean and standard deviation over seeds."""
-    return [statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0]
+def differences(outcomes: Sequence[Outcome], arm: str) -> dict[str, dict[str, list[float]]]:
+    """Nested minus another arm, seed by seed, by size: mean and standard deviation."""
+    found = {}
+    for size in SIZES:
+        ours, theirs = (
+            [o for o in outcomes if o.arm == name and o.size == size] for name in ("nested", arm)
+        )
+        pairs = list(zip(ours, theirs, strict=True))
+        found[size] = {
+            "accuracy": spread([a.accuracy - b.accuracy for a, b in pairs]),
+            "kl": spread([a.kl - b.kl for a, b in pairs]),
+        }
+    return found
 
 
 def show(report: dict[str, Any]) -> None:
     rows = [
-        [row["arm"], row["size"], f"{row['accuracy'][0]:.1%} ± {row['accuracy'][1]:.1%}",
-         f"{row['kl'][0]:.4f} ± {row['kl'][1]:.4f}", str(row["runs"]),
+        [row["arm"], row["size"], percent(row["accuracy"]), nats(row["kl"]), str(row["runs"]),
          f"{row['tokens'] / 1e6:.2f}M", f"{row['flops'] / 1e12:.2f}"]
         for row in report["table"]
     ]  # fmt: skip
     columns = ["arm", "size", "accuracy", "KL to parent", "runs", "tokens in all", "TFLOP in all"]
     print_table(f"Nested against separate, {report['seeds']} seeds (mean ± std)", columns, rows)
+    rows = [
+        [arm, size, percent(of_size["accuracy"]), nats(of_size["kl"])]
+        for arm, of_arm in report["nested_minus"].items()
+        for size, of_size in of_arm.items()
+    ]
+    print_table("Nested minus the other, seed by seed", ["arm", "size", "accuracy", "KL"], rows)
 
 
 def plot(outcomes: Sequence[Outcome], file: Path) -> None:
@@ -188,4 +183,5 @@ def plot(outcomes: Sequence[Outcome], file: Path) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with at_the_command_line():
+        main()

@@ -7,17 +7,17 @@ from functools import cached_property
 from pathlib import Path
 
 import torch
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from star_elastic.cost import Cost, CostModel, Workload
-from star_elastic.errors import CheckpointError, ConfigError
+from star_elastic.errors import ConfigError
 from star_elastic.families import family_of, read_config
 from star_elastic.families.base import Config
 from star_elastic.generate.phased import DEFAULT_BATCH_SIZE, PhasedGenerator
 from star_elastic.generate.phases import DEFAULT_GRACE, DEFAULT_MAX_NEW_TOKENS, Generation, Plan
 from star_elastic.generate.prompts import Prompt
 from star_elastic.manifest import Manifest, Size, load_manifest
-from star_elastic.nesting.submodel import build_submodel, load_parent
+from star_elastic.nesting.submodel import build_submodel, load_parent, load_tokenizer
 from star_elastic.router.files import widths_for
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -80,14 +80,7 @@ class ElasticFamily(Mapping[str, PreTrainedModel]):
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The checkpoint's tokenizer. Raises CheckpointError if it has none."""
-        try:
-            return AutoTokenizer.from_pretrained(self.path, local_files_only=True)
-        except (OSError, ValueError, TypeError, KeyError) as error:
-            first = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise CheckpointError(
-                f"{self.path} holds no usable tokenizer ({first}); copy the parent's tokenizer "
-                "files into it"
-            ) from None
+        return load_tokenizer(self.path)
 
     @cached_property
     def generator(self) -> PhasedGenerator:

@@ -267,7 +267,7 @@ class ElasticModel(_Part):
         return functional_call(self._skeleton(call), tensors, (), inputs)
 
     def hidden_states(
-        self, size: Widths | Mixtures, *, slice_at: Widths | None = None, **inputs
+        self, size: Widths | Mixtures, *, slice_at: Widths | None = None, **inputs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """What the LM head reads, and the head: states (B, T, hidden width), weight (V, hidden
         width). For losses that never hold all logits at once; else as `forward`."""

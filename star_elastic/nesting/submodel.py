@@ -11,10 +11,15 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from star_elastic.axes import AxisMap
-from star_elastic.errors import CheckpointError
+from star_elastic.errors import CheckpointError, reason
 from star_elastic.families import family_of, read_config
 from star_elastic.families.base import Config
 from star_elastic.nesting.rotate import rotate_state
@@ -44,6 +49,17 @@ def build_submodel(
     return submodel.eval()
 
 
+def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
+    """The tokenizer beside a checkpoint. Raises CheckpointError if it has none."""
+    try:
+        return AutoTokenizer.from_pretrained(path, local_files_only=True)
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise CheckpointError(
+            f"{path} holds no usable tokenizer ({reason(error)}); put the parent's tokenizer files "
+            "beside the weights"
+        ) from None
+
+
 def load_parent(
     path: str | Path, dtype: torch.dtype = torch.float32, device: str = "cpu"
 ) -> tuple[PreTrainedModel, Config]:
@@ -59,8 +75,9 @@ def load_parent(
             path, dtype=dtype, local_files_only=True, output_loading_info=True
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise CheckpointError(f"{path} cannot be loaded ({first}); check its files") from None
+        raise CheckpointError(
+            f"{path} cannot be loaded ({reason(error)}); check its files"
+        ) from None
     model, info = loaded
     # transformers only warns here, and fills what is missing with random values.
     unexpected = info["unexpected_keys"]

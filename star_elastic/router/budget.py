@@ -9,11 +9,12 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 
+from star_elastic.axes import LAYERS
 from star_elastic.cost import METRICS, CostModel
 from star_elastic.errors import BudgetError
 from star_elastic.nesting.gate import Mixture, expected_widths
@@ -27,7 +28,7 @@ AIM = 0.005
 REACH = 0.02
 """A budget that all widths of the grid miss by more than this is refused before training."""
 SETTLED = Temperature(tau=1.0, scale=1.0)
-SETTLE_STEPS, SETTLE_RATE = 1000, 0.02
+SETTLE_STEPS, SETTLE_RATE, LOOK_EVERY = 1000, 0.02, 20
 DECIDED = 0.98
 """Probability from which a place counts as settled on one width."""
 EXHAUSTIVE = 200_000
@@ -38,30 +39,55 @@ Budgets = Mapping[str, float]
 """Fractions of the parent's cost, by metric."""
 
 
-def check_budgets(name: str, budgets: Budgets, cost: CostModel, grid: Grid) -> None:
-    """Raises BudgetError unless the budgets are known and some widths of the grid meet them all."""
+def check_reach(name: str, budgets: Budgets, cost: CostModel, grid: Grid) -> None:
+    """Raises BudgetError unless each budget by itself lies between the grid's ends.
+
+    For a grid whose layers are not ranked yet, the order in which the cheapest stay counts: what
+    lies outside then, no ranking meets.
+    """
     if not budgets:
         raise BudgetError(f"size {name!r} has no budget; give one, for example active = 0.5")
     full = cost.axis_map.full
-    least = full.replace(**grid.extremes()[1])
     for metric, fraction in budgets.items():
         if metric not in METRICS:
             raise BudgetError(
                 f"size {name!r}: budget {metric!r} is unknown; use {', '.join(METRICS)}"
             )
-        floor = cost.count(least).metric(metric) / cost.count(full).metric(metric)
+        ranked = grid if grid.is_ranked else replace(grid, depth=_cheapest_first(cost, metric))
+        least = cost.count(full.replace(**ranked.extremes()[1]))
+        floor = least.metric(metric) / cost.count(full).metric(metric)
         if not floor <= fraction <= 1:
             raise BudgetError(
                 f"size {name!r}: {metric}={fraction:.4g} cannot be met; the choices reach from "
                 f"{floor:.3f} to 1"
             )
+
+
+def _cheapest_first(cost: CostModel, metric: str) -> tuple[int, ...]:
+    """The layers by what they cost."""
+    layers = cost.axis_map.axes[LAYERS].layers
+
+    def saved(layer: int) -> float:
+        without = tuple(int(other != layer) for other in layers)
+        return -cost.count({**cost.axis_map.full, LAYERS: without}).metric(metric)
+
+    return tuple(sorted(layers, key=saved))
+
+
+def check_budgets(name: str, budgets: Budgets, cost: CostModel, grid: Grid) -> None:
+    """Raises BudgetError unless the budgets are known and some widths of the grid meet them all."""
+    check_reach(name, budgets, cost, grid)
     possible, widths = nearest_possible(budgets, cost, grid)
     if possible > REACH:
-        asked = " and ".join(f"{metric}={fraction:.4g}" for metric, fraction in budgets.items())
         raise BudgetError(
-            f"size {name!r}: no widths of the choices meet {asked} within {REACH:.0%}; the nearest "
-            f"({widths}) miss by {possible:.1%}: change a budget or give finer choices"
+            f"size {name!r}: no widths of the choices meet {describe(budgets)} within {REACH:.0%}; "
+            f"the nearest ({widths}) miss by {possible:.1%}: change a budget or give finer choices"
         )
+
+
+def describe(budgets: Budgets) -> str:
+    """Budgets in words."""
+    return " and ".join(f"{metric}={fraction:.4g}" for metric, fraction in budgets.items())
 
 
 def budget_loss(decision: Decision, budgets: Budgets, cost: CostModel) -> torch.Tensor:
@@ -90,9 +116,10 @@ def budget_loss(decision: Decision, budgets: Budgets, cost: CostModel) -> torch.
 class Commitment:
     """The widths a size is fixed to: how far off its budget, and what moved after argmax.
 
-    `miss` is the largest relative distance to a budget, `possible` the smallest that any widths of
-    the grid have (None where there are too many to count); `repair` maps each axis that moved to
-    its steps on the grid (negative: narrower; summed over its layers).
+    `miss` is the largest relative distance to a budget, `possible` the smallest that was found for
+    any widths of the grid (all were counted unless the grid is too large; None if nobody looked);
+    `repair` maps each axis that moved to its steps on the grid (negative: narrower; summed over its
+    layers).
     """
 
     widths: Widths
@@ -162,6 +189,11 @@ class _Search:
             log_probs += values[positions[:, i]]
         return _Scored(positions, misses, log_probs, (positions != self.start).sum(1))
 
+    def widths(self, positions: torch.Tensor) -> Widths:
+        """The widths at one row of positions."""
+        chosen = [choices[p] for choices, p in zip(self.choices, positions.tolist(), strict=True)]
+        return complete_widths(self.grid, chosen, self.cost.axis_map)
+
     def _legal(self, widths: Mapping) -> torch.Tensor:
         legal = torch.tensor(True)
         for pair in self.cost.axis_map.multiples:
@@ -181,6 +213,10 @@ class _Search:
             return self.score(
                 torch.cartesian_prod(*map(torch.tensor, allowed)).reshape(-1, len(allowed))
             )
+        return self.beam(allowed)
+
+    def beam(self, allowed: Sequence[Sequence[int]]) -> _Scored:
+        """The best combinations that changes of one place after the other lead to."""
         beam = self.score(self.start[None])
         for _ in range(len(allowed)):
             rows = [beam.positions]
@@ -226,38 +262,52 @@ def commit(
             "change the choices so that they satisfy the model's rules"
         )
     positions = scored.positions[best[0]]
-    chosen = [choices[p] for choices, p in zip(search.choices, positions.tolist(), strict=True)]
     repair: dict[str, int] = {}
     for place, steps in zip(grid.places, (search.start - positions).tolist(), strict=True):
         if steps:
             repair[place.axis] = repair.get(place.axis, 0) + steps
-    widths = complete_widths(grid, chosen, cost.axis_map)
+    widths = search.widths(positions)
     return Commitment(widths, float(budget_miss(widths, budgets, cost)), repair, possible)
 
 
 def nearest_possible(budgets: Budgets, cost: CostModel, grid: Grid) -> tuple[float, Widths]:
-    """The smallest miss that any widths of the grid have, and those widths.
+    """The smallest miss that is found for any widths of the grid, and those widths.
 
-    Where layers decide for themselves, widths that are the same in all layers are counted; they
-    bound the miss from above. Grids with too many combinations are thinned alike on every axis.
+    Grids with too many combinations are thinned alike on every axis. Where layers decide for
+    themselves, the search goes on from the best of the widths that are the same in all layers.
     """
-    alike = Grid(grid.choices, {}, grid.depth)
-    choices = {axis: list(range(len(widths))) for axis, widths in alike.choices.items()}
-    while math.prod(map(len, choices.values())) > EXHAUSTIVE:
-        longest = max(choices, key=lambda axis: len(choices[axis]))
-        choices[longest] = sorted({*choices[longest][::2], choices[longest][-1]})
-    flat = [
-        Mixture(alike.choices[axis], torch.ones(len(alike.choices[axis]), dtype=torch.float64))
-        for axis in choices
-    ]
-    search = _Search(alike, budgets, cost, flat)
-    positions = torch.cartesian_prod(*map(torch.tensor, choices.values()))
-    scored = search.score(positions.reshape(-1, len(choices)))
+    alike = replace(grid, per_layer={})
+    allowed = [list(range(len(widths))) for widths in grid.choices.values()]
+    while math.prod(map(len, allowed)) > EXHAUSTIVE:
+        longest = max(range(len(allowed)), key=lambda axis: len(allowed[axis]))
+        allowed[longest] = sorted({*allowed[longest][::2], allowed[longest][-1]})
+    search = _Search(alike, budgets, cost, _one_hots(alike, [0] * len(allowed)))
+    scored = search.score(torch.cartesian_prod(*map(torch.tensor, allowed)).view(-1, len(allowed)))
     best = int(scored.misses.argmin())
-    if not math.isfinite(scored.misses[best]):
+    miss = float(scored.misses[best])
+    if not math.isfinite(miss):
         raise BudgetError("no widths of the choices go together; change the choices")
-    chosen = [w[p] for w, p in zip(search.choices, scored.positions[best].tolist(), strict=True)]
-    return float(scored.misses[best]), complete_widths(alike, chosen, cost.axis_map)
+    nearest = search.widths(scored.positions[best])
+    if grid.per_layer and miss > AIM:
+        of_axis = dict(zip(grid.choices, scored.positions[best].tolist(), strict=True))
+        start = [of_axis[place.axis] for place in grid.places]
+        search = _Search(grid, budgets, cost, _one_hots(grid, start))
+        found = search.beam([range(len(choices)) for choices in search.choices])
+        best = int(found.misses.argmin())
+        if found.misses[best] < miss:
+            return float(found.misses[best]), search.widths(found.positions[best])
+    return miss, nearest
+
+
+def _one_hots(grid: Grid, positions: Sequence[int]) -> list[Mixture]:
+    """A mixture for every place that is sure of one choice."""
+    return [
+        Mixture(
+            grid.choices[place.axis],
+            F.one_hot(torch.tensor(position), len(grid.choices[place.axis])).double(),
+        )
+        for place, position in zip(grid.places, positions, strict=True)
+    ]
 
 
 def settle(router: Router, budget_N: torch.Tensor, budgets: Budgets, cost: CostModel) -> Commitment:
@@ -271,12 +321,12 @@ def settle(router: Router, budget_N: torch.Tensor, budgets: Budgets, cost: CostM
     """
     grid = router.grid
     possible, _ = nearest_possible(budgets, cost, grid)
-    enough = max(AIM, possible if not grid.per_layer else 0.0)
+    enough = max(AIM, possible)
     order = sorted(
         range(len(grid.places)), key=lambda i: _step_cost(grid, i, budgets, cost), reverse=True
     )
     best = commit(router.decide(budget_N, SETTLED), budgets, cost, grid, possible)
-    for _ in range(SETTLE_STEPS):
+    for step in range(SETTLE_STEPS):
         if best.miss <= enough * (1 + 1e-9):
             break
         decision = router.decide(budget_N, SETTLED)
@@ -287,6 +337,8 @@ def settle(router: Router, budget_N: torch.Tensor, budgets: Budgets, cost: CostM
                 offsets = pick.probs.new_tensor(pick.choices) - pick.expected().detach()
                 loss = loss - pick.probs[offsets.abs().argmin()].log()
         _descend(router, loss)
+        if loss > REACH and step % LOOK_EVERY:
+            continue  # far from the budget no neighbour meets it
         now = commit(router.decide(budget_N, SETTLED), budgets, cost, grid, possible)
         best = min(best, now, key=lambda fixed: fixed.miss)
     decision = router.decide(budget_N, SETTLED)

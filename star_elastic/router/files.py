@@ -13,26 +13,40 @@ from star_elastic.amounts import parse_budget
 from star_elastic.axes import AxisMap
 from star_elastic.checkpoint import load_tensors
 from star_elastic.cost import CostModel, Workload
-from star_elastic.errors import CheckpointError
+from star_elastic.errors import CheckpointError, ConfigError, ShapeError, reason
+from star_elastic.latency import load_table
 from star_elastic.manifest import Manifest
 from star_elastic.router.budget import Commitment, settle_between
 from star_elastic.router.grid import make_grid
 from star_elastic.router.router import Router
 
-FILE_NAME = "router.safetensors"
+ROUTER = "router.safetensors"
+LATENCY = "latency.json"
+"""The table that budgets in milliseconds were counted with, if there were any."""
 
 
 def load_router(directory: str | Path, manifest: Manifest, axis_map: AxisMap) -> Router:
     """The router of an elastic checkpoint. Raises CheckpointError if it is missing or damaged."""
-    file = Path(directory) / FILE_NAME
-    grid = make_grid(manifest.choices, axis_map, per_layer=manifest.per_layer, depth=manifest.depth)
+    file = Path(directory) / ROUTER
+    if not file.is_file():
+        raise CheckpointError(
+            f"{directory} has no router, so it has only the sizes {', '.join(manifest.sizes)}; "
+            "name one of them"
+        )
+    try:
+        grid = make_grid(
+            manifest.choices, axis_map, per_layer=manifest.per_layer, depth=manifest.depth
+        )
+        if not grid.is_ranked:
+            raise ConfigError("depth is missing")
+    except (ShapeError, ConfigError) as error:
+        raise CheckpointError(f"elastic.json is damaged ({error}); restore the file") from None
     router = Router(grid, len(manifest.sizes))
     try:
         router.load_state_dict(load_tensors(file))
     except RuntimeError as error:
-        first = str(error).strip().splitlines()[-1].strip()
         raise CheckpointError(
-            f"{file} does not belong to this checkpoint's choices ({first}); restore it"
+            f"{file} does not belong to this checkpoint's choices ({reason(error, -1)}); restore it"
         ) from None
     return router
 
@@ -49,7 +63,9 @@ def widths_for(
     read, CheckpointError if there is no router.
     """
     router = load_router(directory, manifest, axis_map)
-    cost = CostModel(axis_map, Workload(**manifest.provenance.get("workload", {})))
+    table = Path(directory) / LATENCY
+    measured = load_table(table, axis_map).milliseconds if table.is_file() else None
+    cost = CostModel(axis_map, Workload(**manifest.provenance.get("workload", {})), measured)
     full = cost.count(axis_map.full)
     asked = {
         metric: parse_budget(amount, metric).fraction_of(full.metric(metric))

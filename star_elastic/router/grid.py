@@ -29,7 +29,8 @@ class Grid:
     """The widths to choose from, widest first on each axis.
 
     `per_layer` maps the axes on which every layer decides for itself to the number of its layers.
-    The choices of `layers` are numbers of layers; `depth` lists the layers, most important first.
+    The choices of `layers` are numbers of layers; `depth` lists the layers, most important first
+    (empty: not ranked yet).
     """
 
     choices: Mapping[str, tuple[int, ...]]
@@ -46,9 +47,9 @@ class Grid:
         )
 
     @property
-    def size(self) -> int:
-        """How many combinations of widths there are."""
-        return math.prod(len(self.choices[place.axis]) for place in self.places)
+    def is_ranked(self) -> bool:
+        """Whether it is known which layers there are for every number of them."""
+        return LAYERS not in self.choices or bool(self.depth)
 
     def presence(self, count: Any) -> tuple[Any, ...]:
         """Which layers there are, in their order, if the `count` most important ones are kept."""
@@ -126,7 +127,8 @@ def make_grid(
     per_layer: Sequence[str] = (),
     depth: Sequence[int] = (),
 ) -> Grid:
-    """A checked grid. Raises ShapeError or ConfigError."""
+    """A checked grid; without `depth` its layers are not ranked yet. Raises ShapeError or
+    ConfigError."""
     check_choices(choices, axis_map)
     for name in per_layer:
         if name not in choices or name == LAYERS or axis_map.axes[name].is_global:
@@ -139,7 +141,8 @@ def make_grid(
     if LAYERS not in choices:
         return Grid(dict(choices), counts)
     layers = axis_map.axes[LAYERS].layers
-    assert sorted(depth) == list(layers), (depth, layers)
+    if depth and sorted(depth) != list(layers):
+        raise ConfigError(f"depth={list(depth)} does not list every layer from 0 to {layers[-1]}")
     return Grid(dict(choices), counts, tuple(depth))
 
 

@@ -119,7 +119,8 @@ class Calibration:
         own = self.run / DEPTH
         if own.is_file():
             return tuple(load_tensors(own)["layers"].tolist())
-        batches = list(self.batches(DEPTH_SAMPLES))
+        samples = min(DEPTH_SAMPLES, self.config.calibration.num_samples)
+        batches = list(self.batches(samples))
         layers = range(len(self.axis_map.axes[LAYERS].layers))
 
         def without(kept: Sequence[int]) -> PreTrainedModel:

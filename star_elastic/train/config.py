@@ -7,6 +7,8 @@ papers' (arXiv 2605.07182 and 2511.16664).
 from __future__ import annotations
 
 import dataclasses
+import os
+import re
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -69,6 +71,11 @@ class StageConfig:
         require(self.learning_rate > 0, f"stages.learning_rate={self.learning_rate} is not > 0")
         for name in ("final_learning_rate", "warmup_steps"):
             require(getattr(self, name) >= 0, f"stages.{name}={getattr(self, name)} is negative")
+        require(
+            self.final_learning_rate <= self.learning_rate,
+            f"stages.final_learning_rate={self.final_learning_rate} is above learning_rate="
+            f"{self.learning_rate}; set both",
+        )
 
     @property
     def num_steps(self) -> int:
@@ -78,9 +85,10 @@ class StageConfig:
 
 FIRST_STAGE = {"context": 8192, "batch_size": 1536}
 LATER_STAGES = {"context": 49152, "batch_size": 512}
+LATER_WEIGHTS = {3: (0.5, 0.3, 0.2)}
 FAVOUR_LARGE = 0.6
-"""Weight of each size in later stages relative to the next larger one: .51, .31, .18 for three
-sizes, where the papers use .5, .3, .2."""
+"""Weights of the sizes in later stages: the papers' for three sizes, else each this share of the
+next larger one's."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,7 +115,8 @@ class CalibrationConfig:
 @dataclass(frozen=True, kw_only=True)
 class RouterConfig:
     """The router: `weight` of its budget loss, and the share of all steps after which the widths
-    are fixed and every size trains as a plain slice. `fixed` gives widths per size instead, and
+    are fixed and every size trains as a plain slice; the annealing spans the steps before. `fixed`
+    gives widths per size instead, and
     there is nothing to learn.
     """
 
@@ -201,10 +210,16 @@ class RunConfig:
     engine: EngineConfig = field(default_factory=EngineConfig)
 
     def __post_init__(self):
+        require(bool(self.parent), "parent is empty; name a checkpoint directory")
+        require(bool(self.out), "out is empty; name a directory for the run")
         require(bool(self.sizes), "sizes is empty; add for example [sizes.small] active = 0.5")
         require(bool(self.data), "data is empty; add [[data]] with files")
         require(bool(self.stages), "stages is empty; add [[stages]] with tokens")
         for name, budgets in self.sizes.items():
+            require(
+                re.fullmatch(r"[^\s/\\]+", name) is not None,
+                f"sizes has the name {name!r}; use no spaces and slashes",
+            )
             require(bool(budgets), f"sizes.{name} has no budget; add for example active = 0.5")
             for metric, amount in budgets.items():
                 require(
@@ -233,9 +248,9 @@ class RunConfig:
     def _resolve(self, number: int, stage: StageConfig) -> StageConfig:
         """A stage with its defaults filled in, which depend on where it stands."""
         shape = LATER_STAGES if number else FIRST_STAGE
-        weights = stage.size_weights or tuple(
-            FAVOUR_LARGE**i if number else 1.0 for i in range(len(self.sizes))
-        )
+        count = len(self.sizes)
+        later = LATER_WEIGHTS.get(count, tuple(FAVOUR_LARGE**i for i in range(count)))
+        weights = stage.size_weights or (later if number else (1.0,) * count)
         require(
             len(weights) == len(self.sizes),
             f"stages[{number}].size_weights has {len(weights)} entries for {len(self.sizes)} sizes",
@@ -266,7 +281,7 @@ def load_run_config(file: str | Path) -> RunConfig:
     config = parse(RunConfig, content, "")
 
     def resolve(path: str) -> str:
-        return path if not path or Path(path).is_absolute() else str(file.parent / path)
+        return os.path.abspath(file.parent / path) if path else path
 
     return dataclasses.replace(
         config,

@@ -24,6 +24,9 @@ from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from star_elastic.errors import ConfigError
 from star_elastic.nesting.elastic import ElasticModel
 
+WORLD_AND_RANK = (("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"))
+"""What torchrun sets, and what holds without it."""
+
 
 @dataclass(frozen=True, slots=True)
 class World:
@@ -59,6 +62,14 @@ class World:
         dist.all_gather_object(gathered, value)
         return gathered
 
+    def agree(self, value: Any) -> Any:
+        """The first rank's (picklable) value, on every rank."""
+        if self.size == 1:
+            return value
+        given = [value]
+        dist.broadcast_object_list(given, src=0, device=self.device)
+        return given[0]
+
     def wait(self) -> None:
         """Waits until all ranks are here."""
         if self.size > 1:
@@ -92,13 +103,10 @@ def join_world() -> Iterator[World]:
     """The world that torchrun set up, or this process alone.
 
     Uses the rank's CUDA device and NCCL where there are any, else the CPU and gloo. Raises
-    ConfigError if there are fewer devices than ranks on this machine.
+    ConfigError if there are fewer devices than ranks on this machine, or if the caller has set up a
+    process group of its own.
     """
-    size = int(os.environ.get("WORLD_SIZE", "1"))
-    if size == 1 or dist.is_initialized():
-        yield World()
-        return
-    local = int(os.environ.get("LOCAL_RANK", "0"))
+    size, local = (int(os.environ.get(name, d)) for name, d in WORLD_AND_RANK)
     on_gpu = torch.cuda.is_available()
     if on_gpu and local >= torch.cuda.device_count():
         raise ConfigError(
@@ -106,6 +114,13 @@ def join_world() -> Iterator[World]:
             "torchrun with --nproc-per-node of that many"
         )
     device = torch.device("cuda", local) if on_gpu else torch.device("cpu")
+    if size == 1:
+        yield World(device=device)
+        return
+    if dist.is_initialized():
+        raise ConfigError(
+            "a process group is initialised already; training makes its own: destroy it first"
+        )
     if on_gpu:
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if on_gpu else "gloo")

@@ -2,7 +2,7 @@
 
 First the router learns: each size runs as a mixture of widths (`nesting.gate`), inside a slice as
 wide as its widest choice with weight. At `router.commit_at` of the steps the widths are fixed
-(argmax, moved at most one grid step per axis onto the budget) and from then on every size trains
+(argmax, moved onto the budget by as few grid steps as do) and from then on every size trains
 as the plain slice that will be cut out, at the cost of that slice. Committing before the end is a
 deliberate difference from the papers: the sizes that leave are then sizes that were trained.
 
@@ -14,6 +14,7 @@ changes the gradient.
 
 from __future__ import annotations
 
+import copy
 import math
 import random
 from collections.abc import Iterator, Mapping, Sequence
@@ -44,7 +45,8 @@ from star_elastic.train.workers import Learner, Workers
 class StepReport:
     """What one step did. `kd` in nats per token and `budget` (router loss) by size; `expected`
     widths by size while the router learns (the mean over the layers that decide for themselves);
-    `num_tokens` real tokens of the step's windows, `num_distilled` summed over the sizes."""
+    `num_tokens` real tokens of the step's windows, `num_distilled` summed over the sizes. In this
+    stage so far: `rows_cut` to the context, `rows_dropped` because nothing in them counts."""
 
     step: int
     stage: int
@@ -54,8 +56,13 @@ class StepReport:
     kd: dict[str, float] = field(default_factory=dict)
     budget: dict[str, float] = field(default_factory=dict)
     expected: dict[str, dict[str, float]] = field(default_factory=dict)
+    rows_cut: int = 0
+    rows_dropped: int = 0
 
 
+UNSTABLE = (
+    "lower learning_rate in the stage or the router and resume: the last saved state is intact"
+)
 Job = tuple[int, PackedBatch]
 """Windows of one group: the group's number, and the windows."""
 
@@ -124,17 +131,19 @@ class Trainer:
         return router.decide(budget, self.temperature(), noise_key=key, hard=hard)
 
     def commit(self) -> dict[str, Commitment]:
-        """Fixes the widths of every size (called once, at `commit_step`)."""
+        """Fixes the widths of every size (called once, at `commit_step`). What a size needs to
+        settle on its budget leaves the router as it was learned."""
         for number, name in enumerate(self.names):
-            fixed = settle(self.router, self.router.one_hot(number), self.budgets[name], self.cost)
-            self.committed[name] = self.world.gather(fixed)[0]
+            router = copy.deepcopy(self.router)
+            fixed = settle(router, router.one_hot(number), self.budgets[name], self.cost)
+            self.committed[name] = self.world.agree(fixed)
         self.router.requires_grad_(False)
         return self.committed
 
     def train_step(self) -> StepReport:
         """One optimiser step over the sizes of this step.
 
-        Raises CheckpointError if a loss is not finite, before any weight changes.
+        Raises CheckpointError if a loss or a gradient is not finite, before any weight changes.
         """
         if self.step >= self.commit_step and not self.committed:
             self.commit()
@@ -150,17 +159,29 @@ class Trainer:
             lambda learner, jobs: self._learn(learner, jobs, counted), [p for p in parts if p]
         )
         report = StepReport(self.step, position.stage, num_tokens, 0, rate)
+        stream = self._stream_of(position.stage)
+        report.rows_cut, report.rows_dropped = map(
+            int, self.world.sum([stream.num_cut, stream.num_dropped])
+        )
         self._collect(report, results)
         if not self.committed:
             self._report_router(report)
         self.world.average_gradients(self.router)
-        clip = self.config.optimizer.clip_norm
-        nn.utils.clip_grad_norm_(self.student.parent.parameters(), clip)
-        nn.utils.clip_grad_norm_(self.router.parameters(), clip)
+        self._clip("the weights", self.student.parent)
+        self._clip("the router", self.router)
         self.optimizer.step()
         self.step += 1
         self.tokens += num_tokens
         return report
+
+    def _clip(self, name: str, module: nn.Module) -> None:
+        """Clips the gradients of all ranks by their common norm, and checks them."""
+        norm: Any = nn.utils.clip_grad_norm_(module.parameters(), self.config.optimizer.clip_norm)
+        norm = getattr(norm, "full_tensor", lambda: norm)()
+        if not math.isfinite(norm):
+            raise CheckpointError(
+                f"the gradients of {name} are {float(norm)} at step {self.step}; {UNSTABLE}"
+            )
 
     def _batch(self) -> PackedBatch:
         """This rank's windows of the step: its share of every group, group after group."""
@@ -268,8 +289,7 @@ class Trainer:
             report.num_distilled += int(count)
             if not math.isfinite(kd):
                 raise CheckpointError(
-                    f"the loss of size {name!r} is {kd} at step {self.step}; lower the stage's "
-                    "learning_rate and resume, the last saved state is intact"
+                    f"the loss of size {name!r} is {kd} at step {self.step}; {UNSTABLE}"
                 )
         if not report.kd:
             raise CheckpointError(

@@ -67,7 +67,7 @@ class PackedBatch:
         return int(self.predicts.sum())
 
     @property
-    def inputs(self) -> dict[str, torch.Tensor]:
+    def inputs(self) -> dict[str, Any]:
         """What a model's forward takes; those without Mamba layers ignore `seq_idx`."""
         names = ("input_ids", "position_ids", "seq_idx")
         return {name: getattr(self, name) for name in names}

@@ -1,45 +1,43 @@
 """A whole run, readable top to bottom: check, rank, sort, train, write the elastic checkpoint.
 
 A run directory holds `run.json` (the resolved config), `scores.safetensors`, `metrics.jsonl`,
-`state/` while it trains, and in the end `elastic/`. Under torchrun all ranks run this; the first
-one writes.
+`state/` (the last saved state), and in the end `elastic/`. Under torchrun all ranks run this; the
+first one writes.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 import signal
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
 import torch
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 import star_elastic
-from star_elastic.amounts import parse_budget
-from star_elastic.axes import LAYERS, AxisMap
 from star_elastic.checkpoint import save_tensors, write_json
-from star_elastic.cost import CostModel
-from star_elastic.errors import CheckpointError, ConfigError, Interrupted
-from star_elastic.families import family_of, read_config
-from star_elastic.families.base import Config
+from star_elastic.errors import CheckpointError, ConfigError, Interrupted, reason
 from star_elastic.importance.files import load_scores, save_scores
-from star_elastic.latency import load_table
 from star_elastic.manifest import Manifest, Size, save_manifest
 from star_elastic.nesting.elastic import ElasticModel
-from star_elastic.nesting.rotate import check_rotatable
 from star_elastic.nesting.stream import save_model
-from star_elastic.nesting.submodel import load_parent, sort_in_place
-from star_elastic.router.budget import AIM, Commitment, budget_miss, check_budgets
-from star_elastic.router.grid import Grid, default_choices, make_grid
+from star_elastic.nesting.submodel import load_parent, load_tokenizer, sort_in_place
+from star_elastic.router.budget import (
+    AIM,
+    Commitment,
+)
+from star_elastic.router.files import LATENCY, ROUTER
 from star_elastic.router.router import Router
 from star_elastic.train.calibrate import BASIS, SCORES, Calibration, Progress, Silent
+from star_elastic.train.check import Checked, check
 from star_elastic.train.config import RunConfig
 from star_elastic.train.distributed import World, join_world
 from star_elastic.train.loop import StepReport, Trainer
@@ -47,7 +45,6 @@ from star_elastic.train.sources import Source
 from star_elastic.train.state import has_state, load_state, save_state
 from star_elastic.train.strict import to_plain
 from star_elastic.train.teacher import TeacherCache
-from star_elastic.widths import parse_widths
 
 ELASTIC = "elastic"
 TEACHER = "teacher"
@@ -63,66 +60,6 @@ class RunResult:
     seconds: float
 
 
-@dataclass(frozen=True, slots=True)
-class Checked:
-    """What a run config means for its parent: everything that can be said before work starts."""
-
-    model_config: Config
-    axis_map: AxisMap
-    choices: Mapping[str, tuple[int, ...]]
-    cost: CostModel
-    budgets: Mapping[str, Mapping[str, float]]
-    fixed: Mapping[str, Commitment]
-
-    def grid(self, config: RunConfig, depth: tuple[int, ...]) -> Grid:
-        """The router's grid, once the layers are ranked."""
-        return make_grid(self.choices, self.axis_map, per_layer=config.per_layer, depth=depth)
-
-
-def check(config: RunConfig, world_size: int = 1) -> Checked:
-    """Checks a run config against its parent's config.json; no weights are read.
-
-    Raises ConfigError, ShapeError, BudgetError or CheckpointError for whatever would go wrong.
-    """
-    model_config = read_config(config.parent)
-    axis_map = family_of(model_config).axis_map(model_config)
-    choices = dict(config.choices) or default_choices(axis_map)
-    # Any ranking of the layers will do to check what does not depend on it.
-    some_depth = tuple(axis_map.axes[LAYERS].layers) if LAYERS in choices else ()
-    grid = make_grid(choices, axis_map, per_layer=config.per_layer, depth=some_depth)
-    if config.calibration.basis == "principal":
-        check_rotatable(axis_map)
-    table = load_table(config.latency, axis_map) if config.latency else None
-    cost = CostModel(axis_map, config.workload, table.milliseconds if table else None)
-    full = cost.count(axis_map.full)
-    budgets = {
-        name: {
-            metric: parse_budget(amount, metric, f"sizes.{name}.").fraction_of(full.metric(metric))
-            for metric, amount in given.items()
-        }
-        for name, given in config.sizes.items()
-    }
-    fixed = {}
-    for name, text in config.router.fixed.items():
-        widths = axis_map.complete(parse_widths(text))
-        fixed[name] = Commitment(widths, float(budget_miss(widths, budgets[name], cost)), {})
-    for name, given in budgets.items():
-        if not fixed:
-            check_budgets(name, given, cost, grid)
-    for number, stage in enumerate(config.stages):
-        of_group = stage.batch_size // stage.groups
-        if of_group % world_size:
-            raise ConfigError(
-                f"stages[{number}].batch_size={stage.batch_size} in {stage.groups} groups cannot "
-                f"be shared by {world_size} ranks; use a multiple of {stage.groups * world_size}"
-            )
-    if world_size > 1 and config.engine.workers > 1:
-        raise ConfigError(
-            f"engine.workers={config.engine.workers} threads on {world_size} ranks; use 1 worker"
-        )
-    return Checked(model_config, axis_map, choices, cost, budgets, fixed)
-
-
 def train(
     config: RunConfig, *, resume: bool = False, progress: Progress | None = None
 ) -> RunResult:
@@ -133,7 +70,13 @@ def train(
     """
     with join_world() as world:
         shown = (progress or Silent()) if world.is_first else Silent()
-        return _train(config, resume, shown, world)
+        try:
+            return _train(config, resume, shown, world)
+        except OSError as error:
+            raise CheckpointError(
+                f"{error.filename or config.out} cannot be read or written ({reason(error)}); make "
+                "room or correct the path, then go on (with --resume if there is a saved state)"
+            ) from error
 
 
 def _train(config: RunConfig, resume: bool, progress: Progress, world: World) -> RunResult:
@@ -163,7 +106,10 @@ def _train(config: RunConfig, resume: bool, progress: Progress, world: World) ->
 
     def finish(directory: Path) -> None:
         save_manifest(_manifest(config, checked, trainer, depth), directory)
-        save_tensors(directory / "router.safetensors", trainer.router.state_dict())
+        if not checked.fixed:
+            save_tensors(directory / ROUTER, trainer.router.state_dict())
+        if config.latency:
+            shutil.copyfile(config.latency, directory / LATENCY)
         save_tensors(directory / "orders.safetensors", dict(orders))
         if basis is not None:
             save_tensors(directory / BASIS, {"hidden": basis})
@@ -199,16 +145,17 @@ def _build(
         config, run, teacher, checked.model_config, checked.axis_map, sources, progress
     )
     write = world.is_first
-    orders = calibration.orders(write=write)
-    basis = calibration.basis(write=write)
+    # Ranks measure alike, but for rounding: the first one's word counts.
+    orders = world.agree(calibration.orders(write=write))
+    basis = world.agree(calibration.basis(write=write))
     if basis is not None:
         del orders["hidden"]
-    depth = calibration.depth(write=write)
+    depth = world.agree(calibration.depth(write=write))
     sort_in_place(parent, checked.axis_map, orders, basis)
 
     elastic = partial(ElasticModel, config=checked.model_config)
     student = world.shard(elastic(parent, recompute=config.engine.recompute))
-    router = Router(checked.grid(config, depth), len(config.sizes), config.seed).to(world.device)
+    router = Router(checked.ranked_grid(depth), len(config.sizes), config.seed).to(world.device)
     trainer = Trainer(
         config,
         student,
@@ -218,7 +165,7 @@ def _build(
         checked.budgets,
         checked.cost,
         world,
-        _teacher_cache(config, checked, sources[0].tokenizer, run, world),
+        _teacher_cache(config, teacher.config.vocab_size, sources[0].tokenizer, run, world),
     )
     if checked.fixed:
         trainer.committed = dict(checked.fixed)
@@ -228,7 +175,7 @@ def _build(
 
 def _teacher_cache(
     config: RunConfig,
-    checked: Checked,
+    vocab_size: int,
     tokenizer: PreTrainedTokenizerBase,
     run: Path,
     world: World,
@@ -238,7 +185,7 @@ def _teacher_cache(
     return TeacherCache(
         run / TEACHER,
         num_samples=config.engine.teacher_samples,
-        vocab_size=checked.model_config["vocab_size"],
+        vocab_size=vocab_size,
         parent=Path(config.parent).name,
         data=_fingerprint(config, tokenizer),
         seed=config.seed,
@@ -255,17 +202,6 @@ def _fingerprint(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> str:
     ]
     parts = (sizes, len(tokenizer), tokenizer.chat_template)
     return hashlib.blake2b(repr(parts).encode(), digest_size=8).hexdigest()
-
-
-def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
-    """The tokenizer beside a checkpoint. Raises CheckpointError."""
-    try:
-        return AutoTokenizer.from_pretrained(path, local_files_only=True)
-    except (OSError, ValueError) as error:
-        first = str(error).strip().splitlines()[0]
-        raise CheckpointError(
-            f"{path} has no usable tokenizer ({first}); put tokenizer.json beside the weights"
-        ) from None
 
 
 def _prepare_directory(run: Path, config: RunConfig, resume: bool) -> None:
@@ -287,14 +223,24 @@ def _prepare_directory(run: Path, config: RunConfig, resume: bool) -> None:
 
 
 def _changed_keys(run: Path, config: RunConfig) -> list[str]:
-    """Tables of the config that differ from the one the directory was begun with. How a step is
-    computed may change."""
-    wanted = json.loads(json.dumps(to_plain(config)))
+    """Keys of the config that differ from the one the directory was begun with, of those that must
+    not."""
+    wanted = _lasting(json.loads(json.dumps(to_plain(config))))
     try:
-        saved = json.loads((run / "run.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        saved = _lasting(json.loads((run / "run.json").read_text(encoding="utf-8")))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         saved = {}
-    return sorted(key for key in wanted if key != "engine" and wanted[key] != saved.get(key))
+    return sorted(key for key in wanted if wanted[key] != saved.get(key))
+
+
+def _lasting(config: dict) -> dict:
+    """What may not change when a run is resumed: neither how a step is computed nor where the
+    directory is, and learning rates may be corrected."""
+    for stage in config["stages"]:
+        del stage["learning_rate"], stage["final_learning_rate"]
+    del config["router"]["learning_rate"], config["optimizer"]["clip_norm"]
+    lasting = {"engine.teacher_samples": config["engine"]["teacher_samples"]}
+    return lasting | {k: v for k, v in config.items() if k not in ("engine", "out")}
 
 
 def _whole_state(student: ElasticModel, world: World) -> dict[str, torch.Tensor]:
@@ -381,6 +327,8 @@ def _note(report: StepReport, trainer: Trainer) -> str:
     for name, fixed in trainer.committed.items():
         if fixed.miss > max(AIM, fixed.possible or 0.0) * (1 + 1e-9):
             phase += f", {name} misses its budget by {fixed.miss:.1%}"
+    for count, what in ((report.rows_cut, "cut to the context"), (report.rows_dropped, "left out")):
+        phase += f", {count:,} rows {what}" if count else ""
     return f"KD nats/token {losses}  ({phase})"
 
 
@@ -406,7 +354,7 @@ def _manifest(
         sizes[name] = Size(fixed.widths, checked.budgets[name], costs(fixed), fixed.repair)
     return Manifest(
         family=trainer.student.family.model_type,
-        choices=checked.choices,
+        choices=checked.grid.choices,
         sizes=sizes,
         per_layer=config.per_layer,
         depth=depth,

@@ -20,10 +20,9 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
-from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from star_elastic.errors import CheckpointError, ConfigError
+from star_elastic.errors import CheckpointError, ConfigError, reason
 
 LENGTH_STEP = 16
 """Padded batches have multiples of this many tokens: kernels are kept for every new shape."""
@@ -123,8 +122,9 @@ class Table:
             read = datasets.load_from_disk if path.is_dir() else datasets.Dataset.from_parquet
             self._rows: Any = read(str(path))
         except Exception as error:  # whatever a damaged file makes pyarrow raise
-            first = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise CheckpointError(f"{path} cannot be read ({first}); write it again") from None
+            raise CheckpointError(
+                f"{path} cannot be read ({reason(error)}); write it again"
+            ) from None
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -237,10 +237,10 @@ class Source:
                 )
                 if whole.startswith(prompt):
                     return prompt, whole.removeprefix(prompt)
-        except (TypeError, KeyError, ValueError, TemplateError) as error:
+        except Exception as error:  # a template is code, and a row may hold anything
             raise CheckpointError(
-                f"{self.where(row)}: its messages cannot be rendered ({error}); correct or remove "
-                "the row"
+                f"{self.where(row)}: its messages cannot be rendered ({reason(error)}); correct or "
+                "remove the row"
             ) from None
         return "", whole
 

@@ -25,7 +25,7 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from star_elastic.checkpoint import write_json
-from star_elastic.errors import CheckpointError
+from star_elastic.errors import CheckpointError, reason
 from star_elastic.router.budget import Commitment
 from star_elastic.train.loop import Trainer
 from star_elastic.widths import Widths
@@ -44,15 +44,15 @@ def save_state(trainer: Trainer, run: Path) -> None:
     positions = world.gather(trainer.data_state())
     if world.is_first:
         shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
     world.wait()
     problem = ""
     try:
+        temporary.mkdir(parents=True, exist_ok=True)
         _save_tensors(trainer, temporary)
         if world.is_first:
             write_json(temporary / PROGRESS, _progress(trainer, positions))
     except (OSError, RuntimeError, CheckpointException) as error:
-        problem = str(error).strip().splitlines()[-1]
+        problem = reason(error, -1)
     if world.any(bool(problem)):
         if world.is_first:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -86,7 +86,7 @@ def _progress(trainer: Trainer, positions: list[dict]) -> dict[str, Any]:
         "tokens": trainer.tokens,
         "committed": committed,
         "data": positions,
-        "shards": sorted(trainer.tensors()),
+        "tensors": sorted(trainer.tensors()),
     }
 
 
@@ -102,7 +102,7 @@ def load_state(trainer: Trainer, run: Path) -> None:
         raise CheckpointError(f"{run} holds no saved state; start without --resume")
     try:
         content = json.loads((folder / PROGRESS).read_text(encoding="utf-8"))
-        tensors = trainer.tensors(content["shards"])
+        tensors = trainer.tensors(content["tensors"])
         reader = HuggingFaceStorageReader(str(folder))
         with warnings.catch_warnings(), torch.no_grad():
             warnings.filterwarnings("ignore", "torch.distributed is disabled")
@@ -121,9 +121,9 @@ def load_state(trainer: Trainer, run: Path) -> None:
         RuntimeError,
         CheckpointException,
     ) as e:
-        first = (str(e).strip() or type(e).__name__).splitlines()[-1]
         raise CheckpointError(
-            f"{folder} is damaged or of another run ({first}); start anew in another directory"
+            f"{folder} is damaged or of another run ({reason(e, -1)}); start anew in another "
+            "directory"
         ) from None
     if trainer.committed:
         trainer.router.requires_grad_(False)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import types
 import typing
 from collections.abc import Mapping
@@ -71,6 +72,8 @@ def _value(hint: Any, value: Any, where: str) -> Any:
         return value
     if hint is float and type(value) is int:
         return float(value)
+    if type(value) is float and not math.isfinite(value):
+        raise ConfigError(f"{where}={value} is not finite; give a number")
     if type(value) is not hint:
         raise ConfigError(f"{where}={value!r} is not a {hint.__name__}")
     return value

@@ -1,0 +1,120 @@
+"""What a run config means for its parent: all that can be said, and refused, before work starts."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from star_elastic.amounts import parse_budget
+from star_elastic.axes import AxisMap
+from star_elastic.cost import CostModel
+from star_elastic.errors import BudgetError, ConfigError
+from star_elastic.families import family_of, read_config
+from star_elastic.families.base import Config
+from star_elastic.latency import load_table
+from star_elastic.nesting.rotate import check_rotatable
+from star_elastic.router.budget import (
+    REACH,
+    Budgets,
+    Commitment,
+    budget_miss,
+    check_budgets,
+    check_reach,
+    describe,
+)
+from star_elastic.router.grid import Grid, default_choices, make_grid
+from star_elastic.train.config import RunConfig
+from star_elastic.widths import Widths, parse_widths
+
+
+@dataclass(frozen=True, slots=True)
+class Checked:
+    """What a run config means for its parent: everything that can be said before work starts."""
+
+    model_config: Config
+    axis_map: AxisMap
+    grid: Grid
+    cost: CostModel
+    budgets: Mapping[str, Mapping[str, float]]
+    fixed: Mapping[str, Commitment]
+
+    def ranked_grid(self, depth: tuple[int, ...]) -> Grid:
+        """The router's grid, once the layers are ranked. Raises BudgetError for budgets that this
+        ranking cannot meet."""
+        if self.grid.is_ranked:
+            return self.grid
+        grid = replace(self.grid, depth=depth)
+        for name, given in self.budgets.items() if not self.fixed else ():
+            check_budgets(name, given, self.cost, grid)
+        return grid
+
+
+def check(config: RunConfig, world_size: int = 1) -> Checked:
+    """Checks a run config against its parent's config.json; no weights are read.
+
+    Raises ConfigError, ShapeError, BudgetError or CheckpointError for whatever would go wrong.
+    """
+    model_config = read_config(config.parent)
+    axis_map = family_of(model_config).axis_map(model_config)
+    choices = dict(config.choices) or default_choices(axis_map)
+    grid = make_grid(choices, axis_map, per_layer=config.per_layer)
+    if config.calibration.basis == "principal":
+        check_rotatable(axis_map)
+    table = load_table(config.latency, axis_map) if config.latency else None
+    cost = CostModel(axis_map, config.workload, table.milliseconds if table else None)
+    full = cost.count(axis_map.full)
+    budgets = {
+        name: {
+            metric: parse_budget(amount, metric, f"sizes.{name}.").fraction_of(full.metric(metric))
+            for metric, amount in given.items()
+        }
+        for name, given in config.sizes.items()
+    }
+    _check_order(budgets)
+    fixed = {
+        name: _fix(name, axis_map.complete(parse_widths(text)), budgets[name], cost)
+        for name, text in config.router.fixed.items()
+    }
+    for name, given in budgets.items() if not fixed else ():
+        (check_budgets if grid.is_ranked else check_reach)(name, given, cost, grid)
+    for file in (file for source in config.data for file in source.files):
+        if not Path(file).exists():
+            raise ConfigError(f"{file} does not exist; name an existing JSONL file or dataset")
+    for number, stage in enumerate(config.stages):
+        of_group = stage.batch_size // stage.groups
+        if of_group % world_size:
+            raise ConfigError(
+                f"stages[{number}].batch_size={stage.batch_size} in {stage.groups} groups cannot "
+                f"be shared by {world_size} ranks; use a multiple of {stage.groups * world_size}"
+            )
+    if world_size > 1 and config.engine.workers > 1:
+        raise ConfigError(
+            f"engine.workers={config.engine.workers} threads on {world_size} ranks; use 1 worker"
+        )
+    return Checked(model_config, axis_map, grid, cost, budgets, fixed)
+
+
+def _check_order(budgets: Mapping[str, Budgets]) -> None:
+    """Raises ConfigError unless the sizes are named from the largest to the smallest."""
+    for (first, larger), (second, smaller) in itertools.pairwise(budgets.items()):
+        shared = [metric for metric in larger if metric in smaller]
+        if shared and all(larger[metric] < smaller[metric] for metric in shared):
+            raise ConfigError(
+                f"size {second!r} has a larger budget than {first!r} before it; name the sizes "
+                "from the largest to the smallest"
+            )
+
+
+def _fix(name: str, widths: Widths, budgets: Budgets, cost: CostModel) -> Commitment:
+    """Widths that the config gives. Raises BudgetError if they are far from their budget."""
+    miss = float(budget_miss(widths, budgets, cost))
+    if miss > REACH:
+        counted, full = cost.count(widths), cost.count(cost.axis_map.full)
+        costs = describe({m: counted.metric(m) / full.metric(m) for m in budgets})
+        raise BudgetError(
+            f"router.fixed.{name} costs {costs}, which misses {describe(budgets)} by {miss:.1%}; "
+            "change the widths or the budget"
+        )
+    return Commitment(widths, miss, {})
