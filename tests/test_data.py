@@ -346,6 +346,9 @@ def test_rows_of_several_files_are_numbered_on(tmp_path, tokenizer):
         ({"txt": "a"}, r"line 2 has the keys \['txt'\]; give text, prompt and completion, or"),
         ({"text": 3}, "line 2 is not text; prompt and completion must be strings"),
         ({"messages": 5}, "line 2: its messages cannot be rendered"),
+        ({"messages": [1, 2]}, "line 2: its messages cannot be rendered"),
+        ({"messages": "abc"}, "line 2: its messages cannot be rendered"),
+        ({"messages": []}, "line 2"),
     ],
 )
 def test_bad_rows_are_named(tmp_path, tokenizer, row, message):

@@ -22,14 +22,27 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 from star_elastic.axes import Axis, AxisMap, axis_keys
 from star_elastic.errors import CheckpointError, ConfigError
 from star_elastic.evaluate.perplexity import measure_perplexity, read_texts, token_windows
+from star_elastic.importance.depth import rank_layers
 from star_elastic.importance.estimate import estimate_scores
 from star_elastic.importance.files import ScoreInfo, load_scores, save_scores
 from star_elastic.importance.orders import magnitude_scores, orders_from_scores, random_orders
 from star_elastic.nesting.slice import check_orders, slice_state, sort_state
 from star_elastic.nesting.submodel import build_submodel
+from star_elastic.train.sources import Batch
 from tests.laws.parents import Parent, assert_equal, make_parent, precision
 
 ROOT = Path(__file__).parents[1]
+
+
+class Nobody:
+    """Progress that nobody watches."""
+
+    def stage(self, name, total):
+        pass
+
+    def advance(self, done, note=""):
+        pass
+
 
 HYBRID = {
     "model_type": "nemotron_h",
@@ -630,3 +643,49 @@ def test_committed_result_belongs_to_the_recipe(file: Path) -> None:
     for cut in report["cuts"]:
         assert cut["removed"] == pytest.approx(1 - cut["parameters"] / full)
         assert cut["perplexity"] == pytest.approx(math.exp(cut["nats"]))
+
+
+# Whole layers
+
+
+def plain_ranking(parent: Parent, ids: torch.Tensor) -> tuple[int, ...]:
+    """The ranking by its definition: remove the layer whose loss changes the logits least."""
+
+    def logits(kept):
+        mask = tuple(int(layer in kept) for layer in every)
+        return build_submodel(parent.model, parent.config, {"layers": mask})(input_ids=ids).logits
+
+    every = list(parent.axis_map.axes["layers"].layers)
+    attention = {state.layer for state in parent.axis_map.states if state.per_token}
+    whole, kept, removed = logits(every), list(every), []
+    while len(kept) > 1:
+        changes = {}
+        for layer in kept:
+            rest = [other for other in kept if other != layer]
+            if attention & set(rest):
+                changes[layer] = (whole - logits(rest)).square().sum() / whole.square().sum()
+        least = min(changes, key=changes.__getitem__)
+        kept.remove(least)
+        removed.append(least)
+    return (*kept, *reversed(removed))
+
+
+@torch.no_grad()
+def test_layers_are_ranked_by_what_their_loss_changes(parent):
+    ids = torch.randint(20, (2, 10), generator=torch.Generator().manual_seed(5))
+    padded = torch.cat([ids, torch.zeros(2, 3, dtype=torch.long)], dim=1)
+    mask = torch.cat([torch.ones_like(ids), torch.zeros(2, 3, dtype=torch.long)], dim=1)
+    batches = [Batch(padded[:1], mask[:1]), Batch(padded[1:], mask[1:])]
+    every = parent.axis_map.axes["layers"].layers
+
+    def without(kept):
+        mask = tuple(int(layer in kept) for layer in every)
+        return build_submodel(parent.model, parent.config, {"layers": mask})
+
+    with precision(torch.float64):
+        found = rank_layers(parent.model, parent.config, batches, Nobody(), without)
+        assert found == plain_ranking(parent, ids)
+    assert sorted(found) == list(every)
+    nothing = [Batch(padded, torch.zeros_like(mask))]
+    with pytest.raises(ConfigError, match="the calibration data has no tokens"):
+        rank_layers(parent.model, parent.config, nothing, Nobody(), without)

@@ -4,6 +4,8 @@ import math
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from star_elastic.cost import CostModel
@@ -11,13 +13,17 @@ from star_elastic.errors import BudgetError
 from star_elastic.nesting.elastic import ElasticModel
 from star_elastic.nesting.gate import Mixture
 from star_elastic.nesting.slice import slice_tensor
+from star_elastic.router import budget
 from star_elastic.router.budget import (
     AIM,
+    REACH,
     budget_loss,
     budget_miss,
     check_budgets,
     commit,
+    nearest_possible,
     settle,
+    settle_between,
 )
 from star_elastic.router.grid import Grid
 from star_elastic.router.router import Annealing, Decision, Router, Temperature, gumbel
@@ -268,6 +274,84 @@ def test_budgets_out_of_reach_are_refused_with_the_range():
         check_budgets("tiny", {"time": 0.9}, cost, grid)
     with pytest.raises(BudgetError, match="has no budget"):
         check_budgets("tiny", {}, cost, grid)
+
+
+def test_layers_of_their_own_widths_meet_budgets_that_one_width_cannot():
+    cost = CostModel(random_parent(LLAMA).axis_map)
+    ends = {"ffn": (64, 24)}
+    alike, own = Grid(ends), Grid(ends, {"ffn": 2})
+    full, mixed = cost.count(cost.axis_map.full), cost.axis_map.complete({"ffn": (64, 24)})
+    share = {"active": cost.count(mixed).active / full.active}
+    assert nearest_possible(share, cost, alike)[0] > REACH
+    miss, widths = nearest_possible(share, cost, own)
+    assert miss < 1e-9 and sorted(widths["ffn"]) == [24, 64]
+    with pytest.raises(BudgetError, match="no widths of the choices meet active=.* miss by"):
+        check_budgets("small", share, cost, alike)
+    check_budgets("small", share, cost, own)
+
+
+@given(st.lists(st.integers(0, 8), min_size=3, max_size=3), st.floats(0.55, 0.95))
+def test_the_nearest_widths_are_those_that_trying_all_finds(keep, share):
+    cost = CostModel(random_parent(LLAMA).axis_map)
+    choices = {"ffn": (64, *sorted({16 + 4 * k for k in keep}, reverse=True)), "hidden": (32, 24)}
+    grid, budgets = Grid(choices), {"active": share}
+    tried = [
+        budget_miss(cost.axis_map.complete({"ffn": ffn, "hidden": hidden}), budgets, cost)
+        for ffn in choices["ffn"]
+        for hidden in choices["hidden"]
+    ]
+    miss, widths = nearest_possible(budgets, cost, grid)
+    assert miss == pytest.approx(min(tried), abs=1e-12)
+    assert budget_miss(widths, budgets, cost) == pytest.approx(miss, abs=1e-12)
+
+
+def test_a_beam_finds_what_trying_all_combinations_finds(monkeypatch):
+    """Grids with too many combinations are searched place by place."""
+    cost = CostModel(random_parent(LLAMA).axis_map)
+    grid = Grid({"ffn": tuple(range(64, 15, -4)), "hidden": (32, 28, 24)}, {"ffn": 2})
+    generator = torch.Generator().manual_seed(4)
+    picks = tuple(
+        Mixture(grid.choices[p.axis], torch.rand(len(grid.choices[p.axis]), generator=generator))
+        for p in grid.places
+    )
+    decision = Decision({}, picks, {})
+    for share in (0.9, 0.75, 0.6):
+        every = commit(decision, {"active": share}, cost, grid, radius=4)
+        monkeypatch.setattr(budget, "EXHAUSTIVE", 1)
+        beam = commit(decision, {"active": share}, cost, grid, radius=4)
+        monkeypatch.undo()
+        assert beam.miss <= max(AIM, every.miss) and every.miss <= max(AIM, beam.miss)
+
+
+def test_presence_follows_the_ranking():
+    """A decision keeps the most important layers; a soft one gives each the weight of the counts
+    that reach down to it, and the expected presence adds up to the expected count."""
+    grid = Grid({"layers": (4, 3, 1)}, depth=(2, 0, 3, 1))
+    assert grid.presence(3) == (1, 0, 1, 1) and grid.presence(1) == (0, 0, 1, 0)
+    router = Router(grid, 1, seed=1)
+    decision = router.decide(router.one_hot(0), Temperature(1.0, 1.0))
+    (counts,) = decision.picks
+    gates = [presence.expected().item() for presence in decision.mixtures["layers"]]
+    four, three, one = counts.probs.tolist()
+    assert gates == pytest.approx([four + three, four, 1, four + three])
+    assert sum(gates) == pytest.approx(counts.expected().item())
+    assert one > 0
+
+
+def test_budgets_between_trained_ones_are_interpolated_and_outside_refused():
+    cost = CostModel(random_parent(LLAMA).axis_map)
+    router = Router({"ffn": tuple(range(64, 15, -2))}, 2, seed=0)
+    trained = [{"active": 1.0}, {"active": 0.7}]
+    before = {name: value.clone() for name, value in router.state_dict().items()}
+    for share in (1.0, 0.85, 0.7):
+        fixed = settle_between(router, trained, {"active": share}, cost)
+        assert fixed.possible is not None and fixed.miss <= max(AIM, fixed.possible)
+    assert all(torch.equal(value, before[name]) for name, value in router.state_dict().items())
+    for asked in ({"active": 0.69}, {"total": 0.8}):
+        with pytest.raises(BudgetError, match="lies outside the range"):
+            settle_between(router, trained, asked, cost)
+    with pytest.raises(BudgetError, match="give one budget"):
+        settle_between(router, trained, {"active": 0.8, "total": 0.8}, cost)
 
 
 def test_budget_gradient_points_to_the_budget():

@@ -153,6 +153,27 @@ def test_gradients_reach_the_whole_parent(kind, gated, data):
     assert along == pytest.approx(central_difference(loss_at), rel=1e-5, abs=1e-7)
 
 
+@pytest.mark.parametrize("gated", [False, True], ids=["sliced", "gated"])
+@pytest.mark.parametrize("kind", AXES)
+@given(data=st.data())
+@examples(4)
+def test_recomputing_changes_no_bit_of_a_gradient(kind, gated, data):
+    parent = data.draw(parents(kind, torch.float32))
+    if gated:
+        size = data.draw(soft(data.draw(grids(parent.axis_map, "per layer"))))
+    else:
+        size = parent.axis_map.complete(data.draw(some_widths(parent.axis_map)))
+    parameters = list(parent.model.parameters())
+    found = []
+    for recompute in (False, True):
+        elastic = ElasticModel(parent.model, parent.config, recompute=recompute)
+        loss = loss_of(parent, elastic(size, input_ids=parent.ids).logits)
+        grads = torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)
+        found.append(grads)
+    assert all(torch.equal(kept, again) for kept, again in zip(*found, strict=True))
+    assert any(gradient.abs().max() > 0 for gradient in found[0])
+
+
 @pytest.mark.parametrize("kind", AXES)
 @given(data=st.data())
 def test_what_is_cut_off_gets_no_gradient(kind, data):

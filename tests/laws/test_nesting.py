@@ -60,9 +60,6 @@ def roads(parent: Parent, grid, widths, dtype) -> dict[str, torch.Tensor]:
             **exported,
             "submodel of views": submodel(input_ids=ids).logits,
             "functional slice": elastic(complete, input_ids=ids).logits,
-            "recomputed": ElasticModel(parent.model, parent.config, recompute=True)(
-                complete, input_ids=ids
-            ).logits,
             "gated at the widest slice": elastic(mixtures, input_ids=ids).logits,
             "gated at full width": elastic(
                 mixtures, slice_at=parent.axis_map.full, input_ids=ids
@@ -88,6 +85,29 @@ def test_all_roads_to_a_size_agree(kind, case, dtype, data):
     cut = parent.axis_map.complete(widths) != parent.axis_map.full
     if cut and case != "experts":
         assert relative_error(parent_logits, expected) > 1e-6, "nothing was cut"
+
+
+@pytest.mark.parametrize(
+    ("kind", "case"), [(kind, case) for kind in AXES for case in ("all", "per layer")]
+)
+@given(data=st.data())
+@examples(6)
+def test_decoding_with_a_cache_equals_computing_anew(kind, case, data):
+    parent = data.draw(parents(kind))
+    grid = data.draw(grids(parent.axis_map, case))
+    widths = each(grid, lambda choices: data.draw(st.sampled_from(choices)))
+    submodel = build_submodel(parent.model, parent.config, widths)
+    ids, start = parent.ids, parent.ids.shape[1] // 2
+    with torch.no_grad(), precision(torch.float64):
+        expected = submodel(input_ids=ids, use_cache=False).logits
+        output = submodel(input_ids=ids[:, :start], use_cache=True)
+        cached = [output.logits]
+        for token in ids[:, start:].split(1, dim=1):
+            output = submodel(
+                input_ids=token, past_key_values=output.past_key_values, use_cache=True
+            )
+            cached.append(output.logits)
+    assert_equal(torch.cat(cached, dim=1), expected, what="cached")
 
 
 @pytest.mark.parametrize("kind", AXES)
