@@ -207,8 +207,7 @@ def rank(
     from star_elastic.train.calibrate import rank as rank_units
     from star_elastic.train.sources import Source, calibration_batches
 
-    if out.exists():
-        raise ConfigError(f"{out} exists already; name a new file or remove it first")
+    _require_new_file(out)
     source = Source([data], load_tokenizer(model))
     parent, config = load_parent(model)
     axis_map = family_of(config).axis_map(config)
@@ -227,6 +226,14 @@ def rank(
     )
 
 
+def _require_new_file(out: Path) -> None:
+    """Refuses at once what could not be written after minutes of work."""
+    if out.exists():
+        raise ConfigError(f"{out} exists already; name a new file or remove it first")
+    if not out.absolute().parent.is_dir():
+        raise ConfigError(f"{out.parent} is not a directory; make it, or name another file")
+
+
 @app.command()
 def latency(
     model: Annotated[Path, typer.Argument(help="Parent or elastic checkpoint, or config.json.")],
@@ -240,10 +247,7 @@ def latency(
 ) -> None:
     """Measures on this machine what widths cost in milliseconds per token, for `ms` budgets."""
     # Mistakes first: what follows may take minutes.
-    if out.exists():
-        raise ConfigError(f"{out} exists already; name a new file or remove it first")
-    if not out.absolute().parent.is_dir():
-        raise ConfigError(f"{out.parent} is not a directory; make it, or name another file")
+    _require_new_file(out)
     from star_elastic.families import family_of, read_config
     from star_elastic.manifest import FILE_NAME, load_manifest
 

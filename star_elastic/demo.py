@@ -33,8 +33,9 @@ from star_elastic.importance.files import load_scores
 from star_elastic.importance.orders import orders_from_scores
 from star_elastic.nesting.stream import slice_checkpoint
 from star_elastic.nesting.submodel import build_submodel, load_parent, sort_in_place
+from star_elastic.progress import Progress, Silent
 from star_elastic.router.router import Annealing
-from star_elastic.train.calibrate import BASIS, Progress, Silent
+from star_elastic.train.calibrate import BASIS
 from star_elastic.train.config import (
     CalibrationConfig,
     EngineConfig,

@@ -184,10 +184,6 @@ class LatencyTable:
             total = total + seen[key][1] * _presence(widths, axis_map, layer)
         return total
 
-    def layer_milliseconds(self, widths: Mapping, axis_map: AxisMap, layer: int) -> Any:
-        """The share of one layer, if it is there, in milliseconds per token."""
-        return self.parts[self.layers[layer]].at(self._own_widths(widths, axis_map, layer))
-
     def fixed_milliseconds(self, widths: Mapping, axis_map: AxisMap) -> Any:
         """The share of everything outside the layers, in milliseconds per token."""
         return self.fixed.at([axis_map.width(widths, axis, None) for axis in self.fixed.axes])

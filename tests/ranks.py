@@ -1,6 +1,6 @@
 """What one rank of a distributed test does; started by torchrun, or alone.
 
-ranks.py gradients RUN.toml OUT   one step; the first rank writes all gradients and the losses
+ranks.py gradients RUN.toml OUT   the first step; rank 0 writes its gradients and losses
 ranks.py stop RUN.toml STEP       trains until a step, then stops as if interrupted
 """
 
@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 
 from star_elastic.errors import Interrupted
 from star_elastic.nesting.submodel import load_tokenizer
-from star_elastic.train.calibrate import Silent
+from star_elastic.progress import Silent
 from star_elastic.train.check import check
 from star_elastic.train.config import RunConfig, load_run_config
 from star_elastic.train.distributed import World, join_world
@@ -27,7 +27,7 @@ from star_elastic.train.sources import Source
 
 
 def gradients(config: RunConfig, out: Path, world: World) -> None:
-    """The gradients of the first step of the router's part and of the first plain step."""
+    """The (clipped) gradients of the first step, and its losses."""
     checked = check(config, world.size)
     tokenizer = load_tokenizer(config.parent)
     sources = [Source(s.files, tokenizer, s.loss_on) for s in config.data]

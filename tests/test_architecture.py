@@ -14,7 +14,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "star_elastic"
 # Each may import what stands before it, and itself.
 RANKS = (
-    "errors", "widths", "amounts", "axes", "cost", "checkpoint", "latency", "families",
+    "errors", "progress", "widths", "amounts", "axes", "cost", "checkpoint", "latency", "families",
     "manifest", "importance", "nesting", "router", "train", "generate", "evaluate", "demo", "cli",
 )  # fmt: skip
 LAZY_FACADE = PACKAGE / "__init__.py"

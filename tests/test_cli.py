@@ -99,20 +99,11 @@ def test_mistakes_are_one_line(trained, tmp_path):
     assert "empty" in refusal("generate", elastic, "")
 
 
-def test_latency_table_serves_a_budget_in_milliseconds(run_folder):
+def test_latency_measures_a_table(run_folder):
     table = run_folder / "latency.json"
     measured = answer("latency", run_folder / "parent", "--out", table, "--seconds", 2)
     assert measured["ms_per_token"] > 0 and len(measured["checks"]) == 6
-    text = RUN.replace('out = "run"', 'out = "ms"\nlatency = "latency.json"')
-    text = text.replace("active = 0.7", f'ms = "{0.95 * measured["ms_per_token"]:.6f}ms"')
-    (run_folder / "ms.toml").write_text(text.replace("tokens = 15360", "tokens = 3072"))
-    done = call("train", run_folder / "ms.toml", "--json")
-    if done.returncode == 2:  # so tiny a model may cost the same at every width
-        assert "cannot be met" in done.stderr or "no widths" in done.stderr
-        return
-    assert done.returncode == 0, done.stderr
-    sizes = answer("sizes", run_folder / "ms" / "elastic")["sizes"]
-    assert list(sizes["small"]["budgets"]) == ["ms"]
+    assert "exists already" in refusal("latency", run_folder / "parent", "--out", table)
 
 
 def test_demo_refuses_a_directory_that_is_not_its_own(tmp_path):

@@ -10,10 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file
 
 from star_elastic.errors import ConfigError, Interrupted
 from star_elastic.train.check import check
+from star_elastic.train.distributed import join_world
 from star_elastic.train.run import train
 from tests.test_train import SHORT, StopAt, metrics
 from tests.tiny_run import config_in
@@ -85,3 +87,16 @@ def test_windows_that_ranks_cannot_share_are_refused(run_folder):
     config = config_in(run_folder, "three-ranks")
     with pytest.raises(ConfigError, match="batch_size=4 .* cannot be shared by 3 ranks; use a mul"):
         check(config, world_size=3)
+
+
+def test_a_process_group_of_the_caller_is_refused(monkeypatch):
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    try:
+        with (
+            pytest.raises(ConfigError, match="a process group is initialised already"),
+            join_world(),
+        ):
+            pass
+    finally:
+        dist.destroy_process_group()

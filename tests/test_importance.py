@@ -28,20 +28,11 @@ from star_elastic.importance.files import ScoreInfo, load_scores, save_scores
 from star_elastic.importance.orders import magnitude_scores, orders_from_scores, random_orders
 from star_elastic.nesting.slice import check_orders, slice_state, sort_state
 from star_elastic.nesting.submodel import build_submodel
+from star_elastic.progress import Silent
 from star_elastic.train.sources import Batch
 from tests.laws.parents import Parent, assert_equal, make_parent, precision
 
 ROOT = Path(__file__).parents[1]
-
-
-class Nobody:
-    """Progress that nobody watches."""
-
-    def stage(self, name, total):
-        pass
-
-    def advance(self, done, note=""):
-        pass
 
 
 HYBRID = {
@@ -683,9 +674,9 @@ def test_layers_are_ranked_by_what_their_loss_changes(parent):
         return build_submodel(parent.model, parent.config, {"layers": mask})
 
     with precision(torch.float64):
-        found = rank_layers(parent.model, parent.config, batches, Nobody(), without)
+        found = rank_layers(parent.model, parent.config, batches, Silent(), without)
         assert found == plain_ranking(parent, ids)
     assert sorted(found) == list(every)
     nothing = [Batch(padded, torch.zeros_like(mask))]
     with pytest.raises(ConfigError, match="the calibration data has no tokens"):
-        rank_layers(parent.model, parent.config, nothing, Nobody(), without)
+        rank_layers(parent.model, parent.config, nothing, Silent(), without)

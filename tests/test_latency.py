@@ -135,7 +135,8 @@ def test_time_is_the_sum_over_layers_and_the_rest(kind):
     table = made_up(axis_map)
     for widths in random_widths(axis_map, grid_points(axis_map), 6, seed=1):
         layers = [
-            table.layer_milliseconds(widths, axis_map, layer) for layer in range(len(table.layers))
+            table.parts[kind].at([axis_map.width(widths, a, layer) for a in table.parts[kind].axes])
+            for layer, kind in enumerate(table.layers)
         ]
         rest = table.fixed_milliseconds(widths, axis_map)
         assert table.milliseconds(widths, axis_map) == pytest.approx(rest + sum(layers))

@@ -14,15 +14,17 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from star_elastic.checkpoint import load_tensors
 from star_elastic.errors import BudgetError, CheckpointError, ConfigError, Interrupted, ShapeError
-from star_elastic.families import family_of
+from star_elastic.families import family_of, read_config
 from star_elastic.generate.family import load
+from star_elastic.latency import load_table, save_table
 from star_elastic.manifest import load_manifest
 from star_elastic.nesting.elastic import ElasticModel
 from star_elastic.nesting.stream import slice_checkpoint
 from star_elastic.nesting.submodel import load_parent, load_tokenizer, sort_in_place
-from star_elastic.router.budget import AIM
+from star_elastic.progress import Silent
+from star_elastic.router.budget import AIM, REACH
+from star_elastic.router.files import widths_for
 from star_elastic.router.grid import default_choices
-from star_elastic.train.calibrate import Silent
 from star_elastic.train.check import check
 from star_elastic.train.config import StageConfig
 from star_elastic.train.curriculum import Curriculum, Position
@@ -30,6 +32,7 @@ from star_elastic.train.distributed import World
 from star_elastic.train.losses import distillation_loss
 from star_elastic.train.run import _build, train
 from star_elastic.train.sources import Source
+from tests.test_latency import made_up
 from tests.tiny_run import TINY, config_in
 
 SHORT = {"tokens = 15360": "tokens = 4608"}
@@ -367,6 +370,26 @@ def test_budgets_that_depth_cannot_meet_are_refused(run_folder, layers, budget, 
     }
     with pytest.raises(BudgetError, match=message):
         train(config_in(run_folder, f"depth-{budget}", **changes))
+
+
+def test_budgets_in_milliseconds_come_from_the_table(run_folder):
+    """Here a made-up one, in which widths surely make a difference; it stays with the family."""
+    config = read_config(run_folder / "parent")
+    axis_map = family_of(config).axis_map(config)
+    save_table(made_up(axis_map), run_folder / "made-up.json")
+    changes = {
+        **SHORT,
+        "[sizes.large]\nactive = 1.0": 'latency = "made-up.json"\n[sizes.large]\nms = 1.0',
+        "active = 0.7": "ms = 0.9",
+    }
+    result = train(config_in(run_folder, "ms", **changes))
+    family, table = load(result.elastic), load_table(run_folder / "made-up.json", axis_map)
+    full = table.milliseconds(axis_map.full, axis_map)
+    small = family.sizes["small"]
+    assert small.cost["ms"] == pytest.approx(table.milliseconds(small.widths, axis_map), abs=1e-5)
+    assert small.cost["ms"] == pytest.approx(0.9 * full, rel=REACH)
+    between = widths_for(result.elastic, family.manifest, axis_map, {"ms": 0.95})
+    assert table.milliseconds(between.widths, axis_map) == pytest.approx(0.95 * full, rel=REACH)
 
 
 def test_stages_have_their_steps_rates_and_sizes():

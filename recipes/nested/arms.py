@@ -39,10 +39,11 @@ from star_elastic.generate.phased import PhasedGenerator
 from star_elastic.generate.phases import Plan
 from star_elastic.nesting.elastic import ElasticModel
 from star_elastic.nesting.submodel import build_submodel, load_parent, load_tokenizer, sort_in_place
+from star_elastic.progress import Progress
 from star_elastic.router.budget import Commitment
 from star_elastic.router.grid import Grid
 from star_elastic.router.router import Router
-from star_elastic.train.calibrate import Calibration, Progress
+from star_elastic.train.calibrate import Calibration
 from star_elastic.train.config import CalibrationConfig, RunConfig, StageConfig
 from star_elastic.train.loop import Trainer
 from star_elastic.train.sources import Source

@@ -18,6 +18,7 @@ from star_elastic.axes import LAYERS
 from star_elastic.errors import CheckpointError, ConfigError, ShapeError
 from star_elastic.families import family_of
 from star_elastic.families.base import Config
+from star_elastic.progress import Progress
 
 
 class Padded(Protocol):
@@ -28,16 +29,6 @@ class Padded(Protocol):
 
     @property
     def attention_mask(self) -> torch.Tensor: ...
-
-
-class Progress(Protocol):
-    """Told how many layers are ranked."""
-
-    def stage(self, name: str, total: int) -> None:
-        """`total` layers will be ranked."""
-
-    def advance(self, done: int, note: str = "") -> None:
-        """`done` of them are."""
 
 
 class LayerRemover(Protocol):

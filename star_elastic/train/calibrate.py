@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Protocol
 
 import torch
 from transformers import PreTrainedModel
@@ -22,6 +21,7 @@ from star_elastic.importance.estimate import estimate_scores
 from star_elastic.importance.files import ScoreInfo, load_scores, save_scores
 from star_elastic.importance.orders import orders_from_scores
 from star_elastic.nesting.submodel import build_submodel
+from star_elastic.progress import Progress
 from star_elastic.train.config import RunConfig
 from star_elastic.train.sources import Batch, Source, calibration_batches
 
@@ -30,26 +30,6 @@ DEPTH = "depth.safetensors"
 SCORES = "scores.safetensors"
 DEPTH_SAMPLES = 32
 """Rows on which layers are left out one by one, as often as there are layers."""
-
-
-class Progress(Protocol):
-    """Told what a run does; the command line draws bars from it."""
-
-    def stage(self, name: str, total: int) -> None:
-        """A stage of `total` units begins."""
-
-    def advance(self, done: int, note: str = "") -> None:
-        """`done` units of the stage are finished."""
-
-
-class Silent:
-    """Progress that nobody watches."""
-
-    def stage(self, name: str, total: int) -> None:
-        """Ignored."""
-
-    def advance(self, done: int, note: str = "") -> None:
-        """Ignored."""
 
 
 class Calibration:

@@ -30,13 +30,14 @@ from star_elastic.manifest import Manifest, Size, save_manifest
 from star_elastic.nesting.elastic import ElasticModel
 from star_elastic.nesting.stream import save_model
 from star_elastic.nesting.submodel import load_parent, load_tokenizer, sort_in_place
+from star_elastic.progress import Progress, Silent
 from star_elastic.router.budget import (
     AIM,
     Commitment,
 )
 from star_elastic.router.files import LATENCY, ROUTER
 from star_elastic.router.router import Router
-from star_elastic.train.calibrate import BASIS, SCORES, Calibration, Progress, Silent
+from star_elastic.train.calibrate import BASIS, SCORES, Calibration
 from star_elastic.train.check import Checked, check
 from star_elastic.train.config import RunConfig
 from star_elastic.train.distributed import World, join_world

@@ -49,7 +49,9 @@ def _twin(model: ElasticModel) -> ElasticModel:
     shared = {name: value.detach() for name, value in model.state().items()}
     parent.load_state_dict(shared, strict=False, assign=True)
     parent.tie_weights()
-    twin = ElasticModel(parent, model.model_config, recompute=model.recompute)
+    twin = ElasticModel(
+        parent, model.model_config, recompute=model.recompute, axis_map=model.axis_map
+    )
     needed = {name for name, p in model.parent.named_parameters() if p.requires_grad}
     for name, parameter in parent.named_parameters():
         parameter.requires_grad_(name in needed)
