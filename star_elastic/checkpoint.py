@@ -238,7 +238,7 @@ def copy_extras(source: Path, target: Path) -> None:
 
     Remote code (`.py`) and the README stay behind.
     """
-    left = {"config.json", INDEX_NAME, "elastic.json", "README.md"}
+    left = {"config.json", INDEX_NAME, "elastic.json", "latency.json", "README.md"}
     for file in sorted(source.iterdir()):
         if not file.is_file() or file.name in left or file.name.startswith("."):
             continue
@@ -256,6 +256,8 @@ def save_tensors(file: Path, tensors: Mapping[str, torch.Tensor], metadata=None)
         contiguous = {name: value.detach().contiguous() for name, value in tensors.items()}
         save_file(contiguous, temporary, metadata=metadata)
         os.replace(temporary, file)
+    except SafetensorError as error:
+        raise CheckpointError(f"{file} cannot be written ({error}); make room and go on") from None
     finally:
         temporary.unlink(missing_ok=True)
 

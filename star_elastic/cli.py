@@ -10,7 +10,7 @@ import json
 import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -316,15 +316,10 @@ def train(
         result = run_training(config, resume=resume, progress=bars)
     summary = {"elastic": str(result.elastic), "steps": result.steps,
                "tokens": result.tokens, "seconds": result.seconds}  # fmt: skip
-    if os.environ.get("RANK", "0") == "0":  # the first of all ranks speaks
+    if _is_first_rank():
         print_json(summary) if as_json else print(
             f"{result.elastic}: {result.steps} steps, {result.tokens:,} tokens"
         )
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        # gloo's threads may abort a process that ends in the ordinary way, after all work is done.
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(0)
 
 
 @app.command()
@@ -404,9 +399,11 @@ def slice_size(
     else:
         from star_elastic.router.files import widths_for
 
-        metric, _, amount = budget.partition("=")
-        given = float(amount) if amount.replace(".", "", 1).isdigit() else amount
-        chosen = widths_for(elastic, manifest, axis_map, {metric.strip(): given}).widths
+        metric, _, amount = map(str.strip, budget.partition("="))
+        given: float | str = amount
+        with suppress(ValueError):
+            given = float(amount)
+        chosen = widths_for(elastic, manifest, axis_map, {metric: given}).widths
     with Bars() as bars:
         begun = False
 
@@ -418,8 +415,9 @@ def slice_size(
             bars.advance(done)
 
         slice_checkpoint(elastic, chosen, out, progress=progress)
-    result = {"out": str(out), "size": size or budget, "widths": dict(chosen)}
-    print_json(result) if as_json else print(f"{out}: {size or budget} ({chosen})")
+    asked = size or budget or widths
+    result = {"out": str(out), "size": asked, "widths": dict(chosen)}
+    print_json(result) if as_json else print(f"{out}: {asked} ({chosen})")
 
 
 @app.command()
@@ -480,14 +478,30 @@ def at_the_command_line() -> Iterator[None]:
 
         logging.set_verbosity_error()
         logging.disable_progress_bar()
+    said, code = "", 0
     try:
         yield
     except StarElasticError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+        said, code = f"error: {error}", 2
     except Interrupted as error:
-        print(str(error), file=sys.stderr)
-        raise SystemExit(1) from None
+        said, code = str(error), 1
+    except SystemExit as error:  # how typer ends, also when all went well
+        if error.code:
+            raise
+    if said and _is_first_rank():
+        print(said, file=sys.stderr)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        # gloo's threads may abort a process that ends in the ordinary way, after all work is done.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    if code:
+        raise SystemExit(code)
+
+
+def _is_first_rank() -> bool:
+    """Whether this process speaks, of all that torchrun started."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 if __name__ == "__main__":

@@ -89,6 +89,13 @@ def test_windows_that_ranks_cannot_share_are_refused(run_folder):
         check(config, world_size=3)
 
 
+def test_ranks_that_torchrun_did_not_start_are_refused(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.delenv("RANK", raising=False)
+    with pytest.raises(ConfigError, match="ranks cannot meet .*start with torchrun"), join_world():
+        pass
+
+
 def test_a_process_group_of_the_caller_is_refused(monkeypatch):
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     monkeypatch.setenv("WORLD_SIZE", "2")

@@ -201,6 +201,18 @@ def test_a_full_disk_leaves_the_last_state_intact(run_folder, limit):
     same_run(resumed, train(config_in(run_folder, f"no-{name}", **SHORT)))
 
 
+def test_files_that_changed_are_refused_on_resume(run_folder, tmp_path):
+    rows = (run_folder / "rows.jsonl").read_text()
+    (tmp_path / "rows.jsonl").write_text(rows)
+    config = config_in(run_folder, "swapped", **SHORT)
+    config = replace(config, data=(replace(config.data[0], files=(str(tmp_path / "rows.jsonl"),)),))
+    with pytest.raises(Interrupted):
+        train(config, progress=StopAt(3))
+    (tmp_path / "rows.jsonl").write_text(rows.replace("add", "subtract"))
+    with pytest.raises(ConfigError, match="files differ from the run in"):
+        train(config, resume=True)
+
+
 def test_a_damaged_state_ends_with_one_line(run_folder):
     config = config_in(run_folder, "damaged", **SHORT)
     with pytest.raises(Interrupted):
@@ -352,24 +364,25 @@ def test_layers_of_their_own_widths_and_fewer_layers(deep_folder):
 
 
 @pytest.mark.parametrize(
-    ("layers", "budget", "message"),
-    [
-        ("[3, 1]", 0.3, "cannot be met; the choices reach from"),
-        ("[3, 2]", 0.6, "small"),
-    ],
+    ("metric", "budget", "is_ranked"), [("active", 0.3, False), ("bytes", 0.5, True)]
 )
-def test_budgets_that_depth_cannot_meet_are_refused(run_folder, layers, budget, message):
+def test_budgets_that_depth_cannot_meet_are_refused(run_folder, metric, budget, is_ranked):
     """Before the layers are ranked, or when the ranking shows that what it leaves costs more."""
     changes = {
         **SHORT,
         "hidden = [48, 40, 32, 24]\nexpert_ffn = [32, 24, 16]\n": "",
         "shared_ffn = [64, 60, 56, 52, 48, 44, 40, 36, 32, 28, 24]\nssm_heads = [8, 6, 4]": (
-            f"layers = {layers}"
+            "layers = [3, 2]"
         ),
-        "active = 0.7": f"active = {budget}",
+        "active = 1.0": f"{metric} = 1.0",
+        "active = 0.7": f"{metric} = {budget}",
+        # Of many sequences the Mamba states weigh most, and the ranking keeps the Mamba layer.
+        "[engine]": "[workload]\nbatch = 64\n[engine]",
     }
-    with pytest.raises(BudgetError, match=message):
-        train(config_in(run_folder, f"depth-{budget}", **changes))
+    name = f"depth-{metric}"
+    with pytest.raises(BudgetError, match=r"small.*cannot be met; the choices reach from"):
+        train(config_in(run_folder, name, **changes))
+    assert (run_folder / name / "depth.safetensors").exists() == is_ranked
 
 
 def test_budgets_in_milliseconds_come_from_the_table(run_folder):
@@ -388,6 +401,9 @@ def test_budgets_in_milliseconds_come_from_the_table(run_folder):
     small = family.sizes["small"]
     assert small.cost["ms"] == pytest.approx(table.milliseconds(small.widths, axis_map), abs=1e-5)
     assert small.cost["ms"] == pytest.approx(0.9 * full, rel=REACH)
+    # The run keeps its table, and a plain slice has no use for it.
+    slice_checkpoint(result.elastic, small.widths, run_folder / "ms-cut")
+    assert not (run_folder / "ms-cut" / "latency.json").exists()
     between = widths_for(result.elastic, family.manifest, axis_map, {"ms": 0.95})
     assert table.milliseconds(between.widths, axis_map) == pytest.approx(0.95 * full, rel=REACH)
 

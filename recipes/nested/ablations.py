@@ -77,7 +77,7 @@ def arms(lab: Lab, options: argparse.Namespace) -> list[Outcome]:
     outcomes += given("hand-chosen widths", hand_widths(lab))
     depth = lab.calibration.depth(write=False)
     by_depth = {name: depth_widths(lab, depth, name) for name in SIZES}
-    outcomes += given("depth alone", by_depth)
+    outcomes += given("depth first", by_depth)
     per_layer = {
         name: len(lab.axis_map.axes[name].layers)
         for name in ("expert_ffn", "shared_ffn", "ssm_heads")
@@ -165,8 +165,8 @@ def hand_widths(lab: Lab) -> dict[str, Widths]:
 
 
 def depth_widths(lab: Lab, depth: Sequence[int], name: str) -> Widths:
-    """The most important layers that cost nearest to a size's budget; the hidden width makes up for
-    what whole layers cannot meet."""
+    """The most important layers that cost nearest to a size's budget, with the hidden width (192 to
+    144) making up for what whole layers cannot meet."""
     candidates = []
     for count in range(1, len(depth) + 1):
         kept = set(depth[:count])

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -33,6 +34,7 @@ from star_elastic.demo import (
     run_config,
     write_rows,
 )
+from star_elastic.errors import ConfigError
 from star_elastic.evaluate.accuracy import evaluate_plan
 from star_elastic.evaluate.tasks import TASKS, Problem, sample_problems
 from star_elastic.generate.phased import PhasedGenerator
@@ -82,7 +84,7 @@ class Outcome:
     def from_json(cls, content: dict[str, Any]) -> Outcome:
         """The inverse of `to_json`."""
         curve = [(tokens, kl) for tokens, kl in content["curve"]]
-        return cls(**{**content, "widths": parse_widths(content["widths"]), "curve": curve})
+        return cls(**{**content, "widths": Widths(parse_widths(content["widths"])), "curve": curve})
 
 
 class Lab:
@@ -169,7 +171,8 @@ class Lab:
         commit_at: float = 1.0,
     ) -> Trainer:
         """A run over `sizes`: with a grid the router learns their widths, else they are given."""
-        router = Router(grid or Grid({"hidden": (self.axis_map.axes["hidden"].size,)}), len(sizes))
+        grid = grid or Grid({"hidden": (self.axis_map.axes["hidden"].size,)})
+        router = Router(grid, len(sizes), self.seed)
         trainer = Trainer(
             self._run_config(sizes, stages, commit_at), student, self.elastic_teacher, router,
             [self.source], sizes, self.cost,
@@ -271,12 +274,23 @@ def parse_options(
 def run_seeds(
     options: argparse.Namespace, arms: Callable[[Lab, argparse.Namespace], list[Outcome]]
 ) -> list[Outcome]:
-    """All arms of every seed. A seed's outcomes are kept, so that a stopped recipe goes on."""
+    """All arms of every seed. A seed's outcomes are kept, so that a stopped recipe goes on.
+
+    Raises ConfigError if the directory holds those of other options or of another recipe.
+    """
     outcomes = []
+    kept_apart = ("out", "seeds")
+    made_with = {k: v for k, v in vars(options).items() if k not in kept_apart}
+    made_with["recipe"] = (
+        arms.__module__ if arms.__module__ != "__main__" else Path(sys.argv[0]).stem
+    )
     with Bars() as bars:
         for seed in range(options.seeds):
             done = options.out / "work" / f"outcomes-{seed}.json"
-            if not done.is_file():
+            if done.is_file():
+                if json.loads(done.read_text(encoding="utf-8"))["made_with"] != made_with:
+                    raise ConfigError(f"{done} was made otherwise; name another directory")
+            else:
                 lab = Lab(
                     options.out / "work", seed,
                     num_rows=40 * (options.router_steps + options.steps) + 64,
@@ -285,8 +299,9 @@ def run_seeds(
                     max_new_tokens=options.max_new_tokens, progress=bars,
                 )  # fmt: skip
                 found = [replace(outcome, seed=seed) for outcome in arms(lab, options)]
-                write_json(done, [outcome.to_json() for outcome in found])
-            rows = json.loads(done.read_text(encoding="utf-8"))
+                rows = [outcome.to_json() for outcome in found]
+                write_json(done, {"made_with": made_with, "outcomes": rows})
+            rows = json.loads(done.read_text(encoding="utf-8"))["outcomes"]
             outcomes += [Outcome.from_json(row) for row in rows]
     return outcomes
 

@@ -31,7 +31,6 @@ from star_elastic.cli import at_the_command_line, print_table
 from star_elastic.demo import DEMO, stages
 from star_elastic.router.grid import Grid
 from star_elastic.train.config import StageConfig
-from star_elastic.widths import Widths
 
 COLOURS = {"nested": "#d9730d", "separate T": "#1f6fb4", "separate T/N": "#6fb41f",
            "scratch T": "#8a8a8a"}  # fmt: skip
@@ -69,7 +68,7 @@ def arms(lab: Lab, options: argparse.Namespace) -> list[Outcome]:
         full = {name: student.axis_map.full}
         trainer = lab.trainer(student, {name: budgets}, one_stage(total), widths=full)
         outcomes += [
-            replace_widths(o, widths[name], lab.active(widths[name]))
+            replace(o, widths=widths[name], active=lab.active(widths[name]))
             for o in lab.run("scratch T", trainer)
         ]
     untrained = lab.trainer(lab.student(), SIZES, learning, widths=widths)
@@ -80,12 +79,6 @@ def arms(lab: Lab, options: argparse.Namespace) -> list[Outcome]:
             standard_error=error, kl=kl, tokens=0, flops=0, seconds=0,
         ))  # fmt: skip
     return outcomes
-
-
-def replace_widths(outcome: Outcome, widths: Widths, active: float) -> Outcome:
-    """The outcome of a model of its own, told by the widths that give its shape."""
-    outcome.widths, outcome.active = widths, active
-    return outcome
 
 
 def balanced(learning: Sequence[StageConfig]) -> list[StageConfig]:

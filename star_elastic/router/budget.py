@@ -42,7 +42,7 @@ Budgets = Mapping[str, float]
 def check_reach(name: str, budgets: Budgets, cost: CostModel, grid: Grid) -> None:
     """Raises BudgetError unless each budget by itself lies between the grid's ends.
 
-    For a grid whose layers are not ranked yet, the order in which the cheapest stay counts: what
+    For a grid whose layers are not ranked yet, the ranking that leaves the cheapest counts: what
     lies outside then, no ranking meets.
     """
     if not budgets:
@@ -53,8 +53,8 @@ def check_reach(name: str, budgets: Budgets, cost: CostModel, grid: Grid) -> Non
             raise BudgetError(
                 f"size {name!r}: budget {metric!r} is unknown; use {', '.join(METRICS)}"
             )
-        ranked = grid if grid.is_ranked else replace(grid, depth=_cheapest_first(cost, metric))
-        least = cost.count(full.replace(**ranked.extremes()[1]))
+        ranked = grid if grid.is_ranked else replace(grid, depth=_cheapest(grid, cost, metric))
+        least = cost.count({**full, **ranked.narrowest()})
         floor = least.metric(metric) / cost.count(full).metric(metric)
         if not floor <= fraction <= 1:
             raise BudgetError(
@@ -63,15 +63,18 @@ def check_reach(name: str, budgets: Budgets, cost: CostModel, grid: Grid) -> Non
             )
 
 
-def _cheapest_first(cost: CostModel, metric: str) -> tuple[int, ...]:
-    """The layers by what they cost."""
+def _cheapest(grid: Grid, cost: CostModel, metric: str) -> tuple[int, ...]:
+    """The layers by what they cost at the narrowest widths of the grid."""
     layers = cost.axis_map.axes[LAYERS].layers
+    others = replace(grid, choices={a: c for a, c in grid.choices.items() if a != LAYERS})
+    narrowest = {**cost.axis_map.full, **others.narrowest()}
 
-    def saved(layer: int) -> float:
-        without = tuple(int(other != layer) for other in layers)
-        return -cost.count({**cost.axis_map.full, LAYERS: without}).metric(metric)
+    def alone(layer: int) -> float:
+        return cost.count({**narrowest, LAYERS: tuple(int(o == layer) for o in layers)}).metric(
+            metric
+        )
 
-    return tuple(sorted(layers, key=saved))
+    return tuple(sorted(layers, key=alone))
 
 
 def check_budgets(name: str, budgets: Budgets, cost: CostModel, grid: Grid) -> None:

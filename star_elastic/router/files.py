@@ -64,8 +64,13 @@ def widths_for(
     """
     router = load_router(directory, manifest, axis_map)
     table = Path(directory) / LATENCY
-    measured = load_table(table, axis_map).milliseconds if table.is_file() else None
-    cost = CostModel(axis_map, Workload(**manifest.provenance.get("workload", {})), measured)
+    needed = "ms" in budget and table.is_file()
+    measured = load_table(table, axis_map).milliseconds if needed else None
+    try:
+        workload = Workload(**manifest.provenance.get("workload", {}))
+    except TypeError as error:
+        raise CheckpointError(f"elastic.json is damaged ({error}); restore the file") from None
+    cost = CostModel(axis_map, workload, measured)
     full = cost.count(axis_map.full)
     asked = {
         metric: parse_budget(amount, metric).fraction_of(full.metric(metric))

@@ -71,11 +71,9 @@ class Grid:
             for axis, values in grouped.items()
         }
 
-    def extremes(self) -> tuple[dict[str, Any], dict[str, Any]]:
-        """The widest and the narrowest widths."""
-        ends = ([self.choices[p.axis][end] for p in self.places] for end in (0, -1))
-        widest, narrowest = (self.widths(chosen) for chosen in ends)
-        return widest, narrowest
+    def narrowest(self) -> dict[str, Any]:
+        """The narrowest widths."""
+        return self.widths([self.choices[place.axis][-1] for place in self.places])
 
 
 def default_choices(axis_map: AxisMap) -> dict[str, tuple[int, ...]]:

@@ -24,14 +24,16 @@ from star_elastic.router.budget import (
     check_reach,
     describe,
 )
+from star_elastic.router.files import LATENCY
 from star_elastic.router.grid import Grid, default_choices, make_grid
 from star_elastic.train.config import RunConfig
+from star_elastic.train.state import has_state
 from star_elastic.widths import Widths, parse_widths
 
 
 @dataclass(frozen=True, slots=True)
 class Checked:
-    """What a run config means for its parent: everything that can be said before work starts."""
+    """A run config with its parent's table, grid, costs and budgets as fractions of them."""
 
     model_config: Config
     axis_map: AxisMap
@@ -62,7 +64,7 @@ def check(config: RunConfig, world_size: int = 1) -> Checked:
     grid = make_grid(choices, axis_map, per_layer=config.per_layer)
     if config.calibration.basis == "principal":
         check_rotatable(axis_map)
-    table = load_table(config.latency, axis_map) if config.latency else None
+    table = load_table(latency_file(config), axis_map) if config.latency else None
     cost = CostModel(axis_map, config.workload, table.milliseconds if table else None)
     full = cost.count(axis_map.full)
     budgets = {
@@ -94,6 +96,12 @@ def check(config: RunConfig, world_size: int = 1) -> Checked:
             f"engine.workers={config.engine.workers} threads on {world_size} ranks; use 1 worker"
         )
     return Checked(model_config, axis_map, grid, cost, budgets, fixed)
+
+
+def latency_file(config: RunConfig) -> Path:
+    """The latency table: a run that has begun keeps its own copy."""
+    own = Path(config.out) / LATENCY
+    return own if own.is_file() and has_state(Path(config.out)) else Path(config.latency)
 
 
 def _check_order(budgets: Mapping[str, Budgets]) -> None:

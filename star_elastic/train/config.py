@@ -116,8 +116,7 @@ class CalibrationConfig:
 class RouterConfig:
     """The router: `weight` of its budget loss, and the share of all steps after which the widths
     are fixed and every size trains as a plain slice; the annealing spans the steps before. `fixed`
-    gives widths per size instead, and
-    there is nothing to learn.
+    gives widths per size instead, and there is nothing to learn.
     """
 
     learning_rate: float = 1e-2
@@ -159,7 +158,8 @@ class OptimizerConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class EngineConfig:
-    """How a step is computed; none of it changes what is learned, but for rounding.
+    """How a step is computed. But for `teacher_samples`, which adds noise without bias, none of it
+    changes what is learned beyond rounding.
 
     `micro_batch` windows at a time (0: all that a worker has). `workers` threads share a step's
     windows: for models too small to fill the cores one by one. `recompute` keeps no activations

@@ -21,7 +21,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
-from star_elastic.errors import ConfigError
+from star_elastic.errors import ConfigError, reason
 from star_elastic.nesting.elastic import ElasticModel
 
 WORLD_AND_RANK = (("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"))
@@ -123,7 +123,12 @@ def join_world() -> Iterator[World]:
         )
     if on_gpu:
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if on_gpu else "gloo")
+    try:
+        dist.init_process_group("nccl" if on_gpu else "gloo")
+    except ValueError as error:
+        raise ConfigError(
+            f"WORLD_SIZE={size}, but the ranks cannot meet ({reason(error)}); start with torchrun"
+        ) from None
     try:
         mesh = init_device_mesh(device.type, (size,))
         yield World(dist.get_rank(), size, device, mesh)

@@ -43,8 +43,8 @@ from star_elastic.train.workers import Learner, Workers
 
 @dataclass(slots=True)
 class StepReport:
-    """What one step did. `kd` in nats per token and `budget` (router loss) by size; `expected`
-    widths by size while the router learns (the mean over the layers that decide for themselves);
+    """What one step did. `kd` in nats per token; while the router learns, `budget` (its loss) and
+    `expected` widths without noise (the mean over layers that decide for themselves); all by size;
     `num_tokens` real tokens of the step's windows, `num_distilled` summed over the sizes. In this
     stage so far: `rows_cut` to the context, `rows_dropped` because nothing in them counts."""
 
@@ -61,7 +61,8 @@ class StepReport:
 
 
 UNSTABLE = (
-    "lower learning_rate in the stage or the router and resume: the last saved state is intact"
+    "lower learning_rate in the stage or the router and go on, with --resume if there is a saved "
+    "state: the last one is intact"
 )
 Job = tuple[int, PackedBatch]
 """Windows of one group: the group's number, and the windows."""
@@ -299,8 +300,10 @@ class Trainer:
 
     @torch.no_grad()
     def _report_router(self, report: StepReport) -> None:
-        for name in report.kd:
-            decision = self.decide(name, self.router, 0)
+        for number, name in enumerate(self.names):
+            if name not in report.kd:
+                continue
+            decision = self.router.decide(self.router.one_hot(number), self.temperature())
             loss = budget_loss(decision, self.budgets[name], self.cost)
             report.budget[name] = float(loss)
             expected = expected_widths(decision.mixtures, self.student.axis_map)

@@ -20,7 +20,6 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from transformers import PreTrainedTokenizerBase
 
 import star_elastic
 from star_elastic.checkpoint import save_tensors, write_json
@@ -38,7 +37,7 @@ from star_elastic.router.budget import (
 from star_elastic.router.files import LATENCY, ROUTER
 from star_elastic.router.router import Router
 from star_elastic.train.calibrate import BASIS, SCORES, Calibration
-from star_elastic.train.check import Checked, check
+from star_elastic.train.check import Checked, check, latency_file
 from star_elastic.train.config import RunConfig
 from star_elastic.train.distributed import World, join_world
 from star_elastic.train.loop import StepReport, Trainer
@@ -48,6 +47,7 @@ from star_elastic.train.strict import to_plain
 from star_elastic.train.teacher import TeacherCache
 
 ELASTIC = "elastic"
+RUN = "run.json"
 TEACHER = "teacher"
 
 
@@ -92,25 +92,26 @@ def _train(config: RunConfig, resume: bool, progress: Progress, world: World) ->
     world.wait()
     if world.is_first:
         run.mkdir(parents=True, exist_ok=True)
-        write_json(run / "run.json", to_plain(config))
+        write_json(run / RUN, _written(config))
+        if config.latency and latency_file(config) != run / LATENCY:
+            shutil.copyfile(config.latency, run / LATENCY)
         if given:
             save_scores(run / SCORES, given[0], checked.axis_map, given[1])
     world.wait()
 
-    trainer, calibration, orders, basis = _build(config, checked, sources, run, progress, world)
+    trainer, orders, basis = _build(config, checked, sources, run, progress, world)
     if resume:
         load_state(trainer, run)
     seconds = _loop(trainer, run, progress)
     elastic = run / ELASTIC
     state = _whole_state(trainer.student, world)
-    depth = calibration.depth(write=False)
 
     def finish(directory: Path) -> None:
-        save_manifest(_manifest(config, checked, trainer, depth), directory)
+        save_manifest(_manifest(config, checked, trainer), directory)
         if not checked.fixed:
             save_tensors(directory / ROUTER, trainer.router.state_dict())
         if config.latency:
-            shutil.copyfile(config.latency, directory / LATENCY)
+            shutil.copyfile(run / LATENCY, directory / LATENCY)
         save_tensors(directory / "orders.safetensors", dict(orders))
         if basis is not None:
             save_tensors(directory / BASIS, {"hidden": basis})
@@ -137,7 +138,7 @@ def _build(
     run: Path,
     progress: Progress,
     world: World,
-) -> tuple[Trainer, Calibration, dict[str, torch.Tensor], torch.Tensor | None]:
+) -> tuple[Trainer, dict[str, torch.Tensor], torch.Tensor | None]:
     """Ranks and sorts the parent and puts student, teacher and router together."""
     device = str(world.device)
     teacher, _ = load_parent(config.parent, device=device)
@@ -166,20 +167,16 @@ def _build(
         checked.budgets,
         checked.cost,
         world,
-        _teacher_cache(config, teacher.config.vocab_size, sources[0].tokenizer, run, world),
+        _teacher_cache(config, teacher.config.vocab_size, run, world),
     )
     if checked.fixed:
         trainer.committed = dict(checked.fixed)
         router.requires_grad_(False)
-    return trainer, calibration, orders, basis
+    return trainer, orders, basis
 
 
 def _teacher_cache(
-    config: RunConfig,
-    vocab_size: int,
-    tokenizer: PreTrainedTokenizerBase,
-    run: Path,
-    world: World,
+    config: RunConfig, vocab_size: int, run: Path, world: World
 ) -> TeacherCache | None:
     if not config.engine.teacher_samples:
         return None
@@ -188,21 +185,18 @@ def _teacher_cache(
         num_samples=config.engine.teacher_samples,
         vocab_size=vocab_size,
         parent=Path(config.parent).name,
-        data=_fingerprint(config, tokenizer),
+        data=_fingerprint(config),
         seed=config.seed,
         writer=world.rank,
     )
 
 
-def _fingerprint(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> str:
-    """What decides which tokens a row has: files and their sizes, tokenizer, chat template."""
-    sizes = [
-        (Path(file).name, sum(p.stat().st_size for p in (Path(file), *Path(file).rglob("*"))))
-        for source in config.data
-        for file in source.files
-    ]
-    parts = (sizes, len(tokenizer), tokenizer.chat_template)
-    return hashlib.blake2b(repr(parts).encode(), digest_size=8).hexdigest()
+def _fingerprint(config: RunConfig) -> str:
+    """What the parent and the data are: their files by name and size."""
+    roots = [config.parent, *(file for source in config.data for file in source.files)]
+    files = (file for root in map(Path, roots) for file in (root, *sorted(root.rglob("*"))))
+    sizes = [(file.name, file.stat().st_size) for file in files if file.is_file()]
+    return hashlib.blake2b(repr(sizes).encode(), digest_size=8).hexdigest()
 
 
 def _prepare_directory(run: Path, config: RunConfig, resume: bool) -> None:
@@ -223,25 +217,30 @@ def _prepare_directory(run: Path, config: RunConfig, resume: bool) -> None:
         raise CheckpointError(f"{run} holds something else; name another out")
 
 
+def _written(config: RunConfig) -> dict:
+    """What `run.json` holds: the resolved config, and what its files were."""
+    return {**json.loads(json.dumps(to_plain(config))), "files": _fingerprint(config)}
+
+
 def _changed_keys(run: Path, config: RunConfig) -> list[str]:
     """Keys of the config that differ from the one the directory was begun with, of those that must
     not."""
-    wanted = _lasting(json.loads(json.dumps(to_plain(config))))
+    wanted = _lasting(_written(config))
     try:
-        saved = _lasting(json.loads((run / "run.json").read_text(encoding="utf-8")))
+        saved = _lasting(json.loads((run / RUN).read_text(encoding="utf-8")))
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         saved = {}
     return sorted(key for key in wanted if wanted[key] != saved.get(key))
 
 
-def _lasting(config: dict) -> dict:
-    """What may not change when a run is resumed: neither how a step is computed nor where the
-    directory is, and learning rates may be corrected."""
-    for stage in config["stages"]:
+def _lasting(written: dict) -> dict:
+    """What may not change when a run goes on. How a step is computed may, and where the directory
+    is; learning rates and the clipping may be corrected."""
+    for stage in written["stages"]:
         del stage["learning_rate"], stage["final_learning_rate"]
-    del config["router"]["learning_rate"], config["optimizer"]["clip_norm"]
-    lasting = {"engine.teacher_samples": config["engine"]["teacher_samples"]}
-    return lasting | {k: v for k, v in config.items() if k not in ("engine", "out")}
+    del written["router"]["learning_rate"], written["optimizer"]["clip_norm"]
+    lasting = {"engine.teacher_samples": written["engine"]["teacher_samples"]}
+    return lasting | {k: v for k, v in written.items() if k not in ("engine", "out")}
 
 
 def _whole_state(student: ElasticModel, world: World) -> dict[str, torch.Tensor]:
@@ -273,19 +272,13 @@ def _loop(trainer: Trainer, run: Path, progress: Progress) -> float:
             progress.advance(trainer.step, _note(report, trainer))
             stopped = world.any(stop.is_set())
             if stopped or trainer.step % trainer.config.engine.save_every == 0:
-                _save(trainer, run)
+                save_state(trainer, run)
             if stopped:
                 raise Interrupted(f"stopped at step {trainer.step}; go on with --resume")
         if not trainer.committed:
             trainer.commit()
-        _save(trainer, run)
+        save_state(trainer, run)
     return time.monotonic() - begin
-
-
-def _save(trainer: Trainer, run: Path) -> None:
-    if trainer.cache is not None:
-        trainer.cache.flush()
-    save_state(trainer, run)
 
 
 def _drop_later_metrics(run: Path, step: int) -> None:
@@ -333,9 +326,7 @@ def _note(report: StepReport, trainer: Trainer) -> str:
     return f"KD nats/token {losses}  ({phase})"
 
 
-def _manifest(
-    config: RunConfig, checked: Checked, trainer: Trainer, depth: tuple[int, ...]
-) -> Manifest:
+def _manifest(config: RunConfig, checked: Checked, trainer: Trainer) -> Manifest:
     def costs(fixed: Commitment) -> dict[str, float]:
         counted = trainer.cost.count(fixed.widths)
         return {
@@ -358,7 +349,7 @@ def _manifest(
         choices=checked.grid.choices,
         sizes=sizes,
         per_layer=config.per_layer,
-        depth=depth,
+        depth=trainer.router.grid.depth,
         provenance={
             "parent": Path(config.parent).name,
             "data": [Path(file).name for source in config.data for file in source.files],

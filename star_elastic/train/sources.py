@@ -104,7 +104,7 @@ class Table:
     def __init__(self, path: Path):
         self.path = path
         if (path / "dataset_dict.json").is_file():
-            splits = sorted(p.parent.name for p in path.glob("*/state.json"))
+            splits = sorted(p.parent.name for p in path.glob("*/state.json")) or ["train"]
             raise ConfigError(
                 f"{path} holds the splits {', '.join(splits)}; name one, as {path / splits[0]}"
             )

@@ -35,7 +35,8 @@ PROGRESS = "state.json"
 
 
 def save_state(trainer: Trainer, run: Path) -> None:
-    """Writes the trainer's state to `run/state`, keeping the previous one until it is complete.
+    """Writes the trainer's state to `run/state`, keeping the previous one until it is complete;
+    samples of the teacher, too.
 
     Called on all ranks. Raises CheckpointError if the disk is full; the last state is intact then.
     """
@@ -45,21 +46,30 @@ def save_state(trainer: Trainer, run: Path) -> None:
     if world.is_first:
         shutil.rmtree(temporary, ignore_errors=True)
     world.wait()
-    problem = ""
-    try:
+
+    def prepare() -> None:
         temporary.mkdir(parents=True, exist_ok=True)
+        if trainer.cache is not None:
+            trainer.cache.flush()
+
+    def write() -> None:
         _save_tensors(trainer, temporary)
         if world.is_first:
             write_json(temporary / PROGRESS, _progress(trainer, positions))
-    except (OSError, RuntimeError, CheckpointException) as error:
-        problem = reason(error, -1)
-    if world.any(bool(problem)):
-        if world.is_first:
-            shutil.rmtree(temporary, ignore_errors=True)
-        raise CheckpointError(
-            f"{target} cannot be written ({problem or 'on another rank'}); free space and resume "
-            f"from the last state, which is intact"
-        )
+
+    for part in (prepare, write):  # all ranks write, or none does
+        problem = ""
+        try:
+            part()
+        except (OSError, RuntimeError, CheckpointException, CheckpointError) as error:
+            problem = reason(error, -1)
+        if world.any(bool(problem)):
+            if world.is_first:
+                shutil.rmtree(temporary, ignore_errors=True)
+            raise CheckpointError(
+                f"{target} cannot be written ({problem or 'on another rank'}); make room and go on "
+                "(with --resume if there is a saved state: the last one is intact)"
+            )
     if world.is_first:
         if target.exists():
             shutil.rmtree(previous, ignore_errors=True)
@@ -115,8 +125,10 @@ def load_state(trainer: Trainer, run: Path) -> None:
         trainer.load_data_state(content["data"])
     except (
         ValueError,
-        KeyError,
+        LookupError,
         TypeError,
+        AttributeError,
+        AssertionError,
         OSError,
         RuntimeError,
         CheckpointException,
