@@ -1,6 +1,6 @@
 """The papers' ablations on the bundled parent: nested runs of equal length, one change each.
 
-    python recipes/nested/ablations.py --out runs/ablations             # about 20 minutes a seed
+    python recipes/nested/ablations.py --out runs/ablations             # about 15 minutes a seed
     python recipes/nested/ablations.py --out runs/x --smoke             # the same code, seconds
 
     curriculum   one stage, two stages, uniform or weighted to the large sizes

@@ -1,6 +1,6 @@
 """N sizes from one run against N sizes trained one by one, on the bundled parent.
 
-    python recipes/nested/nested_vs_separate.py --out runs/nested          # about 25 minutes
+    python recipes/nested/nested_vs_separate.py --out runs/nested          # about 35 minutes
     python recipes/nested/nested_vs_separate.py --out runs/x --smoke       # the same code, seconds
 
 Arms, for every seed, on the same rows with the same orders, basis and teacher:
