@@ -82,7 +82,9 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]
     for row in rows:
         table.add_row(*row)
     console = Console()
-    console.width = max(console.width, 110)  # a number cut short would be worse than a long line
+    # A number cut short would be worse than a long line.
+    unlimited = console.options.update(max_width=1000)
+    console.width = max(console.width, console.measure(table, options=unlimited).maximum)
     console.print(table)
 
 
@@ -488,7 +490,7 @@ def at_the_command_line() -> Iterator[None]:
     except SystemExit as error:  # how typer ends, also when all went well
         if error.code:
             raise
-    if said and _is_first_rank():
+    if said:  # by every rank: torchrun stops the others as soon as one has ended
         print(said, file=sys.stderr)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         # gloo's threads may abort a process that ends in the ordinary way, after all work is done.
