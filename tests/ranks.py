@@ -16,24 +16,17 @@ import torch
 from safetensors.torch import save_file
 
 from star_elastic.errors import Interrupted
-from star_elastic.nesting.submodel import load_tokenizer
 from star_elastic.progress import Silent
-from star_elastic.train.check import check
 from star_elastic.train.config import RunConfig, load_run_config
 from star_elastic.train.distributed import World, join_world
 from star_elastic.train.loop import StepReport
-from star_elastic.train.run import _build, train
-from star_elastic.train.sources import Source
+from star_elastic.train.run import train
+from tests.tiny_run import build_trainer
 
 
 def gradients(config: RunConfig, out: Path, world: World) -> None:
     """The (clipped) gradients of the first step, and its losses."""
-    checked = check(config, world.size)
-    tokenizer = load_tokenizer(config.parent)
-    sources = [Source(s.files, tokenizer, s.loss_on) for s in config.data]
-    scratch = out.with_suffix("")
-    scratch.mkdir(exist_ok=True)
-    trainer, *_ = _build(config, checked, sources, scratch, Silent(), world)
+    trainer = build_trainer(config, out.with_suffix(""), world)
     report: StepReport = trainer.train_step()
     found = {"losses": torch.tensor([*report.kd.values(), *report.budget.values()])}
     for name, parameter in trainer._parameters():

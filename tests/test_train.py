@@ -20,20 +20,18 @@ from star_elastic.latency import load_table, save_table
 from star_elastic.manifest import load_manifest
 from star_elastic.nesting.elastic import ElasticModel
 from star_elastic.nesting.stream import slice_checkpoint
-from star_elastic.nesting.submodel import load_parent, load_tokenizer, sort_in_place
+from star_elastic.nesting.submodel import load_parent, sort_in_place
 from star_elastic.progress import Silent
 from star_elastic.router.budget import AIM, REACH
 from star_elastic.router.files import widths_for
 from star_elastic.router.grid import default_choices
-from star_elastic.train.check import check
 from star_elastic.train.config import StageConfig
 from star_elastic.train.curriculum import Curriculum, Position
 from star_elastic.train.distributed import World
 from star_elastic.train.losses import distillation_loss
-from star_elastic.train.run import _build, train
-from star_elastic.train.sources import Source
+from star_elastic.train.run import train
 from tests.test_latency import made_up
-from tests.tiny_run import TINY, config_in
+from tests.tiny_run import TINY, build_trainer, config_in
 
 SHORT = {"tokens = 15360": "tokens = 4608"}
 """12 steps instead of 40."""
@@ -551,11 +549,7 @@ def test_a_loss_that_is_not_finite_ends_with_one_line(run_folder):
 def test_a_gradient_that_is_not_finite_changes_no_weight(run_folder):
     """The loss may be finite where its gradient is not."""
     config = config_in(run_folder, "inf", **SHORT)
-    checked, tokenizer = check(config), load_tokenizer(config.parent)
-    sources = [Source(source.files, tokenizer, source.loss_on) for source in config.data]
-    folder = run_folder / "inf"
-    folder.mkdir()
-    trainer, *_ = _build(config, checked, sources, folder, Silent(), World())
+    trainer = build_trainer(config, run_folder / "inf", World())
     parameter = next(iter(trainer.student.parent.parameters()))
     before = {name: value.clone() for name, value in trainer.student.state().items()}
     parameter.register_hook(lambda gradient: gradient / 0)

@@ -14,8 +14,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from star_elastic.demo import bundled_parent, write_rows
 from star_elastic.nesting.elastic import ElasticModel
 from star_elastic.nesting.stream import save_model
+from star_elastic.nesting.submodel import load_tokenizer
+from star_elastic.progress import Silent
+from star_elastic.train.check import check
 from star_elastic.train.config import load_run_config
-from star_elastic.train.run import train
+from star_elastic.train.run import _build, train
+from star_elastic.train.sources import Source
 
 TINY = {
     "model_type": "nemotron_h", "hybrid_override_pattern": "M*E", "hidden_size": 48,
@@ -105,6 +109,14 @@ def config_in(folder, name="run", **replacements):
     file = folder / f"{name}.toml"
     file.write_text(text)
     return load_run_config(file)
+
+
+def build_trainer(config, scratch, world):
+    """The trainer of a run that has not begun, with its calibration in a folder of its own."""
+    tokenizer = load_tokenizer(config.parent)
+    sources = [Source(source.files, tokenizer, source.loss_on) for source in config.data]
+    scratch.mkdir(exist_ok=True)
+    return _build(config, check(config, world.size), sources, scratch, Silent(), world)[0]
 
 
 @pytest.fixture(scope="session")

@@ -279,11 +279,8 @@ def run_seeds(
     Raises ConfigError if the directory holds those of other options or of another recipe.
     """
     outcomes = []
-    kept_apart = ("out", "seeds")
-    made_with = {k: v for k, v in vars(options).items() if k not in kept_apart}
-    made_with["recipe"] = (
-        arms.__module__ if arms.__module__ != "__main__" else Path(sys.argv[0]).stem
-    )
+    made_with = {k: v for k, v in vars(options).items() if k not in ("out", "seeds")}
+    made_with["recipe"] = Path(sys.argv[0]).stem
     with Bars() as bars:
         for seed in range(options.seeds):
             done = options.out / "work" / f"outcomes-{seed}.json"

@@ -213,10 +213,13 @@ class _Search:
             for at, choices in zip(self.start.tolist(), self.choices, strict=True)
         ]
         if math.prod(map(len, allowed)) <= EXHAUSTIVE:
-            return self.score(
-                torch.cartesian_prod(*map(torch.tensor, allowed)).reshape(-1, len(allowed))
-            )
+            return self.every(allowed)
         return self.beam(allowed)
+
+    def every(self, allowed: Sequence[Sequence[int]]) -> _Scored:
+        """All combinations of the allowed positions."""
+        positions = torch.cartesian_prod(*map(torch.tensor, allowed))
+        return self.score(positions.reshape(-1, len(allowed)))
 
     def beam(self, allowed: Sequence[Sequence[int]]) -> _Scored:
         """The best combinations that changes of one place after the other lead to."""
@@ -285,7 +288,7 @@ def nearest_possible(budgets: Budgets, cost: CostModel, grid: Grid) -> tuple[flo
         longest = max(range(len(allowed)), key=lambda axis: len(allowed[axis]))
         allowed[longest] = sorted({*allowed[longest][::2], allowed[longest][-1]})
     search = _Search(alike, budgets, cost, _one_hots(alike, [0] * len(allowed)))
-    scored = search.score(torch.cartesian_prod(*map(torch.tensor, allowed)).view(-1, len(allowed)))
+    scored = search.every(allowed)
     best = int(scored.misses.argmin())
     miss = float(scored.misses[best])
     if not math.isfinite(miss):

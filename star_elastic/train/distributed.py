@@ -24,9 +24,6 @@ from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from star_elastic.errors import ConfigError, reason
 from star_elastic.nesting.elastic import ElasticModel
 
-WORLD_AND_RANK = (("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"))
-"""What torchrun sets, and what holds without it."""
-
 
 @dataclass(frozen=True, slots=True)
 class World:
@@ -106,7 +103,8 @@ def join_world() -> Iterator[World]:
     ConfigError if there are fewer devices than ranks on this machine, or if the caller has set up a
     process group of its own.
     """
-    size, local = (int(os.environ.get(name, d)) for name, d in WORLD_AND_RANK)
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    local = int(os.environ.get("LOCAL_RANK", "0"))
     on_gpu = torch.cuda.is_available()
     if on_gpu and local >= torch.cuda.device_count():
         raise ConfigError(

@@ -150,7 +150,9 @@ class Trainer:
             self.commit()
         position = self.curriculum.at(self.step)
         batch = self._batch()
-        num_tokens, counted = map(int, self.world.sum([batch.num_tokens, batch.num_predicted]))
+        stream = self._stream_of(position.stage)
+        counts = [batch.num_tokens, batch.num_predicted, stream.num_cut, stream.num_dropped]
+        num_tokens, counted, rows_cut, rows_dropped = map(int, self.world.sum(counts))
         rate = self.curriculum.learning_rate(self.step)
         self.optimizer.param_groups[0]["lr"] = rate
         self.optimizer.zero_grad(set_to_none=True)
@@ -159,11 +161,10 @@ class Trainer:
         results = self.workers.map(
             lambda learner, jobs: self._learn(learner, jobs, counted), [p for p in parts if p]
         )
-        report = StepReport(self.step, position.stage, num_tokens, 0, rate)
-        stream = self._stream_of(position.stage)
-        report.rows_cut, report.rows_dropped = map(
-            int, self.world.sum([stream.num_cut, stream.num_dropped])
-        )
+        report = StepReport(
+            self.step, position.stage, num_tokens, 0, rate,
+            rows_cut=rows_cut, rows_dropped=rows_dropped,
+        )  # fmt: skip
         self._collect(report, results)
         if not self.committed:
             self._report_router(report)

@@ -30,10 +30,7 @@ from star_elastic.nesting.elastic import ElasticModel
 from star_elastic.nesting.stream import save_model
 from star_elastic.nesting.submodel import load_parent, load_tokenizer, sort_in_place
 from star_elastic.progress import Progress, Silent
-from star_elastic.router.budget import (
-    AIM,
-    Commitment,
-)
+from star_elastic.router.budget import AIM, Commitment
 from star_elastic.router.files import LATENCY, ROUTER
 from star_elastic.router.router import Router
 from star_elastic.train.calibrate import BASIS, SCORES, Calibration
