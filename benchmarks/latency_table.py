@@ -19,8 +19,8 @@ from pathlib import Path
 import torch
 from size_cost import LARGE, TINY
 
-from star_elastic.cli import at_the_command_line
 from star_elastic.evaluate.latency import Check, Setting, measure
+from star_elastic.terminal import at_the_command_line
 
 WORKLOADS = (
     {"phase": "decode", "batch": 1, "context": 256},

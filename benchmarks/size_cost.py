@@ -26,11 +26,11 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
-from star_elastic.cli import at_the_command_line
 from star_elastic.cost import CostModel, Workload
 from star_elastic.nesting.elastic import ElasticModel
 from star_elastic.nesting.stream import save_model, slice_checkpoint
 from star_elastic.nesting.submodel import build_submodel, load_parent
+from star_elastic.terminal import at_the_command_line
 
 LARGE = {
     "hybrid_override_pattern": "ME*EME", "hidden_size": 1024, "num_attention_heads": 8,

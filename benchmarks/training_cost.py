@@ -27,10 +27,10 @@ import torch
 from size_cost import LARGE, TINY, interleaved
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from star_elastic.cli import at_the_command_line
 from star_elastic.cost import CostModel, Workload
 from star_elastic.nesting.elastic import ElasticModel
 from star_elastic.nesting.gate import Mixture
+from star_elastic.terminal import at_the_command_line
 from star_elastic.train.losses import linear_kl, sampled_kl
 from star_elastic.train.teacher import sample_targets
 from star_elastic.widths import Widths

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from star_elastic.cost import CostModel
-from star_elastic.errors import BudgetError
+from star_elastic.errors import BudgetError, ShapeError
 from star_elastic.nesting.elastic import ElasticModel
 from star_elastic.nesting.gate import Mixture
 from star_elastic.nesting.slice import slice_tensor
@@ -25,7 +25,7 @@ from star_elastic.router.budget import (
     settle,
     settle_between,
 )
-from star_elastic.router.grid import Grid
+from star_elastic.router.grid import Grid, make_grid
 from star_elastic.router.router import Annealing, Decision, Router, Temperature, gumbel
 from star_elastic.train.losses import distillation_loss
 
@@ -208,7 +208,8 @@ def test_hard_sample_is_one_hot_with_the_soft_gradient():
 
 
 @pytest.mark.parametrize("fraction", [0.95, 0.8, 0.7])
-def test_commit_meets_the_budget_within_one_step_per_axis(fraction):
+def test_commit_meets_the_budget_within_one_step_per_axis(fraction, monkeypatch):
+    """One step from the argmax of the router that settled; the one that is given stays as it is."""
     elastic = random_parent(LLAMA)
     cost = CostModel(elastic.axis_map)
     grids = {"ffn": tuple(range(64, 23, -2)), "hidden": (32, 28, 24, 20)}
@@ -220,8 +221,17 @@ def test_commit_meets_the_budget_within_one_step_per_axis(fraction):
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
+    seen = []
+
+    def watched(decision, *arguments):
+        seen.append((decision, commit(decision, *arguments)))
+        return seen[-1][1]
+
+    monkeypatch.setattr(budget, "commit", watched)
+    before = {name: value.clone() for name, value in router.state_dict().items()}
     fixed = settle(router, router.one_hot(0), {"active": fraction}, cost)
-    decision = router.decide(router.one_hot(0), Temperature(1.0, 1.0))
+    assert all(torch.equal(value, before[name]) for name, value in router.state_dict().items())
+    (decision,) = [decided for decided, found in seen if found is fixed]
     assert fixed.possible is not None and fixed.miss <= max(AIM, fixed.possible + 1e-9)
     assert fixed.miss == budget_miss(fixed.widths, {"active": fraction}, cost)
     for axis, grid in grids.items():
@@ -229,7 +239,7 @@ def test_commit_meets_the_budget_within_one_step_per_axis(fraction):
         assert moved == abs(fixed.repair.get(axis, 0)) <= 1
 
 
-def test_commit_keeps_an_argmax_that_meets_its_budget_and_respects_multiples():
+def test_commit_keeps_an_argmax_that_meets_its_budget():
     elastic = random_parent(LLAMA)
     cost = CostModel(elastic.axis_map)
     mixtures = {"hidden": one_hot((32, 24), 1), "heads": one_hot((4, 2), 0)}
@@ -242,6 +252,15 @@ def test_commit_keeps_an_argmax_that_meets_its_budget_and_respects_multiples():
     fixed = commit(decision, {"active": target}, cost, grid)
     assert fixed.repair == {} and fixed.miss < 1e-9
     assert fixed.widths["hidden"] == 24
+
+
+def test_choices_that_do_not_go_together_are_refused():
+    """So whatever the search over a grid combines is allowed."""
+    axis_map = random_parent(LLAMA).axis_map
+    assert make_grid({"hidden": (32, 28, 24), "heads": (4, 2)}, axis_map).is_ranked
+    for choices in ({"hidden": (32, 30)}, {"hidden": (32, 30), "heads": (4, 2)}):
+        with pytest.raises(ShapeError, match="hidden=30 is not a multiple of heads=4"):
+            make_grid(choices, axis_map)
 
 
 def test_full_budget_pulls_every_axis_to_full_width():

@@ -15,10 +15,8 @@ import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from star_elastic.cli import Bars, at_the_command_line, print_table
 from star_elastic.cost import CostModel
 from star_elastic.demo import (
-    CONTEXT,
     DEMO,
     PARENT,
     bundled_parent,
@@ -29,16 +27,16 @@ from star_elastic.demo import (
 from star_elastic.evaluate.accuracy import evaluate_plan
 from star_elastic.evaluate.tasks import TASKS, sample_problems
 from star_elastic.generate.phased import PhasedGenerator
-from star_elastic.generate.phases import Plan
-from star_elastic.importance.orders import orders_from_scores
+from star_elastic.generate.phases import think_and_answer
 from star_elastic.nesting.elastic import ElasticModel
 from star_elastic.nesting.submodel import build_submodel, load_parent, load_tokenizer, sort_in_place
 from star_elastic.router.budget import Commitment
 from star_elastic.router.router import Router
-from star_elastic.train.calibrate import find_basis, rank
+from star_elastic.terminal import Bars, at_the_command_line, print_table
+from star_elastic.train.calibrate import Calibration
 from star_elastic.train.config import StageConfig
 from star_elastic.train.loop import Trainer
-from star_elastic.train.sources import Source, calibration_batches
+from star_elastic.train.sources import Source
 from star_elastic.widths import Widths
 
 NEAR = 0.01
@@ -115,22 +113,13 @@ def measure(out: Path, steps: int, problems_per_task: int) -> dict:
     elastic = ElasticModel(parent, config)
     cost = CostModel(elastic.axis_map)
     cuts = [*equal_cuts(cost, "active", 0.12), *equal_cuts(cost, "total", 0.2)]
+    sizes = {c.name: {c.metric: 1 - c.saved} for c in cuts}
+    recipe = replace(DEMO, sizes=sizes, stages=(stage(steps, len(sizes)),))
+    run = run_config(recipe, rows, out)
+    source = Source([rows], tokenizer, "answers")
     with Bars() as bars:
-        source = Source([rows], tokenizer, "answers")
-        count = min(512, len(source))
-        options = {"num_samples": count, "batch_size": 32, "context": CONTEXT}
-        scores, _ = rank(
-            parent,
-            elastic.axis_map,
-            calibration_batches([source], [1.0], **options),
-            num_samples=count,
-            name="bundled tasks",
-            progress=bars,
-        )
-        basis = find_basis(
-            parent, elastic.axis_map, calibration_batches([source], [1.0], **options)
-        )
-        orders = orders_from_scores(scores, elastic.axis_map)
+        calibration = Calibration(run, out, teacher, config, elastic.axis_map, [source], bars)
+        orders, basis = calibration.orders(write=False), calibration.basis(write=False)
         sort_in_place(parent, elastic.axis_map, orders, basis)
         problems = sample_problems(TASKS, "test", problems_per_task, DEMO.seed)
 
@@ -141,7 +130,7 @@ def measure(out: Path, steps: int, problems_per_task: int) -> dict:
             bars.stage("evaluate", len(models))
             found = {}
             for number, name in enumerate(models, start=1):
-                accuracy = evaluate_plan(generator, problems, Plan(think=name, answer=name))
+                accuracy = evaluate_plan(generator, problems, think_and_answer(name, name))
                 found[name] = (
                     accuracy.accuracy, divergence_from_parent(generator, name, problems[::5])
                 )  # fmt: skip
@@ -149,9 +138,6 @@ def measure(out: Path, steps: int, problems_per_task: int) -> dict:
             return found
 
         before = evaluate()
-        sizes = {c.name: {c.metric: 1 - c.saved} for c in cuts}
-        recipe = replace(DEMO, sizes=sizes, stages=(stage(steps, len(sizes)),))
-        run = run_config(recipe, rows, out)
         router = Router({"hidden": (elastic.axis_map.axes["hidden"].size,)}, len(sizes))
         trainer = Trainer(
             run, elastic, ElasticModel(teacher, config), router, [source], sizes, cost

@@ -27,9 +27,9 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from star_elastic.checkpoint import write_json
-from star_elastic.cli import at_the_command_line, print_table
 from star_elastic.demo import DEMO, stages
 from star_elastic.router.grid import Grid
+from star_elastic.terminal import at_the_command_line, print_table
 from star_elastic.train.config import StageConfig
 
 COLOURS = {"nested": "#d9730d", "separate T": "#1f6fb4", "separate T/N": "#6fb41f",

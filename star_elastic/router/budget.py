@@ -164,8 +164,7 @@ class _Scored:
             range(len(self.misses)),
             strict=True,
         )
-        finite = (key for key in keys if math.isfinite(key[3]))
-        return [key[-1] for key in sorted(finite)[:count]]
+        return [key[-1] for key in sorted(keys)[:count]]
 
 
 class _Search:
@@ -179,14 +178,13 @@ class _Search:
         self.start = torch.tensor([int(probs.argmax()) for probs in likely])
 
     def score(self, positions: torch.Tensor) -> _Scored:
-        """Exact cost of every row of positions; widths that do not go together miss by infinity."""
+        """Exact cost of every row of positions."""
         columns = [
             torch.tensor(choices, dtype=torch.float64)[positions[:, i]]
             for i, choices in enumerate(self.choices)
         ]
-        widths = self.grid.widths(columns)
-        misses = torch.as_tensor(budget_miss(widths, self.budgets, self.cost)).double()
-        misses = torch.where(self._legal(widths), misses.expand(len(positions)), math.inf)
+        misses = budget_miss(self.grid.widths(columns), self.budgets, self.cost)
+        misses = torch.as_tensor(misses).double().expand(len(positions))
         log_probs = torch.zeros(len(positions), dtype=torch.float64)
         for i, values in enumerate(self.log_probs):
             log_probs += values[positions[:, i]]
@@ -196,14 +194,6 @@ class _Search:
         """The widths at one row of positions."""
         chosen = [choices[p] for choices, p in zip(self.choices, positions.tolist(), strict=True)]
         return complete_widths(self.grid, chosen, self.cost.axis_map)
-
-    def _legal(self, widths: Mapping) -> torch.Tensor:
-        legal = torch.tensor(True)
-        for pair in self.cost.axis_map.multiples:
-            first, second = (widths.get(name, self.cost.axis_map.full[name]) for name in pair)
-            for divisor in second if isinstance(second, tuple) else (second,):
-                legal = legal & (torch.as_tensor(first) % divisor == 0)
-        return legal
 
     def near(self, radius: int) -> _Scored:
         """Combinations within `radius` steps of the likeliest one on every place: all of them, or
@@ -257,17 +247,11 @@ def commit(
     """Fixes a size's widths: the router's argmax, every place moved at most `radius` grid steps.
 
     Of all widths that near, takes the most probable (by the router) that meets the budgets
-    within 0.5 %, else the nearest to them. Raises BudgetError if none of them go together.
+    within 0.5 %, else the nearest to them.
     """
     search = _Search(grid, budgets, cost, decision.picks)
     scored = search.near(radius)
-    best = scored.best()
-    if not best:
-        raise BudgetError(
-            f"no allowed widths lie within {radius} steps of {dict(decision.choice)}; "
-            "change the choices so that they satisfy the model's rules"
-        )
-    positions = scored.positions[best[0]]
+    positions = scored.positions[scored.best()[0]]
     repair: dict[str, int] = {}
     for place, steps in zip(grid.places, (search.start - positions).tolist(), strict=True):
         if steps:
@@ -290,10 +274,7 @@ def nearest_possible(budgets: Budgets, cost: CostModel, grid: Grid) -> tuple[flo
     search = _Search(alike, budgets, cost, _one_hots(alike, [0] * len(allowed)))
     scored = search.every(allowed)
     best = int(scored.misses.argmin())
-    miss = float(scored.misses[best])
-    if not math.isfinite(miss):
-        raise BudgetError("no widths of the choices go together; change the choices")
-    nearest = search.widths(scored.positions[best])
+    miss, nearest = float(scored.misses[best]), search.widths(scored.positions[best])
     if grid.per_layer and miss > AIM:
         of_axis = dict(zip(grid.choices, scored.positions[best].tolist(), strict=True))
         start = [of_axis[place.axis] for place in grid.places]
@@ -319,13 +300,14 @@ def _one_hots(grid: Grid, positions: Sequence[int]) -> list[Mixture]:
 def settle(router: Router, budget_N: torch.Tensor, budgets: Budgets, cost: CostModel) -> Commitment:
     """Fixes the widths of the size that the budget vector stands for.
 
-    Where the router's argmax cannot be moved onto the budgets within one grid step per place, the
-    router first takes up to `SETTLE_STEPS` gradient steps that no data sees: its expected cost onto
-    the budgets or, where it is there, one place onto the width next to its expected one, those
-    whose grid steps cost most first, so that the finer ones can make up for it. If that does not
-    bring it into reach, places move further than one step; `repair` tells.
+    Where the router's argmax cannot be moved onto the budgets within one grid step per place, a
+    copy of the router first takes up to `SETTLE_STEPS` gradient steps that no data sees: its
+    expected cost onto the budgets or, where it is there, one place onto the width next to its
+    expected one, those whose grid steps cost most first, so that the finer ones can make up for it.
+    If that does not bring it into reach, places move further than one step; `repair` tells. The
+    router that is given is left as it is.
     """
-    grid = router.grid
+    router, grid = copy.deepcopy(router), router.grid
     possible, _ = nearest_possible(budgets, cost, grid)
     enough = max(AIM, possible)
     order = sorted(
@@ -382,9 +364,8 @@ def settle_between(
 ) -> Commitment:
     """Widths for budgets between two trained ones, by interpolating their budget vectors.
 
-    `trained` are the budgets the router was trained at, in its order. The router that is given is
-    left as it is. Raises BudgetError for budgets outside the trained range or metrics that no
-    trained size has.
+    `trained` are the budgets the router was trained at, in its order. Raises BudgetError for
+    budgets outside the trained range or metrics that no trained size has.
     """
     if len(asked) != 1:
         raise BudgetError("give one budget, for example active=0.6, to find widths between sizes")
@@ -401,4 +382,4 @@ def settle_between(
     span = above[0] - below[0]
     share = (fraction - below[0]) / span if span else 0.0
     vector = (1 - share) * router.one_hot(below[1]) + share * router.one_hot(above[1])
-    return settle(copy.deepcopy(router), vector, asked, cost)
+    return settle(router, vector, asked, cost)

@@ -26,7 +26,8 @@ class Place:
 
 @dataclass(frozen=True, slots=True)
 class Grid:
-    """The widths to choose from, widest first on each axis.
+    """The widths to choose from, widest first on each axis; all of them go together, which
+    `make_grid` checks.
 
     `per_layer` maps the axes on which every layer decides for itself to the number of its layers.
     The choices of `layers` are numbers of layers; `depth` lists the layers, most important first

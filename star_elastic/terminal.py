@@ -1,0 +1,164 @@
+"""What commands, recipes and benchmarks share at a terminal: bars, tables, reports, how they end.
+
+Results go to stdout, progress to stderr.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as RichProgress
+from rich.table import Table
+
+from star_elastic.errors import Interrupted, StarElasticError
+
+STAGES = {
+    "rank": "Rank units", "rank layers": "Rank layers", "train": "Train sizes", "slice": "Slice",
+    "evaluate": "Evaluate", "latency": "Latency", "calibrate": "Calibrate", "reuse": "Hand over",
+}  # fmt: skip
+
+
+class Bars:
+    """Progress bars on stderr, one per stage."""
+
+    def __init__(self) -> None:
+        self._bars = RichProgress(
+            TextColumn("{task.description:12}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[note]}"),
+            console=Console(stderr=True),
+        )
+        self._task: Any = None
+
+    def __enter__(self) -> Bars:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._task is not None:
+            self._bars.stop()
+
+    def stage(self, name: str, total: int) -> None:
+        """Starts the bar of a stage; the display begins with the first one."""
+        self._bars.start()
+        self._task = self._bars.add_task(STAGES.get(name, name), total=total, note="")
+
+    def advance(self, done: int, note: str = "") -> None:
+        """Moves the bar of the current stage."""
+        self._bars.update(self._task, completed=done, note=note)
+
+
+def print_json(content: object) -> None:
+    """One JSON object on stdout."""
+    sys.stdout.write(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+
+def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """A table on stdout; the first column is text, the others are numbers."""
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+    for number, column in enumerate(columns):
+        table.add_column(column, justify="left" if number == 0 else "right", no_wrap=True)
+    for row in rows:
+        table.add_row(*row)
+    console = Console()
+    # A number cut short would be worse than a long line.
+    unlimited = console.options.update(max_width=1000)
+    console.width = max(console.width, console.measure(table, options=unlimited).maximum)
+    console.print(table)
+
+
+def run_and_show(recipe: Any, out: Path, as_json: bool, run_recipe: Any) -> None:
+    """Runs a recipe with progress bars and prints its report."""
+    with Bars() as bars:
+        report = run_recipe(recipe, out, bars)
+    if as_json:
+        print_json(report)
+        return
+    show_report(report)
+    print(f"report: {out / 'report.json'}   plot: {out / 'pareto.png'}   family: {out}/run/elastic")
+
+
+def show_report(report: Mapping[str, Any]) -> None:
+    """The report's two tables: the sizes, and the ways to think and answer."""
+    parent = report["parent"]
+    rows = [
+        ["parent", millions(parent["active"]), millions(parent["total"]), "", "",
+         f"{parent['accuracy']:.1%} ± {parent['standard_error']:.1%}", "", ""]
+    ]  # fmt: skip
+    for name, size in report["sizes"].items():
+        untrained = size["untrained_accuracy"]
+        rows.append([
+            name,
+            f"{millions(size['active'])} {size['active_share']:.1%}",
+            f"{millions(size['total'])} {size['total_share']:.1%}",
+            f"{size['budget_miss']:.2%}",
+            f"{size['kl_to_parent']:.4f}",
+            f"{size['accuracy']:.1%} ± {size['standard_error']:.1%}",
+            f"{size['share_of_parent']:.1%}",
+            "" if untrained is None else f"{untrained:.1%}",
+        ])  # fmt: skip
+    columns = ["size", "active params", "total params", "off budget", "KL", "accuracy",
+               "of parent", "untrained"]  # fmt: skip
+    print_table("Sizes: thinking, held-out problems", columns, rows)
+    plans = [
+        [e["label"], f"{e['accuracy']:.1%}", f"{1e3 * e['seconds']:.1f}",
+         f"{e['flops'] / 1e6:,.0f}", f"{e['bytes_per_token'] / 1e6:.2f}",
+         f"{e['thinking_tokens']:.0f}", f"{e['cut_share']:.0%}"]
+        for e in sorted(report["evaluations"], key=lambda e: e["flops"])
+    ]  # fmt: skip
+    columns = ["thinks>answers@budget", "accuracy", "ms/problem", "MFLOP/problem", "MB/token",
+               "thinking tokens", "cut short"]  # fmt: skip
+    print_table("Ways to think and answer, cheapest first", columns, plans)
+
+
+def millions(count: float) -> str:
+    """`1.26M`."""
+    return f"{count / 1e6:.2f}M"
+
+
+@contextmanager
+def at_the_command_line() -> Iterator[None]:
+    """What every program of ours does around its work: libraries stay quiet, a mistake of the user
+    or a stop ends in one line with its exit code."""
+    # Progress is ours to draw; which kernels are missing on this machine is no news to its owner.
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    if "transformers" in sys.modules:  # which read both when it was imported
+        from transformers.utils import logging
+
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
+    said, code = "", 0
+    try:
+        yield
+    except StarElasticError as error:
+        said, code = f"error: {error}", 2
+    except Interrupted as error:
+        said, code = str(error), 1
+    except SystemExit as error:  # how typer ends, also when all went well
+        if error.code:
+            raise
+    if said:  # by every rank: torchrun stops the others as soon as one has ended
+        print(said, file=sys.stderr)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        # gloo's threads may abort a process that ends in the ordinary way, after all work is done.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    if code:
+        raise SystemExit(code)
+
+
+def is_first_rank() -> bool:
+    """Whether this process speaks, of all that torchrun started."""
+    return os.environ.get("RANK", "0") == "0"
