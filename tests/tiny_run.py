@@ -55,6 +55,7 @@ context = 96
 [router]
 commit_at = 0.6
 learning_rate = 1e-2
+eps = 1e-8
 
 [[stages]]
 tokens = 15360

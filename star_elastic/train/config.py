@@ -116,10 +116,13 @@ class CalibrationConfig:
 class RouterConfig:
     """The router: `weight` of its budget loss, and the share of all steps after which the widths
     are fixed and every size trains as a plain slice; the annealing spans the steps before. `fixed`
-    gives widths per size instead, and there is nothing to learn.
+    gives widths per size instead, and there is nothing to learn. `eps` of its AdamW is far above
+    the usual: where a width hardly matters its gradients are far below `eps`, and so are its steps;
+    a small `eps` would scale all axes' steps alike and cut for nothing what no budget asks for.
     """
 
     learning_rate: float = 1e-2
+    eps: float = 1e-2
     weight: float = 1.0
     commit_at: float = 0.3
     hard_share: float = 0.004
@@ -129,7 +132,8 @@ class RouterConfig:
     def __post_init__(self):
         require(0 < self.commit_at <= 1, f"router.commit_at={self.commit_at} is not in (0, 1]")
         require(self.weight >= 0, f"router.weight={self.weight} is negative")
-        require(self.learning_rate > 0, f"router.learning_rate={self.learning_rate} is not > 0")
+        for name in ("learning_rate", "eps"):
+            require(getattr(self, name) > 0, f"router.{name}={getattr(self, name)} is not > 0")
         a = self.annealing
         require(
             a.tau_start > 0 and a.tau_end > 0 and a.scale_start > 0 and a.scale_end > 0,

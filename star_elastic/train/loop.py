@@ -14,7 +14,6 @@ changes the gradient.
 
 from __future__ import annotations
 
-import copy
 import math
 import random
 from collections.abc import Iterator, Mapping, Sequence
@@ -104,11 +103,15 @@ class Trainer:
         self.tokens = 0
         self.committed: dict[str, Commitment] = {}
         self._stream: tuple[int, PackedStream] | None = None
-        options = config.optimizer
+        options, of_router = config.optimizer, config.router
         self.optimizer = torch.optim.AdamW(
             [
                 {"params": list(student.parent.parameters()), "lr": config.stages[0].learning_rate},
-                {"params": list(router.parameters()), "lr": config.router.learning_rate},
+                {
+                    "params": list(router.parameters()),
+                    "lr": of_router.learning_rate,
+                    "eps": of_router.eps,
+                },
             ],
             betas=(options.betas[0], options.betas[1]),
             weight_decay=options.weight_decay,
@@ -132,11 +135,10 @@ class Trainer:
         return router.decide(budget, self.temperature(), noise_key=key, hard=hard)
 
     def commit(self) -> dict[str, Commitment]:
-        """Fixes the widths of every size (called once, at `commit_step`). What a size needs to
-        settle on its budget leaves the router as it was learned."""
+        """Fixes the widths of every size (called once, at `commit_step`)."""
         for number, name in enumerate(self.names):
-            router = copy.deepcopy(self.router)
-            fixed = settle(router, router.one_hot(number), self.budgets[name], self.cost)
+            vector = self.router.one_hot(number)
+            fixed = settle(self.router, vector, self.budgets[name], self.cost)
             self.committed[name] = self.world.agree(fixed)
         self.router.requires_grad_(False)
         return self.committed
