@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -29,7 +30,8 @@ from star_elastic.train.config import StageConfig
 from star_elastic.train.curriculum import Curriculum, Position
 from star_elastic.train.distributed import World
 from star_elastic.train.losses import distillation_loss
-from star_elastic.train.run import train
+from star_elastic.train.run import _fingerprint, train
+from tests.laws.parents import assert_equal
 from tests.test_latency import made_up
 from tests.tiny_run import TINY, build_trainer, config_in
 
@@ -79,7 +81,7 @@ def test_result_is_an_elastic_checkpoint_that_meets_its_budgets(trained):
     )
     assert not info["missing_keys"] and not info["unexpected_keys"]
     ids = torch.arange(20)[None]
-    assert torch.equal(plain(input_ids=ids).logits, family["large"](input_ids=ids).logits)
+    assert_equal(family["large"](input_ids=ids).logits, plain(input_ids=ids).logits)
 
 
 def test_slices_of_the_result_reload_in_plain_transformers(trained, tmp_path):
@@ -206,9 +208,36 @@ def test_files_that_changed_are_refused_on_resume(run_folder, tmp_path):
     config = replace(config, data=(replace(config.data[0], files=(str(tmp_path / "rows.jsonl"),)),))
     with pytest.raises(Interrupted):
         train(config, progress=StopAt(3))
-    (tmp_path / "rows.jsonl").write_text(rows.replace("add", "subtract"))
-    with pytest.raises(ConfigError, match="files differ from the run in"):
-        train(config, resume=True)
+    for other in (rows.replace("add", "subtract"), rows.replace("1", "2")):  # the second as long
+        (tmp_path / "rows.jsonl").write_text(other)
+        with pytest.raises(ConfigError, match="files differ from the run in"):
+            train(config, resume=True)
+    (tmp_path / "rows.jsonl").unlink()
+    (tmp_path / "rows.jsonl").write_text(rows)
+    assert train(config, resume=True).steps == 12
+
+
+@pytest.mark.parametrize(
+    ("limit", "seen"),
+    [(1 << 20, [True, True, True]), (1000, [True, False, True])],
+    ids=["whole", "both-ends"],
+)
+def test_a_fingerprint_sees_the_content(run_folder, tmp_path, monkeypatch, limit, seen):
+    """Another byte first, in the middle or last, in a file of the parent."""
+    monkeypatch.setattr("star_elastic.train.run.READ_WHOLE", limit)
+    monkeypatch.setattr("star_elastic.train.run.READ_ENDS", 100)
+    parent = tmp_path / "parent"
+    shutil.copytree(run_folder / "parent", parent)
+    config = config_in(run_folder, "fingerprint")
+    known, file = _fingerprint(config), parent / "tokenizer.json"
+    config = replace(config, parent=str(parent))
+    assert _fingerprint(config) == known
+    content = file.read_bytes()
+    for at, changed in zip((0, len(content) // 2, -1), seen, strict=True):
+        other = bytearray(content)
+        other[at] ^= 1
+        file.write_bytes(other)
+        assert (_fingerprint(config) != known) == changed, at
 
 
 def test_a_damaged_state_ends_with_one_line(run_folder):

@@ -6,7 +6,7 @@ cut inside groups is gathered. Both are differentiable.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import torch
 
@@ -31,25 +31,30 @@ def slice_tensor(
     `skip_first`: the tensor is one row of the table's tensor (an expert), without dimension 0.
     """
     first = 1 if skip_first else 0
-    for position in range(first, len(spec.dims)):
-        dim = position - first
-        runs = axis_map.runs(spec, position, widths)
-        if len(runs) == 1:
-            low, high = runs[0]
-            if high - low < tensor.shape[dim]:
-                tensor = tensor.narrow(dim, low, high - low)
-        else:
-            tensor = torch.cat([tensor.narrow(dim, lo, hi - lo) for lo, hi in runs], dim)
+    runs = [axis_map.runs(spec, position, widths) for position in range(first, len(spec.dims))]
+    # Prefixes first, so that a copy holds nothing beside what is kept.
+    for dim, kept in enumerate(runs):
+        if len(kept) == 1 and kept[0][1] - kept[0][0] < tensor.shape[dim]:
+            tensor = tensor.narrow(dim, kept[0][0], kept[0][1] - kept[0][0])
+    for dim, kept in enumerate(runs):
+        if len(kept) > 1:
+            tensor = torch.cat([tensor.narrow(dim, lo, hi - lo) for lo, hi in kept], dim)
     return tensor
 
 
 def slice_state(
-    state: Mapping[str, torch.Tensor], axis_map: AxisMap, widths: Widths
+    state: Mapping[str, torch.Tensor],
+    axis_map: AxisMap,
+    widths: Widths,
+    *,
+    leave: Collection[str] = (),
 ) -> dict[str, torch.Tensor]:
-    """Every tensor that there is at `widths`, cut, by its name in the sliced model."""
+    """Every tensor that there is at `widths` but those to `leave`, cut, by its name in the sliced
+    model."""
     return {
         new: slice_tensor(state[name], axis_map.tensors[name], axis_map, widths)
         for name, new in axis_map.names_at(widths).items()
+        if name not in leave
     }
 
 

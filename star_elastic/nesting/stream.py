@@ -15,7 +15,6 @@ import torch
 from star_elastic.axes import AxisMap, Piece, TensorSpec
 from star_elastic.checkpoint import (
     DEFAULT_SHARD_BYTES,
-    CheckpointReader,
     Planned,
     copy_extras,
     new_directory,
@@ -32,6 +31,7 @@ from star_elastic.nesting.slice import (
     slice_tensor,
     sort_tensor,
 )
+from star_elastic.nesting.stored import StoredModel
 from star_elastic.widths import Width
 
 Progress = Callable[[int, int], None]
@@ -47,49 +47,20 @@ class _Job:
     convert: Callable[[torch.Tensor], torch.Tensor]
 
 
-class _Source:
-    """A checkpoint read through the axis map: names resolved, shapes checked."""
-
-    def __init__(self, path: Path, axis_map: AxisMap, family: Family):
-        self.reader = CheckpointReader(path)
-        self.axis_map = axis_map
-        self._aliases = {new: old for old, new in family.prefix_aliases.items()}
-        known = {piece.name for spec in axis_map.tensors.values() for piece in spec.pieces}
-        known |= {self._alias(name) for name in known}
-        extra = sorted(
-            name
-            for name in self.reader.names - known
-            if not any(part in name for part in family.ignored)
+def _open(path: Path, axis_map: AxisMap, family: Family) -> StoredModel:
+    """A checkpoint whose every tensor will be written or is left behind on purpose."""
+    source = StoredModel(path, axis_map, family)
+    extra = [name for name in source.others if not any(part in name for part in family.ignored)]
+    if extra:
+        raise CheckpointError(
+            f"{path} holds the tensor {extra[0]} ({len(extra)} such), which the "
+            f"{axis_map.family} table does not know; nothing was written"
         )
-        if extra:
-            raise CheckpointError(
-                f"{path} holds the tensor {extra[0]} ({len(extra)} such), which the "
-                f"{axis_map.family} table does not know; nothing was written"
-            )
-
-    def _alias(self, name: str) -> str:
-        for new, old in self._aliases.items():
-            if name.startswith(new):
-                return old + name.removeprefix(new)
-        return name
-
-    def name_of(self, spec: TensorSpec, piece: Piece) -> str:
-        """The stored name of a piece, checked against the shape of the table."""
-        alias = self._alias(piece.name)
-        name = alias if alias in self.reader.names else piece.name
-        expected = self.axis_map.shape(spec, self.axis_map.full)
-        if piece.index is not None:
-            expected = expected[1:]
-        if self.reader.shape(name) != expected:
-            raise CheckpointError(
-                f"{name} has shape {self.reader.shape(name)} but config.json says {expected}; "
-                "the two do not belong together"
-            )
-        return name
+    return source
 
 
 def _jobs(
-    source: _Source,
+    source: StoredModel,
     target: AxisMap,
     names: Mapping[str, str],
     kept_first: Callable[[TensorSpec], list[int]],
@@ -115,7 +86,7 @@ def _jobs(
 
 
 def _write(
-    source: _Source,
+    source: StoredModel,
     jobs: list[_Job],
     config: Config,
     out: str | Path,
@@ -172,7 +143,7 @@ def slice_checkpoint(
     axis_map = family.axis_map(config)
     complete = axis_map.complete(widths)
     target = family.config_at(config, complete)
-    source = _Source(path, axis_map, family)
+    source = _open(path, axis_map, family)
 
     def kept(spec: TensorSpec) -> list[int]:
         return [i for low, high in axis_map.runs(spec, 0, complete) for i in range(low, high)]
@@ -203,7 +174,7 @@ def sort_checkpoint(
     family = family_of(config)
     axis_map = family.axis_map(config)
     check_orders(orders, axis_map)
-    source = _Source(path, axis_map, family)
+    source = _open(path, axis_map, family)
 
     def moved(spec: TensorSpec) -> list[int]:
         order = dim_order(spec, 0, axis_map, orders)

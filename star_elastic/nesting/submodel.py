@@ -12,19 +12,24 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from transformers import (
-    AutoModelForCausalLM,
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
     AutoTokenizer,
+    GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils import GENERATION_CONFIG_NAME
 
 from star_elastic.axes import AxisMap
 from star_elastic.errors import CheckpointError, reason
 from star_elastic.families import family_of, read_config
 from star_elastic.families.base import Config
+from star_elastic.nesting.resident import nested_names, share_nested
 from star_elastic.nesting.rotate import rotate_state
 from star_elastic.nesting.skeleton import build_skeleton_at
 from star_elastic.nesting.slice import Orders, slice_state, sort_state
+from star_elastic.nesting.stored import StoredModel
 from star_elastic.widths import Width
 
 
@@ -34,14 +39,16 @@ def build_submodel(
     """A plain transformers model of `widths` that shares the (sorted) parent's memory.
 
     `config` is the parent's config.json. The parent's parameters are not copied where a prefix
-    of each dimension survives. Raises ShapeError for widths the family cannot express.
+    of each dimension survives, in nested order if the parent holds them so (`nest_in_place`).
+    Raises ShapeError for widths the family cannot express.
     """
     axis_map = family_of(config).axis_map(config)
     complete = axis_map.complete(widths)
     submodel = build_skeleton_at(config, complete, parent)
     state = {**dict(parent.named_parameters()), **dict(parent.named_buffers())}
-    sliced = slice_state(state, axis_map, complete)
+    sliced = slice_state(state, axis_map, complete, leave=nested_names(parent))
     missing = submodel.load_state_dict(sliced, strict=False, assign=True).missing_keys
+    share_nested(parent, submodel, axis_map, complete)
     submodel.tie_weights()
     left = [name for name, value in submodel.named_parameters() if value.is_meta]
     assert not left, (left, missing)
@@ -65,20 +72,27 @@ def load_parent(
 ) -> tuple[PreTrainedModel, Config]:
     """A parent (or elastic) checkpoint as a transformers model, and its config.json.
 
+    On the CPU, parameters that have the stored dtype and shape stay in the mapped file: the files
+    may be replaced by others while the model is in use, but not be overwritten or shortened.
     Raises ConfigError or CheckpointError with one line for anything that cannot be loaded.
     """
     config = read_config(path)
     family = family_of(config)
-    family.axis_map(config)
+    axis_map = family.axis_map(config)
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            path, dtype=dtype, local_files_only=True, output_loading_info=True
+        # transformers would stack experts beside the mapped pages they come from.
+        state = StoredModel(Path(path), axis_map, family).state(dtype)
+        model_config = AutoConfig.from_pretrained(path, local_files_only=True)
+        kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(model_config)]
+        model, info = kind.from_pretrained(
+            None, config=model_config, state_dict=state, dtype=dtype, output_loading_info=True
         )
+        if (Path(path) / GENERATION_CONFIG_NAME).is_file():
+            model.generation_config = GenerationConfig.from_pretrained(path, local_files_only=True)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise CheckpointError(
             f"{path} cannot be loaded ({reason(error)}); check its files"
         ) from None
-    model, info = loaded
     # transformers only warns here, and fills what is missing with random values.
     unexpected = info["unexpected_keys"]
     extra = sorted(n for n in unexpected if not any(part in n for part in family.ignored))
@@ -88,6 +102,7 @@ def load_parent(
                 f"{path} {problem} the tensor {names[0]} ({len(names)} such); "
                 "it is not a checkpoint of its config.json"
             )
+    model.name_or_path = model.config.name_or_path = str(path)
     return model.to(device).eval(), config
 
 
