@@ -47,4 +47,5 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason="no CUDA device"))
 
 
+from tests.tiny_family import family, tiny_checkpoint  # noqa: E402, F401
 from tests.tiny_run import deep_folder, run_folder, trained  # noqa: E402, F401

@@ -17,7 +17,7 @@ from star_elastic.evaluate.pareto import pareto_front, plot_pareto
 from star_elastic.evaluate.tasks import messages, sample_problems
 from star_elastic.families import family_of
 from star_elastic.generate.phased import PhasedGenerator
-from star_elastic.generate.phases import ANSWERING, THINKING, Plan
+from star_elastic.generate.phases import ANSWERING, THINKING, think_and_answer
 
 MAX_TRAIN_STEPS = 300
 SIZES = ("trained", "random", "hybrid")
@@ -88,7 +88,7 @@ def generator(problems):
 
 
 def test_what_was_learnt_is_scored_right(generator, problems):
-    result = evaluate_plan(generator, problems, Plan(think="trained", answer="trained"))
+    result = evaluate_plan(generator, problems, think_and_answer("trained", "trained"))
     assert result.per_task == {"sort": 1.0, "modulo": 1.0}
     assert (result.accuracy, result.standard_error, result.cut_share) == (1.0, 0.0, 0.0)
     count = [len(generator.tags.encode("\n".join(p.steps) + "\n")) for p in problems]
@@ -99,12 +99,12 @@ def test_what_was_learnt_is_scored_right(generator, problems):
 
 def test_no_thinking_and_pairs(generator, problems):
     silent = evaluate_plan(
-        generator, problems, Plan(think="random", answer="trained", thinking_budget=0)
+        generator, problems, think_and_answer("random", "trained", thinking_budget=0)
     )
     assert (silent.accuracy, silent.thinking_tokens, silent.label) == (1.0, 0.0, "trained@0")
     assert not silent.is_pair
     options = {"thinking_budget": 8, "grace": 4, "max_new_tokens": 40}
-    pair = evaluate_plan(generator, problems, Plan(think="trained", answer="random", **options))
+    pair = evaluate_plan(generator, problems, think_and_answer("trained", "random", **options))
     assert (pair.accuracy, pair.cut_share, pair.label) == (0.0, 1.0, "trained>random@8")
     assert pair.is_pair
     assert 8 <= pair.thinking_tokens <= 12
@@ -112,7 +112,7 @@ def test_no_thinking_and_pairs(generator, problems):
 
 def test_unfinished_traces_score_nothing(generator, problems):
     """A right answer at the end of a trace is no answer."""
-    plan = Plan(think="trained", answer="trained", max_new_tokens=12)
+    plan = think_and_answer("trained", "trained", max_new_tokens=12)
     result = evaluate_plan(generator, problems, plan)
     assert (result.accuracy, result.answer_tokens, result.cut_share) == (0.0, 0.0, 1.0)
 
@@ -120,7 +120,7 @@ def test_unfinished_traces_score_nothing(generator, problems):
 def test_standard_error_is_that_of_the_mean_over_tasks(generator, problems):
     """One of two right in one task, both right in the other."""
     wrong = [problems[0], *sample_problems(["sort"], "test", 1, 0), *problems[2:]]
-    result = evaluate_plan(generator, wrong, Plan(think="trained", answer="trained"))
+    result = evaluate_plan(generator, wrong, think_and_answer("trained", "trained"))
     assert result.per_task == {"sort": 0.5, "modulo": 1.0}
     assert result.accuracy == 0.75
     assert result.standard_error == pytest.approx((0.25 / 2) ** 0.5 / 2)
@@ -128,7 +128,7 @@ def test_standard_error_is_that_of_the_mean_over_tasks(generator, problems):
 
 @pytest.mark.parametrize(("think", "answer"), [("hybrid", "hybrid"), ("hybrid", "trained")])
 def test_cost_is_counted_token_by_token(generator, problems, think, answer):
-    plan = Plan(think=think, answer=answer, thinking_budget=6, grace=3, max_new_tokens=30)
+    plan = think_and_answer(think, answer, thinking_budget=6, grace=3, max_new_tokens=30)
     result = evaluate_plan(generator, problems, plan, batch_size=3)
     generations = generator.generate([messages(p)[:1] for p in problems], plan, batch_size=3)
     flops, num_bytes, decoded = 0.0, 0.0, 0
@@ -173,7 +173,7 @@ def weight_bytes(generator, size: str) -> int:
 
 def test_no_problem_is_a_mistake(generator):
     with pytest.raises(ConfigError, match="there is no problem to evaluate"):
-        evaluate_plan(generator, [], Plan(think="trained", answer="trained"))
+        evaluate_plan(generator, [], think_and_answer("trained", "trained"))
 
 
 # --- the Pareto front ------------------------------------------------------------------------

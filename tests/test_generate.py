@@ -6,121 +6,32 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-from transformers import (
-    AutoModelForCausalLM,
-    LlamaConfig,
-    NemotronHConfig,
-    PreTrainedTokenizerFast,
-)
 
 import star_elastic
 from star_elastic.cost import CostModel
 from star_elastic.errors import BudgetError, CheckpointError, ConfigError
-from star_elastic.families import family_of, read_config
-from star_elastic.generate.decode import BatchDecoder, choose_tokens, pads_exactly
+from star_elastic.generate.decode import BatchDecoder, Sampling, choose_tokens, pads_exactly
 from star_elastic.generate.phased import PhasedGenerator
-from star_elastic.generate.phases import ANSWERING, THINKING, Generation, Plan
+from star_elastic.generate.phases import ANSWERING, THINKING, Generation, think_and_answer
 from star_elastic.generate.prompts import ThinkingTags
-from star_elastic.generate.sequence import DONE, Rules, Sequence
-from star_elastic.manifest import Manifest, Size, save_manifest
-from star_elastic.widths import Widths
-
-END = "\n</think>\n"
-TEMPLATE = (
-    "{%- for m in messages %}{{- '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}"
-    "{%- endfor %}{{- '<|im_start|>a\n' }}"
-    "{{- '<think>\n' if enable_thinking is not defined or enable_thinking else '<think></think>' }}"
+from star_elastic.generate.sequence import Rules, Sequence
+from tests.tiny_family import (
+    ALWAYS_THINKS,
+    CLOSE,
+    END,
+    EOS,
+    LEAVES_TAG_TO_MODEL,
+    NEVER_THINKS,
+    NEWLINE,
+    PROMPTS,
+    TAGS,
+    TEMPLATE,
+    TOKENIZER,
+    make_config,
+    make_model,
+    make_tokenizer,
+    play,
 )
-ALWAYS_THINKS = TEMPLATE.replace("'<think></think>'", "'<think>\n'")
-LEAVES_TAG_TO_MODEL = TEMPLATE.replace("'<think>\n'", "''")
-NEVER_THINKS = LEAVES_TAG_TO_MODEL.replace("'<think></think>'", "''")
-PROMPTS = ["1+2", "30+41 =", "9", "5+5+5", "12+7+1", "8 8"]
-SEEDS = {"nemotron_h": 0, "llama": 2}
-"""Random models whose greedy traces end at different times."""
-WIDTHS = {
-    "nemotron_h": {"hidden": 16, "experts": 4, "expert_ffn": 16, "ssm_heads": 2},
-    "llama": {"hidden": 16, "ffn": 16, "heads": 2},
-}
-
-
-def make_tokenizer(template: str | None = TEMPLATE, *, tags: bool = True):
-    """One token per character and per tag: so few that every phase end occurs by chance."""
-    marks = ["<pad>", "<|im_start|>", "<|im_end|>", *(["<think>", "</think>"] if tags else [])]
-    vocab = {token: i for i, token in enumerate([*marks, *"\n 123456789+=?a</thinkuser>0"])}
-    vocab = {token: i for i, token in enumerate(dict.fromkeys(vocab))}
-    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="?"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
-    tokenizer.decoder = decoders.Fuse()
-    tokenizer.add_special_tokens(marks[:3])
-    tokenizer.add_tokens(marks[3:])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        pad_token="<pad>",
-        eos_token="<|im_end|>",
-        chat_template=template,
-        clean_up_tokenization_spaces=False,
-    )
-
-
-def make_config(model_type: str, vocab_size: int, **changes):
-    """A tiny config with every kind of block; weights large enough for lively greedy text."""
-    shared = {
-        "vocab_size": vocab_size,
-        "hidden_size": 32,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 8,
-        "initializer_range": 0.4,
-        "max_position_embeddings": 384,
-        "tie_word_embeddings": False,
-        "eos_token_id": 2,
-    }
-    if model_type == "llama":
-        return LlamaConfig(**shared, intermediate_size=32, num_hidden_layers=2, **changes)
-    return NemotronHConfig(
-        **shared,
-        layers_block_type=["mamba", "moe", "attention", "mamba"],
-        intermediate_size=32,
-        mamba_num_heads=4,
-        mamba_head_dim=8,
-        n_groups=2,
-        ssm_state_size=8,
-        chunk_size=16,
-        n_routed_experts=8,
-        num_experts_per_tok=2,
-        moe_intermediate_size=32,
-        moe_shared_expert_intermediate_size=32,
-        rescale_prenorm_residual=False,
-        # transformers clamps time steps to this in prefill and not in decoding: out of the way
-        time_step_min=1e-9,
-        **changes,
-    )
-
-
-def make_model(config):
-    with torch.random.fork_rng():
-        torch.manual_seed(SEEDS[config.model_type])
-        return AutoModelForCausalLM.from_config(config).eval()
-
-
-@pytest.fixture(scope="module", params=list(WIDTHS))
-def checkpoint(request, tmp_path_factory):
-    """An elastic checkpoint with two sizes."""
-    path = tmp_path_factory.mktemp(request.param)
-    tokenizer = make_tokenizer()
-    make_model(make_config(request.param, len(tokenizer))).save_pretrained(path)
-    tokenizer.save_pretrained(path)
-    axis_map = family_of(read_config(path)).axis_map(read_config(path))
-    small = axis_map.complete(Widths(WIDTHS[request.param]))
-    sizes = {"large": Size(axis_map.full), "small": Size(small)}
-    save_manifest(Manifest(request.param, {}, sizes), path)
-    return path
-
-
-@pytest.fixture(scope="module")
-def family(checkpoint):
-    return star_elastic.load(checkpoint)
 
 
 @torch.no_grad()
@@ -188,7 +99,7 @@ def test_forced_tokens_in_one_loop_equal_second_prefill(family, temperature):
     options = {"thinking_budget": 6, "grace": 4, "max_new_tokens": 40}
     one_loop, handed_over = (
         twice.generate(
-            PROMPTS, Plan(think="a", answer=answer, **options), temperature=temperature, seed=3
+            PROMPTS, think_and_answer("a", answer, **options), temperature=temperature, seed=3
         )
         for answer in "ab"
     )
@@ -208,7 +119,8 @@ def test_ragged_cached_logits_equal_uncached(family):
     rows = [[5, 6, 7], [8, 9, 10, 11, 12, 13, 14], [6]]
     for size in family:
         model, texts = family[size], [list(row) for row in rows]
-        decoder = BatchDecoder(model, texts, room=4)
+        decoder = BatchDecoder(model)
+        decoder.prefill(texts)
         present = [0, 1, 2]
         for token in (5, 9, 11, 12):
             if token == 11:  # the longest row leaves
@@ -243,7 +155,7 @@ def test_padding_with_a_projection_bias_is_avoided():
     torch.nn.init.normal_(model.model.layers[0].mixer.in_proj.bias)
     assert not pads_exactly(model)
     generator = PhasedGenerator({"only": model}, tokenizer, END)
-    plan = Plan(think="only", answer="only", max_new_tokens=20)
+    plan = think_and_answer("only", "only", max_new_tokens=20)
     together = generator.generate(PROMPTS, plan)
     alone = [generator.generate(prompt, plan)[0] for prompt in PROMPTS]
     assert [r.token_ids for r in together] == [r.token_ids for r in alone]
@@ -266,34 +178,13 @@ def test_seeds_reproduce_and_leave_the_global_state(family):
 def test_draws_follow_the_softmax():
     logits = torch.tensor([[0.0, 1.0, 2.0, -1e9]]).expand(4000, -1)
     generators = [torch.Generator().manual_seed(i) for i in range(4000)]
-    tokens = torch.tensor(choose_tokens(logits, temperature=2.0, generators=generators))
+    tokens = torch.tensor(choose_tokens(logits, Sampling(temperature=2.0), generators))
     shares = torch.bincount(tokens, minlength=4) / 4000
     assert torch.allclose(shares, (logits[0] / 2).softmax(-1), atol=0.03)
     assert shares[3] == 0
 
 
 # --- budgets ---------------------------------------------------------------------------------
-
-TOKENIZER = make_tokenizer()
-TAGS = ThinkingTags(TOKENIZER, END)
-CLOSE = TOKENIZER.convert_tokens_to_ids("</think>")
-NEWLINE = TOKENIZER.convert_tokens_to_ids("\n")
-EOS = TOKENIZER.eos_token_id
-
-
-def play(tokens, plan: Plan, *, phase: str = THINKING) -> tuple[Sequence, Generation]:
-    """A sequence whose model wants to write `tokens` (round and round)."""
-    rules = Rules(plan, TAGS, frozenset({EOS}))
-    sequence = Sequence(rules, 0, [5, 6, 7], 3, phase, torch.Generator())
-    sequence.prefill()
-    for step in range(1000):
-        if sequence.wants_token:
-            sequence.accept(tokens[step % len(tokens)])
-        if sequence.phase == DONE:
-            return sequence, sequence.result({THINKING: 1.0, ANSWERING: 2.0})
-        if not sequence.wants_token:
-            sequence.read()
-    raise AssertionError("the sequence does not end")
 
 
 @given(
@@ -304,8 +195,8 @@ def play(tokens, plan: Plan, *, phase: str = THINKING) -> tuple[Sequence, Genera
 )
 def test_budget_is_obeyed_to_the_token(tokens, budget, grace, spare):
     room = (budget or 0) + grace + TAGS.max_closing + spare
-    plan = Plan(think="s", answer="l", thinking_budget=budget, grace=grace, max_new_tokens=room)
-    _, result = play(tokens, plan)
+    plan = think_and_answer("s", "l", thinking_budget=budget, grace=grace, max_new_tokens=room)
+    result = play(tokens, plan)
     trace, closing, answer = split_ids(result)
     thinking, answering = result.phase(THINKING), result.phase(ANSWERING)
     assert len(result.token_ids) <= room
@@ -353,15 +244,15 @@ def test_each_end_of_thinking():
         "length": ([9], {}),
     }
     for ended, (tokens, options) in cases.items():
-        _, result = play(tokens, Plan(think="s", answer="l", max_new_tokens=20, **options))
+        result = play(tokens, think_and_answer("s", "l", max_new_tokens=20, **options))
         assert result.phase(THINKING).ended == ended
 
 
 def test_trace_closed_right_at_its_budget_is_natural():
-    plan = Plan(think="s", answer="l", thinking_budget=2, grace=0, max_new_tokens=20)
-    _, result = play([9, 8, CLOSE, 9, EOS], plan)
+    plan = think_and_answer("s", "l", thinking_budget=2, grace=0, max_new_tokens=20)
+    result = play([9, 8, CLOSE, 9, EOS], plan)
     assert result.phase(THINKING).ended == "natural"
-    _, result = play([9, 8, 7, CLOSE, 9, EOS], plan)
+    result = play([9, 8, 7, CLOSE, 9, EOS], plan)
     assert result.phase(THINKING).ended == "cut"
     assert result.phase(THINKING).tokens == 2
 
@@ -426,7 +317,7 @@ def test_end_of_thinking_is_injected_where_the_template_always_opens():
     tokenizer = make_tokenizer(ALWAYS_THINKS)
     model = make_model(make_config("llama", len(tokenizer)))
     generator = PhasedGenerator({"m": model}, tokenizer, END)
-    plan = Plan(think="m", answer="m", thinking_budget=0, max_new_tokens=9)
+    plan = think_and_answer("m", "m", thinking_budget=0, max_new_tokens=9)
     result = generator.generate("1+2", plan)[0]
     assert result.closing_tokens == 2
     assert result.text.startswith("</think>\n")
@@ -434,18 +325,18 @@ def test_end_of_thinking_is_injected_where_the_template_always_opens():
     assert result.phase(THINKING) is None
     assert len(result.token_ids) <= 9
     with pytest.raises(BudgetError, match="use max_new_tokens=3 or more"):
-        generator.generate("1+2", Plan(think="m", answer="m", thinking_budget=0, max_new_tokens=2))
+        generator.generate("1+2", think_and_answer("m", "m", thinking_budget=0, max_new_tokens=2))
 
 
 def test_model_that_does_not_think_answers_at_once():
     tokenizer = make_tokenizer(NEVER_THINKS)
     model = make_model(make_config("llama", len(tokenizer)))
     generator = PhasedGenerator({"m": model, "n": model}, tokenizer, END)
-    result = generator.generate("1+2", Plan(think="m", answer="m", max_new_tokens=5))[0]
+    result = generator.generate("1+2", think_and_answer("m", "m", max_new_tokens=5))[0]
     assert [phase.name for phase in result.phases] == [ANSWERING]
     for plan in (
-        Plan(think="m", answer="m", thinking_budget=4),
-        Plan(think="m", answer="n"),
+        think_and_answer("m", "m", thinking_budget=4),
+        think_and_answer("m", "n"),
     ):
         with pytest.raises(ConfigError, match="does not open <think>"):
             generator.generate("1+2", plan)
@@ -459,14 +350,13 @@ def test_closing_tag_of_several_tokens_is_found():
     assert tags.count_closing(ids) == 8
     assert tags.count_closing(ids[:-1]) == 0
     assert tags.count_closing([]) == 0
-    plan = Plan(think="s", answer="s", max_new_tokens=40)
-    sequence = Sequence(Rules(plan, tags, frozenset()), 0, [5], 1, THINKING, torch.Generator())
-    sequence.prefill()
+    plan = think_and_answer("s", "s", max_new_tokens=40)
+    sequence = Sequence(Rules(plan, tags, frozenset()), 0, [5], 1, torch.Generator())
     for token in ids:
         sequence.accept(token)
-        sequence.read()
-    assert sequence.phase == ANSWERING
-    assert (sequence.written[THINKING], sequence.num_closing) == (2, 8)
+    assert not sequence.is_thinking
+    trace = sequence.result([0.0, 0.0]).phase(THINKING)
+    assert (trace.tokens, trace.by_size, sequence.num_closing) == (2, {"s": 2}, 8)
 
 
 def test_messages_and_texts_are_the_same_prompt(family):
@@ -504,8 +394,8 @@ def test_sizes_stay_trainable_after_generation(family):
     family["small"](torch.tensor([[5, 6]]), labels=torch.tensor([[5, 6]])).loss.backward()
 
 
-def test_dtype(checkpoint):
-    family = star_elastic.load(checkpoint, dtype="bfloat16")
+def test_dtype(tiny_checkpoint):
+    family = star_elastic.load(tiny_checkpoint, dtype="bfloat16")
     assert family["small"].dtype == torch.bfloat16
     assert family.generate("1+2", think="small", answer="large", max_new_tokens=4)
 
@@ -562,12 +452,12 @@ def test_mistakes_are_told_in_one_line(family, prompts, options, error, message)
     assert "\n" not in str(caught.value)
 
 
-def test_mistakes_of_loading(checkpoint, tmp_path):
+def test_mistakes_of_loading(tiny_checkpoint, tmp_path):
     with pytest.raises(ConfigError, match="dtype='int8' is not supported; use float32"):
-        star_elastic.load(checkpoint, dtype="int8")
+        star_elastic.load(tiny_checkpoint, dtype="int8")
     with pytest.raises(ConfigError, match=r"holds no config\.json"):
         star_elastic.load(tmp_path)
-    family = star_elastic.load(checkpoint)
+    family = star_elastic.load(tiny_checkpoint)
     with pytest.raises(CheckpointError, match="size 'huge' is not in this family"):
         family["huge"]
     family.path = tmp_path
@@ -581,7 +471,7 @@ def test_tokenizer_without_template_reads_plain_text_only():
     tokenizer = make_tokenizer(None)
     model = make_model(make_config("llama", len(tokenizer)))
     generator = PhasedGenerator({"m": model}, tokenizer, END)
-    plan = Plan(think="m", answer="m", thinking_budget=2, grace=0, max_new_tokens=12)
+    plan = think_and_answer("m", "m", thinking_budget=2, grace=0, max_new_tokens=12)
     with pytest.raises(ConfigError, match="cannot read messages"):
         generator.generate([{"role": "user", "content": "1"}], plan)
     result = generator.generate("1+2<think>\n", plan)[0]

@@ -22,7 +22,6 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from star_elastic.axes import LAYERS
 from star_elastic.checkpoint import write_json
-from star_elastic.cli import Bars
 from star_elastic.cost import CostModel
 from star_elastic.demo import (
     CONTEXT,
@@ -38,13 +37,14 @@ from star_elastic.errors import ConfigError
 from star_elastic.evaluate.accuracy import evaluate_plan
 from star_elastic.evaluate.tasks import TASKS, Problem, sample_problems
 from star_elastic.generate.phased import PhasedGenerator
-from star_elastic.generate.phases import Plan
+from star_elastic.generate.phases import think_and_answer
 from star_elastic.nesting.elastic import ElasticModel
 from star_elastic.nesting.submodel import build_submodel, load_parent, load_tokenizer, sort_in_place
 from star_elastic.progress import Progress
 from star_elastic.router.budget import Commitment
 from star_elastic.router.grid import Grid
 from star_elastic.router.router import Router
+from star_elastic.terminal import Bars
 from star_elastic.train.calibrate import Calibration
 from star_elastic.train.config import CalibrationConfig, RunConfig, StageConfig
 from star_elastic.train.loop import Trainer
@@ -230,7 +230,7 @@ class Lab:
         generator = self._generator(trainer)
         found = {}
         for name in trainer.names:
-            plan = Plan(think=name, answer=name, max_new_tokens=self._max_new_tokens)
+            plan = think_and_answer(name, name, max_new_tokens=self._max_new_tokens)
             result = evaluate_plan(generator, self.problems, plan, batch_size=200)
             kl = divergence_from_parent(generator, name, self.watched)
             found[name] = (result.accuracy, result.standard_error, kl)

@@ -2,29 +2,54 @@
 
 Time is measured on the machine at hand; the counted cost is exact arithmetic over the tokens that
 each size has really read, so that it can be compared between machines. Padding and the rows of
-finished sequences are in the time and not in the count.
+finished sequences are in the time and not in the count. What is known of every problem (`Outcome`)
+and the means over problems (`Evaluation`) are kept apart: plans are compared problem by problem.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from transformers import PreTrainedModel
 
 from star_elastic.cost import Cost, CostModel, Workload
 from star_elastic.errors import ConfigError
-from star_elastic.evaluate.tasks import Problem, is_correct, messages
+from star_elastic.evaluate.tasks import Problem, is_correct
 from star_elastic.families import family_of
 from star_elastic.generate.phased import DEFAULT_BATCH_SIZE, PhasedGenerator
-from star_elastic.generate.phases import ANSWERING, THINKING, Generation, Plan
+from star_elastic.generate.phases import ANSWERING, THINKING, ByDifficulty, Generation, Plan
 
 CUT = ("cut", "cut_at_newline", "length")
+
+Kind = Literal["single", "pair", "policy"]
+"""One size alone; one thinks and another answers; two share the work by difficulty."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    """One problem as one plan solved it, counted as in `Evaluation`.
+
+    `tokens_by_size` says who wrote what. `decoded_bytes` are the weights that the `decode_steps`
+    tokens read one by one need; `weight_bytes` all that a batch of one must fetch from memory at
+    the least: the same, and a token's weights for every stretch read at once.
+    """
+
+    is_right: bool
+    answer: str
+    thinking_tokens: int
+    answer_tokens: int
+    tokens_by_size: Mapping[str, int]
+    is_cut: bool
+    decode_steps: int
+    flops: float
+    decoded_bytes: float
+    weight_bytes: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,7 +60,8 @@ class Evaluation:
     mean by the problems drawn. `cut_share` is the share of problems whose trace the model did not
     end itself. `seconds` is wall time of batched generation; `flops` counts every token that a size
     read, with attention at its own context; `bytes_per_token` the weights that a decoded token
-    reads at batch 1 (embedding rows looked up are left out).
+    reads at batch 1 (embedding rows looked up are left out), `weight_bytes` those of a whole
+    problem.
     """
 
     label: str
@@ -53,18 +79,27 @@ class Evaluation:
     seconds: float
     flops: float
     bytes_per_token: float
+    weight_bytes: float = 0.0
+    by_difficulty: bool = False
+
+    @property
+    def kind(self) -> Kind:
+        """Which sizes work, and how they share it."""
+        if self.by_difficulty:
+            return "policy"
+        return "pair" if self.think != self.answer else "single"
 
     @property
     def is_pair(self) -> bool:
-        """Whether two sizes share the work."""
-        return self.think != self.answer
+        """Whether one size thinks and another answers."""
+        return self.kind == "pair"
 
     def to_json(self) -> dict[str, Any]:
         """Everything as plain JSON data."""
         return asdict(self)
 
 
-class _SizeCost:
+class SizeCost:
     """Exact counts of one model: operations at any context, weight bytes read per token."""
 
     def __init__(self, model: PreTrainedModel):
@@ -88,18 +123,26 @@ class _SizeCost:
         return num_tokens * fixed + contexts * per_context
 
 
-def count_work(generation: Generation, costs: Mapping[str, _SizeCost]) -> tuple[float, float]:
-    """(operations, weight bytes read by decoded tokens) of one sequence, both phases."""
-    flops = num_bytes = 0.0
-    start = 0
-    for phase in generation.phases:
-        if phase.prefill_tokens:
-            start = 0  # a size that prefills reads the sequence from its beginning
-        num_read = phase.prefill_tokens + phase.decode_steps
-        flops += costs[phase.size].count_flops(start, num_read)
-        num_bytes += phase.decode_steps * costs[phase.size].bytes_per_token
-        start += num_read
-    return flops, num_bytes
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What one sequence took, all sizes: operations, and bytes of weights as in `Outcome`."""
+
+    flops: float
+    decoded_bytes: float
+    weight_bytes: float
+
+
+def count_work(generation: Generation, costs: Mapping[str, SizeCost]) -> Work:
+    """Counts all that was read for one sequence."""
+    flops = decoded = at_once = 0.0
+    for read in generation.reads:
+        cost = costs[read.size]
+        flops += cost.count_flops(read.start, read.tokens)
+        if read.at_once:
+            at_once += cost.bytes_per_token
+        else:
+            decoded += read.tokens * cost.bytes_per_token
+    return Work(flops, decoded, decoded + at_once)
 
 
 def evaluate_plan(
@@ -112,33 +155,82 @@ def evaluate_plan(
     batch_size: int = DEFAULT_BATCH_SIZE,
 ) -> Evaluation:
     """Solves the problems by one plan. Raises what `PhasedGenerator.generate` raises."""
+    options = {"temperature": temperature, "seed": seed, "batch_size": batch_size}
+    outcomes, seconds = solve(generator, problems, plan, **options)
+    return summarise(plan, problems, outcomes, seconds, batch_size)
+
+
+def solve(
+    generator: PhasedGenerator,
+    problems: Sequence[Problem],
+    plan: Plan,
+    *,
+    temperature: float = 0.0,
+    seed: int = 0,
+    batch_size: int = DEFAULT_BATCH_SIZE,
+) -> tuple[list[Outcome], float]:
+    """What became of every problem, and the wall seconds of all together."""
     if not problems:
         raise ConfigError("there is no problem to evaluate; draw at least one")
-    prompts = [messages(problem)[:1] for problem in problems]
+    prompts = [problem.question for problem in problems]
     options = {"temperature": temperature, "seed": seed, "batch_size": batch_size}
-    for size in {plan.think, plan.answer}:
+    for size in plan.sizes:
         _warm_up(generator.model(size))
     start = time.perf_counter()
     generations = generator.generate(prompts, plan, **options)
     seconds = time.perf_counter() - start
-    costs = {size: _SizeCost(generator.model(size)) for size in {plan.think, plan.answer}}
-    work = [count_work(generation, costs) for generation in generations]
-    decoded = sum(phase.decode_steps for g in generations for phase in g.phases)
-    number = len(problems)
+    costs = {size: SizeCost(generator.model(size)) for size in plan.sizes}
+    solved = zip(problems, generations, strict=True)
+    return [_outcome(problem, generation, costs) for problem, generation in solved], seconds
+
+
+def _outcome(problem: Problem, generation: Generation, costs: Mapping[str, SizeCost]) -> Outcome:
+    by_size: Counter[str] = Counter()
+    for phase in generation.phases:
+        by_size.update(phase.by_size)
+    work = count_work(generation, costs)
+    return Outcome(
+        is_right=is_correct(problem, generation.answer),
+        answer=generation.answer,
+        thinking_tokens=_num_tokens(generation, THINKING),
+        answer_tokens=_num_tokens(generation, ANSWERING),
+        tokens_by_size=dict(by_size),
+        is_cut=_was_cut(generation),
+        decode_steps=sum(phase.decode_steps for phase in generation.phases),
+        flops=work.flops,
+        decoded_bytes=work.decoded_bytes,
+        weight_bytes=work.weight_bytes,
+    )
+
+
+def summarise(
+    plan: Plan,
+    problems: Sequence[Problem],
+    outcomes: Sequence[Outcome],
+    seconds: float,
+    batch_size: int,
+) -> Evaluation:
+    """The means over problems; `seconds` is the time of all together."""
+
+    def mean(name: str) -> float:
+        return sum(getattr(outcome, name) for outcome in outcomes) / len(outcomes)
+
     return Evaluation(
         label=plan.label,
-        think=plan.think if plan.thinking_budget != 0 else plan.answer,
-        answer=plan.answer,
+        think=str(plan.phases[0].size),
+        answer=str(plan.phases[-1].size),
         thinking_budget=plan.thinking_budget,
-        num_problems=number,
-        **_score(problems, generations),
-        thinking_tokens=_mean_tokens(generations, THINKING),
-        answer_tokens=_mean_tokens(generations, ANSWERING),
-        cut_share=sum(_was_cut(generation) for generation in generations) / number,
+        num_problems=len(problems),
+        **_score(problems, outcomes),
+        thinking_tokens=mean("thinking_tokens"),
+        answer_tokens=mean("answer_tokens"),
+        cut_share=mean("is_cut"),
         batch_size=batch_size,
-        seconds=seconds / number,
-        flops=sum(flops for flops, _ in work) / number,
-        bytes_per_token=sum(num_bytes for _, num_bytes in work) / max(decoded, 1),
+        seconds=seconds / len(problems),
+        flops=mean("flops"),
+        bytes_per_token=mean("decoded_bytes") / max(mean("decode_steps"), 1 / len(problems)),
+        weight_bytes=mean("weight_bytes"),
+        by_difficulty=any(isinstance(phase.size, ByDifficulty) for phase in plan.phases),
     )
 
 
@@ -148,11 +240,11 @@ def _warm_up(model: PreTrainedModel) -> None:
         model(input_ids=torch.zeros(1, 2, dtype=torch.long, device=model.device))
 
 
-def _score(problems: Sequence[Problem], generations: Sequence[Generation]) -> dict[str, Any]:
+def _score(problems: Sequence[Problem], outcomes: Sequence[Outcome]) -> dict[str, Any]:
     """Accuracy per task, its mean over tasks, and the standard error of that mean."""
     right: dict[str, list[bool]] = defaultdict(list)
-    for problem, generation in zip(problems, generations, strict=True):
-        right[problem.task].append(is_correct(problem, generation.answer))
+    for problem, outcome in zip(problems, outcomes, strict=True):
+        right[problem.task].append(outcome.is_right)
     per_task = {task: sum(marks) / len(marks) for task, marks in right.items()}
     variance = sum(p * (1 - p) / len(right[task]) for task, p in per_task.items())
     return {
@@ -163,10 +255,9 @@ def _score(problems: Sequence[Problem], generations: Sequence[Generation]) -> di
 
 
 def _was_cut(generation: Generation) -> bool:
-    thinking = generation.phase(THINKING)
-    return thinking is not None and thinking.ended in CUT
+    trace = [phase for phase in generation.phases if phase.name == THINKING]
+    return bool(trace) and trace[-1].ended in CUT
 
 
-def _mean_tokens(generations: Iterable[Generation], name: str) -> float:
-    phases = [generation.phase(name) for generation in generations]
-    return sum(phase.tokens for phase in phases if phase is not None) / len(phases)
+def _num_tokens(generation: Generation, name: str) -> int:
+    return sum(phase.tokens for phase in generation.phases if phase.name == name)

@@ -1,4 +1,4 @@
-"""One size decoding a batch of rows, one token per row and step; rows that are done may leave.
+"""One size decoding a batch of rows, one token per row and step; rows may join and leave.
 
 Knows transformers models, caches and logits; nothing of phases and budgets. Rows are padded on the
 left, so that the next token of every row stands in the last column. B rows, T tokens, V vocabulary.
@@ -6,58 +6,132 @@ left, so that the next token of every row stands in the last column. B rows, T t
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from typing import cast
+from dataclasses import dataclass
 
 import torch
 from transformers import DynamicCache, PreTrainedModel
 
+from star_elastic.errors import ConfigError
+from star_elastic.generate.caches import (
+    RowCache,
+    count_bytes,
+    join_caches,
+    select_rows,
+    stack_rows,
+    take_row,
+)
+
+Ids = Sequence[int]
+
 
 class BatchDecoder:
-    """A prefilled batch with its cache; `logits_BV` (fp32) predict each row's next token.
+    """Rows that one model reads and continues; `logits_BV` (fp32) predict each row's next token.
 
-    `room` is the largest number of steps that will follow. Memory beyond the model is that of the
-    cache alone.
+    `lengths` are the tokens that each row has read. Memory beyond the model is that of the caches.
     """
 
-    def __init__(self, model: PreTrainedModel, rows: Sequence[Sequence[int]], *, room: int):
+    def __init__(self, model: PreTrainedModel):
         self.model = model
         self.device = model.device
-        longest = max(map(len, rows))
-        ids_BT = torch.zeros(len(rows), longest, dtype=torch.long)
-        mask_BT = torch.zeros(len(rows), longest + room, dtype=torch.long)
-        for row, ids in enumerate(rows):
-            ids_BT[row, longest - len(ids) :] = torch.tensor(ids)
-            mask_BT[row, longest - len(ids) :] = 1
-        self._mask_BT = mask_BT.to(self.device)
-        self._columns = longest
+        self.lengths: list[int] = []
+        self.logits_BV = torch.zeros(0, model.config.vocab_size, device=self.device)
         self._cache = DynamicCache(config=model.config)
-        self._lengths_B = self._mask_BT[:, :longest].sum(-1)
-        positions_BT = (self._mask_BT[:, :longest].cumsum(-1) - 1).clamp(min=0)
-        self.logits_BV = self._forward(ids_BT.to(self.device), positions_BT)
+        self._columns = 0
 
-    def step(self, tokens: Sequence[int]) -> None:
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory of the rows' caches, padding included."""
+        return count_bytes(self._cache)
+
+    def prefill(self, rows: Sequence[Ids]) -> None:
+        """Adds rows that begin with these tokens, read all at once."""
+        lengths = list(map(len, rows))
+        longest = max(lengths)
+        ids_BT = torch.tensor([[0] * (longest - len(ids)) + list(ids) for ids in rows])
+        cache = DynamicCache(config=self.model.config)
+        self._join(cache, lengths, self._forward(cache, ids_BT, lengths, longest))
+
+    def resume(self, rows: Sequence[tuple[RowCache, int, Ids]]) -> None:
+        """Adds rows of which a cache remembers a number of tokens, and which read these after them.
+
+        Rows with different numbers of tokens to read are read in rounds of as many as all that are
+        left still have, because padding inside a row would change its Mamba state.
+        """
+        model = self.model
+        lengths = [length for _, length, _ in rows]
+        unread = [list(ids) for _, _, ids in rows]
+        cache = stack_rows([row for row, _, _ in rows], model.config)
+        left, done = list(range(len(rows))), {}
+        while left:
+            num = min(len(unread[row]) for row in left)
+            ids_BT = torch.tensor([unread[row][:num] for row in left])
+            for row in left:
+                lengths[row] += num
+                del unread[row][:num]
+            own = [lengths[row] for row in left]
+            logits_BV = self._forward(cache, ids_BT, own, max(own))
+            if len(left) == len(rows) and not any(unread):
+                return self._join(cache, lengths, logits_BV)
+            done |= {
+                row: (take_row(cache, place, lengths[row]), logits_BV[place])
+                for place, row in enumerate(left)
+                if not unread[row]
+            }
+            staying = [place for place, row in enumerate(left) if unread[row]]
+            left = [left[place] for place in staying]
+            if left:
+                select_rows(cache, staying, max(lengths[row] for row in left))
+        ended = [done[row] for row in range(len(rows))]
+        cache = stack_rows([row for row, _ in ended], model.config)
+        return self._join(cache, lengths, torch.stack([logits for _, logits in ended]))
+
+    def step(self, tokens: Ids) -> None:
         """Feeds one token to every row."""
-        ids_B1 = torch.tensor(tokens, device=self.device)[:, None]
+        self.lengths = [length + 1 for length in self.lengths]
         self._columns += 1
-        self.logits_BV = self._forward(ids_B1, self._lengths_B[:, None])
-        self._lengths_B = self._lengths_B + 1
+        ids_B1 = torch.tensor(tokens)[:, None]
+        self.logits_BV = self._forward(self._cache, ids_B1, self.lengths, self._columns)
+
+    def take(self, row: int) -> RowCache:
+        """A copy of what the model remembers of a row."""
+        return take_row(self._cache, row, self.lengths[row])
 
     def keep(self, rows: Sequence[int]) -> None:
         """Drops all rows but these, with their part of the cache."""
-        index = torch.tensor(rows, device=self.device)
-        # The one selection over the batch that every kind of cache layer implements.
-        self._cache.reorder_cache(cast(torch.LongTensor, index))
-        self._mask_BT = self._mask_BT[index]
-        self._lengths_B = self._lengths_B[index]
-        self.logits_BV = self.logits_BV[index]
+        self.lengths = [self.lengths[row] for row in rows]
+        self.logits_BV = self.logits_BV[torch.tensor(rows, dtype=torch.long, device=self.device)]
+        if rows:
+            self._columns = max(self.lengths)
+            select_rows(self._cache, rows, self._columns)
+        else:
+            self._cache, self._columns = DynamicCache(config=self.model.config), 0
 
-    def _forward(self, ids_BT: torch.Tensor, positions_BT: torch.Tensor) -> torch.Tensor:
+    def _join(self, cache: DynamicCache, lengths: list[int], logits_BV: torch.Tensor) -> None:
+        """Puts rows beside those that are there."""
+        if self.lengths:
+            cache = join_caches([self._cache, cache], self.model.config)
+            logits_BV = torch.cat([self.logits_BV, logits_BV])
+        self._cache, self.logits_BV = cache, logits_BV
+        self.lengths = [*self.lengths, *lengths]
+        self._columns = max(self.lengths)
+
+    def _forward(
+        self, cache: DynamicCache, ids_BT: torch.Tensor, lengths: Sequence[int], columns: int
+    ) -> torch.Tensor:
+        """Reads tokens, with which the rows are `lengths` long; returns logits (B, V)."""
+        lengths_B1 = torch.tensor(lengths)[:, None]
+        places_BT = torch.arange(columns) - (columns - lengths_B1)
+        padded = bool((lengths_B1 != columns).any())
         output = self.model(
-            input_ids=ids_BT,
-            attention_mask=self._mask_BT[:, : self._columns],
-            position_ids=positions_BT,
-            past_key_values=self._cache,
+            input_ids=ids_BT.to(self.device),
+            attention_mask=(places_BT >= 0).long().to(self.device) if padded else None,
+            position_ids=places_BT[:, -ids_BT.shape[1] :].clamp(min=0).to(self.device),
+            past_key_values=cache,
             use_cache=True,
             logits_to_keep=1,
         )
@@ -75,18 +149,46 @@ def pads_exactly(model: PreTrainedModel) -> bool:
     return not (has_mamba and getattr(config, "use_bias", False))
 
 
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How tokens are chosen: the likeliest at `temperature` 0, else drawn; with `top_p` < 1 only
+    from the likeliest that hold this much probability together. Raises ConfigError."""
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.temperature, (int, float)) or not 0 <= self.temperature < math.inf:
+            raise ConfigError(
+                f"temperature={self.temperature!r} is not a number of 0 or more; use 0"
+            )
+        if not isinstance(self.top_p, (int, float)) or not 0 < self.top_p <= 1:
+            raise ConfigError(f"top_p={self.top_p!r} is not in (0, 1]; use 1")
+
+
 def choose_tokens(
-    logits_BV: torch.Tensor, *, temperature: float, generators: Sequence[torch.Generator]
+    logits_BV: torch.Tensor, sampling: Sampling, generators: Sequence[torch.Generator]
 ) -> list[int]:
-    """The next token of every row: the likeliest at temperature 0, else drawn.
+    """The next token of every row.
 
     Each row draws one number from its own generator and inverts the cumulative distribution with
     it, so that a row's draws do not depend on the batch it is in.
     """
-    if temperature == 0:
+    if sampling.temperature == 0:
         return logits_BV.argmax(-1).tolist()
-    cumulative_BV = (logits_BV.double() / temperature).softmax(-1).cumsum(-1)
+    probs_BV = (logits_BV.double() / sampling.temperature).softmax(-1)
+    if sampling.top_p < 1:
+        ranked_BV, order_BV = torch.sort(probs_BV, dim=-1, descending=True, stable=True)
+        before_BV = ranked_BV.cumsum(-1) - ranked_BV
+        probs_BV = probs_BV.scatter(-1, order_BV, ranked_BV * (before_BV < sampling.top_p))
+    cumulative_BV = probs_BV.cumsum(-1)
     drawn = [torch.rand(1, dtype=torch.float64, generator=own) for own in generators]
     drawn_B1 = torch.stack(drawn).to(logits_BV.device) * cumulative_BV[:, -1:]
     index_B1 = torch.searchsorted(cumulative_BV, drawn_B1, right=True)
     return index_B1.clamp(max=logits_BV.shape[-1] - 1)[:, 0].tolist()
+
+
+def entropies(logits_BV: torch.Tensor) -> list[float]:
+    """Entropy of every row's next-token distribution, in nats."""
+    log_probs_BV = logits_BV.double().log_softmax(-1)
+    return (-(log_probs_BV.exp() * log_probs_BV).sum(-1)).tolist()

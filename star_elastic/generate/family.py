@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -13,10 +14,20 @@ from star_elastic.cost import Cost, CostModel, Workload
 from star_elastic.errors import ConfigError
 from star_elastic.families import family_of, read_config
 from star_elastic.families.base import Config
+from star_elastic.generate.caches import HandOver
 from star_elastic.generate.phased import DEFAULT_BATCH_SIZE, PhasedGenerator
-from star_elastic.generate.phases import DEFAULT_GRACE, DEFAULT_MAX_NEW_TOKENS, Generation, Plan
+from star_elastic.generate.phases import (
+    DEFAULT_GRACE,
+    DEFAULT_MAX_NEW_TOKENS,
+    ByDifficulty,
+    Generation,
+    Plan,
+    Switch,
+    think_and_answer,
+)
 from star_elastic.generate.prompts import Prompt
 from star_elastic.manifest import Manifest, Size, load_manifest
+from star_elastic.nesting.resident import ResidentBytes, count_resident, nest_in_place
 from star_elastic.nesting.submodel import build_submodel, load_parent, load_tokenizer
 from star_elastic.router.files import widths_for
 
@@ -26,8 +37,9 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 class ElasticFamily(Mapping[str, PreTrainedModel]):
     """The sizes of an elastic checkpoint by name, from the largest to the smallest.
 
-    `family["small"]` is a plain transformers model in evaluation mode whose parameters are views
-    of the one copy wherever a view can express the slice; it is built on first use and kept.
+    `family["small"]` is a transformers model in evaluation mode whose parameters are views of the
+    one copy, but for vectors and small tensors that are cut inside groups; it is built on first use
+    and kept.
     """
 
     def __init__(self, path: Path, parent: PreTrainedModel, config: Config, manifest: Manifest):
@@ -77,6 +89,21 @@ class ElasticFamily(Mapping[str, PreTrainedModel]):
             self.manifest.size(size).widths
         )
 
+    def resident_bytes(self) -> ResidentBytes:
+        """Memory of the weights: of the shared copy, and of each size built so far beside it."""
+        return count_resident(self.parent, self._models)
+
+    def is_cache_compatible(self, *sizes: str) -> bool:
+        """Whether caches of these sizes (all if none is named) have one shape: the same layers that
+        remember something, with the same KV and Mamba heads."""
+        shapes = set()
+        for size in sizes or self:
+            widths = self.manifest.size(size).widths
+            kept = self.axis_map.kept_layers(widths)
+            states = [state for state in self.axis_map.states if state.layer in kept]
+            shapes.add(tuple((s.layer, s.name, self.axis_map.shape(s, widths)) for s in states))
+        return len(shapes) == 1
+
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The checkpoint's tokenizer. Raises CheckpointError if it has none."""
@@ -85,37 +112,63 @@ class ElasticFamily(Mapping[str, PreTrainedModel]):
     @cached_property
     def generator(self) -> PhasedGenerator:
         """The phased generation of this family, for plans of one's own."""
-        return PhasedGenerator(self, self.tokenizer, self.table.end_of_thinking)
+        return PhasedGenerator(self, self.tokenizer, self.table.end_of_thinking, self._hand_over)
+
+    def plan(
+        self,
+        think: str | ByDifficulty | None = None,
+        answer: str | ByDifficulty | None = None,
+        *,
+        thinking_budget: int | None = None,
+        grace: int = DEFAULT_GRACE,
+        max_new_tokens: int = DEFAULT_MAX_NEW_TOKENS,
+        switch: Switch = "reprefill",
+        stop: Sequence[str] = (),
+    ) -> Plan:
+        """A plan to think and answer, see `think_and_answer`. A size that is not named is the one
+        that is; if none is, the largest does both. Raises ConfigError for unknown sizes."""
+        largest = next(iter(self.sizes))
+        for size in (think, answer):
+            if isinstance(size, str):
+                self.generator.model(size)
+        return think_and_answer(
+            think or answer or largest,
+            answer or think or largest,
+            thinking_budget=thinking_budget,
+            grace=grace,
+            max_new_tokens=max_new_tokens,
+            switch=switch,
+            stop=stop,
+        )
 
     def generate(
         self,
         prompts: Prompt | list[Prompt],
         *,
-        think: str | None = None,
-        answer: str | None = None,
-        thinking_budget: int | None = None,
-        grace: int = DEFAULT_GRACE,
-        max_new_tokens: int = DEFAULT_MAX_NEW_TOKENS,
         temperature: float = 0.0,
+        top_p: float = 1.0,
         seed: int = 0,
         batch_size: int = DEFAULT_BATCH_SIZE,
+        **plan: Any,
     ) -> list[Generation]:
         """Thinks with one size and answers with another; one result per prompt.
 
-        A size that is not named is the one that is; if none is, the largest does both. See `Plan`
-        for the budgets and `PhasedGenerator.generate` for sampling and errors.
+        Takes the arguments of `plan` beside those of the sampling, see `PhasedGenerator.generate`;
+        `generator` takes plans of any phases, and streams tokens.
         """
-        largest = next(iter(self.sizes))
-        plan = Plan(
-            think=think or answer or largest,
-            answer=answer or think or largest,
-            thinking_budget=thinking_budget,
-            grace=grace,
-            max_new_tokens=max_new_tokens,
-        )
         return self.generator.generate(
-            prompts, plan, temperature=temperature, seed=seed, batch_size=batch_size
+            prompts,
+            self.plan(**plan),
+            temperature=temperature,
+            top_p=top_p,
+            seed=seed,
+            batch_size=batch_size,
         )
+
+    def _hand_over(self, giver: str, taker: str) -> HandOver:
+        """How the cache of one size becomes that of another."""
+        widths = [self.manifest.size(size).widths for size in (giver, taker)]
+        return HandOver(self.axis_map, *widths)
 
 
 def load(
@@ -131,6 +184,8 @@ def load(
         raise ConfigError(f"dtype={dtype!r} is not supported; use {', '.join(DTYPES)}")
     path = Path(path)
     config = read_config(path)
-    manifest = load_manifest(path, family_of(config).axis_map(config))
+    axis_map = family_of(config).axis_map(config)
+    manifest = load_manifest(path, axis_map)
     parent, config = load_parent(path, kinds[dtype], device)
+    nest_in_place(parent, axis_map, [size.widths for size in manifest.sizes.values()])
     return ElasticFamily(path, parent, config, manifest)

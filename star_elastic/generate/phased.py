@@ -1,17 +1,18 @@
-"""Thinking and answering in batches: budgets, injected ends of thinking, hand-over between sizes.
+"""Generation through the phases of a plan, in batches: one size writes, then another, to the token.
 
-If one size does both, all sequences go through one loop, and an injected end of thinking is read
-like any other token. If two sizes share the work, sequences leave the thinking size as their traces
-end; when the last one has, the answering size reads prompt, trace and end of thinking anew, which
-is exact.
+Sequences of a batch move from size to size as their phases end, each by itself. The size that most
+of them wait for works until it is done with all of them, then the next does; so sizes take turns,
+and no sequence waits for others inside a turn of its own.
 """
 
 from __future__ import annotations
 
 import hashlib
 import math
+import sys
 import time
-from collections.abc import Iterable, Mapping
+from collections import Counter
+from collections.abc import Generator, Iterable, Iterator, Mapping
 from collections.abc import Sequence as ListOf
 from typing import cast
 
@@ -19,10 +20,11 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from star_elastic.errors import BudgetError, ConfigError
-from star_elastic.generate.decode import BatchDecoder, choose_tokens, pads_exactly
-from star_elastic.generate.phases import ANSWERING, THINKING, Generation, Plan
-from star_elastic.generate.prompts import Prompt, ThinkingTags
-from star_elastic.generate.sequence import DONE, Rules, Sequence
+from star_elastic.generate.decode import Sampling, pads_exactly
+from star_elastic.generate.desk import Desk, HandOvers
+from star_elastic.generate.phases import ANSWERING, THINKING, Generation, Plan, Token
+from star_elastic.generate.prompts import Prompt, TextStream, ThinkingTags
+from star_elastic.generate.sequence import Rules, Sequence
 
 DEFAULT_BATCH_SIZE = 64
 
@@ -33,13 +35,21 @@ class PhasedGenerator:
     """Generates with any of several models that share a tokenizer, such as the sizes of a family.
 
     `models` may build its models on access. `end_of_thinking` is the text injected when a budget
-    is used up. The models' own `max_position_embeddings` bounds prompt and new tokens.
+    is used up. `hand_over` makes one size's cache another's, where the models are sizes of one
+    family. The models' own `max_position_embeddings` bounds prompt and new tokens.
     """
 
-    def __init__(self, models: Models, tokenizer: PreTrainedTokenizerBase, end_of_thinking: str):
+    def __init__(
+        self,
+        models: Models,
+        tokenizer: PreTrainedTokenizerBase,
+        end_of_thinking: str,
+        hand_over: HandOvers | None = None,
+    ):
         self.models = models
         self.tokenizer = tokenizer
         self.tags = ThinkingTags(tokenizer, end_of_thinking)
+        self._hand_over = hand_over
 
     def generate(
         self,
@@ -47,57 +57,137 @@ class PhasedGenerator:
         plan: Plan,
         *,
         temperature: float = 0.0,
+        top_p: float = 1.0,
         seed: int = 0,
         batch_size: int = DEFAULT_BATCH_SIZE,
+        compare: bool = False,
     ) -> list[Generation]:
         """One result per prompt, in their order. Prompts are batched with others of like length.
 
         At temperature 0 the likeliest token is taken; otherwise prompt number i draws from a
-        generator of its own, seeded by (seed, i), so that batching changes no draw. Raises
-        ConfigError for unknown sizes and unreadable prompts, BudgetError for tokens that do not
-        fit, before any work starts.
+        generator of its own, seeded by (seed, i), so that batching changes no draw. `compare`
+        measures how far caches that are handed over diverge from exact ones, which reads every such
+        sequence anew. Raises ConfigError for unknown sizes and unreadable prompts, BudgetError for
+        tokens that do not fit, before any work starts.
         """
-        _check_sampling(temperature, batch_size)
-        models = {size: self.model(size) for size in (plan.think, plan.answer)}
-        if plan.thinking_budget:
-            plan.require_room(self.tags.max_closing)
-        rules = Rules(plan, self.tags, self._end_of_turn(models[plan.answer]))
+        sampling = Sampling(temperature, top_p)
+        work = self._run(prompts, plan, sampling, seed, batch_size, compare=compare)
+        done = {s.index: result for s, result in work if isinstance(result, Generation)}
+        return [done[index] for index in sorted(done)]
+
+    def stream(
+        self,
+        prompts: Prompt | ListOf[Prompt],
+        plan: Plan,
+        *,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        seed: int = 0,
+        batch_size: int = DEFAULT_BATCH_SIZE,
+    ) -> Iterator[Token | Generation]:
+        """The same token by token, as they are written; a prompt's result follows its last token.
+
+        Closing the iterator ends the work.
+        """
+        sampling = Sampling(temperature, top_p)
+        work = self._run(prompts, plan, sampling, seed, batch_size)
+        return self._tokens(work, plan.stop)
+
+    def _tokens(self, work: Iterable[Event], stops: ListOf[str]) -> Iterator[Token | Generation]:
+        """The events of a run as tokens with their text."""
+        writing: dict[int, tuple[int, TextStream]] = {}
+        for sequence, event in work:
+            if isinstance(event, Generation):
+                yield event
+                continue
+            for place in range(len(sequence.writers) - event, len(sequence.writers)):
+                part = next(i for i, p in enumerate(sequence.parts) if place in _range(p))
+                before, text = writing.get(sequence.index, (None, None))
+                written = ""
+                if text is None or before != part:
+                    # Trace and answer are texts of their own, each with its stop strings.
+                    written = text.flush() if text else ""
+                    text = TextStream(self.tags.decode, stops if part != 1 else ())
+                    writing[sequence.index] = (part, text)
+                token = sequence.ids[sequence.num_prompt + place]
+                if token not in sequence.rules.end_of_turn:
+                    written += text.push(token)
+                if sequence.is_done and place == len(sequence.writers) - 1:
+                    written += text.flush()
+                phase = ANSWERING if part == 2 else THINKING
+                yield Token(sequence.index, token, written, sequence.writers[place], phase)
+
+    def _run(
+        self,
+        prompts: Prompt | ListOf[Prompt],
+        plan: Plan,
+        sampling: Sampling,
+        seed: int,
+        batch_size: int,
+        *,
+        compare: bool = False,
+    ) -> Iterator[Event]:
+        """Checks everything first, then yields what happens: each sequence with the number of its
+        newest tokens as they are written, and with its result once its batch is done."""
+        _check_batch_size(batch_size)
+        models = {size: self.model(size) for size in plan.sizes}
+        if plan.switch == "hand-over" and len(models) > 1 and self._hand_over is None:
+            raise ConfigError(
+                "these models are not sizes of one family, whose caches could be handed over; "
+                "use switch='reprefill' or 'catch-up'"
+            )
+        plan.require_room(self.tags.max_closing if plan.thinking_budget else 0)
+        rules = Rules(plan, self.tags, self._end_of_turn(models.values()))
         sequences = [
             self._open(index, prompt, rules, seed) for index, prompt in enumerate(_listed(prompts))
         ]
         _require_context(max(s.num_prompt for s in sequences), plan, models.values())
         if not all(map(pads_exactly, models.values())):
             batch_size = 1
-        results: dict[int, Generation] = {}
+        return self._batches(sequences, models, sampling, batch_size, compare)
+
+    def _batches(
+        self,
+        sequences: list[Sequence],
+        models: Models,
+        sampling: Sampling,
+        batch_size: int,
+        compare: bool,
+    ) -> Iterator[Event]:
         by_length = sorted(sequences, key=lambda sequence: sequence.num_prompt)
+        switch = sequences[0].rules.plan.switch
         for start in range(0, len(by_length), batch_size):
             batch = by_length[start : start + batch_size]
-            seconds = _run_batch(batch, plan, models, float(temperature))
-            results.update({sequence.index: sequence.result(seconds) for sequence in batch})
-        return [results[index] for index in range(len(sequences))]
+            desks = {
+                size: Desk(size, model, switch, compare=compare) for size, model in models.items()
+            }
+            seconds = yield from _run_batch(batch, desks, sampling, self._hand_over)
+            for sequence in batch:
+                yield sequence, sequence.result(seconds)
 
     def _open(self, index: int, prompt: Prompt, rules: Rules, seed: int) -> Sequence:
         """A prompt as a sequence at the start of its first phase."""
         plan = rules.plan
-        thinks = plan.thinking_budget != 0
-        encoded = self.tags.encode_prompt(prompt, thinking=thinks)
-        if thinks and not encoded.in_thinking:
-            if plan.thinking_budget is not None or plan.think != plan.answer:
+        encoded = self.tags.encode_prompt(prompt, thinking=plan.thinks)
+        first = 0
+        if plan.end_of_thinking is not None and not encoded.in_thinking:
+            trace = plan.phases[: plan.end_of_thinking + 1]
+            if len(plan.sizes) > 1 or any(phase.budget is not None for phase in trace):
                 raise ConfigError(
                     f"the prompt does not open {self.tags.open}, so there is no thinking to give "
                     "a budget or a size of its own; use one size and no budget, or open the tag"
                 )
-            thinks = False
+            first = plan.end_of_thinking + 1
         digest = hashlib.sha256(f"{seed}/{index}".encode()).digest()
         sequence = Sequence(
             rules=rules,
             index=index,
             ids=list(encoded.ids),
             num_prompt=len(encoded.ids),
-            phase=THINKING if thinks else ANSWERING,
             generator=torch.Generator().manual_seed(int.from_bytes(digest[:8], "big")),
+            phase=first,
         )
-        if encoded.in_thinking and not thinks:
+        if encoded.in_thinking and not plan.thinks:
             sequence.close_thinking()
         return sequence
 
@@ -109,61 +199,52 @@ class PhasedGenerator:
             )
         return self.models[size]
 
-    def _end_of_turn(self, model: PreTrainedModel) -> frozenset[int]:
-        """Token ids that end a turn: the tokenizer's and those of the model's own settings."""
-        settings = model.generation_config
-        ids = settings.eos_token_id if settings is not None else None
-        ids = ids if isinstance(ids, list) else [ids]
-        return frozenset(i for i in (*ids, self.tokenizer.eos_token_id) if isinstance(i, int))
+    def _end_of_turn(self, models: Iterable[PreTrainedModel]) -> frozenset[int]:
+        """Token ids that end a turn: the tokenizer's and those of the models' own settings."""
+        ends: list[object] = [self.tokenizer.eos_token_id]
+        for model in models:
+            settings = model.generation_config
+            ids = settings.eos_token_id if settings is not None else None
+            ends += ids if isinstance(ids, list) else [ids]
+        return frozenset(i for i in ends if isinstance(i, int))
 
 
-@torch.inference_mode()
+Event = tuple[Sequence, int | Generation]
+
+
+def _range(part: slice) -> range:
+    """The places of a part."""
+    return range(part.start, sys.maxsize if part.stop is None else part.stop)
+
+
 def _run_batch(
-    batch: list[Sequence], plan: Plan, models: Models, temperature: float
-) -> dict[str, float]:
-    """Both phases of a batch; returns the wall seconds of each."""
-    start = thought = time.perf_counter()
-    thinking = [sequence for sequence in batch if sequence.phase == THINKING]
-    if thinking and plan.think != plan.answer:
-        thought = _decode(thinking, models[plan.think], temperature, until=ANSWERING)
-    left = [sequence for sequence in batch if sequence.phase != DONE]
-    if left:
-        done_thinking = _decode(left, models[plan.answer], temperature, until=DONE)
-        if thinking and plan.think == plan.answer:
-            thought = done_thinking
-    return {THINKING: thought - start, ANSWERING: time.perf_counter() - thought}
+    batch: list[Sequence],
+    desks: Mapping[str, Desk],
+    sampling: Sampling,
+    hand_over: HandOvers | None,
+) -> Generator[tuple[Sequence, int], None, list[float]]:
+    """Runs sequences through all their phases; yields each with the number of its newest tokens.
 
-
-def _decode(
-    batch: list[Sequence], model: PreTrainedModel, temperature: float, *, until: str
-) -> float:
-    """Runs sequences on one model until each has reached the phase `until` or is done.
-
-    Returns the time at which the last of them had stopped thinking.
+    Returns the wall seconds of each phase, which lasts until the last sequence has left it.
     """
-    room = batch[0].rules.plan.max_new_tokens
-    decoder = BatchDecoder(model, [sequence.prefill() for sequence in batch], room=room)
-    rows, thought = list(batch), None
-    while True:
-        ready = [row for row, sequence in enumerate(rows) if sequence.wants_token]
-        if ready:
-            tokens = choose_tokens(
-                decoder.logits_BV if len(ready) == len(rows) else decoder.logits_BV[ready],
-                temperature=temperature,
-                generators=[rows[row].generator for row in ready],
-            )
-            for row, token in zip(ready, tokens, strict=True):
-                rows[row].accept(token)
-        if thought is None and all(sequence.phase != THINKING for sequence in rows):
-            thought = time.perf_counter()
-        busy = [row for row, sequence in enumerate(rows) if sequence.phase not in (until, DONE)]
-        if not busy:
-            assert thought is not None
-            return thought
-        if len(busy) < len(rows):  # dropping rows costs less than one step with idle ones
-            decoder.keep(busy)
-            rows = [rows[row] for row in busy]
-        decoder.step([sequence.read() for sequence in rows])
+    seconds = [0.0] * len(batch[0].rules.plan.phases)
+    last, phase = time.perf_counter(), min(s.phase for s in batch)
+    while waiting := Counter(s.size for s in batch if not s.is_done):
+        desk = desks[waiting.most_common(1)[0][0]]
+        with torch.inference_mode():
+            desk.seat([s for s in batch if not s.is_done and s.size == desk.size])
+        while desk.seated:
+            with torch.inference_mode():
+                written = desk.write(sampling)
+            now = time.perf_counter()
+            seconds[phase] += now - last
+            last, phase = now, min((s.phase for s in batch if not s.is_done), default=phase)
+            yield from written
+            with torch.inference_mode():
+                desk.leave(desks, hand_over)
+                if desk.seated:
+                    desk.read()
+    return seconds
 
 
 def _require_context(longest: int, plan: Plan, models: Iterable[PreTrainedModel]) -> None:
@@ -179,9 +260,7 @@ def _require_context(longest: int, plan: Plan, models: Iterable[PreTrainedModel]
         )
 
 
-def _check_sampling(temperature: float, batch_size: int) -> None:
-    if not isinstance(temperature, (int, float)) or not 0 <= temperature < math.inf:
-        raise ConfigError(f"temperature={temperature!r} is not a number of 0 or more; use 0")
+def _check_batch_size(batch_size: int) -> None:
     if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
         raise ConfigError(f"batch_size={batch_size!r} is not a whole number of 1 or more; use 64")
 

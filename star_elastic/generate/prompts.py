@@ -9,7 +9,7 @@ tag regardless, the end of thinking is injected at once.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from jinja2 import TemplateError
@@ -140,6 +140,56 @@ class ThinkingTags:
             ) from None
         assert isinstance(text, str), type(text)
         return text
+
+
+class TextStream:
+    """The text of tokens as they come, so that all pieces together are the text of all tokens.
+
+    A piece is held back while it might be half a character or the beginning of a stop string; what
+    follows a stop string is left out.
+    """
+
+    WINDOW = 8
+    """Tokens that are decoded anew with each new one: decoders look at what comes before."""
+
+    def __init__(self, decode: Callable[[Sequence[int]], str], stops: Sequence[str] = ()):
+        self._decode = decode
+        self._stops = stops
+        self._ids: list[int] = []
+        self._known = ""
+        self._held = ""
+        self._stopped = False
+
+    def push(self, token: int) -> str:
+        """The text that is certain now."""
+        self._ids.append(token)
+        text = self._decode(self._ids)
+        if self._stopped or text.endswith("\ufffd"):
+            return ""
+        self._held += text[len(self._known) :]
+        self._ids = self._ids[-self.WINDOW :]
+        self._known = self._decode(self._ids)
+        return self._release()
+
+    def flush(self) -> str:
+        """What is left at the end."""
+        if self._stopped:
+            return ""
+        rest = self._held + self._decode(self._ids)[len(self._known) :]
+        self._held = ""
+        return rest
+
+    def _release(self) -> str:
+        for stop in self._stops:
+            before, found, _ = self._held.partition(stop)
+            if found:
+                self._stopped = True
+                return before
+        starts = [stop[:n] for stop in self._stops for n in range(1, len(stop))]
+        held = max((len(start) for start in starts if self._held.endswith(start)), default=0)
+        certain = self._held[: len(self._held) - held]
+        self._held = self._held[len(certain) :]
+        return certain
 
 
 def _check_messages(messages: Sequence[Message]) -> None:

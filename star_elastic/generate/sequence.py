@@ -1,21 +1,29 @@
-"""One sequence under way: a state machine from thinking over answering to done.
+"""One sequence under way: a state machine through the phases of a plan.
 
-A sequence thinks until it closes its trace or its budget is used up; then it answers until it ends
-its turn. Knows tokens and rules; nothing of models, batches or caches.
+Knows tokens and rules; nothing of models, batches or caches.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Sequence as ListOf
 from dataclasses import dataclass, field
 
 import torch
 
-from star_elastic.generate.phases import ANSWERING, THINKING, Ended, Generation, PhaseResult, Plan
+from star_elastic.generate.phases import (
+    ANSWERING,
+    THINKING,
+    ByDifficulty,
+    Ended,
+    Generation,
+    Handed,
+    Phase,
+    PhaseResult,
+    Plan,
+    Read,
+)
 from star_elastic.generate.prompts import ThinkingTags
-
-DONE = "done"
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,124 +36,222 @@ class Rules:
 
 
 @dataclass(slots=True)
-class Sequence:
-    """`ids` are prompt and new tokens, of which the model at work has read the first `num_read`.
+class _Stretch:
+    """What happened in one phase."""
 
-    Tokens per phase: `written` by the model, `prefilled` and read in `steps` of one. `generator`
-    is the source of the sequence's draws.
+    by_size: Counter[str] = field(default_factory=Counter)
+    prefilled: int = 0
+    steps: int = 0
+    ended: Ended | None = None
+    handed: list[Handed] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class Sequence:
+    """`ids` are prompt and new tokens, `writers` who wrote each new one (None: injected).
+
+    `phase` is the number of the phase at hand (`is_done` after the last), `size` the size that is
+    to write the next token. `generator` is the source of the sequence's draws.
     """
 
     rules: Rules
     index: int
     ids: list[int]
     num_prompt: int
-    phase: str
     generator: torch.Generator
-    num_read: int = 0
+    phase: int = 0
+    size: str = ""
+    is_done: bool = False
+    writers: list[str | None] = field(default_factory=list)
+    num_trace: int | None = None
     num_closing: int = 0
-    written: Counter[str] = field(default_factory=Counter)
-    prefilled: Counter[str] = field(default_factory=Counter)
-    steps: Counter[str] = field(default_factory=Counter)
-    ended: dict[str, Ended] = field(default_factory=dict)
+    stop_string: str = ""
+    reads: list[Read] = field(default_factory=list)
+    cache_bytes: int = 0
+    _stretches: dict[int, _Stretch] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.enter(self.phase)
 
     @property
-    def wants_token(self) -> bool:
-        """Whether the model's next token is asked for (else injected tokens are still unread)."""
-        return self.num_read == len(self.ids)
+    def now(self) -> Phase:
+        """The phase at hand."""
+        return self.rules.plan.phases[self.phase]
 
-    def prefill(self) -> list[int]:
-        """All tokens so far, to be read at once."""
-        self.num_read = len(self.ids)
-        self.prefilled[self.phase] += self.num_read
-        return self.ids
+    @property
+    def is_thinking(self) -> bool:
+        """Whether the trace is open."""
+        return self._name(self.phase) == THINKING
 
-    def read(self) -> int:
-        """The next token to be read by itself."""
-        self.num_read += 1
-        self.steps[self.phase] += 1
-        return self.ids[self.num_read - 1]
+    @property
+    def parts(self) -> tuple[slice, slice, slice]:
+        """Where the new tokens are trace, end of thinking and answer."""
+        num_trace = self.num_trace
+        if num_trace is None:
+            num_trace = len(self.writers) if self.is_thinking else 0
+        answer = num_trace + self.num_closing
+        return slice(0, num_trace), slice(num_trace, answer), slice(answer, None)
+
+    @property
+    def looks(self) -> bool:
+        """Whether the next token's size is chosen by how sure the size at hand is."""
+        policy = self.now.size
+        if not isinstance(policy, ByDifficulty) or self.size != policy.small:
+            return False
+        return policy.look == "token" or self.rules.tags.ends_line(self.ids[-1])
+
+    def defer(self, entropy: float) -> bool:
+        """Leaves the rest of the line to the larger size if this one is unsure (nats)."""
+        policy = self.now.size
+        assert isinstance(policy, ByDifficulty), policy
+        if entropy > policy.threshold:
+            self.size = policy.large
+        return self.size == policy.large
+
+    def enter(self, phase: int) -> None:
+        """Begins a phase."""
+        self.phase = phase
+        self.size = self.now.sizes[0]
+        self._stretches[phase] = _Stretch()
+
+    def note_read(self, size: str, start: int, tokens: int, *, at_once: bool) -> None:
+        """Takes down what a size has read."""
+        stretch = self._stretches[self.phase]
+        if at_once:
+            stretch.prefilled += tokens
+        else:
+            stretch.steps += tokens
+            last = self.reads[-1] if self.reads else None
+            if last and (last.size, last.at_once) == (size, False):
+                self.reads[-1] = Read(size, last.start, last.tokens + tokens, False)
+                return
+        self.reads.append(Read(size, start, tokens, at_once))
+
+    def note_handed(self, handed: Handed) -> None:
+        """Takes down that a size has taken over."""
+        self._stretches[self.phase].handed.append(handed)
 
     def close_thinking(self) -> None:
         """Injects the end of thinking."""
         closing = self.rules.tags.closing_ids(self.ids)
         self.rules.plan.require_room(len(closing))
-        self.ids += closing
+        self.num_trace = len(self.writers)
         self.num_closing = len(closing)
+        self.ids += closing
+        self.writers += [None] * len(closing)
 
     def accept(self, token: int) -> None:
         """Takes the model's next token, or ends the phase instead."""
-        if self.phase == THINKING:
-            self._accept_thought(token)
-        else:
+        rules, end_of_thinking = self.rules, self.rules.plan.end_of_thinking
+        if self.is_thinking and (closing := self._count_closing(token)):
             self._write(token)
-            if token in self.rules.end_of_turn:
-                self._end("natural", then=DONE)
-        if self.phase != DONE and len(self.ids) - self.num_prompt >= self.rules.plan.max_new_tokens:
-            self._end("length", then=DONE)
-
-    def _accept_thought(self, token: int) -> None:
-        """A trace that its model closes right where the budget would cut it has ended naturally.
-
-        So the token after the last affordable one is looked at before it is thrown away.
-        """
-        tail = self.ids[max(self.num_prompt, len(self.ids) - self.rules.tags.max_close) :]
-        closing = self.rules.tags.count_closing([*tail, token])
-        if closing:
-            self.ids.append(token)
             self.num_closing = closing
-            self.written[THINKING] -= closing - 1
-            self._end("natural", then=ANSWERING)
-        elif cut := self._cut():
+            self.num_trace = len(self.writers) - closing
+            for size in self.writers[self.num_trace :]:
+                self._stretches[self.phase].by_size[str(size)] -= 1
+            assert end_of_thinking is not None
+            self._end("natural", then=end_of_thinking + 1)
+        elif self.phase == end_of_thinking and (cut := self._cut()):
+            # A trace that its model closes right where the budget would cut it has ended naturally.
+            # So the token after the last affordable one is looked at before it is thrown away.
             self.close_thinking()
-            self._end(cut, then=ANSWERING)
+            self._end(cut, then=self.phase + 1)
         else:
             self._write(token)
-            if token in self.rules.end_of_turn:
-                self._end("stopped", then=DONE)
+            if token in rules.end_of_turn:
+                self._finish("stopped" if self.is_thinking else "natural")
+            elif self._has_stop_string():
+                self._finish("stop_string")
+            elif self.now.until == "line" and rules.tags.ends_line(token):
+                self._end("natural", then=self.phase + 1)
+            elif self.phase != end_of_thinking and (cut := self._cut()):
+                self._end(cut, then=self.phase + 1)
+        if not self.is_done and len(self.writers) >= rules.plan.max_new_tokens:
+            self._finish("length")
+
+    def _count_closing(self, token: int) -> int:
+        """How many of the last tokens hold the closing tag if the model writes this one."""
+        tags = self.rules.tags
+        tail = self.ids[max(self.num_prompt, len(self.ids) - tags.max_close) :]
+        return tags.count_closing([*tail, token])
 
     def _cut(self) -> Ended | None:
-        """How the budget ends the trace as it stands, if it does."""
-        plan, written = self.rules.plan, self.written[THINKING]
-        if plan.thinking_budget is None or written < plan.thinking_budget:
+        """How the budget ends the phase as it stands, if it does."""
+        budget = self.now.budget
+        written = self._stretches[self.phase].by_size.total()
+        if budget is None or written < budget:
             return None
         if self.rules.tags.ends_line(self.ids[-1]):
             return "cut_at_newline"
-        return "cut" if written >= plan.thinking_budget + plan.grace else None
+        return "cut" if written >= budget + self.now.grace else None
+
+    def _has_stop_string(self) -> bool:
+        """Whether the trace or the answer, each by itself, has just come to a stop string."""
+        stops = self.rules.plan.stop
+        if not stops:
+            return False
+        part = 0 if self.is_thinking else 2
+        begin = self.num_prompt + self.parts[part].start
+        longest = 4 * max(map(len, stops))  # no token holds less than a byte
+        tail = self.rules.tags.decode(self.ids[max(begin, len(self.ids) - longest) :])
+        self.stop_string = next((stop for stop in stops if stop in tail), "")
+        return bool(self.stop_string)
 
     def _write(self, token: int) -> None:
         self.ids.append(token)
-        self.written[self.phase] += 1
+        self.writers.append(self.size)
+        self._stretches[self.phase].by_size[self.size] += 1
+        policy = self.now.size
+        if isinstance(policy, ByDifficulty) and self.rules.tags.ends_line(token):
+            self.size = policy.small
 
-    def _end(self, how: Ended, *, then: str) -> None:
-        self.ended[self.phase] = how
-        self.phase = then
+    def _end(self, how: Ended, *, then: int) -> None:
+        self._stretches[self.phase].ended = how
+        if then < len(self.rules.plan.phases):
+            self.enter(then)
+        else:
+            self.is_done = True
 
-    def result(self, seconds: Mapping[str, float]) -> Generation:
+    def _finish(self, how: Ended) -> None:
+        self._end(how, then=len(self.rules.plan.phases))
+
+    def _name(self, phase: int) -> str:
+        end = self.rules.plan.end_of_thinking
+        return THINKING if end is not None and phase <= end else ANSWERING
+
+    def result(self, seconds: ListOf[float]) -> Generation:
         """The finished sequence; `seconds` is the wall time of each phase of its batch."""
         plan, decode = self.rules.plan, self.rules.tags.decode
         new = self.ids[self.num_prompt :]
-        num_trace = self.written[THINKING]
-        answer_start = num_trace + self.num_closing
-        parts = (new[:num_trace], new[num_trace:answer_start], new[answer_start:])
+        parts = [new[part] for part in self.parts]
         texts = [decode([i for i in part if i not in self.rules.end_of_turn]) for part in parts]
-        sizes = {THINKING: plan.think, ANSWERING: plan.answer}
+        if self.stop_string:
+            last = 0 if self.is_thinking else 2
+            texts[last] = texts[last].partition(self.stop_string)[0]
+        phases = []
+        for number, stretch in self._stretches.items():
+            if stretch.ended is None:
+                continue
+            phases.append(PhaseResult(
+                name=self._name(number),
+                size=str(plan.phases[number].size),
+                tokens=stretch.by_size.total(),
+                by_size={size: count for size, count in stretch.by_size.items() if count},
+                seconds=seconds[number],
+                ended=stretch.ended,
+                prefill_tokens=stretch.prefilled,
+                decode_steps=stretch.steps,
+                handed=tuple(stretch.handed),
+            ))  # fmt: skip
         return Generation(
             text="".join(texts),
             thinking=texts[0].strip("\n"),
             answer=texts[2].strip("\n"),
             token_ids=tuple(new),
+            token_sizes=tuple(self.writers),
             prompt_tokens=self.num_prompt,
             closing_tokens=self.num_closing,
-            phases=tuple(
-                PhaseResult(
-                    name=phase,
-                    size=sizes[phase],
-                    tokens=self.written[phase],
-                    seconds=seconds[phase],
-                    ended=how,
-                    prefill_tokens=self.prefilled[phase],
-                    decode_steps=self.steps[phase],
-                )
-                for phase, how in self.ended.items()
-            ),
+            phases=tuple(phases),
+            reads=tuple(self.reads),
+            cache_bytes=self.cache_bytes,
         )

@@ -1,0 +1,136 @@
+"""A tiny elastic family of two sizes, with a tokenizer of single characters."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    NemotronHConfig,
+    PreTrainedTokenizerFast,
+)
+
+import star_elastic
+from star_elastic.families import family_of, read_config
+from star_elastic.generate.phases import Generation, Plan
+from star_elastic.generate.prompts import ThinkingTags
+from star_elastic.generate.sequence import Rules, Sequence
+from star_elastic.manifest import Manifest, Size, save_manifest
+from star_elastic.widths import Widths
+
+END = "\n</think>\n"
+TEMPLATE = (
+    "{%- for m in messages %}{{- '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}"
+    "{%- endfor %}{{- '<|im_start|>a\n' }}"
+    "{{- '<think>\n' if enable_thinking is not defined or enable_thinking else '<think></think>' }}"
+)
+ALWAYS_THINKS = TEMPLATE.replace("'<think></think>'", "'<think>\n'")
+LEAVES_TAG_TO_MODEL = TEMPLATE.replace("'<think>\n'", "''")
+NEVER_THINKS = LEAVES_TAG_TO_MODEL.replace("'<think></think>'", "''")
+PROMPTS = ["1+2", "30+41 =", "9", "5+5+5", "12+7+1", "8 8"]
+SEEDS = {"nemotron_h": 0, "llama": 2}
+"""Random models whose greedy traces end at different times."""
+WIDTHS = {
+    "nemotron_h": {"hidden": 16, "experts": 4, "expert_ffn": 16, "ssm_heads": 2},
+    "llama": {"hidden": 16, "ffn": 16, "heads": 2},
+}
+
+
+def make_tokenizer(template: str | None = TEMPLATE, *, tags: bool = True):
+    """One token per character and per tag: so few that every phase end occurs by chance."""
+    marks = ["<pad>", "<|im_start|>", "<|im_end|>", *(["<think>", "</think>"] if tags else [])]
+    vocab = {token: i for i, token in enumerate([*marks, *"\n 123456789+=?a</thinkuser>0"])}
+    vocab = {token: i for i, token in enumerate(dict.fromkeys(vocab))}
+    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="?"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    tokenizer.add_special_tokens(marks[:3])
+    tokenizer.add_tokens(marks[3:])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        eos_token="<|im_end|>",
+        chat_template=template,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def make_config(model_type: str, vocab_size: int, **changes):
+    """A tiny config with every kind of block; weights large enough for lively greedy text."""
+    shared = {
+        "vocab_size": vocab_size,
+        "hidden_size": 32,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "initializer_range": 0.4,
+        "max_position_embeddings": 384,
+        "tie_word_embeddings": False,
+        "eos_token_id": 2,
+    }
+    if model_type == "llama":
+        return LlamaConfig(**shared, intermediate_size=32, num_hidden_layers=2, **changes)
+    return NemotronHConfig(
+        **shared,
+        layers_block_type=["mamba", "moe", "attention", "mamba"],
+        intermediate_size=32,
+        mamba_num_heads=4,
+        mamba_head_dim=8,
+        n_groups=2,
+        ssm_state_size=8,
+        chunk_size=16,
+        n_routed_experts=8,
+        num_experts_per_tok=2,
+        moe_intermediate_size=32,
+        moe_shared_expert_intermediate_size=32,
+        rescale_prenorm_residual=False,
+        # transformers clamps time steps to this in prefill and not in decoding: out of the way
+        time_step_min=1e-9,
+        **changes,
+    )
+
+
+def make_model(config):
+    with torch.random.fork_rng():
+        torch.manual_seed(SEEDS[config.model_type])
+        return AutoModelForCausalLM.from_config(config).eval()
+
+
+@pytest.fixture(scope="module", params=list(WIDTHS))
+def tiny_checkpoint(request, tmp_path_factory):
+    """An elastic checkpoint with two sizes."""
+    path = tmp_path_factory.mktemp(request.param)
+    tokenizer = make_tokenizer()
+    make_model(make_config(request.param, len(tokenizer))).save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    axis_map = family_of(read_config(path)).axis_map(read_config(path))
+    small = axis_map.complete(Widths(WIDTHS[request.param]))
+    sizes = {"large": Size(axis_map.full), "small": Size(small)}
+    save_manifest(Manifest(request.param, {}, sizes), path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def family(tiny_checkpoint):
+    """Loaded once per module; sizes large and small."""
+    return star_elastic.load(tiny_checkpoint)
+
+
+TOKENIZER = make_tokenizer()
+TAGS = ThinkingTags(TOKENIZER, END)
+CLOSE = TOKENIZER.convert_tokens_to_ids("</think>")
+NEWLINE = TOKENIZER.convert_tokens_to_ids("\n")
+EOS = TOKENIZER.eos_token_id
+
+
+def play(tokens, plan: Plan) -> Generation:
+    """A sequence whose models want to write `tokens` (round and round)."""
+    rules = Rules(plan, TAGS, frozenset({EOS}))
+    sequence = Sequence(rules, 0, [5, 6, 7], 3, torch.Generator())
+    for step in range(1000):
+        sequence.accept(tokens[step % len(tokens)])
+        if sequence.is_done:
+            return sequence.result([1.0] * len(plan.phases))
+    raise AssertionError("the sequence does not end")
