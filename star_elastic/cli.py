@@ -6,23 +6,35 @@ line with nothing written. Heavy imports happen inside commands, so that --help 
 
 from __future__ import annotations
 
-import json
-import os
+import shlex
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
-from rich.progress import Progress as RichProgress
-from rich.table import Table
+from rich.text import Text
 
 from star_elastic.axes import LAYERS
-from star_elastic.errors import ConfigError, Interrupted, StarElasticError
+from star_elastic.errors import ConfigError
+from star_elastic.generate.phases import (
+    THINKING,
+    ByDifficulty,
+    Generation,
+    Plan,
+    Token,
+    parse_phases,
+)
+from star_elastic.terminal import (
+    Bars,
+    at_the_command_line,
+    is_first_rank,
+    print_json,
+    print_table,
+    run_and_show,
+)
 from star_elastic.widths import parse_widths
 
 app = typer.Typer(
@@ -32,60 +44,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
-STAGES = {
-    "rank": "Rank units", "rank layers": "Rank layers", "train": "Train sizes", "slice": "Slice",
-    "evaluate": "Evaluate", "latency": "Latency",
-}  # fmt: skip
-
-
-class Bars:
-    """Progress bars on stderr, one per stage."""
-
-    def __init__(self) -> None:
-        self._bars = RichProgress(
-            TextColumn("{task.description:12}"),
-            BarColumn(bar_width=24),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[note]}"),
-            console=Console(stderr=True),
-        )
-        self._task: Any = None
-
-    def __enter__(self) -> Bars:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._task is not None:
-            self._bars.stop()
-
-    def stage(self, name: str, total: int) -> None:
-        """Starts the bar of a stage; the display begins with the first one."""
-        self._bars.start()
-        self._task = self._bars.add_task(STAGES.get(name, name), total=total, note="")
-
-    def advance(self, done: int, note: str = "") -> None:
-        """Moves the bar of the current stage."""
-        self._bars.update(self._task, completed=done, note=note)
-
-
-def print_json(content: object) -> None:
-    """One JSON object on stdout."""
-    sys.stdout.write(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
-
-
-def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """A table on stdout; the first column is text, the others are numbers."""
-    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
-    for number, column in enumerate(columns):
-        table.add_column(column, justify="left" if number == 0 else "right", no_wrap=True)
-    for row in rows:
-        table.add_row(*row)
-    console = Console()
-    # A number cut short would be worse than a long line.
-    unlimited = console.options.update(max_width=1000)
-    console.width = max(console.width, console.measure(table, options=unlimited).maximum)
-    console.print(table)
 
 
 @app.command()
@@ -99,55 +57,6 @@ def demo(
     from star_elastic.demo import DEMO, run_recipe
 
     run_and_show(DEMO, out, as_json, run_recipe)
-
-
-def run_and_show(recipe: Any, out: Path, as_json: bool, run_recipe: Any) -> None:
-    """Runs a recipe with progress bars and prints its report."""
-    with Bars() as bars:
-        report = run_recipe(recipe, out, bars)
-    if as_json:
-        print_json(report)
-        return
-    show_report(report)
-    print(f"report: {out / 'report.json'}   plot: {out / 'pareto.png'}   family: {out}/run/elastic")
-
-
-def show_report(report: Mapping[str, Any]) -> None:
-    """The report's two tables: the sizes, and the ways to think and answer."""
-    parent = report["parent"]
-    rows = [
-        ["parent", millions(parent["active"]), millions(parent["total"]), "", "",
-         f"{parent['accuracy']:.1%} ± {parent['standard_error']:.1%}", "", ""]
-    ]  # fmt: skip
-    for name, size in report["sizes"].items():
-        untrained = size["untrained_accuracy"]
-        rows.append([
-            name,
-            f"{millions(size['active'])} {size['active_share']:.1%}",
-            f"{millions(size['total'])} {size['total_share']:.1%}",
-            f"{size['budget_miss']:.2%}",
-            f"{size['kl_to_parent']:.4f}",
-            f"{size['accuracy']:.1%} ± {size['standard_error']:.1%}",
-            f"{size['share_of_parent']:.1%}",
-            "" if untrained is None else f"{untrained:.1%}",
-        ])  # fmt: skip
-    columns = ["size", "active params", "total params", "off budget", "KL", "accuracy",
-               "of parent", "untrained"]  # fmt: skip
-    print_table("Sizes: thinking, held-out problems", columns, rows)
-    plans = [
-        [e["label"], f"{e['accuracy']:.1%}", f"{1e3 * e['seconds']:.1f}",
-         f"{e['flops'] / 1e6:,.0f}", f"{e['bytes_per_token'] / 1e6:.2f}",
-         f"{e['thinking_tokens']:.0f}", f"{e['cut_share']:.0%}"]
-        for e in sorted(report["evaluations"], key=lambda e: e["flops"])
-    ]  # fmt: skip
-    columns = ["thinks>answers@budget", "accuracy", "ms/problem", "MFLOP/problem", "MB/token",
-               "thinking tokens", "cut short"]  # fmt: skip
-    print_table("Ways to think and answer, cheapest first", columns, plans)
-
-
-def millions(count: float) -> str:
-    """`1.26M`."""
-    return f"{count / 1e6:.2f}M"
 
 
 @app.command()
@@ -240,16 +149,32 @@ def _require_new_file(out: Path) -> None:
 def latency(
     model: Annotated[Path, typer.Argument(help="Parent or elastic checkpoint, or config.json.")],
     out: Annotated[Path, typer.Option(help="Table to write (.json).")],
-    phase: Annotated[str, typer.Option(help="decode or prefill.")] = "decode",
-    batch: Annotated[int, typer.Option(help="Sequences at once.", min=1)] = 1,
-    context: Annotated[int, typer.Option(help="Tokens of context.", min=1)] = 256,
+    sizes: Annotated[
+        bool, typer.Option("--sizes", help="The named sizes themselves, prefill and decode.")
+    ] = False,
+    phase: Annotated[str, typer.Option(help="decode or prefill (not with --sizes).")] = "decode",
+    batch: Annotated[
+        list[int] | None, typer.Option(help="Sequences at once; with --sizes several.", min=1)
+    ] = None,
+    context: Annotated[
+        list[int] | None, typer.Option(help="Tokens of context; with --sizes several.", min=1)
+    ] = None,
     dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
     seconds: Annotated[float, typer.Option(help="Time to measure for.", min=0)] = 60.0,
     as_json: AsJson = False,
 ) -> None:
-    """Measures on this machine what widths cost in milliseconds per token, for `ms` budgets."""
+    """Measures on this machine what any widths cost in milliseconds per token, for `ms` budgets.
+
+    With --sizes, what the sizes of an elastic checkpoint take, at every batch and context named.
+    """
     # Mistakes first: what follows may take minutes.
     _require_new_file(out)
+    batches, contexts = batch or [1], context or [256]
+    if sizes:
+        _size_latency(model, out, batches, contexts, dtype, seconds, as_json)
+        return
+    if len(batches) > 1 or len(contexts) > 1:
+        raise ConfigError("a table holds one batch and one context; name one, or use --sizes")
     from star_elastic.families import family_of, read_config
     from star_elastic.manifest import FILE_NAME, load_manifest
 
@@ -267,7 +192,7 @@ def latency(
         raise ConfigError(f"dtype={dtype!r} is unknown; use {' or '.join(dtypes)}")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     setting = Setting(
-        phase=phase, batch=batch, context=context, dtype=dtypes[dtype], device=device,
+        phase=phase, batch=batches[0], context=contexts[0], dtype=dtypes[dtype], device=device,
         seconds=seconds,
     )  # fmt: skip
     with Bars() as bars:
@@ -298,9 +223,40 @@ def latency(
     ]  # fmt: skip
     print_table("ms per token at held-out widths", ["predicted", "measured", "error", *axes], rows)
     print(
-        f"{out}: {full:.3f} ms per token at full width ({phase}, batch {batch}, context {context}, "
-        f"{dtype})\non {table.machine.device}, {table.machine.threads} threads"
+        f"{out}: {full:.3f} ms per token at full width ({phase}, batch {batches[0]}, "
+        f"context {contexts[0]}, {dtype})\non {table.machine.device}, {table.machine.threads} threads"
     )
+
+
+def _size_latency(
+    elastic: Path, out: Path, batches: list[int], contexts: list[int], dtype: str, seconds: float,
+    as_json: bool,
+) -> None:  # fmt: skip
+    """Measures the sizes of an elastic checkpoint, writes and prints their times."""
+    import torch
+
+    from star_elastic.checkpoint import write_json
+    from star_elastic.evaluate.size_latency import describe_machine, measure_sizes
+    from star_elastic.generate.family import load
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    family = load(elastic, dtype=dtype, device=device)
+    with Bars() as bars:
+        times = measure_sizes(dict(family), batches, contexts, seconds=seconds, progress=bars)
+    machine = describe_machine(family.parent.dtype, device)
+    result = {"machine": machine, "dtype": dtype, "sizes": [row.to_json() for row in times]}
+    write_json(out, result)
+    if as_json:
+        print_json({"table": str(out), **result})
+        return
+    rows = [
+        [row.size, str(row.batch), f"{row.context:,}", f"{row.prefill_ms:,.2f}",
+         f"{row.decode_ms:,.2f}", f"{1e3 * row.batch / row.decode_ms:,.0f}"]
+        for row in times
+    ]  # fmt: skip
+    columns = ["size", "batch", "context", "prefill ms", "decode ms", "decoded tokens/s"]
+    print_table(f"{machine['device']}, {machine['threads']} threads, {dtype}", columns, rows)
+    print(out)
 
 
 @app.command()
@@ -318,7 +274,7 @@ def train(
         result = run_training(config, resume=resume, progress=bars)
     summary = {"elastic": str(result.elastic), "steps": result.steps,
                "tokens": result.tokens, "seconds": result.seconds}  # fmt: skip
-    if _is_first_rank():
+    if is_first_rank():
         print_json(summary) if as_json else print(
             f"{result.elastic}: {result.steps} steps, {result.tokens:,} tokens"
         )
@@ -431,79 +387,153 @@ def generate(
     answer: Annotated[str, typer.Option(help="The size that answers.")] = "",
     thinking_budget: Annotated[int | None, typer.Option(help="Tokens of thinking.")] = None,
     grace: Annotated[int, typer.Option(help="Tokens to finish the line at the budget.")] = 32,
+    unsure: Annotated[
+        float | None,
+        typer.Option(help="Entropy (nats) from which the answering size helps the thinking one."),
+    ] = None,
+    phases: Annotated[
+        str, typer.Option(help="Or any phases: large:budget:16,small:end_of_thinking:64,large.")
+    ] = "",
+    switch: Annotated[str, typer.Option(help="reprefill, catch-up or hand-over.")] = "reprefill",
     max_new_tokens: Annotated[int, typer.Option(help="Tokens in all.")] = 256,
+    stop: Annotated[list[str] | None, typer.Option(help="Ends the text; may be repeated.")] = None,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
+    top_p: Annotated[float, typer.Option(help="Draw from the likeliest that hold this much.")] = 1,
     seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
+    stream: Annotated[bool, typer.Option("--stream", help="Print tokens as they come.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Elastic budget control: one size thinks, another answers."""
+    named = bool(size), bool(think or answer or unsure is not None), bool(phases)
+    if sum(named) > 1:
+        raise ConfigError(
+            "--size is one size for all, --think and --answer are two, --phases any; use one way"
+        )
+    if stream and as_json:
+        raise ConfigError("--stream prints tokens and --json one object; use one of them")
+    if unsure is not None and not (think and answer):
+        raise ConfigError("--unsure needs --think (the smaller size) and --answer (the larger)")
     from star_elastic.generate.family import load
 
-    if size and (think or answer):
-        raise ConfigError("--size names one size for both phases; leave out --think and --answer")
+    own = {"max_new_tokens": max_new_tokens, "switch": switch, "stop": tuple(stop or ())}
     family = load(elastic)
-    (result,) = family.generate(
-        [prompt], think=(think or size) or None, answer=(answer or size) or None,
-        thinking_budget=thinking_budget, grace=grace, max_new_tokens=max_new_tokens,
-        temperature=temperature, seed=seed,
-    )  # fmt: skip
+    if phases:
+        plan = Plan(parse_phases(phases), **own)
+    else:
+        thinks: Any = think or size or None
+        if unsure is not None:
+            thinks = ByDifficulty(small=think, large=answer, threshold=unsure)
+        plan = family.plan(
+            thinks, answer or size or None, thinking_budget=thinking_budget, grace=grace, **own
+        )
+    sampling = {"temperature": temperature, "top_p": top_p, "seed": seed}
+    console = Console()
+    if stream:
+        events = family.generator.stream([prompt], plan, **sampling)
+        result = _print_stream(events, console, list(family))
+    else:
+        (result,) = family.generator.generate([prompt], plan, **sampling)
     if as_json:
         print_json(result.to_json())
         return
-    console = Console()
-    if result.thinking:
-        console.print(result.thinking, style="dim", markup=False, highlight=False)
-    console.print(result.answer, markup=False, highlight=False)
+    if not stream:
+        if result.thinking:
+            console.print(result.thinking, style="dim", markup=False, highlight=False)
+        console.print(result.answer, markup=False, highlight=False)
     for phase in result.phases:
+        shares = ", ".join(f"{name} {count}" for name, count in phase.by_size.items())
         console.print(
-            f"[{phase.name}: {phase.size}, {phase.tokens} tokens, {phase.seconds:.2f} s, "
-            f"{phase.ended}]",
+            f"[{phase.name}: {phase.size}, {phase.tokens} tokens ({shares}), "
+            f"{phase.seconds:.2f} s, {phase.ended}]",
             style="dim", markup=False, highlight=False,
         )  # fmt: skip
+
+
+COLOURS = ("cyan", "yellow", "green", "magenta")
+
+
+def _print_stream(
+    events: Iterator[Token | Generation], console: Console, sizes: Sequence[str]
+) -> Generation:
+    """Prints tokens as they come, the trace dim, in a colour for each size; returns the result."""
+    for event in events:
+        if isinstance(event, Generation):
+            console.print()
+            return event
+        colour = COLOURS[sizes.index(event.size) % len(COLOURS)] if event.size else "white"
+        style = f"dim {colour}" if event.phase == THINKING else colour
+        console.print(Text(event.text, style=style), end="")
+    raise AssertionError("a stream ends with its result")
+
+
+@app.command("eval")
+def evaluate(
+    elastic: Annotated[Path, typer.Argument(help="Elastic checkpoint directory.")],
+    out: Annotated[Path, typer.Option(help="New directory for the results, or one to go on in.")],
+    problems: Annotated[int | None, typer.Option(help="Test problems per task.", min=1)] = None,
+    validation: Annotated[
+        int | None, typer.Option(help="Problems per task to choose plans on.", min=1)
+    ] = None,
+    sizes: Annotated[str, typer.Option(help="Sizes to compare: large,small (default: all).")] = "",
+    budgets: Annotated[
+        str, typer.Option(help="Thinking budgets: 16,32,none (default: from natural traces).")
+    ] = "",
+    dials: Annotated[
+        str, typer.Option(help="Shares of tokens that the larger of two sizes writes, or none.")
+    ] = "0.1,0.25,0.5",
+    data: Annotated[
+        Path | None, typer.Option(help='Your own problems: JSONL rows {"prompt", "answer"}.')
+    ] = None,
+    batch_size: Annotated[int, typer.Option(help="Sequences at once.", min=1)] = 64,
+    switch: Annotated[str, typer.Option(help="catch-up, reprefill or hand-over.")] = "catch-up",
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens per problem in all.", min=1)] = 256,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+    seed: Annotated[int, typer.Option(help="Seed of the problems and the intervals.")] = 0,
+    as_json: AsJson = False,
+) -> None:
+    """What elastic budget control gives against the largest size alone: all plans, compared."""
+    import torch
+
+    from star_elastic.evaluate.grid import parse_budgets, parse_dials
+    from star_elastic.evaluate.run import RESULT, Settings, evaluate_family
+    from star_elastic.evaluate.tables import evaluation_tables
+
+    options: dict[str, Any] = {
+        "sizes": tuple(size.strip() for size in sizes.split(",") if size.strip()),
+        "budgets": parse_budgets(budgets) if budgets else None,
+        "dials": parse_dials(dials),
+        "data": data, "num_validation": validation, "num_test": problems, "switch": switch,
+        "batch_size": batch_size, "max_new_tokens": max_new_tokens, "dtype": dtype, "seed": seed,
+        "device": "cuda" if torch.cuda.is_available() else "cpu",
+    }  # fmt: skip
+    settings = Settings(**options)
+    command = shlex.join(["star-elastic", *sys.argv[1:]])
+    with Bars() as bars:
+        result = evaluate_family(elastic, settings, out, command=command, progress=bars)
+    if as_json:
+        print_json(result)
+        return
+    for table in evaluation_tables(result):
+        print_table(table.title, table.columns, table.rows)
+    print(f"{out / RESULT}; as a page: star-elastic report {out}")
+
+
+@app.command()
+def report(
+    out: Annotated[Path, typer.Argument(help="Directory that eval has written.")],
+    as_json: AsJson = False,
+) -> None:
+    """What eval has found as one page to read, report.html, and a plot, pareto.png."""
+    from star_elastic.evaluate.report import write_report
+
+    page, plot = write_report(out)
+    print_json({"page": str(page), "plot": str(plot)}) if as_json else print(f"{page}   {plot}")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point of the `star-elastic` command."""
     with at_the_command_line():
         app(args=arguments, standalone_mode=True)
-
-
-@contextmanager
-def at_the_command_line() -> Iterator[None]:
-    """What every program of ours does around its work: libraries stay quiet, a mistake of the user
-    or a stop ends in one line with its exit code."""
-    # Progress is ours to draw; which kernels are missing on this machine is no news to its owner.
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    if "transformers" in sys.modules:  # which read both when it was imported
-        from transformers.utils import logging
-
-        logging.set_verbosity_error()
-        logging.disable_progress_bar()
-    said, code = "", 0
-    try:
-        yield
-    except StarElasticError as error:
-        said, code = f"error: {error}", 2
-    except Interrupted as error:
-        said, code = str(error), 1
-    except SystemExit as error:  # how typer ends, also when all went well
-        if error.code:
-            raise
-    if said:  # by every rank: torchrun stops the others as soon as one has ended
-        print(said, file=sys.stderr)
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        # gloo's threads may abort a process that ends in the ordinary way, after all work is done.
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
-    if code:
-        raise SystemExit(code)
-
-
-def _is_first_rank() -> bool:
-    """Whether this process speaks, of all that torchrun started."""
-    return os.environ.get("RANK", "0") == "0"
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from star_elastic.cli import main
 from star_elastic.families import read_config
 from star_elastic.train.config import RunConfig, parse
 from tests.tiny_run import RUN
@@ -72,6 +73,28 @@ def test_rank_train_sizes_slice_generate(run_folder):
         "add 12 34",
     )["phases"]  # fmt: skip
     assert {phase["name"]: phase["size"] for phase in phases}["thinking"] == "small"
+    turns = answer(
+        "generate", elastic, "--phases", "large:budget:3,small:end_of_thinking:4,large",
+        "--switch", "catch-up", "--max-new-tokens", 90, "--temperature", 0.7, "--top-p", 0.9,
+        "add 12 34",
+    )  # fmt: skip
+    assert turns["token_sizes"][:3] == ["large"] * 3
+    assert {h["how"] for phase in turns["phases"] for h in phase["handed"]} >= {"fresh"}
+    helped = answer(
+        "generate", elastic, "--think", "small", "--answer", "large", "--unsure", -1,
+        "--thinking-budget", 4, "--grace", 0, "add 12 34",
+    )["phases"][0]  # fmt: skip
+    assert helped["by_size"] == {"large": 4}
+
+
+def test_streamed_text_is_the_text(trained, capsys):
+    options = ["generate", str(trained.elastic), "--size", "small", "--thinking-budget", "6"]
+    main([*options, "--json", "add 12 34"])
+    whole = json.loads(capsys.readouterr().out)
+    main([*options, "--stream", "add 12 34"])
+    shown = capsys.readouterr().out
+    assert "".join(whole["text"].split()) in "".join(shown.split())
+    assert "[thinking: small, " in shown
 
 
 def test_mistakes_are_one_line(trained, tmp_path):
@@ -92,11 +115,34 @@ def test_mistakes_are_one_line(trained, tmp_path):
     assert "holds no config.json" in refusal("count", tmp_path)
     assert "hidden=7000" in refusal("count", elastic, "--widths", "hidden=7000")
     assert "does not exist" in refusal("train", tmp_path / "none.toml")
-    assert "one size for both" in refusal(
+    assert "--size is one size for all" in refusal(
         "generate", elastic, "--size", "small", "--think", "x", "p"
     )
     assert "-1" in refusal("generate", elastic, "--thinking-budget", "-1", "add 1 2")
     assert "empty" in refusal("generate", elastic, "")
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--stream", "--json"], "use one of them"),
+        (["--unsure", "1.0", "--think", "small"], "--unsure needs --think"),
+        (["--phases", "small:budget"], "has no end; give it a budget"),
+        (["--phases", "small:line:7"], "the plan has no end"),
+        (["--phases", "small:line:x,large"], "not of the form size:until:budget"),
+        (["--phases", "huge"], "'huge' is not in this family"),
+        (["--switch", "magic"], "switch='magic' is unknown"),
+        (["--stop", ""], "leave out empty ones"),
+        (["--max-new-tokens", "1000000"], "use max_new_tokens="),
+        (["--thinking-budget", "1000000"], "leaves no token for an answer"),
+    ],
+)
+def test_mistakes_in_plans_are_one_line(trained, capsys, options, said):
+    with pytest.raises(SystemExit) as ended:
+        main(["generate", str(trained.elastic), *options, "add 1 2"])
+    shown = capsys.readouterr()
+    assert ended.value.code == 2 and not shown.out
+    assert said in shown.err and shown.err.count("\n") == 1
 
 
 def test_latency_measures_a_table(run_folder):
@@ -104,6 +150,23 @@ def test_latency_measures_a_table(run_folder):
     measured = answer("latency", run_folder / "parent", "--out", table, "--seconds", 2)
     assert measured["ms_per_token"] > 0 and len(measured["checks"]) == 6
     assert "exists already" in refusal("latency", run_folder / "parent", "--out", table)
+
+
+def test_latency_of_the_sizes(trained, tmp_path):
+    table = tmp_path / "sizes.json"
+    options = ["--sizes", "--batch", 1, "--batch", 3, "--context", 8, "--seconds", 1]
+    measured = answer("latency", trained.elastic, "--out", table, *options)
+    assert json.loads(table.read_text())["sizes"] == measured["sizes"]
+    rows = {(row["size"], row["batch"], row["context"]) for row in measured["sizes"]}
+    assert rows == {(size, batch, 8) for size in ("large", "small") for batch in (1, 3)}
+    assert all(row["prefill_ms"] > 0 and row["decode_ms"] > 0 for row in measured["sizes"])
+    for options, said in (
+        (["--sizes", "--context", "600"], "use 504 or less"),
+        (["--batch", "1", "--batch", "2"], "holds one batch and one context"),
+        (["--sizes", "--dtype", "int8"], "dtype='int8' is not supported"),
+    ):
+        assert said in refusal("latency", trained.elastic, "--out", tmp_path / "x.json", *options)
+    assert not (tmp_path / "x.json").exists()
 
 
 def test_demo_refuses_a_directory_that_is_not_its_own(tmp_path):
@@ -150,6 +213,8 @@ def test_readme_run_config_is_valid():
         ["benchmarks/training_cost.py", "--smoke"],
         ["benchmarks/kl_memory.py", "--smoke"],
         ["benchmarks/latency_table.py", "--smoke"],
+        ["benchmarks/switching.py", "--smoke"],
+        ["benchmarks/resident.py", "--smoke"],
     ],
     ids=lambda command: Path(command[0]).stem,
 )

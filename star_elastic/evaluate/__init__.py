@@ -1,1 +1,1 @@
-"""Evaluation: procedural tasks, accuracy, perplexity, latency."""
+"""Evaluation: tasks, accuracy, perplexity, latency; plans compared, and told on a page."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from itertools import pairwise
 from pathlib import Path
 
@@ -15,10 +15,18 @@ from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 from matplotlib.transforms import Bbox
 
 from star_elastic.errors import ConfigError
-from star_elastic.evaluate.accuracy import Evaluation
+from star_elastic.evaluate.accuracy import Evaluation, Kind
 
-SINGLE, PAIR, FRONT = "#1f6fb4", "#d9730d", "#8a8a8a"
+FRONT, REFERENCE = "#8a8a8a", "#1f6fb4"
+KINDS: dict[Kind, tuple[str, str, str]] = {
+    "single": ("o", "#1f6fb4", "one size"),
+    "pair": ("D", "#d9730d", "think > answer"),
+    "policy": ("^", "#3a9a5b", "small ~ large, by difficulty"),
+}
+"""Marker, colour and name of every kind of plan."""
 LABEL_SIZE = 7.5
+MAX_LABELLED = 40
+"""Results of which all are labelled; of more only those on a front."""
 LABEL_OFFSETS = [
     (dx, dy, align)
     for distance in (1, 2, 3)
@@ -52,42 +60,51 @@ def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:
     return front
 
 
-def plot_pareto(results: Sequence[Evaluation], file: str | Path, *, title: str = "") -> None:
+def plot_pareto(
+    results: Sequence[Evaluation],
+    file: str | Path,
+    *,
+    title: str = "",
+    reference: Collection[str] = (),
+) -> None:
     """Two panels as one PNG: accuracy against seconds, and against operations, per problem.
 
-    Single sizes are circles, pairs diamonds; the front is a line and its points are always
-    labelled, other points where a label fits. Raises ConfigError if there is nothing to plot.
+    Single sizes are circles, pairs diamonds, choices by difficulty triangles; the front is a line
+    and its points are always labelled, other points where a label fits. The results labelled as in
+    `reference` have a front of their own. Raises ConfigError if there is nothing to plot.
     """
     if not results:
         raise ConfigError("there is no result to plot; evaluate at least one plan")
-    figure = Figure(figsize=(11, 4.8), dpi=110, layout="constrained")
+    figure = Figure(figsize=(11, 5), dpi=110, layout="constrained")
     canvas = FigureCanvasAgg(figure)
     left, right = figure.subplots(1, 2, sharey=True)
     batches = ", ".join(str(size) for size in sorted({r.batch_size for r in results}))
     milliseconds = [1e3 * result.seconds for result in results]
     gigaflops = [result.flops / 1e9 for result in results]
-    _draw_panel(left, results, milliseconds)
-    _draw_panel(right, results, gigaflops)
+    _draw_panel(left, results, milliseconds, reference)
+    _draw_panel(right, results, gigaflops, reference)
     left.set_xlabel(f"measured time per problem (ms, batches of {batches})")
     left.set_ylabel("accuracy, mean over tasks (%)")
     right.set_xlabel("counted operations per problem (GFLOP)")
-    left.legend(loc="lower right", fontsize=8, framealpha=0.9)
+    figure.legend(
+        *left.get_legend_handles_labels(), loc="outside lower center", ncols=5, fontsize=8
+    )
     if title:
         figure.suptitle(title, fontsize=11)
     figure.draw_without_rendering()
     figure.set_layout_engine("none")  # labels are placed in pixels: the panels stay where they are
     for panel, costs in ((left, milliseconds), (right, gigaflops)):
-        _place_labels(canvas.get_renderer(), panel, results, costs)
+        _place_labels(canvas.get_renderer(), panel, results, costs, reference)
     _save(figure, Path(file))
 
 
-def _draw_panel(panel: Axes, results: Sequence[Evaluation], costs: Sequence[float]) -> None:
-    """Points with error bars, the front behind them."""
-    accuracies = [100 * result.accuracy for result in results]
-    front = pareto_front(list(zip(costs, accuracies, strict=True)))
+def _draw_panel(
+    panel: Axes, results: Sequence[Evaluation], costs: Sequence[float], reference: Collection[str]
+) -> None:
+    """Points with error bars, the fronts behind them."""
+    points = [(cost, 100 * result.accuracy) for cost, result in zip(costs, results, strict=True)]
     panel.step(
-        [costs[i] for i in front],
-        [accuracies[i] for i in front],
+        *zip(*(points[i] for i in pareto_front(points)), strict=True),
         where="post",
         color=FRONT,
         linewidth=1.2,
@@ -95,15 +112,22 @@ def _draw_panel(panel: Axes, results: Sequence[Evaluation], costs: Sequence[floa
         label="Pareto front",
         zorder=1,
     )
-    for is_pair, marker, colour, name in (
-        (False, "o", SINGLE, "one size"),
-        (True, "D", PAIR, "think > answer"),
-    ):
-        chosen = [i for i, result in enumerate(results) if result.is_pair is is_pair]
+    alone = [points[i] for i in _reference_front(results, points, reference)]
+    if alone:
+        panel.step(
+            *zip(*alone, strict=True),
+            where="post",
+            color=REFERENCE,
+            linewidth=1.4,
+            label="the largest size alone",
+            zorder=1,
+        )
+    for kind, (marker, colour, name) in KINDS.items():
+        chosen = [i for i, result in enumerate(results) if result.kind == kind]
         if chosen:
             panel.errorbar(
-                [costs[i] for i in chosen],
-                [accuracies[i] for i in chosen],
+                [points[i][0] for i in chosen],
+                [points[i][1] for i in chosen],
                 yerr=[100 * results[i].standard_error for i in chosen],
                 fmt=marker,
                 color=colour,
@@ -122,22 +146,35 @@ def _draw_panel(panel: Axes, results: Sequence[Evaluation], costs: Sequence[floa
     panel.grid(alpha=0.25)
 
 
+def _reference_front(
+    results: Sequence[Evaluation],
+    points: Sequence[tuple[float, float]],
+    reference: Collection[str],
+) -> list[int]:
+    """Indices of the results that no other result of the reference beats, by rising cost."""
+    own = [i for i, result in enumerate(results) if result.label in reference]
+    return [own[i] for i in pareto_front([points[i] for i in own])]
+
+
 def _place_labels(
-    renderer: RendererAgg, panel: Axes, results: Sequence[Evaluation], costs: Sequence[float]
+    renderer: RendererAgg,
+    panel: Axes,
+    results: Sequence[Evaluation],
+    costs: Sequence[float],
+    reference: Collection[str],
 ) -> None:
     """Writes each label at the first place where it hides nothing and stays inside the frame.
 
-    Points on the front come first; a label of the front that fits nowhere stands where it hides
+    Points on the fronts come first; a label of the front that fits nowhere stands where it hides
     least, any other is left out.
     """
     points = [(x, 100 * r.accuracy) for x, r in zip(costs, results, strict=True)]
     front = pareto_front(points)
     taken = _obstacles(panel, points, [100 * r.standard_error for r in results], front)
-    legend = panel.get_legend()
-    if legend is not None:
-        taken.append(legend.get_window_extent(renderer))
     frame = panel.get_window_extent(renderer)
-    for index in [*front, *(i for i in range(len(results)) if i not in front)]:
+    alone = _reference_front(results, points, reference)
+    others = range(len(results)) if len(results) <= MAX_LABELLED else ()
+    for index in dict.fromkeys([*front, *alone, *others]):
         label = panel.annotate(
             results[index].label,
             points[index],
@@ -145,7 +182,7 @@ def _place_labels(
             textcoords="offset points",
             fontsize=LABEL_SIZE,
             fontweight="bold" if index in front else "normal",
-            color=PAIR if results[index].is_pair else SINGLE,
+            color=KINDS[results[index].kind][1],
             arrowprops={"arrowstyle": "-", "linewidth": 0.4, "color": FRONT, "shrinkB": 4},
         )
         hidden: list[tuple[float, int]] = []

@@ -309,14 +309,15 @@ def sample_problems(
             raise ValueError(f"task={name!r} is unknown; use {', '.join(TASKS)}")
         rng = random.Random(f"{name}/{split}/{seed}")  # str seeds go through SHA-512, not hash()
         keys: set[str] = set()
-        for _ in range(num_per_task * MAX_DRAWS_PER_PROBLEM):
-            if len(keys) == num_per_task:
-                break
+        in_vain = 0
+        while len(keys) < num_per_task and in_vain < MAX_DRAWS_PER_PROBLEM:
             problem = TASKS[name].generate(rng)
             key = problem_key(problem)
+            in_vain += 1
             if split_of(problem) == split and key not in keys:
                 keys.add(key)
                 problems.append(problem)
+                in_vain = 0
         if len(keys) < num_per_task:
             raise ValueError(
                 f"num_per_task={num_per_task} is more than task {name!r} has in {split!r}; "

@@ -1,0 +1,142 @@
+"""Every plan worth comparing: single sizes, pairs and choices by difficulty, at every budget."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from star_elastic.errors import BudgetError, ConfigError
+from star_elastic.evaluate.accuracy import Kind
+from star_elastic.evaluate.difficulty import Dial
+from star_elastic.generate.phases import (
+    ByDifficulty,
+    Plan,
+    Switch,
+    think_and_answer,
+)
+
+NO_BUDGET = "none"
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One plan: the `sizes` at work in it, and the `dial` where they share the tokens."""
+
+    label: str
+    kind: Kind
+    sizes: tuple[str, ...]
+    budget: int | None
+    dial: Dial | None
+    plan: Plan
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON data."""
+        return {
+            "label": self.label,
+            "kind": self.kind,
+            "sizes": list(self.sizes),
+            "budget": self.budget,
+            "dial": self.dial.to_json() if self.dial else None,
+        }
+
+
+def make_grid(
+    sizes: Sequence[str],
+    budgets: Sequence[int | None],
+    dials: Mapping[tuple[str, str], Sequence[Dial]],
+    *,
+    max_new_tokens: int,
+    switch: Switch = "catch-up",
+) -> list[Entry]:
+    """All plans of `sizes` (from the largest), each under its own label, the largest alone first.
+
+    `dials` holds the positions to try for each (small, large) pair. A pair with a budget of 0 would
+    be its answering size alone, and is left out. Raises ConfigError and BudgetError for plans that
+    cannot be.
+    """
+    options = {"max_new_tokens": max_new_tokens, "switch": switch}
+    entries: list[Entry] = []
+    taken: set[str] = set()
+    for label, kind, names, budget, dial in _describe(sizes, budgets, dials):
+        # Names of sizes may hold anything, and so may look like a label of others.
+        label = next(own for own in _variants(label) if own not in taken)
+        taken.add(label)
+        think, answer = names[0], names[-1]
+        if dial:
+            think = answer = ByDifficulty(
+                small=names[0], large=names[1], threshold=dial.threshold, look=dial.look
+            )
+        plan = think_and_answer(think, answer, thinking_budget=budget, **options)
+        entries.append(Entry(label, kind, names, budget, dial, plan))
+    return entries
+
+
+Description = tuple[str, Kind, tuple[str, ...], int | None, Dial | None]
+
+
+def _describe(
+    sizes: Sequence[str],
+    budgets: Sequence[int | None],
+    dials: Mapping[tuple[str, str], Sequence[Dial]],
+) -> Iterator[Description]:
+    for size, budget in itertools.product(sizes, budgets):
+        yield f"{size}{_at(budget)}", "single", (size,), budget, None
+    for pair, budget in itertools.product(itertools.permutations(sizes, 2), budgets):
+        if budget != 0:
+            yield f"{pair[0]}>{pair[1]}{_at(budget)}", "pair", pair, budget, None
+    for pair, positions in dials.items():
+        for dial, budget in itertools.product(positions, budgets):
+            shown = f"{100 * dial.position:g}%" + (" lines" if dial.look == "line" else "")
+            yield f"{pair[0]}~{pair[1]} {shown}{_at(budget)}", "policy", pair, budget, dial
+
+
+def _at(budget: int | None) -> str:
+    return "" if budget is None else f"@{budget}"
+
+
+def _variants(label: str) -> Iterator[str]:
+    yield label
+    for number in itertools.count(2):
+        yield f"{label} ({number})"
+
+
+def parse_budgets(text: str) -> tuple[int | None, ...]:
+    """Thinking budgets as a user lists them, for example `16,32,none`, each once, none last."""
+    found: set[int | None] = set()
+    for part in _parts("budgets", text, "16,32,none"):
+        if part != NO_BUDGET and not part.isdecimal():
+            raise BudgetError(
+                f"budgets={text!r} holds {part!r}, which is no number of tokens; use whole numbers "
+                f"from 0 up and {NO_BUDGET}, such as 16,32,none"
+            )
+        found.add(None if part == NO_BUDGET else int(part))
+    return tuple(sorted(found, key=lambda budget: math.inf if budget is None else budget))
+
+
+def parse_dials(text: str) -> tuple[float, ...]:
+    """Positions of the dial as a user lists them, rising, each once; `none` for no policies."""
+    if text.strip() == NO_BUDGET:
+        return ()
+    found: set[float] = set()
+    for part in _parts("dials", text, "0.1,0.25,0.5"):
+        try:
+            position = float(part)
+        except ValueError:
+            position = math.nan
+        if not 0 <= position <= 1:
+            raise ConfigError(
+                f"dials={text!r} holds {part!r}, which does not lie between 0 and 1; use shares of "
+                f"tokens such as 0.1,0.25,0.5, or {NO_BUDGET}"
+            )
+        found.add(position)
+    return tuple(sorted(found))
+
+
+def _parts(name: str, text: str, example: str) -> list[str]:
+    parts = [part.strip() for part in text.split(",") if part.strip()]
+    if not parts:
+        raise ConfigError(f"{name}={text!r} names none; use {example}, for example")
+    return parts

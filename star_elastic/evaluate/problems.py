@@ -1,0 +1,130 @@
+"""Problems in two splits that share none: plans are chosen on one and judged on the other.
+
+They are the bundled tasks, or rows of the user's own. Rows fall into a split by a hash of their
+prompt, so that a prompt is in the same split in every file and every run.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from star_elastic.errors import ConfigError
+from star_elastic.evaluate.tasks import TASKS, Problem, sample_problems
+from star_elastic.nesting.submodel import load_tokenizer
+from star_elastic.train.sources import JsonLines
+
+VALIDATION, TEST = "validation", "test"
+VALIDATION_PERCENT = 40
+"""Of the user's own rows; the others are for the test."""
+
+
+@dataclass(frozen=True, slots=True)
+class Splits:
+    """Problems to choose plans on, and others to judge the chosen on; `name` says what they are."""
+
+    name: str
+    validation: tuple[Problem, ...]
+    test: tuple[Problem, ...]
+
+    def __getitem__(self, split: str) -> tuple[Problem, ...]:
+        return dict(self.items())[split]
+
+    def items(self) -> tuple[tuple[str, tuple[Problem, ...]], ...]:
+        """Both splits by name, the one to choose on first."""
+        return (VALIDATION, self.validation), (TEST, self.test)
+
+
+def knows_bundled_tasks(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether a family reads and writes as the bundled parent does."""
+    bundled = load_tokenizer(Path(str(resources.files("star_elastic") / "bundled")))
+    ours = (bundled.get_vocab(), bundled.chat_template)
+    return ours == (tokenizer.get_vocab(), tokenizer.chat_template)
+
+
+def bundled_problems(num_validation: int, num_test: int, seed: int) -> Splits:
+    """So many problems of each of the bundled tasks. Raises ConfigError if there are fewer."""
+    try:
+        validation, test = (
+            tuple(sample_problems(TASKS, split, count, seed))
+            for split, count in ((VALIDATION, num_validation), (TEST, num_test))
+        )
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    return Splits("the bundled tasks", validation, test)
+
+
+def read_problems(
+    file: str | Path, num_validation: int | None = None, num_test: int | None = None
+) -> Splits:
+    """Rows `{"prompt": ..., "answer": ...}` of a JSONL file, the first so many of each task.
+
+    A row may name its `task`; accuracies are means over tasks. Raises ConfigError for a file that
+    gives no problems, CheckpointError for a line that is no JSON.
+    """
+    file = Path(file)
+    if not file.is_file():
+        raise ConfigError(f"{file} is not a file; name a JSONL file of prompts and answers")
+    rows = JsonLines(file)
+    if not len(rows):
+        raise ConfigError(
+            f'{file} is empty; give it rows such as {{"prompt": "2+2", "answer": "4"}}'
+        )
+    answers: dict[str, str] = {}
+    problems: list[Problem] = []
+    for number in range(len(rows)):
+        problem = _problem(rows[number], file.stem, rows.where, number)
+        known = answers.setdefault(problem.question, problem.answer)
+        if known != problem.answer:
+            raise ConfigError(
+                f"{rows.where(number)} has another answer to the same prompt; keep one of the two"
+            )
+        problems.append(problem)
+    distinct = list({problem.question: problem for problem in problems}.values())
+    validation, test = (
+        tuple(_first(count, (p for p in distinct if (_percent(p) < VALIDATION_PERCENT) is chosen)))
+        for chosen, count in ((True, num_validation), (False, num_test))
+    )
+    for name, split in ((VALIDATION, validation), (TEST, test)):
+        if not split:
+            raise ConfigError(
+                f"{file} has {len(distinct)} prompts, of which none falls into the {name} split "
+                f"({VALIDATION_PERCENT} % are for validation, by a hash); give it more rows"
+            )
+    return Splits(file.name, validation, test)
+
+
+def _problem(row: Mapping[str, Any], task: str, where: Any, number: int) -> Problem:
+    for field in ("prompt", "answer"):
+        value = row.get(field)
+        if not isinstance(value, str) or not value.strip():
+            raise ConfigError(
+                f"{where(number)} has no {field}; each row needs a prompt and an answer, both text"
+            )
+    task = row.get("task", task)
+    if not isinstance(task, str):
+        raise ConfigError(f"{where(number)} has a task that is no text; name it by one, or by none")
+    return Problem(task, row["prompt"].strip(), (), row["answer"].strip())
+
+
+def _percent(problem: Problem) -> int:
+    digest = hashlib.sha256(problem.question.encode()).digest()
+    return int.from_bytes(digest[:8], "big") % 100
+
+
+def _first(count: int | None, problems: Iterable[Problem]) -> list[Problem]:
+    """The first `count` problems of each task, all if it is None."""
+    seen: Counter[str] = Counter()
+    kept = []
+    for problem in problems:
+        seen[problem.task] += 1
+        if count is None or seen[problem.task] <= count:
+            kept.append(problem)
+    return kept

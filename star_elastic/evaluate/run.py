@@ -1,0 +1,328 @@
+"""An evaluation, readable top to bottom: check, calibrate, solve by every plan, compare, write.
+
+The directory `out` holds `settings.json`, what was found so far (`kept/`), and in the end
+`evaluation.json`, which `report` reads. A stopped evaluation goes on where it was.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import star_elastic
+from star_elastic.checkpoint import write_json
+from star_elastic.errors import ConfigError, Interrupted
+from star_elastic.evaluate.accuracy import SizeCost, solve
+from star_elastic.evaluate.assemble import assemble, keep
+from star_elastic.evaluate.difficulty import Dial, Text, calibrate, read_texts, write_texts
+from star_elastic.evaluate.grid import Entry, make_grid
+from star_elastic.evaluate.kept import Kept, digest_files
+from star_elastic.evaluate.latency_bench import Setting
+from star_elastic.evaluate.problems import (
+    VALIDATION,
+    Splits,
+    bundled_problems,
+    knows_bundled_tasks,
+    read_problems,
+)
+from star_elastic.evaluate.reuse import study_reuse
+from star_elastic.generate.caches import HandOver
+from star_elastic.generate.family import ElasticFamily, load
+from star_elastic.generate.phased import DEFAULT_BATCH_SIZE
+from star_elastic.generate.phases import DEFAULT_GRACE, DEFAULT_MAX_NEW_TOKENS, Plan, Switch
+from star_elastic.progress import Progress, Silent
+
+RESULT = "evaluation.json"
+FORMAT_VERSION = 1
+DEFAULT_DIALS = (0.1, 0.25, 0.5)
+DEFAULT_PROBLEMS = 20
+"""Of each bundled task, in each split; of the user's own data all are taken."""
+TRACE_QUANTILES = (0.25, 0.5, 0.75)
+"""Of the lengths of the largest size's traces: the budgets that are tried if none are named."""
+TRACE_SHARE = 0.75
+"""Of all new tokens that such a budget, with its grace, may leave to the trace."""
+CURVE = tuple(position / 10 for position in range(11))
+LOOKS = ("token", "line")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """What is evaluated, and how. Raises ConfigError.
+
+    No `sizes`: all of the family; no `budgets`: from the lengths of natural traces, and none.
+    `data` is a JSONL file of the user's own, instead of the bundled tasks; `num_validation` and
+    `num_test` are problems of each task at most.
+    """
+
+    sizes: tuple[str, ...] = ()
+    budgets: tuple[int | None, ...] | None = None
+    dials: tuple[float, ...] = DEFAULT_DIALS
+    data: Path | None = None
+    num_validation: int | None = None
+    num_test: int | None = None
+    batch_size: int = DEFAULT_BATCH_SIZE
+    switch: Switch = "catch-up"
+    max_new_tokens: int = DEFAULT_MAX_NEW_TOKENS
+    dtype: str = "float32"
+    device: str = "cpu"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.switch == "hand-over" and self.dials:
+            raise ConfigError(
+                "switch='hand-over' leaves no choice by difficulty, which looks at a token before "
+                "it is written; use --dials none, or --switch catch-up"
+            )
+
+
+def evaluate_family(
+    elastic: str | Path,
+    settings: Settings,
+    out: str | Path,
+    *,
+    command: str = "",
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Evaluates a family in the directory `out`, or goes on; returns what `evaluation.json` holds.
+
+    Mistakes are found before anything is written. Raises ConfigError, BudgetError, CheckpointError
+    with one line each, Interrupted when the user stops it.
+    """
+    family = load(elastic, settings.dtype, settings.device)
+    sizes = _sizes(family, settings)
+    splits = _problems(family, settings)
+    kept = Kept(out, _lasting(family, sizes, splits, settings))
+    run = _Run(family, sizes, splits, settings, kept, progress or Silent())
+    run.check()
+    try:
+        result = run.result(command)
+    except KeyboardInterrupt:
+        raise Interrupted(f"stopped; the same command goes on where {out} stands") from None
+    write_json(kept.out / RESULT, result)
+    return result
+
+
+def _sizes(family: ElasticFamily, settings: Settings) -> tuple[str, ...]:
+    """The sizes to evaluate, from the largest."""
+    for size in settings.sizes:
+        family.manifest.size(size)
+    return tuple(size for size in family.sizes if not settings.sizes or size in settings.sizes)
+
+
+def _problems(family: ElasticFamily, settings: Settings) -> Splits:
+    counts = settings.num_validation, settings.num_test
+    if settings.data is not None:
+        return read_problems(settings.data, *counts)
+    if not knows_bundled_tasks(family.tokenizer):
+        raise ConfigError(
+            "this family does not know the bundled tasks, which need the bundled tokenizer; name "
+            'your own problems with --data FILE.jsonl, rows {"prompt": ..., "answer": ...}'
+        )
+    validation, test = (DEFAULT_PROBLEMS if count is None else count for count in counts)
+    return bundled_problems(validation, test, settings.seed)
+
+
+def _lasting(
+    family: ElasticFamily, sizes: Sequence[str], splits: Splits, settings: Settings
+) -> dict[str, Any]:
+    """What must not change while an evaluation goes on."""
+    weights = sorted(family.path.glob("*.safetensors"))
+    named = [family.path / name for name in ("config.json", "elastic.json", "tokenizer.json")]
+    lasting = {**asdict(settings), "sizes": sizes, "data": splits.name}
+    return {
+        "checkpoint": digest_files([*(file for file in named if file.is_file()), *weights]),
+        "problems": hashlib.sha256(repr(splits).encode()).hexdigest()[:16],
+        **lasting,
+    }
+
+
+@dataclass(frozen=True)
+class _Run:
+    """One evaluation under way."""
+
+    family: ElasticFamily
+    sizes: tuple[str, ...]
+    splits: Splits
+    settings: Settings
+    kept: Kept
+    progress: Progress
+
+    def check(self) -> None:
+        """Raises what any plan of the grid would, before any work."""
+        plans = [entry.plan for entry in self.grid(self.settings.budgets or (None,), {})]
+        kinds = {(len(plan.sizes), plan.thinking_budget): plan for plan in plans}
+        prompts = [p.question for p in (*self.splits.validation, *self.splits.test)]
+        for plan in kinds.values():
+            # A stream checks its prompts when it is opened, and works when it is read.
+            self.family.generator.stream(prompts, plan, batch_size=self.settings.batch_size)
+        if self.settings.switch == "hand-over":
+            for pair in itertools.permutations(self.sizes, 2):
+                HandOver(self.family.axis_map, *(self.family.sizes[size].widths for size in pair))
+
+    def grid(
+        self,
+        budgets: Sequence[int | None],
+        dials: Mapping[tuple[str, str], Sequence[Dial]],
+    ) -> list[Entry]:
+        """The plans of these budgets and positions of the dial."""
+        return make_grid(
+            self.sizes,
+            budgets,
+            dials,
+            max_new_tokens=self.settings.max_new_tokens,
+            switch=self.settings.switch,
+        )
+
+    def calibrate(self) -> dict[str, Any]:
+        """Budgets from natural traces, and the dial of every pair of sizes, on validation."""
+        pairs = [*itertools.combinations(self.sizes, 2)] if self.settings.dials else []
+        writers = list(dict.fromkeys([self.sizes[0], *(large for large, _ in pairs)]))
+        self.progress.stage("calibrate", len(writers) + len(pairs))
+        texts: dict[str, list[Text]] = {}
+        for number, size in enumerate(writers, start=1):
+            texts[size] = write_texts(
+                self.family.generator,
+                self.splits.validation,
+                size,
+                max_new_tokens=self.settings.max_new_tokens,
+                batch_size=self.settings.batch_size,
+            )
+            self.progress.advance(number, f"{size} writes")
+        policies = []
+        for number, (large, small) in enumerate(pairs, start=len(writers) + 1):
+            policies.append(self._policies(texts[large], small, large))
+            self.progress.advance(number, f"{small} and {large} read")
+        lengths = [text.num_trace for text in texts[self.sizes[0]]]
+        return {
+            "trace_tokens": {"mean": float(np.mean(lengths)), "longest": max(lengths)},
+            "budgets": self._budgets(lengths),
+            "policies": policies,
+        }
+
+    def _policies(self, texts: Sequence[Text], small: str, large: str) -> dict[str, Any]:
+        """The dial of one pair: the positions that are asked for, and a curve over all."""
+        readings = read_texts(
+            self.family.generator, texts, small, large, batch_size=self.settings.batch_size
+        )
+        asked, curve = (
+            [dial.to_json() for look in LOOKS for dial in calibrate(readings, positions, look)]
+            for positions in (self.settings.dials, CURVE)
+        )
+        return {
+            "small": small,
+            "large": large,
+            "num_tokens": len(readings.differs),
+            "num_lines": int(readings.begins_line.sum()),
+            "differing_share": float(readings.differs.mean()),
+            "dials": asked,
+            "curve": curve,
+        }
+
+    def _budgets(self, lengths: Sequence[int]) -> list[int | None]:
+        """The budgets that are asked for, or else those that cut a part of the natural traces."""
+        if self.settings.budgets is not None:
+            return list(self.settings.budgets)
+        room = int(TRACE_SHARE * self.settings.max_new_tokens) - DEFAULT_GRACE
+        cuts = {min(int(cut), room) for cut in np.quantile(lengths, TRACE_QUANTILES)}
+        return [*sorted(cut for cut in cuts if cut > 0), None]
+
+    def solve(self, entries: Sequence[Entry]) -> list[dict[str, Any]]:
+        """What became of every problem under every plan, by split."""
+        self.progress.stage("evaluate", len(entries))
+        found = []
+        for number, entry in enumerate(entries, start=1):
+            found.append(
+                self.kept.fetch(f"plan {entry.label}", partial(self._solve_one, entry.plan))
+            )
+            right = found[-1][VALIDATION]["outcomes"]["is_right"]
+            self.progress.advance(number, f"{entry.label} {np.mean(right):.1%}")
+        return found
+
+    def _solve_one(self, plan: Plan) -> dict[str, Any]:
+        batch_size = self.settings.batch_size
+        return {
+            split: keep(*solve(self.family.generator, problems, plan, batch_size=batch_size))
+            for split, problems in self.splits.items()
+        }
+
+    def study_reuse(self, budgets: Sequence[int | None]) -> list[dict[str, Any]]:
+        """Every pair with its caches handed over, on the test problems."""
+        pairs = itertools.permutations(self.sizes, 2)
+        cases = [*itertools.product(pairs, (budget for budget in budgets if budget != 0))]
+        if cases:
+            self.progress.stage("reuse", len(cases))
+        found = []
+        for number, ((think, answer), budget) in enumerate(cases, start=1):
+            case = think, answer, budget
+            found.append(self.kept.fetch(f"reuse {case}", partial(self._study_one, *case)))
+            self.progress.advance(number, f"{think}>{answer}")
+        return found
+
+    def _study_one(self, think: str, answer: str, budget: int | None) -> dict[str, Any]:
+        pair = {"think": think, "answer": answer, "budget": budget}
+        try:
+            found = study_reuse(
+                self.family,
+                self.splits.test,
+                think,
+                answer,
+                budget=budget,
+                max_new_tokens=self.settings.max_new_tokens,
+                batch_size=self.settings.batch_size,
+                seed=self.settings.seed,
+            )
+        except ConfigError as error:
+            return {**pair, "refused": str(error)}
+        return found.to_json()
+
+    def result(self, command: str) -> dict[str, Any]:
+        """Everything that was found, as plain data."""
+        calibration = self.kept.fetch("calibration", self.calibrate)
+        dials = {
+            (found["small"], found["large"]): [Dial.from_json(dial) for dial in found["dials"]]
+            for found in calibration["policies"]
+        }
+        entries = self.grid(calibration["budgets"], dials)
+        solved = self.solve(entries)
+        reuse = self.study_reuse(calibration["budgets"])
+        settings = self.settings
+        return {
+            "format_version": FORMAT_VERSION,
+            "package_version": star_elastic.__version__,
+            "elastic": str(self.family.path),
+            "command": command,
+            "machine": asdict(Setting(device=settings.device).machine),
+            "settings": self.kept.settings,
+            "problems": {
+                "source": self.splits.name,
+                **{split: Counter(p.task for p in own) for split, own in self.splits.items()},
+            },
+            "sizes": self._size_costs(),
+            "calibration": calibration,
+            **assemble(
+                entries, self.splits, solved, batch_size=settings.batch_size, seed=settings.seed
+            ),
+            "reuse": reuse,
+        }
+
+    def _size_costs(self) -> dict[str, Any]:
+        """What the sizes are, and how much faster memory alone lets each be at batch 1."""
+        costs = {size: SizeCost(self.family[size]) for size in self.sizes}
+        most = costs[self.sizes[0]].bytes_per_token
+        return {
+            size: {
+                "active": self.family.cost(size).active,
+                "total": self.family.cost(size).total,
+                "bytes_per_token": cost.bytes_per_token,
+                "bandwidth_bound": most / cost.bytes_per_token,
+            }
+            for size, cost in costs.items()
+        }

@@ -1,0 +1,190 @@
+"""The tables of an evaluation as rows of text, for a terminal and for the page alike."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from statistics import fmean
+from typing import Any
+
+from star_elastic.evaluate.findings import (
+    COST_NAMES,
+    SHORT_NAMES,
+    Data,
+    Tone,
+    judge,
+    percent,
+    points,
+)
+
+NONE = "none"
+NO_VALUE = "–"
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """Rows of cells. `tones` colour the last cell of each row; the first `num_text` columns are
+    text, the others numbers."""
+
+    title: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    tones: Sequence[Tone] = ()
+    num_text: int = 1
+
+
+def evaluation_tables(result: Data) -> list[Table]:
+    """What a terminal shows: the comparisons by counted operations, and every plan."""
+    return [
+        comparison_table(result, "equal accuracy", "flops"),
+        comparison_table(result, "equal cost", "flops"),
+        comparison_table(result, "equal tokens", ""),
+        plans_table(result),
+    ]
+
+
+TITLES = {
+    "equal accuracy": "Equal accuracy: the cheapest plan that is as accurate",
+    "equal cost": "Equal cost: the most accurate plan that costs no more",
+    "equal tokens": "Equal tokens: the most accurate plan with the same budget",
+}
+
+
+def comparison_table(result: Data, question: str, cost: str) -> Table:
+    """The answers to one question, for every budget of the largest size and every group."""
+    found = [
+        comparison
+        for comparison in result["comparisons"]
+        if (comparison["question"], comparison["cost"]) == (question, cost)
+    ]
+    columns = [
+        "reference", "plans", "chosen", "accuracy", "difference (95%)", "operations", "time",
+        "bytes", "verdict",
+    ]  # fmt: skip
+    rows, tones, shown = [], [], None
+    for comparison in found:
+        verdict = judge(comparison)
+        test = comparison["test"]
+        reference = f"{comparison['reference']}: {_reference_accuracy(result, comparison)}"
+        start = ["" if reference == shown else reference, SHORT_NAMES[comparison["group"]]]
+        shown = reference
+        seen = [NO_VALUE] * 5
+        if test:
+            ratios = (f"{test['cost_ratios'][name]:.2f}" for name in COST_NAMES)
+            seen = [percent(test["accuracy"]), points(comparison["difference"]), *ratios]
+        rows.append([*start, comparison["chosen"] or NO_VALUE, *seen, verdict.short])
+        tones.append(verdict.tone)
+    by = f", by {COST_NAMES[cost]}" if cost else ""
+    return Table(f"{TITLES[question]}{by}", columns, rows, tones, num_text=3)
+
+
+def _reference_accuracy(result: Data, comparison: Data) -> str:
+    plans = {plan["label"]: plan for plan in result["plans"]}
+    return percent(plans[comparison["reference"]]["test"]["accuracy"])
+
+
+def plans_table(result: Data) -> Table:
+    """Every plan, the cheapest first."""
+    rows = [
+        [
+            plan["label"],
+            f"{percent(plan['test']['accuracy'])} ± {percent(plan['test']['standard_error'])}",
+            points(plan["difference"]),
+            percent(plan["validation"]["accuracy"]),
+            f"{plan['test']['flops'] / 1e6:,.1f}",
+            f"{1e3 * plan['test']['seconds']:,.1f}",
+            f"{plan['test']['weight_bytes'] / 1e6:,.1f}",
+            f"{plan['test']['thinking_tokens']:.0f}",
+            _share(plan),
+            f"{plan['test']['cut_share']:.0%}",
+        ]
+        for plan in sorted(result["plans"], key=lambda plan: plan["test"]["flops"])
+    ]
+    columns = [
+        "plan", "accuracy", "difference (95%)", "on validation", "MFLOP", "ms", "MB",
+        "thinking tokens", "by the second size", "cut short",
+    ]  # fmt: skip
+    return Table("Every plan, per problem, the cheapest first", columns, rows)
+
+
+def _share(plan: Data) -> str:
+    """How much the second of two sizes wrote."""
+    written = list(plan["tokens_by_size"].values())
+    return f"{written[1] / (sum(written) or 1):.0%}" if len(written) > 1 else ""
+
+
+def sizes_table(result: Data) -> Table:
+    """What the sizes are, and what memory alone lets each gain at batch 1."""
+    rows = [
+        [name, f"{size['active']:,.0f}", f"{size['total']:,.0f}",
+         f"{size['bytes_per_token'] / 1e6:,.2f}", f"{size['bandwidth_bound']:.2f} times"]
+        for name, size in result["sizes"].items()
+    ]  # fmt: skip
+    columns = ["size", "active parameters", "total parameters", "MB of weights per token",
+               "at most as fast"]  # fmt: skip
+    return Table("The sizes", columns, rows)
+
+
+def calibration_table(result: Data) -> Table:
+    """What each tried position of the dial means."""
+    rows = [
+        [
+            f"{policy['small']} ~ {policy['large']}",
+            f"every {dial['look']}",
+            percent(dial["position"]),
+            NONE if dial["threshold"] is None else f"{dial['threshold']:.3g}",
+            percent(dial["token_share"]),
+            percent(dial["line_share"]),
+            NO_VALUE if dial["recall"] is None else percent(dial["recall"]),
+        ]
+        for policy in result["calibration"]["policies"]
+        for dial in policy["dials"]
+    ]
+    columns = ["sizes", "looks before", "dial", "threshold, nats", "tokens by the larger",
+               "lines with its help", "differing tokens it writes"]  # fmt: skip
+    return Table("Positions of the dial, on the validation traces", columns, rows, num_text=2)
+
+
+def reuse_table(result: Data) -> Table:
+    """Caches handed over against reading anew."""
+    rows = []
+    for study in result["reuse"]:
+        name = f"{study['think']} > {study['answer']}"
+        budget = NONE if study["budget"] is None else str(study["budget"])
+        if "refused" in study:
+            rows.append([name, budget, *[NO_VALUE] * 6])
+            continue
+        rows.append([
+            name, budget, percent(study["exact_accuracy"]), percent(study["handed_accuracy"]),
+            points(study["difference"]), percent(study["same_answers"]),
+            *(_number(study[f"{kind}_divergence"]) for kind in ("median", "worst")),
+        ])  # fmt: skip
+    columns = ["thinks > answers", "budget", "reads anew", "handed over",
+               "difference (95%)", "same answer", "median KL", "worst KL"]  # fmt: skip
+    return Table("Caches handed over", columns, rows)
+
+
+def _number(value: float | None) -> str:
+    return NO_VALUE if value is None else f"{value:.2g}"
+
+
+def likeness_table(result: Data) -> Table:
+    """Cosine of every state that is handed over, means over budgets, by layer."""
+    studies = [study for study in result["reuse"] if "refused" not in study]
+    pairs = list(dict.fromkeys((study["think"], study["answer"]) for study in studies))
+    cosines: dict[tuple[int, str], dict[tuple[str, str], list[float]]] = {}
+    for study in studies:
+        for like in study["likeness"]:
+            by_pair = cosines.setdefault((like["layer"], like["state"]), {})
+            by_pair.setdefault((study["think"], study["answer"]), []).append(like["cosine"])
+    rows = [
+        [f"layer {layer}, {state}", *(_mean(by_pair.get(pair, ())) for pair in pairs)]
+        for (layer, state), by_pair in sorted(cosines.items(), key=lambda item: item[0][0])
+    ]
+    columns = ["state", *(f"{think} > {answer}" for think, answer in pairs)]
+    return Table("Cosine of the states, handed over and made by the answering size", columns, rows)
+
+
+def _mean(values: Iterable[float]) -> str:
+    found: list[Any] = list(values)
+    return f"{fmean(found):.3f}" if found else NO_VALUE
