@@ -224,7 +224,8 @@ def latency(
     print_table("ms per token at held-out widths", ["predicted", "measured", "error", *axes], rows)
     print(
         f"{out}: {full:.3f} ms per token at full width ({phase}, batch {batches[0]}, "
-        f"context {contexts[0]}, {dtype})\non {table.machine.device}, {table.machine.threads} threads"
+        f"context {contexts[0]}, {dtype})\n"
+        f"on {table.machine.device}, {table.machine.threads} threads"
     )
 
 
