@@ -6,6 +6,7 @@ everything is written to a temporary sibling first and renamed at the end.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -36,6 +37,28 @@ DTYPE_NAMES = {
     torch.bool: "BOOL",
 }
 DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
+
+
+READ_WHOLE = 64 * 1024**2
+READ_ENDS = 1024**2
+"""Files up to the first size are digested whole, of larger ones so much of both ends."""
+
+
+def digest_files(files: Iterable[Path]) -> str:
+    """What files are: their names, sizes and contents, as 16 hexadecimal digits."""
+    found = [(file.name, *_size_and_digest(file)) for file in files]
+    return hashlib.blake2b(repr(found).encode(), digest_size=8).hexdigest()
+
+
+def _size_and_digest(file: Path) -> tuple[int, str]:
+    size = file.stat().st_size
+    with open(file, "rb") as content:
+        if size <= READ_WHOLE:
+            return size, hashlib.file_digest(content, "blake2b").hexdigest()
+        digest = hashlib.blake2b(content.read(READ_ENDS))
+        content.seek(-READ_ENDS, os.SEEK_END)
+        digest.update(content.read(READ_ENDS))
+    return size, digest.hexdigest()
 
 
 class CheckpointReader:
@@ -75,6 +98,11 @@ class CheckpointReader:
     def names(self) -> frozenset[str]:
         """Names of all tensors."""
         return frozenset(self._files)
+
+    @property
+    def files(self) -> frozenset[Path]:
+        """The files that hold them."""
+        return frozenset(self._files.values())
 
     def _require(self, name: str):
         if name not in self._files:

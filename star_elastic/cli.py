@@ -15,11 +15,11 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.text import Text
 
 from star_elastic.axes import LAYERS
 from star_elastic.errors import ConfigError
 from star_elastic.generate.phases import (
+    DEFAULT_GRACE,
     THINKING,
     ByDifficulty,
     Generation,
@@ -387,10 +387,12 @@ def generate(
     think: Annotated[str, typer.Option(help="The size that thinks.")] = "",
     answer: Annotated[str, typer.Option(help="The size that answers.")] = "",
     thinking_budget: Annotated[int | None, typer.Option(help="Tokens of thinking.")] = None,
-    grace: Annotated[int, typer.Option(help="Tokens to finish the line at the budget.")] = 32,
+    grace: Annotated[
+        int | None, typer.Option(help="Tokens to finish the line at the budget (32).")
+    ] = None,
     unsure: Annotated[
         float | None,
-        typer.Option(help="Entropy (nats) from which the answering size helps the thinking one."),
+        typer.Option(help="Entropy (nats) above which the answering size helps the thinking one."),
     ] = None,
     phases: Annotated[
         str, typer.Option(help="Or any phases: large:budget:16,small:end_of_thinking:64,large.")
@@ -405,6 +407,10 @@ def generate(
     as_json: AsJson = False,
 ) -> None:
     """Elastic budget control: one size thinks, another answers."""
+    if phases and (thinking_budget is not None or grace is not None):
+        raise ConfigError(
+            "--phases gives every phase a budget of its own; leave out --thinking-budget, --grace"
+        )
     named = bool(size), bool(think or answer or unsure is not None), bool(phases)
     if sum(named) > 1:
         raise ConfigError(
@@ -425,8 +431,9 @@ def generate(
         if unsure is not None:
             thinks = ByDifficulty(small=think, large=answer, threshold=unsure)
         plan = family.plan(
-            thinks, answer or size or None, thinking_budget=thinking_budget, grace=grace, **own
-        )
+            thinks, answer or size or None, thinking_budget=thinking_budget,
+            grace=DEFAULT_GRACE if grace is None else grace, **own,
+        )  # fmt: skip
     sampling = {"temperature": temperature, "top_p": top_p, "seed": seed}
     console = Console()
     if stream:
@@ -439,15 +446,24 @@ def generate(
         return
     if not stream:
         if result.thinking:
-            console.print(result.thinking, style="dim", markup=False, highlight=False)
-        console.print(result.answer, markup=False, highlight=False)
+            _say(console, result.thinking, "dim")
+        _say(console, result.answer)
     for phase in result.phases:
         shares = ", ".join(f"{name} {count}" for name, count in phase.by_size.items())
-        console.print(
+        _say(
+            console,
             f"[{phase.name}: {phase.size}, {phase.tokens} tokens ({shares}), "
             f"{phase.seconds:.2f} s, {phase.ended}]",
-            style="dim", markup=False, highlight=False,
-        )  # fmt: skip
+            "dim",
+        )
+
+
+def _say(console: Console, text: str, style: str | None = None, end: str = "\n") -> None:
+    """Text on stdout, verbatim; with a style on a terminal, where control codes are left out."""
+    if console.is_terminal:
+        console.out(text, style=style, highlight=False, end=end)
+    else:
+        sys.stdout.write(text + end)
 
 
 COLOURS = ("cyan", "yellow", "green", "magenta")
@@ -459,11 +475,11 @@ def _print_stream(
     """Prints tokens as they come, the trace dim, in a colour for each size; returns the result."""
     for event in events:
         if isinstance(event, Generation):
-            console.print()
+            _say(console, "")
             return event
         colour = COLOURS[sizes.index(event.size) % len(COLOURS)] if event.size else "white"
         style = f"dim {colour}" if event.phase == THINKING else colour
-        console.print(Text(event.text, style=style), end="")
+        _say(console, event.text, style, end="")
     raise AssertionError("a stream ends with its result")
 
 

@@ -102,11 +102,11 @@ def test_no_thinking_and_pairs(generator, problems):
         generator, problems, think_and_answer("random", "trained", thinking_budget=0)
     )
     assert (silent.accuracy, silent.thinking_tokens, silent.label) == (1.0, 0.0, "trained@0")
-    assert not silent.is_pair
+    assert silent.kind == "single"
     options = {"thinking_budget": 8, "grace": 4, "max_new_tokens": 40}
     pair = evaluate_plan(generator, problems, think_and_answer("trained", "random", **options))
     assert (pair.accuracy, pair.cut_share, pair.label) == (0.0, 1.0, "trained>random@8")
-    assert pair.is_pair
+    assert pair.kind == "pair"
     assert 8 <= pair.thinking_tokens <= 12
 
 

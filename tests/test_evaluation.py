@@ -25,7 +25,7 @@ from star_elastic.evaluate.reuse import _compare, study_reuse
 from star_elastic.evaluate.run import Settings, evaluate_family
 from star_elastic.evaluate.tasks import TASKS, Problem
 from star_elastic.families import family_of, read_config
-from star_elastic.generate.caches import HandOver, LayerState, RowCache
+from star_elastic.generate.caches import LayerState, RowCache
 from star_elastic.generate.phases import think_and_answer
 from star_elastic.manifest import Manifest, Size, save_manifest
 from star_elastic.nesting.submodel import load_tokenizer
@@ -133,7 +133,8 @@ def test_everything_is_there_and_agrees(elastic, evaluated, settings, data):
             found = {**plans[label][split], "label": alone["label"]}
             assert without_time(found) == without_time(alone)
     assert 0 < plans[LARGE]["test"]["accuracy"] < 1
-    assert plans[LARGE]["difference"] == {"difference": 0, "low": 0, "high": 0}
+    bound = 3 / len(splits["test"])  # the rule of three: no problem tells a plan from itself
+    assert plans[LARGE]["difference"] == {"difference": 0, "low": -bound, "high": bound}
     policies = [plan for plan in result["plans"] if plan["kind"] == "policy"]
     assert {plan["dial"]["look"] for plan in policies} == {"token", "line"}
     assert any(min(plan["tokens_by_size"].values()) > 0 for plan in policies)
@@ -338,7 +339,6 @@ def test_a_refused_hand_over_is_one_line(elastic, evaluated, settings, monkeypat
         "caches cannot be handed over: layer 0 remembers something in one only"
     }
     assert "layer 0 remembers something in one only" in make_page(result)
-    assert HandOver is not refuse
 
 
 # --- the page --------------------------------------------------------------------------------

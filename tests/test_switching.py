@@ -11,9 +11,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+import star_elastic
 from star_elastic.cost import Workload
 from star_elastic.errors import BudgetError, ConfigError
-from star_elastic.families import family_of
+from star_elastic.families import family_of, read_config
 from star_elastic.generate.caches import HandOver, take_row
 from star_elastic.generate.decode import BatchDecoder, Sampling, choose_tokens, entropies
 from star_elastic.generate.phased import PhasedGenerator
@@ -27,10 +28,13 @@ from star_elastic.generate.phases import (
     Token,
     think_and_answer,
 )
-from star_elastic.generate.prompts import TextStream
-from star_elastic.generate.sequence import Rules
+from star_elastic.generate.prompts import TextStream, ThinkingTags
+from star_elastic.generate.sequence import Rules, Sequence
+from star_elastic.manifest import Manifest, Size, save_manifest
 from star_elastic.nesting.slice import slice_tensor
 from tests.tiny_family import (
+    ALWAYS_THINKS,
+    END,
     EOS,
     NEWLINE,
     PROMPTS,
@@ -195,20 +199,24 @@ def test_catch_up_reads_only_what_was_missed(family):
 
 def test_cache_bytes_are_those_of_the_states(family):
     """One row: exactly the states of each size at the context it has read."""
-    plan = think_and_answer(
-        "small", "large", thinking_budget=4, grace=0, max_new_tokens=20, switch="catch-up"
-    )
-    (result,) = family.generator.generate(PROMPTS[0], plan)
+    trace = Phase(size="small", until="end_of_thinking", budget=4, grace=0)
+    back = Plan((Phase(size="large", until="budget", budget=3, grace=0), trace,
+                 Phase(size="large")), 25, "catch-up")  # fmt: skip
+    (result,) = family.generator.generate(PROMPTS[0], back)
     known: dict[str, int] = {}
     for read in result.reads:
         known[read.size] = read.start + read.tokens
-    expected = 0
-    for size, context in known.items():
-        load = Workload(context=context, batch=1, dtype_bytes=4)
-        expected += family.cost(size, load).state_bytes
-    assert result.cache_bytes == expected
-    (alone,) = family.generator.generate(PROMPTS[0], switching(plan, "reprefill"))
-    assert alone.cache_bytes < expected
+    states = {
+        size: family.cost(size, Workload(context=context, batch=1, dtype_bytes=4)).state_bytes
+        for size, context in known.items()
+    }
+    # The large size goes on after the small one, whose cache nobody needs then.
+    large_before = family.cost(
+        "large", Workload(context=result.reads[0].tokens + 2, batch=1, dtype_bytes=4)
+    ).state_bytes
+    assert result.cache_bytes == max(large_before + states["small"], states["large"])
+    (alone,) = family.generator.generate(PROMPTS[0], switching(back, "reprefill"))
+    assert alone.cache_bytes == max(states.values()) < result.cache_bytes
 
 
 # --- hand-over -------------------------------------------------------------------------------
@@ -243,6 +251,26 @@ def test_hand_over_between_sizes_is_approximate_and_says_so(family):
     by_default = family.generator.generate(PROMPTS, plan)
     assert [r.token_ids for r in by_default] == [r.token_ids for r in results]
     assert {h.divergence for r in by_default for p in r.phases for h in p.handed} == {None}
+
+
+def test_a_hand_over_that_cannot_be_is_refused_before_any_work(tmp_path):
+    """A layer that only the taker has. The other way round it works."""
+    tokenizer = make_tokenizer()
+    config = make_config("nemotron_h", len(tokenizer))
+    make_model(config).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    table = family_of(read_config(tmp_path)).axis_map(read_config(tmp_path))
+    shallow = table.complete({"layers": (1, 1, 1, 0)})
+    save_manifest(
+        Manifest("nemotron_h", {}, {"large": Size(table.full), "small": Size(shallow)}), tmp_path
+    )
+    family = star_elastic.load(tmp_path)
+    options = {"thinking_budget": 4, "grace": 0, "max_new_tokens": 20, "switch": "hand-over"}
+    with pytest.raises(ConfigError, match="layer 3 remembers something in one of the sizes only"):
+        family.generator.stream(PROMPTS, family.plan("small", "large", **options))
+    for result in family.generate(PROMPTS, think="large", answer="small", **options):
+        answering = result.phase(ANSWERING)
+        assert answering is None or answering.handed[0].how == "hand-over"
 
 
 def test_heads_are_mapped_by_the_axis_map():
@@ -339,18 +367,19 @@ def test_streamed_tokens_are_the_generation(family):
 def test_stop_strings_end_a_sequence_wherever_they_are_written(family, thinking_budget):
     options = {"think": "small", "answer": "large", "thinking_budget": thinking_budget,
                "grace": 2, "max_new_tokens": 30}  # fmt: skip
-    for free in family.generate(PROMPTS, **options):
+    ended = set()
+    for free in family.generate(PROMPTS[:1], **options):
         spoken = [i for i in free.token_ids if i != EOS]
         for stop in {TAGS.decode(spoken[i : i + 2]) for i in range(min(len(spoken) - 1, 6))}:
             if "<" in stop or ">" in stop:
                 continue  # may be written by an injected end of thinking
             results = family.generate(PROMPTS, stop=(stop,), **options)
+            ended |= {result.phases[-1].ended for result in results}
             for prompt, result in zip(PROMPTS, results, strict=True):
-                ended = result.phases[-1].ended
                 assert stop not in result.thinking
                 assert stop not in result.answer
                 written = TAGS.decode([i for i in result.token_ids if i != EOS])
-                if ended == "stop_string":
+                if result.phases[-1].ended == "stop_string":
                     assert stop in written, (prompt, stop)
             plan = think_and_answer(
                 "small", "large", thinking_budget=thinking_budget, grace=2, max_new_tokens=30,
@@ -361,7 +390,29 @@ def test_stop_strings_end_a_sequence_wherever_they_are_written(family, thinking_
                 if isinstance(event, Token):
                     streamed[event.index] += event.text
             assert streamed == [result.text for result in results]
-        break
+    assert "stop_string" in ended
+
+
+def test_an_end_of_thinking_that_the_prompt_leaves_open_is_streamed():
+    """Where the template always opens the tag, no thinking means to close it at once."""
+    tokenizer = make_tokenizer(ALWAYS_THINKS)
+    model = make_model(make_config("llama", len(tokenizer)))
+    generator = PhasedGenerator({"m": model}, tokenizer, END)
+    *tokens, result = generator.stream(
+        "1+2", think_and_answer("m", "m", thinking_budget=0, max_new_tokens=9)
+    )
+    assert tuple(token.id for token in tokens) == result.token_ids
+    assert "".join(token.text for token in tokens) == result.text
+    assert [token.size for token in tokens[:2]] == [None, None]
+
+
+def test_the_first_stop_string_in_the_text_ends_it():
+    """Whatever the order of the list, also where one token holds both."""
+    for stops in (("b", "a"), ("a", "b")):
+        stream = TextStream(lambda ids: "".join("xab"[i % 3] * 1 for i in ids), stops)
+        assert "".join([stream.push(0), stream.push(1), stream.flush()]) == "x"
+        whole = TextStream(lambda ids: "xab" * len(ids), stops)
+        assert whole.push(0) + whole.flush() == "x"
 
 
 @given(
@@ -392,7 +443,7 @@ def test_top_p_draws_from_the_likeliest_only():
 
 def test_phases_end_by_line_and_by_budget():
     plan = Plan((
-        Phase(size="a", until="line"),
+        Phase(size="a", until="line", budget=9, grace=0),
         Phase(size="b", until="budget", budget=2, grace=0),
         Phase(size="c", until="end_of_thinking", budget=2, grace=0),
         Phase(size="d", budget=3, grace=1),
@@ -416,6 +467,24 @@ def test_a_trace_closed_early_goes_on_with_the_answer():
     ]
 
 
+def test_a_closing_tag_split_over_two_phases_is_given_back_by_both():
+    tags = ThinkingTags(make_tokenizer(tags=False), END)
+    plan = Plan((
+        Phase(size="a", until="budget", budget=5, grace=0),
+        Phase(size="b", until="end_of_thinking"),
+        Phase(size="c"),
+    ), 40)  # fmt: skip
+    sequence = Sequence(Rules(plan, tags, frozenset()), 0, [5], 1, torch.Generator())
+    for token in tags.encode("12</think>"):
+        sequence.accept(token)
+    result = sequence.result([0.0] * 3)
+    assert [(p.size, p.tokens, p.by_size) for p in result.phases] == [
+        ("a", 2, {"a": 2}),
+        ("b", 0, {}),
+    ]
+    assert result.closing_tokens == 8
+
+
 def test_results_are_json(family):
     (result,) = family.generator.generate(PROMPTS[0], PLANS["back and forth"])
     content = json.loads(json.dumps(result.to_json()))
@@ -430,6 +499,10 @@ def test_results_are_json(family):
         (lambda: Plan(()), ConfigError, "the plan has no end"),
         (lambda: Plan(BACK_AND_FORTH[:-1]), ConfigError, "the plan has no end"),
         (lambda: Plan((Phase(size="a"), Phase(size="a"))), ConfigError, "2 phases until="),
+        (
+            lambda: Plan((Phase(size="a", until="line"), BACK_AND_FORTH[3], Phase(size="a"))),
+            BudgetError, "give every phase before it a budget",
+        ),
         (lambda: Phase(size="a", until="soon"), ConfigError, "until='soon' is unknown"),
         (lambda: Phase(size="a", until="budget"), BudgetError, "has no end; give it a budget"),
         (lambda: Phase(size="a", budget=0), BudgetError, "budget=0 is not a number"),

@@ -224,8 +224,8 @@ def test_files_that_changed_are_refused_on_resume(run_folder, tmp_path):
 )
 def test_a_fingerprint_sees_the_content(run_folder, tmp_path, monkeypatch, limit, seen):
     """Another byte first, in the middle or last, in a file of the parent."""
-    monkeypatch.setattr("star_elastic.train.run.READ_WHOLE", limit)
-    monkeypatch.setattr("star_elastic.train.run.READ_ENDS", 100)
+    monkeypatch.setattr("star_elastic.checkpoint.READ_WHOLE", limit)
+    monkeypatch.setattr("star_elastic.checkpoint.READ_ENDS", 100)
     parent = tmp_path / "parent"
     shutil.copytree(run_folder / "parent", parent)
     config = config_in(run_folder, "fingerprint")

@@ -18,12 +18,15 @@ from typing import Any, Literal
 import torch
 from transformers import PreTrainedModel
 
+from star_elastic.axes import AxisMap
 from star_elastic.cost import Cost, CostModel, Workload
 from star_elastic.errors import ConfigError
 from star_elastic.evaluate.tasks import Problem, is_correct
 from star_elastic.families import family_of
+from star_elastic.generate.family import ElasticFamily
 from star_elastic.generate.phased import DEFAULT_BATCH_SIZE, PhasedGenerator
 from star_elastic.generate.phases import ANSWERING, THINKING, ByDifficulty, Generation, Plan
+from star_elastic.widths import Widths
 
 CUT = ("cut", "cut_at_newline", "length")
 
@@ -89,11 +92,6 @@ class Evaluation:
             return "policy"
         return "pair" if self.think != self.answer else "single"
 
-    @property
-    def is_pair(self) -> bool:
-        """Whether one size thinks and another answers."""
-        return self.kind == "pair"
-
     def to_json(self) -> dict[str, Any]:
         """Everything as plain JSON data."""
         return asdict(self)
@@ -102,18 +100,26 @@ class Evaluation:
 class SizeCost:
     """Exact counts of one model: operations at any context, weight bytes read per token."""
 
-    def __init__(self, model: PreTrainedModel):
-        config = model.config.to_dict()
-        table = family_of(config).axis_map(config)
+    def __init__(self, table: AxisMap, widths: Widths, dtype_bytes: int):
         self._counted: list[Cost] = [
-            CostModel(table, Workload(context=context)).count(table.full) for context in (0, 1)
+            CostModel(table, Workload(context=context)).count(widths) for context in (0, 1)
         ]
         lookups = sum(
-            math.prod(table.shape(spec, table.full))
-            for spec in table.tensors.values()
-            if spec.lookup
+            math.prod(table.shape(spec, widths)) for spec in table.tensors.values() if spec.lookup
         )
-        self.bytes_per_token = (self._counted[0].active - lookups) * model.dtype.itemsize
+        self.bytes_per_token = (self._counted[0].active - lookups) * dtype_bytes
+
+    @classmethod
+    def of(cls, models: Mapping[str, PreTrainedModel], size: str) -> SizeCost:
+        """Of a size of a family, or of a model by its config, which knows no widths that differ
+        between layers."""
+        model = models[size]
+        if isinstance(models, ElasticFamily):
+            widths = models.manifest.size(size).widths
+            return cls(models.axis_map, widths, model.dtype.itemsize)
+        config = model.config.to_dict()
+        table = family_of(config).axis_map(config)
+        return cls(table, table.full, model.dtype.itemsize)
 
     def count_flops(self, start: int, num_tokens: int) -> float:
         """Operations for tokens that see `start + 1`, `start + 2`, ... tokens of context."""
@@ -179,7 +185,7 @@ def solve(
     start = time.perf_counter()
     generations = generator.generate(prompts, plan, **options)
     seconds = time.perf_counter() - start
-    costs = {size: SizeCost(generator.model(size)) for size in plan.sizes}
+    costs = {size: SizeCost.of(generator.models, size) for size in plan.sizes}
     solved = zip(problems, generations, strict=True)
     return [_outcome(problem, generation, costs) for problem, generation in solved], seconds
 

@@ -117,10 +117,10 @@ def _dial(
     if not 0 <= position <= 1:
         raise ConfigError(f"dial={position!r} does not lie between 0 and 1; use 0.25, for example")
     count = round(position * len(falling))
-    if count == 0:
-        threshold = ALWAYS_SMALL
-    elif count == len(falling):
+    if position == 1 or 0 < count == len(falling):
         threshold = ALWAYS_LARGE
+    elif count == 0:
+        threshold = ALWAYS_SMALL
     else:
         # Midway, so that rounding in other batches moves no token across it.
         threshold = float(falling[count - 1] + falling[count]) / 2

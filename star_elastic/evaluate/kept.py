@@ -9,7 +9,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +17,6 @@ from star_elastic.checkpoint import write_json, write_text
 from star_elastic.errors import CheckpointError, ConfigError, reason
 
 SETTINGS, KEPT = "settings.json", "kept"
-END_BYTES = 1024**2
-"""Of a large file its size and so many bytes of its end stand for all of it."""
 
 
 class Kept:
@@ -60,9 +58,10 @@ class Kept:
 
     def _begin(self) -> None:
         try:
-            (self.out / KEPT).mkdir(parents=True, exist_ok=True)
+            self.out.mkdir(parents=True, exist_ok=True)
             if not (self.out / SETTINGS).exists():
                 write_json(self.out / SETTINGS, self.settings)
+            (self.out / KEPT).mkdir(exist_ok=True)
         except OSError as error:
             raise CheckpointError(
                 f"{self.out} cannot be written ({reason(error)}); choose another"
@@ -82,15 +81,3 @@ def read_object(file: Path) -> dict[str, Any] | None:
     except (OSError, ValueError):
         return None
     return content if isinstance(content, dict) else None
-
-
-def digest_files(files: Iterable[Path]) -> str:
-    """What files are: their names, sizes and ends."""
-    digest = hashlib.sha256()
-    for file in files:
-        size = file.stat().st_size
-        digest.update(f"{file.name} {size}\n".encode())
-        with open(file, "rb") as stream:
-            stream.seek(max(size - END_BYTES, 0), os.SEEK_SET)
-            digest.update(stream.read())
-    return digest.hexdigest()[:16]

@@ -16,14 +16,14 @@ import torch
 
 from star_elastic.evaluate.bootstrap import Interval, PairedBootstrap
 from star_elastic.evaluate.tasks import Problem, is_correct
-from star_elastic.generate.caches import ATTENTION, HandOver, RowCache
+from star_elastic.generate.caches import ATTENTION, MAMBA, HandOver, RowCache
 from star_elastic.generate.decode import BatchDecoder, pads_exactly
 from star_elastic.generate.family import ElasticFamily
 from star_elastic.generate.phased import DEFAULT_BATCH_SIZE
 from star_elastic.generate.phases import Generation, Handed, think_and_answer
 
-STATES = {True: ("keys", "values"), False: ("conv", "recurrent")}
-"""What a layer remembers: an attention layer, and any other."""
+STATES = {ATTENTION: ("keys", "values"), MAMBA: ("conv", "recurrent")}
+"""What a layer remembers, by its kind."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,7 +167,7 @@ def _compare(
     for layer, ours, theirs in zip(layers, given.layers, own.layers, strict=True):
         if ours is None or theirs is None:
             continue
-        names = STATES[ours.kind == ATTENTION]
+        names = STATES[ours.kind]
         for name, one, other in (
             (names[0], ours.first, theirs.first),
             (names[1], ours.second, theirs.second),

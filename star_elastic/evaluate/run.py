@@ -18,14 +18,13 @@ from typing import Any
 import numpy as np
 
 import star_elastic
-from star_elastic.checkpoint import write_json
+from star_elastic.checkpoint import digest_files, write_json
 from star_elastic.errors import ConfigError, Interrupted
 from star_elastic.evaluate.accuracy import SizeCost, solve
 from star_elastic.evaluate.assemble import assemble, keep
 from star_elastic.evaluate.difficulty import Dial, Text, calibrate, read_texts, write_texts
 from star_elastic.evaluate.grid import Entry, make_grid
-from star_elastic.evaluate.kept import Kept, digest_files
-from star_elastic.evaluate.latency_bench import Setting
+from star_elastic.evaluate.kept import Kept
 from star_elastic.evaluate.problems import (
     VALIDATION,
     Splits,
@@ -34,6 +33,7 @@ from star_elastic.evaluate.problems import (
     read_problems,
 )
 from star_elastic.evaluate.reuse import study_reuse
+from star_elastic.evaluate.size_latency import describe_machine
 from star_elastic.generate.caches import HandOver
 from star_elastic.generate.family import ElasticFamily, load
 from star_elastic.generate.phased import DEFAULT_BATCH_SIZE
@@ -134,11 +134,11 @@ def _lasting(
     family: ElasticFamily, sizes: Sequence[str], splits: Splits, settings: Settings
 ) -> dict[str, Any]:
     """What must not change while an evaluation goes on."""
-    weights = sorted(family.path.glob("*.safetensors"))
-    named = [family.path / name for name in ("config.json", "elastic.json", "tokenizer.json")]
+    files = sorted(file for file in family.path.iterdir() if file.is_file())
     lasting = {**asdict(settings), "sizes": sizes, "data": splits.name}
     return {
-        "checkpoint": digest_files([*(file for file in named if file.is_file()), *weights]),
+        "package_version": star_elastic.__version__,
+        "checkpoint": digest_files(files),
         "problems": hashlib.sha256(repr(splits).encode()).hexdigest()[:16],
         **lasting,
     }
@@ -299,7 +299,7 @@ class _Run:
             "package_version": star_elastic.__version__,
             "elastic": str(self.family.path),
             "command": command,
-            "machine": asdict(Setting(device=settings.device).machine),
+            "machine": describe_machine(self.family.parent.dtype, settings.device),
             "settings": self.kept.settings,
             "problems": {
                 "source": self.splits.name,
@@ -315,7 +315,7 @@ class _Run:
 
     def _size_costs(self) -> dict[str, Any]:
         """What the sizes are, and how much faster memory alone lets each be at batch 1."""
-        costs = {size: SizeCost(self.family[size]) for size in self.sizes}
+        costs = {size: SizeCost.of(self.family, size) for size in self.sizes}
         most = costs[self.sizes[0]].bytes_per_token
         return {
             size: {

@@ -24,8 +24,17 @@ HandOvers = Callable[[str, str], Convert]
 class Desk:
     """Sequences that one size works on, and its memory of those that it does not work on now."""
 
-    def __init__(self, size: str, model: PreTrainedModel, switch: Switch, *, compare: bool = False):
+    def __init__(
+        self,
+        size: str,
+        model: PreTrainedModel,
+        switch: Switch,
+        hand_overs: Mapping[tuple[str, str], Convert],
+        *,
+        compare: bool = False,
+    ):
         self.size = size
+        self._hand_overs = hand_overs
         self.switch: Switch = switch
         self.seated: list[Sequence] = []
         self._decoder = BatchDecoder(model)
@@ -87,28 +96,32 @@ class Desk:
                 written.append((sequence, len(sequence.ids) - before))
         return written
 
-    def leave(self, desks: Mapping[str, Desk], hand_over: HandOvers | None) -> None:
+    def leave(self, desks: Mapping[str, Desk]) -> None:
         """Sends away the sequences that are done or that another size goes on with."""
         staying = [r for r, s in enumerate(self.seated) if not s.is_done and s.size == self.size]
         if len(staying) == len(self.seated):
             return
         own = self._decoder.num_bytes // len(self.seated)
         for row in set(range(len(self.seated))) - set(staying):
-            sequence, length = self.seated[row], self._decoder.lengths[row]
+            sequence = self.seated[row]
             elsewhere = sum(desk._kept_bytes(sequence) for desk in desks.values())
             sequence.cache_bytes = max(sequence.cache_bytes, own + elsewhere)
-            if sequence.is_done or self.switch == "reprefill":
-                continue  # what other desks keep of it goes with them
-            kept = (self._decoder.take(row), length)
-            if self.switch == "catch-up":
-                self._kept[sequence.index] = kept
-            else:
-                assert hand_over is not None
-                taken = hand_over(self.size, sequence.size)(kept[0])
+            if sequence.is_done:
+                for desk in desks.values():
+                    desk._kept.pop(sequence.index, None)
+            elif self.switch == "catch-up" and self.size in sequence.sizes_to_come:
+                self._kept[sequence.index] = self._remembered(row)
+            elif self.switch == "hand-over":
+                cache, length = self._remembered(row)
+                taken = self._hand_overs[self.size, sequence.size](cache)
                 desks[sequence.size]._kept[sequence.index] = (taken, length)
         # Dropping rows costs less than one step with idle ones.
         self._decoder.keep(staying)
         self.seated = [self.seated[row] for row in staying]
+
+    def _remembered(self, row: int) -> tuple[RowCache, int]:
+        """What the size remembers of a row, and how many tokens of it."""
+        return self._decoder.take(row), self._decoder.lengths[row]
 
     def read(self) -> None:
         """Reads the next token of every sequence that sits here."""

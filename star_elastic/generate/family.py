@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from star_elastic.cost import Cost, CostModel, Workload
-from star_elastic.errors import ConfigError
+from star_elastic.errors import ConfigError, reason
 from star_elastic.families import family_of, read_config
 from star_elastic.families.base import Config
 from star_elastic.generate.caches import HandOver
@@ -145,24 +144,34 @@ class ElasticFamily(Mapping[str, PreTrainedModel]):
         self,
         prompts: Prompt | list[Prompt],
         *,
+        think: str | ByDifficulty | None = None,
+        answer: str | ByDifficulty | None = None,
+        thinking_budget: int | None = None,
+        grace: int = DEFAULT_GRACE,
+        max_new_tokens: int = DEFAULT_MAX_NEW_TOKENS,
+        switch: Switch = "reprefill",
+        stop: Sequence[str] = (),
         temperature: float = 0.0,
         top_p: float = 1.0,
         seed: int = 0,
         batch_size: int = DEFAULT_BATCH_SIZE,
-        **plan: Any,
     ) -> list[Generation]:
         """Thinks with one size and answers with another; one result per prompt.
 
-        Takes the arguments of `plan` beside those of the sampling, see `PhasedGenerator.generate`;
+        See `plan` for the sizes and budgets, and `PhasedGenerator.generate` for the sampling;
         `generator` takes plans of any phases, and streams tokens.
         """
+        plan = self.plan(
+            think,
+            answer,
+            thinking_budget=thinking_budget,
+            grace=grace,
+            max_new_tokens=max_new_tokens,
+            switch=switch,
+            stop=stop,
+        )
         return self.generator.generate(
-            prompts,
-            self.plan(**plan),
-            temperature=temperature,
-            top_p=top_p,
-            seed=seed,
-            batch_size=batch_size,
+            prompts, plan, temperature=temperature, top_p=top_p, seed=seed, batch_size=batch_size
         )
 
     def _hand_over(self, giver: str, taker: str) -> HandOver:
@@ -182,6 +191,12 @@ def load(
     kinds = {**DTYPES, **{kind: kind for kind in DTYPES.values()}}
     if dtype not in kinds:
         raise ConfigError(f"dtype={dtype!r} is not supported; use {', '.join(DTYPES)}")
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(
+            f"device={device!r} cannot be used here ({reason(error)}); use cpu or cuda"
+        ) from None
     path = Path(path)
     config = read_config(path)
     axis_map = family_of(config).axis_map(config)

@@ -12,8 +12,9 @@ import math
 import sys
 import time
 from collections import Counter
-from collections.abc import Generator, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from collections.abc import Sequence as ListOf
+from functools import partial
 from typing import cast
 
 import torch
@@ -21,7 +22,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from star_elastic.errors import BudgetError, ConfigError
 from star_elastic.generate.decode import Sampling, pads_exactly
-from star_elastic.generate.desk import Desk, HandOvers
+from star_elastic.generate.desk import Convert, Desk, HandOvers
 from star_elastic.generate.phases import ANSWERING, THINKING, Generation, Plan, Token
 from star_elastic.generate.prompts import Prompt, TextStream, ThinkingTags
 from star_elastic.generate.sequence import Rules, Sequence
@@ -131,11 +132,7 @@ class PhasedGenerator:
         newest tokens as they are written, and with its result once its batch is done."""
         _check_batch_size(batch_size)
         models = {size: self.model(size) for size in plan.sizes}
-        if plan.switch == "hand-over" and len(models) > 1 and self._hand_over is None:
-            raise ConfigError(
-                "these models are not sizes of one family, whose caches could be handed over; "
-                "use switch='reprefill' or 'catch-up'"
-            )
+        hand_overs = self._hand_overs(plan)
         plan.require_room(self.tags.max_closing if plan.thinking_budget else 0)
         rules = Rules(plan, self.tags, self._end_of_turn(models.values()))
         sequences = [
@@ -144,26 +141,20 @@ class PhasedGenerator:
         _require_context(max(s.num_prompt for s in sequences), plan, models.values())
         if not all(map(pads_exactly, models.values())):
             batch_size = 1
-        return self._batches(sequences, models, sampling, batch_size, compare)
+        desks = partial(_make_desks, models, plan, hand_overs, compare)
+        return _run_batches(sequences, desks, sampling, batch_size)
 
-    def _batches(
-        self,
-        sequences: list[Sequence],
-        models: Models,
-        sampling: Sampling,
-        batch_size: int,
-        compare: bool,
-    ) -> Iterator[Event]:
-        by_length = sorted(sequences, key=lambda sequence: sequence.num_prompt)
-        switch = sequences[0].rules.plan.switch
-        for start in range(0, len(by_length), batch_size):
-            batch = by_length[start : start + batch_size]
-            desks = {
-                size: Desk(size, model, switch, compare=compare) for size, model in models.items()
-            }
-            seconds = yield from _run_batch(batch, desks, sampling, self._hand_over)
-            for sequence in batch:
-                yield sequence, sequence.result(seconds)
+    def _hand_overs(self, plan: Plan) -> dict[tuple[str, str], Convert]:
+        """How caches change hands wherever the plan says so, by who gives and who takes."""
+        if plan.switch != "hand-over" or len(plan.sizes) == 1:
+            return {}
+        if self._hand_over is None:
+            raise ConfigError(
+                "these models are not sizes of one family, whose caches could be handed over; "
+                "use switch='reprefill' or 'catch-up'"
+            )
+        pairs = {(giver, taker) for giver, taker in plan.changes if giver != taker}
+        return {pair: self._hand_over(*pair) for pair in pairs}
 
     def _open(self, index: int, prompt: Prompt, rules: Rules, seed: int) -> Sequence:
         """A prompt as a sequence at the start of its first phase."""
@@ -189,6 +180,7 @@ class PhasedGenerator:
         )
         if encoded.in_thinking and not plan.thinks:
             sequence.close_thinking()
+            plan.require_room(sequence.num_closing)
         return sequence
 
     def model(self, size: str) -> PreTrainedModel:
@@ -217,15 +209,41 @@ def _range(part: slice) -> range:
     return range(part.start, sys.maxsize if part.stop is None else part.stop)
 
 
-def _run_batch(
-    batch: list[Sequence],
-    desks: Mapping[str, Desk],
+def _make_desks(
+    models: Models, plan: Plan, hand_overs: Mapping[tuple[str, str], Convert], compare: bool
+) -> dict[str, Desk]:
+    """A desk for every size, all empty."""
+    return {
+        size: Desk(size, model, plan.switch, hand_overs, compare=compare)
+        for size, model in models.items()
+    }
+
+
+def _run_batches(
+    sequences: list[Sequence],
+    make_desks: Callable[[], Mapping[str, Desk]],
     sampling: Sampling,
-    hand_over: HandOvers | None,
+    batch_size: int,
+) -> Iterator[Event]:
+    """Runs all sequences, those of like length together."""
+    by_length = sorted(sequences, key=lambda sequence: sequence.num_prompt)
+    for start in range(0, len(by_length), batch_size):
+        batch = by_length[start : start + batch_size]
+        for sequence in batch:
+            if sequence.writers:  # an end of thinking injected before anything is written
+                yield sequence, len(sequence.writers)
+        seconds = yield from _run_batch(batch, make_desks(), sampling)
+        for sequence in batch:
+            yield sequence, sequence.result(seconds)
+
+
+def _run_batch(
+    batch: list[Sequence], desks: Mapping[str, Desk], sampling: Sampling
 ) -> Generator[tuple[Sequence, int], None, list[float]]:
     """Runs sequences through all their phases; yields each with the number of its newest tokens.
 
-    Returns the wall seconds of each phase, which lasts until the last sequence has left it.
+    Returns the wall seconds of each phase, which lasts until the last sequence has left it. Time
+    that the reader of the events takes is not in them.
     """
     seconds = [0.0] * len(batch[0].rules.plan.phases)
     last, phase = time.perf_counter(), min(s.phase for s in batch)
@@ -238,10 +256,11 @@ def _run_batch(
                 written = desk.write(sampling)
             now = time.perf_counter()
             seconds[phase] += now - last
-            last, phase = now, min((s.phase for s in batch if not s.is_done), default=phase)
+            phase = min((s.phase for s in batch if not s.is_done), default=phase)
             yield from written
+            last = time.perf_counter()
             with torch.inference_mode():
-                desk.leave(desks, hand_over)
+                desk.leave(desks)
                 if desk.seated:
                     desk.read()
     return seconds

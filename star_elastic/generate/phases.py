@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import pairwise
 from typing import Any, Literal, get_args
 
 from star_elastic.errors import BudgetError, ConfigError
@@ -128,6 +129,13 @@ class Plan:
         for end in ("end_of_turn", "end_of_thinking"):
             if ends.count(end) > 1:
                 raise ConfigError(f"the plan has {ends.count(end)} phases until={end!r}; keep one")
+        if self.thinking_budget:
+            before = self.phases[: self.end_of_thinking]
+            if any(phase.budget is None for phase in before):
+                raise BudgetError(
+                    "a trace with a budget cannot follow a phase without one, which might leave no "
+                    "token for it; give every phase before it a budget"
+                )
 
     @property
     def thinks(self) -> bool:
@@ -146,6 +154,21 @@ class Plan:
         return tuple(dict.fromkeys(size for phase in self.phases for size in phase.sizes))
 
     @property
+    def changes(self) -> set[tuple[str, str]]:
+        """Which size may go on after which: phases follow one another, and a trace that is closed
+        early goes on with the answer."""
+        following = list(pairwise(self.phases))
+        if self.end_of_thinking is not None:
+            answer = self.phases[self.end_of_thinking + 1]
+            following += [(phase, answer) for phase in self.phases[: self.end_of_thinking + 1]]
+        return {
+            (giver, taker)
+            for before, after in following
+            for giver in before.sizes
+            for taker in after.sizes[:1]
+        }
+
+    @property
     def thinking_budget(self) -> int | None:
         """Tokens of the phase that ends the trace; 0 without a trace."""
         end = self.end_of_thinking
@@ -159,8 +182,8 @@ class Plan:
         if needed > self.max_new_tokens:
             raise BudgetError(
                 f"max_new_tokens={self.max_new_tokens} leaves no token for an answer after "
-                f"{sum(spent)} of thinking (budget and grace) and {num_closing} to end it; "
-                f"use max_new_tokens={needed} or more"
+                f"{sum(spent)} of the phases before (budget and grace) and {num_closing} to end "
+                f"thinking; use max_new_tokens={needed} or more"
             )
 
     @property

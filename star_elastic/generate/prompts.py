@@ -97,7 +97,8 @@ class ThinkingTags:
     @property
     def max_closing(self) -> int:
         """The most tokens that `closing_ids` returns."""
-        return len(self.encode(self.end_of_thinking))
+        texts = {self.end_of_thinking, self.end_of_thinking.removeprefix("\n")}
+        return max(len(self.encode(text)) for text in texts)
 
     def encode_prompt(self, prompt: Prompt, *, thinking: bool) -> EncodedPrompt:
         """A prompt as token ids. Raises ConfigError for an empty or malformed one.
@@ -180,11 +181,10 @@ class TextStream:
         return rest
 
     def _release(self) -> str:
-        for stop in self._stops:
-            before, found, _ = self._held.partition(stop)
-            if found:
-                self._stopped = True
-                return before
+        found = [self._held.find(stop) for stop in self._stops if stop in self._held]
+        if found:
+            self._stopped = True
+            return self._held[: min(found)]
         starts = [stop[:n] for stop in self._stops for n in range(1, len(stop))]
         held = max((len(start) for start in starts if self._held.endswith(start)), default=0)
         certain = self._held[: len(self._held) - held]

@@ -65,10 +65,11 @@ class Sequence:
     writers: list[str | None] = field(default_factory=list)
     num_trace: int | None = None
     num_closing: int = 0
-    stop_string: str = ""
     reads: list[Read] = field(default_factory=list)
     cache_bytes: int = 0
     _stretches: dict[int, _Stretch] = field(default_factory=dict)
+    _written: list[tuple[str, int]] = field(default_factory=list)
+    """Size and phase of every token of the trace so far."""
 
     def __post_init__(self) -> None:
         self.enter(self.phase)
@@ -77,6 +78,11 @@ class Sequence:
     def now(self) -> Phase:
         """The phase at hand."""
         return self.rules.plan.phases[self.phase]
+
+    @property
+    def sizes_to_come(self) -> set[str]:
+        """The sizes of the phase at hand and of those after it."""
+        return {size for phase in self.rules.plan.phases[self.phase :] for size in phase.sizes}
 
     @property
     def is_thinking(self) -> bool:
@@ -134,7 +140,6 @@ class Sequence:
     def close_thinking(self) -> None:
         """Injects the end of thinking."""
         closing = self.rules.tags.closing_ids(self.ids)
-        self.rules.plan.require_room(len(closing))
         self.num_trace = len(self.writers)
         self.num_closing = len(closing)
         self.ids += closing
@@ -147,8 +152,8 @@ class Sequence:
             self._write(token)
             self.num_closing = closing
             self.num_trace = len(self.writers) - closing
-            for size in self.writers[self.num_trace :]:
-                self._stretches[self.phase].by_size[str(size)] -= 1
+            for size, phase in self._written[self.num_trace :]:
+                self._stretches[phase].by_size[size] -= 1
             assert end_of_thinking is not None
             self._end("natural", then=end_of_thinking + 1)
         elif self.phase == end_of_thinking and (cut := self._cut()):
@@ -194,13 +199,14 @@ class Sequence:
         begin = self.num_prompt + self.parts[part].start
         longest = 4 * max(map(len, stops))  # no token holds less than a byte
         tail = self.rules.tags.decode(self.ids[max(begin, len(self.ids) - longest) :])
-        self.stop_string = next((stop for stop in stops if stop in tail), "")
-        return bool(self.stop_string)
+        return any(stop in tail for stop in stops)
 
     def _write(self, token: int) -> None:
         self.ids.append(token)
         self.writers.append(self.size)
         self._stretches[self.phase].by_size[self.size] += 1
+        if self.is_thinking:
+            self._written.append((self.size, self.phase))
         policy = self.now.size
         if isinstance(policy, ByDifficulty) and self.rules.tags.ends_line(token):
             self.size = policy.small
@@ -225,9 +231,10 @@ class Sequence:
         new = self.ids[self.num_prompt :]
         parts = [new[part] for part in self.parts]
         texts = [decode([i for i in part if i not in self.rules.end_of_turn]) for part in parts]
-        if self.stop_string:
+        if self._stretches[self.phase].ended == "stop_string":
             last = 0 if self.is_thinking else 2
-            texts[last] = texts[last].partition(self.stop_string)[0]
+            found = [texts[last].find(stop) for stop in plan.stop if stop in texts[last]]
+            texts[last] = texts[last][: min(found)]
         phases = []
         for number, stretch in self._stretches.items():
             if stretch.ended is None:

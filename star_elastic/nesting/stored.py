@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from star_elastic.axes import AxisMap, Piece, TensorSpec
-from star_elastic.checkpoint import INDEX_NAME, SINGLE_NAME, CheckpointReader
+from star_elastic.checkpoint import CheckpointReader
 from star_elastic.errors import CheckpointError
 from star_elastic.families.base import Family
 
@@ -91,17 +91,13 @@ class StoredModel:
     @cached_property
     def _places(self) -> dict[str, tuple[Path, int]]:
         """File and first byte of every tensor."""
-        path, places = self.reader.path, {}
-        files = {SINGLE_NAME}
-        if not (path / SINGLE_NAME).is_file():
-            files = json.loads((path / INDEX_NAME).read_text(encoding="utf-8"))["weight_map"]
-            files = set(files.values())
-        for file in files:
-            with open(path / file, "rb") as stream:
+        places = {}
+        for file in self.reader.files:
+            with open(file, "rb") as stream:
                 (length,) = struct.unpack("<Q", stream.read(8))
                 header = json.loads(stream.read(length))
             for name in header.keys() - {"__metadata__"}:
-                places[name] = (path / file, 8 + length + header[name]["data_offsets"][0])
+                places[name] = (file, 8 + length + header[name]["data_offsets"][0])
         return places
 
     def _copy(self, spec: TensorSpec, names: list[str], dtype: torch.dtype) -> torch.Tensor:

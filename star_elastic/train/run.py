@@ -7,9 +7,7 @@ first one writes.
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 import shutil
 import signal
 import threading
@@ -23,7 +21,7 @@ from pathlib import Path
 import torch
 
 import star_elastic
-from star_elastic.checkpoint import save_tensors, write_json
+from star_elastic.checkpoint import digest_files, save_tensors, write_json
 from star_elastic.errors import CheckpointError, ConfigError, Interrupted, reason
 from star_elastic.importance.files import load_scores, save_scores
 from star_elastic.manifest import Manifest, Size, save_manifest
@@ -47,10 +45,6 @@ from star_elastic.train.teacher import TeacherCache
 ELASTIC = "elastic"
 RUN = "run.json"
 TEACHER = "teacher"
-READ_WHOLE = 64 * 1024**2
-READ_ENDS = 1024**2
-"""Bytes up to which a file's whole content counts in a fingerprint; of larger ones these at either
-end."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,20 +191,7 @@ def _fingerprint(config: RunConfig) -> str:
     """What the parent and the data are: their files by name, size and content."""
     roots = [config.parent, *(file for source in config.data for file in source.files)]
     files = (file for root in map(Path, roots) for file in (root, *sorted(root.rglob("*"))))
-    found = [(file.name, *_size_and_digest(file)) for file in files if file.is_file()]
-    return hashlib.blake2b(repr(found).encode(), digest_size=8).hexdigest()
-
-
-def _size_and_digest(file: Path) -> tuple[int, str]:
-    """A file's size, and a digest of its content: of large files, of both ends."""
-    size = file.stat().st_size
-    with open(file, "rb") as content:
-        if size <= READ_WHOLE:
-            return size, hashlib.file_digest(content, "blake2b").hexdigest()
-        digest = hashlib.blake2b(content.read(READ_ENDS))
-        content.seek(-READ_ENDS, os.SEEK_END)
-        digest.update(content.read(READ_ENDS))
-    return size, digest.hexdigest()
+    return digest_files(file for file in files if file.is_file())
 
 
 def _prepare_directory(run: Path, config: RunConfig, resume: bool) -> None:
