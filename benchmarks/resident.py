@@ -35,6 +35,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrai
 
 from star_elastic.axes import AxisMap
 from star_elastic.cost import CostModel
+from star_elastic.errors import Interrupted
 from star_elastic.families import family_of
 from star_elastic.generate.family import ElasticFamily, load
 from star_elastic.manifest import Manifest, Size, load_manifest, save_manifest
@@ -116,6 +117,15 @@ def main() -> None:
     show(result)
     if options.out:
         options.out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    over = [name for name, row in result["families"].items() if "memory" in row and grows(row)]
+    if over and not options.smoke:  # tiny models are all overhead
+        raise Interrupted(f"over the limit: {', '.join(over)}")
+
+
+def grows(row: dict) -> bool:
+    """Whether a family of three sizes holds more than its limit, relative to the parent alone."""
+    memory = row["memory"]
+    return memory["family"]["pss"] > row["limit"] * memory["parent"]["pss"]
 
 
 def make_checkpoints(folder: Path, config: Mapping[str, Any], axes: tuple[str, ...]) -> dict:
