@@ -31,6 +31,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from size_cost import decode
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
 from star_elastic.axes import AxisMap
@@ -328,20 +329,6 @@ def interleaved(sides: dict[str, Callable[[], None]], rounds: int) -> dict[str, 
             sides[name]()
             seconds[name].append(time.perf_counter() - begin)
     return seconds
-
-
-def decode(model: PreTrainedModel, batch: int, steps: int) -> Callable[[], None]:
-    """Reads a short prompt and decodes `steps` tokens."""
-    ids = torch.randint(0, model.config.vocab_size, (batch, 16))
-
-    @torch.inference_mode()
-    def run() -> None:
-        cache = DynamicCache(config=model.config)
-        model(input_ids=ids, past_key_values=cache, use_cache=True)
-        for _ in range(steps):
-            model(input_ids=ids[:, :1], past_key_values=cache, use_cache=True)
-
-    return run
 
 
 def prefill(model: PreTrainedModel, tokens: int, repeats: int) -> Callable[[], None]:

@@ -30,6 +30,11 @@ class LayerState:
     first: torch.Tensor
     second: torch.Tensor
 
+    @property
+    def num_bytes(self) -> int:
+        """Memory of both."""
+        return self.first.nbytes + self.second.nbytes
+
 
 @dataclass(frozen=True, slots=True)
 class RowCache:
@@ -40,8 +45,7 @@ class RowCache:
     @property
     def num_bytes(self) -> int:
         """Memory of the states."""
-        states = (s for layer in self.layers if layer for s in (layer.first, layer.second))
-        return sum(state.numel() * state.element_size() for state in states)
+        return sum(layer.num_bytes for layer in self.layers if layer)
 
 
 def take_row(cache: DynamicCache, row: int, length: int) -> RowCache:
@@ -120,9 +124,7 @@ def select_rows(cache: DynamicCache, rows: Sequence[int], columns: int) -> None:
 
 def count_bytes(cache: DynamicCache) -> int:
     """Memory of all rows of a cache, padding included."""
-    states = (_states(layer) for layer in cache.layers)
-    tensors = (s for layer in states if layer for s in (layer.first, layer.second))
-    return sum(state.numel() * state.element_size() for state in tensors)
+    return sum(states.num_bytes for states in map(_states, cache.layers) if states)
 
 
 class HandOver:
