@@ -95,10 +95,17 @@ def interleaved(sides: dict[str, Callable[[], None]], rounds: int) -> dict[str, 
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     for _ in range(rounds):
         for name, run in sides.items():
-            begin = time.perf_counter()
+            begin = now()
             run()
-            seconds[name].append(time.perf_counter() - begin)
+            seconds[name].append(now() - begin)
     return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def now() -> float:
+    """Seconds, when a GPU (if one is used) has done all that it was asked for."""
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 def training_steps(elastic: ElasticModel, sizes, tokens: int, rounds: int) -> dict:

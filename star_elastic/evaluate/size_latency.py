@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from star_elastic.errors import BudgetError
 from star_elastic.evaluate.latency_bench import Setting, undisturbed
 from star_elastic.generate.decode import BatchDecoder
+from star_elastic.generate.steps import StepPool, pool_for
 from star_elastic.progress import Progress, Silent
 
 DECODE_STEPS = 8
@@ -62,20 +63,23 @@ def measure_sizes(
     works = list(itertools.product(models, batches, contexts))
     for model in models.values():
         limit = getattr(model.config, "max_position_embeddings", None)
-        if limit and max(contexts) + DECODE_STEPS > limit:
+        needed = max(contexts) + 1 + DECODE_STEPS
+        if limit and needed > limit:
             raise BudgetError(
-                f"context={max(contexts)} and {DECODE_STEPS} new tokens exceed the model's context "
-                f"of {limit}; use {limit - DECODE_STEPS} or less"
+                f"context={max(contexts)} and {1 + DECODE_STEPS} new tokens exceed the model's "
+                f"context of {limit}; use {limit - 1 - DECODE_STEPS} or less"
             )
     progress = progress or Silent()
     progress.stage("latency", max(round(seconds), 1))
+    # As generation decodes: on a GPU, by captured steps.
+    pools = {size: pool_for(model, patience=1) for size, model in models.items()}
     for work in works:
-        _run(models, work, _Times())
+        _run(models, pools, work, _Times())
     times: dict[Work, _Times] = defaultdict(_Times)
     begin = time.monotonic()
     while not times or time.monotonic() - begin < seconds:
         for work in works:
-            _run(models, work, times[work])
+            _run(models, pools, work, times[work])
             progress.advance(min(round(time.monotonic() - begin), max(round(seconds), 1)))
     return [
         SizeTime(*work, 1e3 * undisturbed(own.prefill), 1e3 * undisturbed(own.decode))
@@ -84,21 +88,27 @@ def measure_sizes(
 
 
 @torch.inference_mode()
-def _run(models: Mapping[str, PreTrainedModel], work: Work, times: _Times) -> None:
+def _run(
+    models: Mapping[str, PreTrainedModel],
+    pools: Mapping[str, StepPool | None],
+    work: Work,
+    times: _Times,
+) -> None:
     """One round of one size."""
     size, batch, context = work
     model = models[size]
     generator = torch.Generator().manual_seed(context)
     ids_BT = torch.randint(0, model.config.vocab_size, (batch, context), generator=generator)
-    decoder = BatchDecoder(model)
+    decoder = BatchDecoder(model, pools[size])
     rows, tokens = ids_BT.tolist(), ids_BT[:, 0].tolist()
     begin = _now(model)
     decoder.prefill(rows)
-    read = _now(model)
+    times.prefill.append(_now(model) - begin)
+    decoder.step(tokens)  # may capture, and moves the rows to where captured steps work
+    ready = _now(model)
     for _ in range(DECODE_STEPS):
         decoder.step(tokens)
-    times.prefill.append(read - begin)
-    times.decode.append((_now(model) - read) / DECODE_STEPS)
+    times.decode.append((_now(model) - ready) / DECODE_STEPS)
 
 
 def _now(model: PreTrainedModel) -> float:

@@ -54,7 +54,7 @@ def take_row(cache: DynamicCache, row: int, length: int) -> RowCache:
 
 
 def _take(layer: Any, row: int, length: int) -> LayerState | None:
-    states = _states(layer)
+    states = states_of(layer)
     if states is None:
         return None
     if states.kind == MAMBA:
@@ -63,7 +63,7 @@ def _take(layer: Any, row: int, length: int) -> LayerState | None:
     return LayerState(ATTENTION, keys, values)
 
 
-def _states(layer: Any) -> LayerState | None:
+def states_of(layer: Any) -> LayerState | None:
     """The states of a cache's layer, all rows; None if it has read nothing or remembers nothing."""
     if hasattr(layer, "recurrent_states"):
         kind, states = MAMBA, (layer.conv_states[0], layer.recurrent_states[0])
@@ -84,7 +84,12 @@ def _one_row(layer: LayerState) -> LayerState:
 
 def join_caches(caches: Sequence[DynamicCache], config: PreTrainedConfig) -> DynamicCache:
     """The rows of several batches as the cache of one, padded to the longest."""
-    return _join([[_states(layer) for layer in cache.layers] for cache in caches], config)
+    return _join([[states_of(layer) for layer in cache.layers] for cache in caches], config)
+
+
+def cache_of(layers: Sequence[LayerState | None], config: PreTrainedConfig) -> DynamicCache:
+    """States (all rows) by layer as a cache of their own, copied."""
+    return _join([layers], config)
 
 
 def _join(batches: Sequence[Sequence[LayerState | None]], config: PreTrainedConfig) -> DynamicCache:
@@ -112,7 +117,7 @@ def select_rows(cache: DynamicCache, rows: Sequence[int], columns: int) -> None:
     """Drops all rows of a cache but these, and all columns but the last ones."""
     index = torch.tensor(rows)
     for layer in cache.layers:
-        states = _states(layer)
+        states = states_of(layer)
         if states is not None:
             # The one selection over the batch that every kind of layer implements.
             layer.reorder_cache(cast(torch.LongTensor, index.to(states.first.device)))
@@ -124,7 +129,7 @@ def select_rows(cache: DynamicCache, rows: Sequence[int], columns: int) -> None:
 
 def count_bytes(cache: DynamicCache) -> int:
     """Memory of all rows of a cache, padding included."""
-    return sum(states.num_bytes for states in map(_states, cache.layers) if states)
+    return sum(states.num_bytes for states in map(states_of, cache.layers) if states)
 
 
 class HandOver:

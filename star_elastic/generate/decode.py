@@ -22,6 +22,7 @@ from star_elastic.generate.caches import (
     stack_rows,
     take_row,
 )
+from star_elastic.generate.steps import StaticStep, StepPool
 
 Ids = Sequence[int]
 
@@ -30,10 +31,13 @@ class BatchDecoder:
     """Rows that one model reads and continues; `logits_BV` (fp32) predict each row's next token.
 
     `lengths` are the tokens that each row has read. Memory beyond the model is that of the caches.
+    With `steps`, steps are run in their static memory where that is worth it.
     """
 
-    def __init__(self, model: PreTrainedModel):
+    def __init__(self, model: PreTrainedModel, steps: StepPool | None = None):
         self.model = model
+        self._steps = steps
+        self._static: StaticStep | None = None
         self.device = model.device
         self.lengths: list[int] = []
         self.logits_BV = torch.zeros(0, model.config.vocab_size, device=self.device)
@@ -46,6 +50,7 @@ class BatchDecoder:
     @property
     def num_bytes(self) -> int:
         """Memory of the rows' caches, padding included."""
+        self.settle()
         return count_bytes(self._cache)
 
     def prefill(self, rows: Sequence[Ids]) -> None:
@@ -92,17 +97,43 @@ class BatchDecoder:
 
     def step(self, tokens: Ids) -> None:
         """Feeds one token to every row."""
+        static = self._enter_static()
         self.lengths = [length + 1 for length in self.lengths]
         self._columns += 1
+        if static is not None:
+            self.logits_BV = static.step(tokens)
+            return
         ids_B1 = torch.tensor(tokens)[:, None]
         self.logits_BV = self._forward(self._cache, ids_B1, self.lengths, self._columns)
 
+    def _enter_static(self) -> StaticStep | None:
+        """Static memory with room for one more token of every row, holding what they have read."""
+        if self._static is not None and self._columns < self._static.columns:
+            return self._static
+        self.settle()
+        if self._steps is None or not self.lengths:
+            return None
+        static = self._steps.fetch(self._cache, len(self.lengths), self._columns + 1)
+        if static is not None:
+            static.hold(self)
+            static.load(self._cache, self.lengths, self._columns)
+            self._cache, self._static = DynamicCache(config=self.model.config), static
+        return static
+
+    def settle(self) -> None:
+        """Takes the rows' cache back from static memory."""
+        if self._static is not None:
+            self._cache = self._static.unload(len(self.lengths), self._columns)
+            self._static = None
+
     def take(self, row: int) -> RowCache:
         """A copy of what the model remembers of a row."""
+        self.settle()
         return take_row(self._cache, row, self.lengths[row])
 
     def keep(self, rows: Sequence[int]) -> None:
         """Drops all rows but these, with their part of the cache."""
+        self.settle()
         self.lengths = [self.lengths[row] for row in rows]
         self.logits_BV = self.logits_BV[torch.tensor(rows, dtype=torch.long, device=self.device)]
         if rows:
@@ -113,6 +144,7 @@ class BatchDecoder:
 
     def _join(self, cache: DynamicCache, lengths: list[int], logits_BV: torch.Tensor) -> None:
         """Puts rows beside those that are there."""
+        self.settle()
         if self.lengths:
             cache = join_caches([self._cache, cache], self.model.config)
             logits_BV = torch.cat([self.logits_BV, logits_BV])

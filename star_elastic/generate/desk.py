@@ -15,6 +15,7 @@ from star_elastic.generate.caches import RowCache
 from star_elastic.generate.decode import BatchDecoder, Sampling, choose_tokens, entropies
 from star_elastic.generate.phases import Handed, How, Switch
 from star_elastic.generate.sequence import Sequence
+from star_elastic.generate.steps import StepPool
 
 Convert = Callable[[RowCache], RowCache]
 HandOvers = Callable[[str, str], Convert]
@@ -31,13 +32,14 @@ class Desk:
         switch: Switch,
         hand_overs: Mapping[tuple[str, str], Convert],
         *,
+        steps: StepPool | None = None,
         compare: bool = False,
     ):
         self.size = size
         self._hand_overs = hand_overs
         self.switch: Switch = switch
         self.seated: list[Sequence] = []
-        self._decoder = BatchDecoder(model)
+        self._decoder = BatchDecoder(model, steps)
         self._compare = compare
         self._kept: dict[int, tuple[RowCache, int]] = {}
 

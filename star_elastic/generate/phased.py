@@ -26,6 +26,7 @@ from star_elastic.generate.desk import Convert, Desk, HandOvers
 from star_elastic.generate.phases import ANSWERING, THINKING, Generation, Plan, Token
 from star_elastic.generate.prompts import Prompt, TextStream, ThinkingTags
 from star_elastic.generate.sequence import Rules, Sequence
+from star_elastic.generate.steps import StepPool, pool_for
 
 DEFAULT_BATCH_SIZE = 64
 
@@ -51,6 +52,7 @@ class PhasedGenerator:
         self.tokenizer = tokenizer
         self.tags = ThinkingTags(tokenizer, end_of_thinking)
         self._hand_over = hand_over
+        self._pools: dict[str, StepPool | None] = {}
 
     def generate(
         self,
@@ -141,7 +143,10 @@ class PhasedGenerator:
         _require_context(max(s.num_prompt for s in sequences), plan, models.values())
         if not all(map(pads_exactly, models.values())):
             batch_size = 1
-        desks = partial(_make_desks, models, plan, hand_overs, compare)
+        for size, model in models.items():
+            if size not in self._pools:
+                self._pools[size] = pool_for(model)
+        desks = partial(_make_desks, models, plan, hand_overs, self._pools, compare)
         return _run_batches(sequences, desks, sampling, batch_size)
 
     def _hand_overs(self, plan: Plan) -> dict[tuple[str, str], Convert]:
@@ -210,11 +215,15 @@ def _range(part: slice) -> range:
 
 
 def _make_desks(
-    models: Models, plan: Plan, hand_overs: Mapping[tuple[str, str], Convert], compare: bool
+    models: Models,
+    plan: Plan,
+    hand_overs: Mapping[tuple[str, str], Convert],
+    pools: Mapping[str, StepPool | None],
+    compare: bool,
 ) -> dict[str, Desk]:
     """A desk for every size, all empty."""
     return {
-        size: Desk(size, model, plan.switch, hand_overs, compare=compare)
+        size: Desk(size, model, plan.switch, hand_overs, steps=pools[size], compare=compare)
         for size, model in models.items()
     }
 

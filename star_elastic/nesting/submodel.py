@@ -50,6 +50,10 @@ def build_submodel(
     missing = submodel.load_state_dict(sliced, strict=False, assign=True).missing_keys
     share_nested(parent, submodel, axis_map, complete)
     submodel.tie_weights()
+    for name, buffer in submodel.named_buffers():  # those that no checkpoint holds
+        if buffer.device != parent.device:
+            owner, _, own = name.rpartition(".")
+            submodel.get_submodule(owner)._buffers[own] = buffer.to(parent.device)
     left = [name for name, value in submodel.named_parameters() if value.is_meta]
     assert not left, (left, missing)
     submodel.generation_config = parent.generation_config

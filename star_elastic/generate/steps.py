@@ -1,0 +1,207 @@
+"""Decode steps in memory that stays where it is, so that a GPU can replay them as a CUDA graph.
+
+A step of one token is hundreds of small kernels per layer kind; launching them one by one takes a
+GPU longer than running them, so that all sizes would be equally slow. On the CPU the same step runs
+without a graph (for tests; there is nothing to gain). B rows, T columns, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import logging
+import weakref
+from collections import Counter, OrderedDict
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+from transformers import DynamicCache, PreTrainedModel, StaticCache
+
+from star_elastic.errors import reason
+from star_elastic.generate.caches import MAMBA, LayerState, cache_of, states_of
+
+logger = logging.getLogger(__name__)
+
+PATIENCE = 8
+"""Steps of one shape that are run before one is captured: a capture takes as long as a few."""
+MAX_CAPTURED = 4
+"""Captured steps that a model keeps, each with memory for the caches of its rows."""
+MIN_COLUMNS = 256
+WARM_UPS = 2
+
+
+class Holder(Protocol):
+    """Whose rows a static step works on."""
+
+    def settle(self) -> None:
+        """Takes the rows back, if they are still there."""
+        ...
+
+
+class StaticStep:
+    """One token for each of up to `rows` rows, with up to `columns` tokens of context.
+
+    Rows beyond those in use are computed and not looked at; columns beyond are masked. `like` is
+    any cache of the model, for the shapes of its states.
+    """
+
+    @torch.inference_mode()
+    def __init__(self, model: PreTrainedModel, like: DynamicCache, rows: int, columns: int):
+        self.model, self.rows, self.columns = model, rows, columns
+        device = model.device
+        self._cache = StaticCache(config=model.config, max_cache_len=columns)
+        for number, layer in enumerate(like.layers):
+            states = states_of(layer)
+            if states is not None:
+                self._allocate(number, states)
+        self._ids_B1 = torch.zeros(rows, 1, dtype=torch.long, device=device)
+        self._places_B1 = torch.zeros(rows, 1, dtype=torch.long, device=device)
+        self._column = torch.zeros(1, dtype=torch.long, device=device)
+        self._mask_B11T = torch.zeros(rows, 1, 1, columns, dtype=torch.bool, device=device)
+        self._logits_BV = torch.zeros(rows, model.config.vocab_size, device=device)
+        self._holder: weakref.ref[Holder] | None = None
+        self._graph = self._capture() if device.type == "cuda" else None
+
+    def _allocate(self, number: int, states: LayerState) -> None:
+        first, second = (
+            s.new_zeros(self.rows, *s.shape[1:]) for s in (states.first, states.second)
+        )
+        if states.kind == MAMBA:
+            self._cache.update_conv_state(first, number)
+            self._cache.update_recurrent_state(second, number)
+        else:  # one column tells the shape
+            attention: Any = self._cache.layers[number]
+            attention.lazy_initialization(first[:, :, :1], second[:, :, :1])
+
+    def _capture(self) -> torch.cuda.CUDAGraph:
+        """Records the step; what it does to the states meanwhile is overwritten by `load`."""
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(WARM_UPS):
+                self._run()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            self._run()
+        return graph
+
+    def _run(self) -> None:
+        """The step itself: everything it reads and writes stays at its address."""
+        self._mask_B11T.index_fill_(3, self._column, True)
+        mask = self._mask_B11T
+        # A model with Mamba layers takes ready masks by kind of layer.
+        has_mamba = any(hasattr(layer, "recurrent_states") for layer in self._cache.layers)
+        masks = {"full_attention": mask, "linear_attention": None} if has_mamba else mask
+        output = self.model(
+            input_ids=self._ids_B1,
+            attention_mask=masks,
+            position_ids=self._places_B1,
+            past_key_values=self._cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        self._logits_BV.copy_(output.logits[:, -1])
+        self._column += 1
+        self._places_B1 += 1
+
+    def hold(self, holder: Holder) -> None:
+        """Gives the memory to a decoder; one that still has it takes its rows back first."""
+        before = self._holder() if self._holder is not None else None
+        if before is not None and before is not holder:
+            before.settle()
+        self._holder = weakref.ref(holder)
+
+    @torch.inference_mode()
+    def load(self, cache: DynamicCache, lengths: Sequence[int], columns: int) -> None:
+        """Takes up rows of these lengths from a cache of so many columns, padded on the left."""
+        for layer, given in zip(self._cache.layers, cache.layers, strict=True):
+            states, own = states_of(given), states_of(layer)
+            if states is None or own is None:
+                continue
+            for target, source in ((own.first, states.first), (own.second, states.second)):
+                if states.kind == MAMBA:
+                    target[: len(lengths)].copy_(source)
+                else:
+                    target[: len(lengths), :, :columns].copy_(source)
+            if states.kind != MAMBA:
+                attention: Any = layer
+                attention.cumulative_length.fill_(columns)
+        lengths_B1 = torch.tensor(lengths, device=self._places_B1.device)[:, None]
+        self._places_B1[: len(lengths)].copy_(lengths_B1)
+        self._column.fill_(columns)
+        self._mask_B11T.zero_()
+        places_T = torch.arange(columns, device=self._places_B1.device)
+        known_BT = places_T >= columns - lengths_B1
+        self._mask_B11T[: len(lengths), 0, 0, :columns].copy_(known_BT)
+
+    @torch.inference_mode()
+    def step(self, tokens: Sequence[int]) -> torch.Tensor:
+        """Feeds one token to every row in use; returns logits (B, V) in fp32."""
+        self._ids_B1[: len(tokens), 0].copy_(torch.tensor(tokens))
+        if self._graph is None:
+            self._run()
+        else:
+            self._graph.replay()
+        return self._logits_BV[: len(tokens)].clone()
+
+    @torch.inference_mode()
+    def unload(self, rows: int, columns: int) -> DynamicCache:
+        """The rows in use as a cache of their own."""
+        layers = []
+        for layer in self._cache.layers:
+            states = states_of(layer)
+            if states is not None and states.kind == MAMBA:
+                states = LayerState(MAMBA, states.first[:rows], states.second[:rows])
+            elif states is not None:
+                keys, values = (s[:rows, :, :columns] for s in (states.first, states.second))
+                states = LayerState(states.kind, keys, values)
+            layers.append(states)
+        return cache_of(layers, self.model.config)
+
+
+class StepPool:
+    """The static steps of one model, by their numbers of rows and columns (powers of two).
+
+    A step is captured when its shape has been asked for `patience` times; the one that was used
+    longest ago goes when there are more than a few. Where capturing fails (an operation that waits
+    for the CPU, no memory for the rows' caches), steps go on without.
+    """
+
+    def __init__(self, model: PreTrainedModel, patience: int = PATIENCE):
+        self.model, self._patience = model, patience
+        self._fails = False
+        self._asked: Counter[tuple[int, int]] = Counter()
+        self._steps: OrderedDict[tuple[int, int], StaticStep] = OrderedDict()
+
+    def fetch(self, cache: DynamicCache, rows: int, columns: int) -> StaticStep | None:
+        """A step with room for so many rows and columns; None while it is not worth capturing."""
+        shape = _power_of_two(rows), max(_power_of_two(columns), MIN_COLUMNS)
+        if shape in self._steps:
+            self._steps.move_to_end(shape)
+            return self._steps[shape]
+        self._asked[shape] += 1
+        if self._fails or self._asked[shape] < self._patience:
+            return None
+        while len(self._steps) >= MAX_CAPTURED:
+            self._steps.popitem(last=False)
+        try:
+            self._steps[shape] = StaticStep(self.model, cache, *shape)
+        except RuntimeError as error:
+            self._fails = True
+            logger.warning("decode steps are not captured, which is slower: %s", reason(error))
+        return self._steps.get(shape)
+
+
+def _power_of_two(count: int) -> int:
+    """The next power of two."""
+    return 1 << max(count - 1, 0).bit_length()
+
+
+def pool_for(model: PreTrainedModel, patience: int = PATIENCE) -> StepPool | None:
+    """A pool where steps can be captured: on a CUDA device, with attention that takes masks, and
+    with experts (if any) as grouped products in bf16, which do not wait for the CPU."""
+    config: Any = model.config
+    has_experts = any(name.endswith("experts") for name, _ in model.named_modules())
+    grouped = config._experts_implementation != "eager" and model.dtype == torch.bfloat16
+    captures = config._attn_implementation == "sdpa" and (grouped or not has_experts)
+    return StepPool(model, patience) if model.device.type == "cuda" and captures else None
