@@ -10,6 +10,7 @@ and no tensor library: it is integers only.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -46,20 +47,41 @@ class Axis:
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """`num_units` consecutive units of `unit` elements each; fixed if `axis` is None."""
+    """`num_units` consecutive units of `unit` elements each; fixed if `axis` is None.
+
+    With `per` > 1, so many units share `unit` elements (codes packed into bytes, blocks that share
+    a scale): only widths that end on an edge of them can be cut.
+    """
 
     num_units: int
     unit: int = 1
     axis: str | None = None
     num_groups: int = 1
+    per: int = 1
+
+    @property
+    def size(self) -> int:
+        """Elements at full width."""
+        return self.num_units * self.unit // self.per
 
     def runs(self, width: int, start: int) -> Iterator[tuple[int, int]]:
-        """Kept (start, stop) element ranges when the first `width` units survive, per group."""
+        """Kept (start, stop) element ranges when the first `width` units survive, per group.
+
+        Raises ShapeError for a width that ends between two edges.
+        """
         if self.axis is None:
-            yield start, start + self.num_units * self.unit
+            yield start, start + self.size
             return
-        stride = self.num_units // self.num_groups * self.unit
-        kept = width // self.num_groups * self.unit
+        stride = self.size // self.num_groups
+        kept, rest = divmod(width // self.num_groups * self.unit, self.per)
+        if rest:
+            step = self.per // math.gcd(self.unit, self.per) * self.num_groups
+            low = width // step * step
+            near = [w for w in (low, low + step) if 0 < w <= self.num_units]
+            raise ShapeError(
+                f"{self.axis}={width} ends inside a block of {self.per} that is quantised "
+                f"together; use {' or '.join(map(str, near))}"
+            )
         for group in range(self.num_groups):
             yield start + group * stride, start + group * stride + kept
 
@@ -356,18 +378,26 @@ class AxisMap:
                     merged[-1] = (merged[-1][0], high)
                 else:
                     merged.append((low, high))
-            start += segment.num_units * segment.unit
+            start += segment.size
         return merged
+
+    def require_edges(self, widths: Widths) -> None:
+        """Raises ShapeError for a width that ends inside a block of elements stored together."""
+        for name in self.names_at(widths):
+            spec = self.tensors[name]
+            for dim in range(len(spec.dims)):
+                self.runs(spec, dim, widths)
 
     def shape(self, spec: Laid, widths: Mapping) -> tuple:
         """Elements per dimension at `widths`; plain arithmetic, exact for integers."""
         return tuple(
-            sum(
-                (self.width(widths, s.axis, spec.layer) if s.axis else s.num_units) * s.unit
-                for s in dim
-            )
-            for dim in spec.dims
+            sum(self._elements(segment, widths, spec.layer) for segment in dim) for dim in spec.dims
         )
+
+    def _elements(self, segment: Segment, widths: Mapping, layer: int | None):
+        units = self.width(widths, segment.axis, layer) if segment.axis else segment.num_units
+        elements = units * segment.unit
+        return elements if segment.per == 1 else elements // segment.per
 
     def at(self, widths: Mapping[str, Width]) -> AxisMap:
         """The table of the sliced model, to slice it further."""

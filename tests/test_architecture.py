@@ -15,8 +15,8 @@ PACKAGE = ROOT / "star_elastic"
 # Each may import what stands before it, and itself.
 RANKS = (
     "errors", "progress", "widths", "amounts", "axes", "cost", "checkpoint", "latency", "families",
-    "manifest", "importance", "nesting", "router", "train", "generate", "evaluate", "terminal",
-    "demo", "cli",
+    "manifest", "stored", "quant", "importance", "nesting", "router", "train", "generate",
+    "evaluate", "terminal", "demo", "cli",
 )  # fmt: skip
 LAZY_FACADE = PACKAGE / "__init__.py"
 

@@ -215,6 +215,7 @@ def nest_in_place(parent: PreTrainedModel, axis_map: AxisMap, sizes: Iterable[Wi
             if bias is not None:
                 _overwrite(bias, (rows,))
             nested = NestedLinear(weight, bias, rows, columns)
+            nested._forward_pre_hooks.update(module._forward_pre_hooks)
             parent.set_submodule(path, nested.train(module.training))
     for path, specs in _expert_stacks(axis_map).items():
         if any(_is_scattered(spec, axis_map, sizes) for spec in specs):

@@ -21,7 +21,7 @@ from star_elastic.checkpoint import (
     write_json,
     write_tensors,
 )
-from star_elastic.errors import CheckpointError
+from star_elastic.errors import ConfigError
 from star_elastic.families import family_of, read_config
 from star_elastic.families.base import Config, Family
 from star_elastic.nesting.slice import (
@@ -31,7 +31,8 @@ from star_elastic.nesting.slice import (
     slice_tensor,
     sort_tensor,
 )
-from star_elastic.nesting.stored import StoredModel
+from star_elastic.quant.layout import CONFIG_KEY, config_entry, read_scheme, stored_map
+from star_elastic.stored import StoredModel
 from star_elastic.widths import Width
 
 Progress = Callable[[int, int], None]
@@ -50,12 +51,7 @@ class _Job:
 def _open(path: Path, axis_map: AxisMap, family: Family) -> StoredModel:
     """A checkpoint whose every tensor will be written or is left behind on purpose."""
     source = StoredModel(path, axis_map, family)
-    extra = [name for name in source.others if not any(part in name for part in family.ignored)]
-    if extra:
-        raise CheckpointError(
-            f"{path} holds the tensor {extra[0]} ({len(extra)} such), which the "
-            f"{axis_map.family} table does not know; nothing was written"
-        )
+    source.require_known()
     return source
 
 
@@ -143,6 +139,13 @@ def slice_checkpoint(
     axis_map = family.axis_map(config)
     complete = axis_map.complete(widths)
     target = family.config_at(config, complete)
+    scheme = read_scheme(config, axis_map)
+    smaller = axis_map.at(complete)
+    if scheme is not None:
+        target[CONFIG_KEY] = config_entry(smaller, scheme.at(axis_map, complete))
+        axis_map = stored_map(axis_map, scheme)
+        smaller = axis_map.at(complete)
+        axis_map.require_edges(complete)
     source = _open(path, axis_map, family)
 
     def kept(spec: TensorSpec) -> list[int]:
@@ -152,7 +155,7 @@ def slice_checkpoint(
         return lambda tensor: slice_tensor(tensor, spec, axis_map, complete, skip_first=stacked)
 
     names = axis_map.names_at(complete)
-    jobs = list(_jobs(source, axis_map.at(complete), names, kept, convert))
+    jobs = list(_jobs(source, smaller, names, kept, convert))
     _write(source, jobs, target, out, max_shard_bytes, progress, finish)
 
 
@@ -174,6 +177,8 @@ def sort_checkpoint(
     family = family_of(config)
     axis_map = family.axis_map(config)
     check_orders(orders, axis_map)
+    if read_scheme(config, axis_map) is not None:
+        raise ConfigError(f"{path} is quantised; sort the checkpoint first, then quantise it")
     source = _open(path, axis_map, family)
 
     def moved(spec: TensorSpec) -> list[int]:

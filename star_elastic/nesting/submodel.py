@@ -29,8 +29,14 @@ from star_elastic.nesting.resident import nested_names, share_nested
 from star_elastic.nesting.rotate import rotate_state
 from star_elastic.nesting.skeleton import build_skeleton_at
 from star_elastic.nesting.slice import Orders, slice_state, sort_state
-from star_elastic.nesting.stored import StoredModel
+from star_elastic.quant.checkpoint import dense_state, read_input_scales
+from star_elastic.quant.inputs import QuantisedInputs
+from star_elastic.quant.layout import CONFIG_KEY, read_scheme, stored_map
+from star_elastic.stored import StoredModel
 from star_elastic.widths import Width
+
+INPUTS = "quantised_inputs"
+"""Attribute of models with quantised layers."""
 
 
 def build_submodel(
@@ -44,6 +50,9 @@ def build_submodel(
     """
     axis_map = family_of(config).axis_map(config)
     complete = axis_map.complete(widths)
+    inputs: QuantisedInputs | None = getattr(parent, INPUTS, None)
+    if inputs is not None:
+        stored_map(axis_map, inputs.scheme).require_edges(complete)
     submodel = build_skeleton_at(config, complete, parent)
     state = {**dict(parent.named_parameters()), **dict(parent.named_buffers())}
     sliced = slice_state(state, axis_map, complete, leave=nested_names(parent))
@@ -57,7 +66,16 @@ def build_submodel(
     left = [name for name, value in submodel.named_parameters() if value.is_meta]
     assert not left, (left, missing)
     submodel.generation_config = parent.generation_config
+    if inputs is not None:
+        quantise_inputs(submodel, inputs.at(axis_map, complete), axis_map.at(complete))
     return submodel.eval()
+
+
+def quantise_inputs(model: PreTrainedModel, inputs: QuantisedInputs, axis_map: AxisMap) -> None:
+    """Lets the layers of a model that are quantised read what their format knows of their inputs;
+    its submodels will, too."""
+    inputs.apply(model, axis_map)
+    setattr(model, INPUTS, inputs)
 
 
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
@@ -78,15 +96,24 @@ def load_parent(
 
     On the CPU, parameters that have the stored dtype and shape stay in the mapped file: the files
     may be replaced by others while the model is in use, but not be overwritten or shortened.
-    Raises ConfigError or CheckpointError with one line for anything that cannot be loaded.
+    Quantised weights are dequantised once, here: on the CPU a product with packed codes would
+    unpack them every time. Raises ConfigError or CheckpointError with one line for anything that
+    cannot be loaded.
     """
     config = read_config(path)
     family = family_of(config)
     axis_map = family.axis_map(config)
     try:
         # transformers would stack experts beside the mapped pages they come from.
-        state = StoredModel(Path(path), axis_map, family).state(dtype)
+        scheme = read_scheme(config, axis_map)
+        source = StoredModel(Path(path), stored_map(axis_map, scheme), family)
+        if scheme is None:
+            state = source.state(dtype)
+        else:
+            state = dense_state(source, axis_map, scheme, dtype)
         model_config = AutoConfig.from_pretrained(path, local_files_only=True)
+        if scheme is not None:
+            delattr(model_config, CONFIG_KEY)  # the weights are dense from here on
         kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(model_config)]
         model, info = kind.from_pretrained(
             None, config=model_config, state_dict=state, dtype=dtype, output_loading_info=True
@@ -107,6 +134,9 @@ def load_parent(
                 "it is not a checkpoint of its config.json"
             )
     model.name_or_path = model.config.name_or_path = str(path)
+    if scheme is not None:
+        scales = read_input_scales(source, axis_map, scheme)
+        quantise_inputs(model, QuantisedInputs(scheme, scales), axis_map)
     return model.to(device).eval(), config
 
 

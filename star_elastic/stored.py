@@ -27,6 +27,7 @@ class StoredModel:
     def __init__(self, path: Path, axis_map: AxisMap, family: Family):
         self.reader = CheckpointReader(path)
         self.axis_map = axis_map
+        self._family = family
         self._aliases = {new: old for old, new in family.prefix_aliases.items()}
         known = {piece.name for spec in axis_map.tensors.values() for piece in spec.pieces}
         known |= {self._alias(name) for name in known}
@@ -53,6 +54,15 @@ class StoredModel:
             )
         return name
 
+    def require_known(self) -> None:
+        """Raises CheckpointError if a tensor would be lost by writing those of the table only."""
+        extra = [n for n in self.others if not any(part in n for part in self._family.ignored)]
+        if extra:
+            raise CheckpointError(
+                f"{self.reader.path} holds the tensor {extra[0]} ({len(extra)} such), which the "
+                f"{self.axis_map.family} table does not know; nothing was written"
+            )
+
     def state(self, dtype: torch.dtype) -> dict[str, torch.Tensor]:
         """Every tensor by its name in memory, in the dtype that a model of `dtype` has it in.
 
@@ -60,15 +70,23 @@ class StoredModel:
         is missing or of another shape.
         """
         state = {name: self.reader.read(name) for name in self.others}
-        for spec in self.axis_map.tensors.values():
-            names = [self.name_of(spec, piece) for piece in spec.pieces]
-            wanted = torch.float32 if spec.keep_fp32 else dtype
-            mapped = None
-            if {self.reader.dtype(name) for name in names} == {wanted}:
-                is_stacked = spec.pieces[0].index is not None
-                mapped = self._map(spec, names) if is_stacked else self.reader.read(names[0])
-            state[spec.name] = self._copy(spec, names, wanted) if mapped is None else mapped
-        return state
+        return state | {
+            spec.name: self.tensor(spec, dtype) for spec in self.axis_map.tensors.values()
+        }
+
+    def tensor(self, spec: TensorSpec, dtype: torch.dtype) -> torch.Tensor:
+        """One tensor in the dtype that a model of `dtype` has it in."""
+        names = [self.name_of(spec, piece) for piece in spec.pieces]
+        wanted = torch.float32 if spec.keep_fp32 else dtype
+        mapped = None
+        if {self.reader.dtype(name) for name in names} == {wanted}:
+            is_stacked = spec.pieces[0].index is not None
+            mapped = self._map(spec, names) if is_stacked else self.reader.read(names[0])
+        return self._copy(spec, names, wanted) if mapped is None else mapped
+
+    def stored(self, spec: TensorSpec) -> torch.Tensor:
+        """One tensor in the dtype that it is stored in."""
+        return self.tensor(spec, self.reader.dtype(self.name_of(spec, spec.pieces[0])))
 
     def _map(self, spec: TensorSpec, names: list[str]) -> torch.Tensor | None:
         """A stacked tensor as it lies in the file, if its pieces stand there in their order."""

@@ -1,0 +1,1 @@
+"""FP8 and NVFP4: formats, their layout in checkpoints, calibration, and quantised computation."""

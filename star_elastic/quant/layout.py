@@ -1,0 +1,311 @@
+"""What of a model is quantised, and the axis map of the tensors it is stored as.
+
+A quantised weight is several tensors on disk: codes, scales of blocks, scales of the whole. Each of
+them has dimensions that the axes cut, too, some of them in units that only whole blocks fill. So a
+quantised checkpoint has an axis map like any other, and is cut by the same code.
+
+Layouts follow what engines read: `compressed-tensors` (its quantization_config in config.json) and
+ModelOpt's (`hf_quant_config.json`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from star_elastic.axes import AxisMap, Dim, Segment, TensorSpec, fixed
+from star_elastic.errors import ConfigError
+from star_elastic.quant.formats import E4M3, FORMATS, Format, format_of
+from star_elastic.widths import Width
+
+CONFIG_KEY = "quantization_config"
+PARTS = ("attention", "mamba", "mlp", "shared experts", "routed experts")
+"""Parts of a model whose weights are quantised; embeddings, head, routers, norms and convolutions
+stay as they are."""
+BEFORE_ATTENTION = "mamba before attention"
+"""The Mamba layers whose outputs an attention layer reads, which NVIDIA's NVFP4 recipes keep."""
+PARTNERS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+"""Layers that engines fuse into one, which has one global scale."""
+COMPRESSED_TENSORS, MODELOPT = "compressed-tensors", "modelopt"
+CODES, SCALES, GLOBAL, INPUT = "codes", "scales", "global", "input"
+SUFFIXES = {
+    (COMPRESSED_TENSORS, False): {CODES: "weight", SCALES: "weight_scale", INPUT: "input_scale"},
+    (COMPRESSED_TENSORS, True): {
+        CODES: "weight_packed", SCALES: "weight_scale", GLOBAL: "weight_global_scale",
+        INPUT: "input_global_scale",
+    },
+    (MODELOPT, False): {CODES: "weight", SCALES: "weight_scale", INPUT: "input_scale"},
+    (MODELOPT, True): {
+        CODES: "weight", SCALES: "weight_scale", GLOBAL: "weight_scale_2", INPUT: "input_scale",
+    },
+}  # fmt: skip
+"""Names of the stored tensors, by layout and whether codes are packed. compressed-tensors stores
+global scales as their reciprocals."""
+
+
+@dataclass(frozen=True, slots=True)
+class Scheme:
+    """The format of a model's quantised weights, and which of those that could be are `kept` as
+    they are (names in memory)."""
+
+    format: Format
+    kept: frozenset[str] = frozenset()
+
+    def quantised(self, axis_map: AxisMap) -> dict[str, TensorSpec]:
+        """The weights that are quantised, by name."""
+        return {s.name: s for s in quantisable(axis_map) if s.name not in self.kept}
+
+    def at(self, axis_map: AxisMap, widths: Mapping[str, Width]) -> Scheme:
+        """The scheme of the model that is cut from this one at `widths`."""
+        names = axis_map.names_at(widths)
+        return replace(self, kept=frozenset(names[name] for name in self.kept if name in names))
+
+
+def quantisable(axis_map: AxisMap) -> Iterator[TensorSpec]:
+    """Matrices of linear layers, and stacks of them (experts)."""
+    for spec in axis_map.tensors.values():
+        stacked = spec.pieces[0].index is not None
+        if spec.part in PARTS and not spec.is_buffer and len(spec.dims) == 2 + stacked:
+            yield spec
+
+
+def make_scheme(axis_map: AxisMap, format_name: str, keep: Iterable[str] = ()) -> Scheme:
+    """Quantises all that can be, but for parts to `keep` and what blocks of the format do not fit.
+
+    `keep` names parts, or "mamba before attention". Raises ConfigError for unknown ones, and if
+    nothing is left to quantise.
+    """
+    format, keep = format_of(format_name), list(keep)
+    known = (*PARTS, BEFORE_ATTENTION)
+    for name in keep:
+        if name not in known:
+            raise ConfigError(f"part {name!r} is unknown; keep any of {', '.join(known)}")
+    feeding = feeding_attention(axis_map) if BEFORE_ATTENTION in keep else ()
+    kept = {
+        spec.name
+        for spec in quantisable(axis_map)
+        if spec.part in keep
+        or (spec.part == "mamba" and spec.layer in feeding)
+        or not fits(spec, format)
+    }
+    scheme = Scheme(format, frozenset(kept))
+    if not scheme.quantised(axis_map):
+        raise ConfigError(
+            f"nothing is left to quantise: no weight's shape is made of whole blocks of "
+            f"{format.name}, or all parts are kept; use another format"
+        )
+    return scheme
+
+
+def feeding_attention(axis_map: AxisMap) -> set[int]:
+    """The last Mamba layer before every attention layer."""
+    mamba = {s.layer for s in axis_map.tensors.values() if s.part == "mamba"}
+    attention = {s.layer for s in axis_map.tensors.values() if s.part == "attention"}
+    before = ({m for m in mamba if m is not None and m < a} for a in attention if a is not None)
+    return {max(layers) for layers in before if layers}
+
+
+def fits(spec: TensorSpec, format: Format) -> bool:
+    """Whether every segment and group of a weight begins and ends on an edge of the blocks."""
+    rows, columns = spec.dims[-2:]
+    return _divides(rows, format.block[0]) and _divides(columns, format.block[1])
+
+
+def _divides(dim: Dim, block: int) -> bool:
+    return all(s.size // s.num_groups % max(block, 1) == 0 for s in dim)
+
+
+def partners(name: str) -> tuple[str, ...]:
+    """The names of a weight and of those that engines fuse with it."""
+    stem, _, last = name.removesuffix(".weight").rpartition(".")
+    group = next((group for group in PARTNERS if last in group), (last,))
+    end = name.removeprefix(f"{stem}.{last}")
+    return tuple(f"{stem}.{other}{end}" for other in group)
+
+
+# The stored tensors
+
+
+def stored_map(
+    axis_map: AxisMap, scheme: Scheme | None, layout: str = COMPRESSED_TENSORS
+) -> AxisMap:
+    """The axis map of a checkpoint's own tensors; the model's own without a scheme."""
+    if scheme is None:
+        return axis_map
+    quantised = scheme.quantised(axis_map)
+    tensors: dict[str, TensorSpec] = {}
+    for name, spec in axis_map.tensors.items():
+        parts = stored_parts(spec, scheme.format, layout) if name in quantised else {CODES: spec}
+        tensors |= {part.name: part for part in parts.values()}
+    return replace(axis_map, tensors=tensors)
+
+
+def stored_parts(spec: TensorSpec, format: Format, layout: str) -> dict[str, TensorSpec]:
+    """The stored tensors of one quantised weight, by what they hold."""
+    *stack, rows, columns = spec.dims
+    one = fixed(1)
+    dims = {CODES: (rows, _shared(columns, 2) if format.packed else columns), GLOBAL: (one,)}
+    dims[INPUT] = (one,)
+    if format.block == (0, 0):
+        dims[SCALES] = (one,)
+    else:
+        by_rows, by_columns = format.block
+        scale_columns = _shared(columns, by_columns) if by_columns else one
+        dims[SCALES] = (_shared(rows, by_rows), scale_columns)
+    suffixes = SUFFIXES[layout, format.packed]
+    kinds = [CODES, SCALES]
+    kinds += [GLOBAL] if format.has_global_scale else []
+    kinds += [INPUT] if format.is_calibrated else []
+    return {
+        kind: replace(
+            spec,
+            name=f"{spec.name.removesuffix('.weight')}.{suffixes[kind]}",
+            dims=(*stack, *dims[kind]),
+            pieces=tuple(
+                replace(piece, name=f"{piece.name.removesuffix('.weight')}.{suffixes[kind]}")
+                for piece in spec.pieces
+            ),
+            is_buffer=kind != CODES,
+        )
+        for kind in kinds
+    }
+
+
+def stored_dtype(kind: str, format: Format) -> torch.dtype:
+    """The dtype of a stored tensor."""
+    if kind == CODES:
+        return torch.uint8 if format.packed else E4M3
+    return E4M3 if kind == SCALES and format.packed else torch.float32
+
+
+def _shared(dim: Dim, block: int) -> Dim:
+    """A dimension of which `block` neighbours share one element."""
+    return tuple(_shared_segment(segment, block) for segment in dim)
+
+
+def _shared_segment(segment: Segment, block: int) -> Segment:
+    if block == 1:
+        return segment
+    if segment.axis is None:
+        return Segment(segment.size // block)
+    if segment.unit % block == 0:
+        return replace(segment, unit=segment.unit // block)
+    return replace(segment, per=block)
+
+
+# What config files say
+
+
+def config_entry(axis_map: AxisMap, scheme: Scheme) -> dict[str, Any]:
+    """`quantization_config` of config.json, in the schema of compressed-tensors."""
+    format = scheme.format
+    kind: dict[str, Any] = {"num_bits": 4 if format.packed else 8, "type": "float"}
+    kind |= {"symmetric": True}
+    weights = {**kind, "dynamic": False, **_strategy(format.block)}
+    inputs = {
+        "static": {**kind, "strategy": "tensor", "dynamic": False},
+        "token": {**kind, "strategy": "token", "dynamic": True},
+        "group": {**kind, "strategy": "group", "group_size": format.block[1], "dynamic": True},
+        "block": {**kind, "strategy": "tensor_group", "group_size": 16, "dynamic": "local"},
+    }[format.activations]
+    if format.packed:
+        weights["scale_dtype"] = inputs["scale_dtype"] = "torch.float8_e4m3fn"
+    stored = "nvfp4-pack-quantized" if format.packed else "float-quantized"
+    group = {"targets": ["Linear"], "weights": weights, "input_activations": inputs}
+    return {
+        "quant_method": COMPRESSED_TENSORS,
+        "format": stored,
+        "quantization_status": "compressed",
+        "config_groups": {"group_0": {**group, "output_activations": None, "format": stored}},
+        "ignore": ignored(axis_map, scheme),
+        "kv_cache_scheme": None,
+    }
+
+
+def _strategy(block: tuple[int, int]) -> dict[str, Any]:
+    match block:
+        case (0, 0):
+            return {"strategy": "tensor"}
+        case (1, 0):
+            return {"strategy": "channel"}
+        case (1, 16):
+            return {"strategy": "tensor_group", "group_size": 16}
+        case _:
+            return {"strategy": "block", "block_structure": list(block)}
+
+
+def ignored(axis_map: AxisMap, scheme: Scheme) -> list[str]:
+    """Paths of the layers with matrices that are not quantised. Convolutions and routers are no
+    `Linear` in transformers, but are in engines."""
+    quantised = scheme.quantised(axis_map)
+    paths = []
+    for name, spec in axis_map.tensors.items():
+        if name in quantised or spec.lookup or spec.is_buffer or len(spec.dims) < 2:
+            continue
+        if spec.pieces[0].index is None:
+            paths.append(name.removesuffix(".weight"))
+        else:
+            stem, last = name.rsplit(".", 1)
+            paths += [f"{stem}.{piece.index}.{last}" for piece in spec.pieces]
+    return paths
+
+
+def read_scheme(config: Mapping[str, Any], axis_map: AxisMap) -> Scheme | None:
+    """The scheme of a checkpoint by its config; None if it is not quantised.
+
+    Raises ConfigError for a quantisation that this package does not write.
+    """
+    entry = config.get(CONFIG_KEY)
+    if not entry:
+        return None
+    refusal = ConfigError(
+        "the checkpoint is quantised in a way that star-elastic does not read; use its unquantised "
+        "original, or one that star-elastic quantize has made"
+    )
+    try:
+        (group,) = entry["config_groups"].values()
+        paths = set(entry["ignore"])
+        kept = frozenset(
+            spec.name for spec in quantisable(axis_map) if not paths.isdisjoint(ignored_paths(spec))
+        )
+        for format in FORMATS.values():
+            scheme = Scheme(format, kept)
+            expected = config_entry(axis_map, scheme)
+            (own,) = expected["config_groups"].values()
+            if entry["format"] == expected["format"] and all(
+                _agree(group[side], own[side]) for side in ("weights", "input_activations")
+            ):
+                return scheme
+    except (KeyError, TypeError, ValueError, AttributeError):
+        raise refusal from None
+    raise refusal
+
+
+def ignored_paths(spec: TensorSpec) -> set[str]:
+    """The paths under which a weight would stand among those that are ignored."""
+    if spec.pieces[0].index is None:
+        return {spec.name.removesuffix(".weight")}
+    stem, last = spec.name.rsplit(".", 1)
+    return {f"{stem}.{piece.index}.{last}" for piece in spec.pieces}
+
+
+def _agree(found: Mapping[str, Any], own: Mapping[str, Any]) -> bool:
+    """Whether what we would write is said there, whatever else is."""
+    return all(found.get(key) == value for key, value in own.items() if key != "scale_dtype")
+
+
+def modelopt_entry(axis_map: AxisMap, scheme: Scheme) -> dict[str, Any]:
+    """`hf_quant_config.json` of ModelOpt."""
+    names = {"fp8": "FP8", "fp8-channel": "FP8_PER_CHANNEL_PER_TOKEN", "fp8-block": "FP8_PB_WO"}
+    details: dict[str, Any] = {
+        "quant_algo": names.get(scheme.format.name, "NVFP4"),
+        "kv_cache_quant_algo": None,
+        "exclude_modules": ignored(axis_map, scheme),
+    }
+    if scheme.format.packed:
+        details["group_size"] = 16
+    # Engines know the layout by the producer's name.
+    return {"producer": {"name": MODELOPT, "version": "star-elastic"}, "quantization": details}
