@@ -347,6 +347,7 @@ def slice_size(
     from star_elastic.families import family_of, read_config
     from star_elastic.manifest import load_manifest
     from star_elastic.nesting.stream import slice_checkpoint
+    from star_elastic.quant.checkpoint import load_input_scales
 
     config = read_config(elastic)
     axis_map = family_of(config).axis_map(config)
@@ -373,10 +374,61 @@ def slice_size(
             begun = True
             bars.advance(done)
 
-        slice_checkpoint(elastic, chosen, out, progress=progress)
+        scales = load_input_scales(elastic, size) if size else {}
+        slice_checkpoint(elastic, chosen, out, input_scales=scales, progress=progress)
     asked = size or budget or widths
     result = {"out": str(out), "size": asked, "widths": dict(chosen)}
     print_json(result) if as_json else print(f"{out}: {asked} ({chosen})")
+
+
+@app.command()
+def quantize(
+    elastic: Annotated[Path, typer.Argument(help="Elastic checkpoint directory.")],
+    out: Annotated[Path, typer.Option(help="New directory for the quantised checkpoint.")],
+    format_name: Annotated[
+        str, typer.Option("--format", help="fp8, fp8-channel, fp8-block or nvfp4.")
+    ],
+    data: Annotated[
+        list[Path] | None, typer.Option(help="JSONL rows to calibrate inputs on.")
+    ] = None,
+    samples: Annotated[int, typer.Option(help="Rows to calibrate on.", min=1)] = 256,
+    context: Annotated[int, typer.Option(help="Tokens per row at most.", min=1)] = 1024,
+    percentile: Annotated[
+        float, typer.Option(help="Of inputs' magnitudes, what the scale covers (100: all).")
+    ] = 100.0,
+    keep: Annotated[
+        list[str] | None,
+        typer.Option(help='Part to leave as it is: attention, "mamba before attention", ...'),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Quantises a family: one checkpoint from which every size is cut, without dequantising.
+
+    Embeddings, head, routers, norms and convolutions stay as they are.
+    """
+    from star_elastic.train.quantise import InputCalibration, quantise_family
+
+    calibration = InputCalibration(
+        files=tuple(data or ()), samples=samples, context=context, percentile=percentile
+    )
+    with Bars() as bars:
+        parts = quantise_family(
+            elastic, out, format_name, keep=keep or (), calibration=calibration, progress=bars
+        )
+    before = sum(part.before for part in parts.values())
+    after = sum(part.after for part in parts.values())
+    if as_json:
+        print_json({
+            "out": str(out), "format": format_name, "bytes_before": before, "bytes": after,
+            "parts": {n: {"before": p.before, "after": p.after} for n, p in parts.items()},
+        })  # fmt: skip
+        return
+    rows = [
+        [name, f"{part.before:,}", f"{part.after:,}", f"{part.after / part.before:.3f}"]
+        for name, part in parts.items()
+    ]
+    rows.append(["all", f"{before:,}", f"{after:,}", f"{after / before:.3f}"])
+    print_table(f"{out}  {format_name}", ["part", "bytes before", "bytes", "ratio"], rows)
 
 
 @app.command()

@@ -164,7 +164,7 @@ def test_latency_of_the_sizes(trained, tmp_path):
     assert rows == {(size, batch, 8) for size in ("large", "small") for batch in (1, 3)}
     assert all(row["prefill_ms"] > 0 and row["decode_ms"] > 0 for row in measured["sizes"])
     for options, said in (
-        (["--sizes", "--context", "600"], "use 504 or less"),
+        (["--sizes", "--context", "600"], "use 503 or less"),
         (["--batch", "1", "--batch", "2"], "holds one batch and one context"),
         (["--sizes", "--dtype", "int8"], "dtype='int8' is not supported"),
     ):

@@ -28,7 +28,9 @@ from star_elastic.generate.prompts import Prompt
 from star_elastic.manifest import Manifest, Size, load_manifest
 from star_elastic.nesting.resident import ResidentBytes, count_resident, nest_in_place
 from star_elastic.nesting.submodel import build_submodel, load_parent, load_tokenizer
+from star_elastic.quant.checkpoint import load_input_scales
 from star_elastic.router.files import widths_for
+from star_elastic.widths import Widths
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -55,9 +57,13 @@ class ElasticFamily(Mapping[str, PreTrainedModel]):
         if size not in self._models:
             widths = self.manifest.size(size).widths
             full = widths == self.axis_map.full
-            model = self.parent if full else build_submodel(self.parent, self.config, widths)
+            model = self.parent if full else self._build(size, widths)
             self._models[size] = model
         return self._models[size]
+
+    def _build(self, size: str, widths: Widths) -> PreTrainedModel:
+        scales = load_input_scales(self.path, size)
+        return build_submodel(self.parent, self.config, widths, input_scales=scales)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.manifest.sizes)

@@ -37,6 +37,7 @@ from star_elastic.nesting.modules import (
 )
 from star_elastic.nesting.skeleton import build_block, build_skeleton
 from star_elastic.nesting.slice import slice_tensor
+from star_elastic.quant.fake import FakeQuantisation
 from star_elastic.widths import Widths
 
 MAX_SKELETONS = 32
@@ -71,9 +72,16 @@ class _Skeletons(OrderedDict):
 class _Part(nn.Module):
     """What a block and the part outside the blocks have in common: slicing, gating, skeletons."""
 
-    def __init__(self, axis_map: AxisMap, layer: int | None, prefix: str):
+    def __init__(
+        self,
+        axis_map: AxisMap,
+        layer: int | None,
+        prefix: str,
+        fake: FakeQuantisation | None = None,
+    ):
         super().__init__()
         self.axis_map = axis_map
+        self.fake = fake
         self.layer = layer
         self.prefix = prefix
         self.specs: tuple[TensorSpec, ...] = tuple(
@@ -94,6 +102,10 @@ class _Part(nn.Module):
             for spec in self.specs
         }
         if call.mixtures is None:
+            if self.fake is not None:
+                for spec in self.specs:
+                    name = self.name(spec.name)
+                    sliced[name] = self.fake.weight(spec.name, sliced[name], widths)
             return sliced
         for spec in self.specs:
             name = self.name(spec.name)
@@ -133,10 +145,17 @@ class ElasticBlock(_Part):
     transformers gives to a layer.
     """
 
-    def __init__(self, parent: PreTrainedModel, config: Config, axis_map: AxisMap, layer: int):
+    def __init__(
+        self,
+        parent: PreTrainedModel,
+        config: Config,
+        axis_map: AxisMap,
+        layer: int,
+        fake: FakeQuantisation | None,
+    ):
         family = family_of(config)
         path = f"{axis_map.blocks}.{layer}"
-        super().__init__(axis_map, layer, f"{path}.")
+        super().__init__(axis_map, layer, f"{path}.", fake)
         self.block = parent.get_submodule(path)
         self._family, self._config = family, config
         self._like = (parent,)  # in a tuple, so that it is no submodule
@@ -184,9 +203,9 @@ class ElasticBlock(_Part):
         skeleton = self.skeletons.fetch(
             (widths, gated), lambda: self._build_skeleton(widths, gated)
         )
-        # A gated skeleton stays out of training mode, in which fused Mamba kernels would read the
-        # norm's weight and skip its gate; nothing else depends on the mode.
-        return skeleton.train(self.training and not gated)
+        # A gated or quantised skeleton stays out of training mode, in which fused Mamba kernels
+        # would skip the norm's gate and what is done with inputs; nothing else depends on the mode.
+        return skeleton.train(self.training and not gated and self.fake is None)
 
     def _build_skeleton(self, widths: Widths, gated: bool) -> nn.Module:
         assert self.layer is not None
@@ -204,6 +223,8 @@ class ElasticBlock(_Part):
                 with torch.device("meta"):
                     router = ElasticSigmoidRouter(skeleton.get_submodule(path))
                 skeleton.set_submodule(path, router)
+        elif self.fake is not None:
+            self.fake.watch(skeleton, self.specs, self.prefix)
         return skeleton.requires_grad_(False)
 
 
@@ -228,7 +249,7 @@ class ElasticModel(_Part):
     for the gated forward of the router. Inputs and result are those of the transformers model;
     there is no cache (submodels generate). The parent is `self.parent`; nothing in it is changed.
     `recompute`: activation checkpointing, block by block. `axis_map`: a table other than the
-    family's.
+    family's. `fake`: plain slices compute with quantised weights and inputs.
     """
 
     def __init__(
@@ -238,6 +259,7 @@ class ElasticModel(_Part):
         *,
         recompute: bool = False,
         axis_map: AxisMap | None = None,
+        fake: FakeQuantisation | None = None,
     ):
         family: Family = family_of(config)
         super().__init__(axis_map or family.axis_map(config), None, "")
@@ -245,9 +267,10 @@ class ElasticModel(_Part):
         self.model_config = config
         self.family = family
         self.recompute = recompute
+        self.fake = fake
         layers = self.axis_map.axes[LAYERS].layers
         self.blocks = nn.ModuleList(
-            ElasticBlock(parent, config, self.axis_map, layer) for layer in layers
+            ElasticBlock(parent, config, self.axis_map, layer, fake) for layer in layers
         )
         by_part = {spec.part: spec.name for spec in self.specs}
         self._head = by_part.get("head", by_part["embeddings"])

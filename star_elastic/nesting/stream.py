@@ -31,6 +31,7 @@ from star_elastic.nesting.slice import (
     slice_tensor,
     sort_tensor,
 )
+from star_elastic.quant.checkpoint import stored_input_scales
 from star_elastic.quant.layout import CONFIG_KEY, config_entry, read_scheme, stored_map
 from star_elastic.stored import StoredModel
 from star_elastic.widths import Width
@@ -123,15 +124,18 @@ def slice_checkpoint(
     widths: Mapping[str, Width],
     out: str | Path,
     *,
+    input_scales: Mapping[str, torch.Tensor] | None = None,
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
     progress: Progress | None = None,
     finish: Callable[[Path], None] | None = None,
 ) -> None:
     """Cuts a sorted checkpoint to `widths` and writes an ordinary one to the new directory `out`.
 
-    `finish(directory)` may add files before the directory gets its name. Raises ShapeError for
-    widths the family cannot express and CheckpointError for a damaged source or a taken `out`;
-    nothing is left behind then.
+    A quantised checkpoint is cut as it is, codes and scales, and gets `input_scales` (by weight) in
+    place of its own, if there are any. `finish(directory)` may add files before the directory gets
+    its name. Raises ShapeError for widths the family cannot express (or that end inside a block
+    that is quantised together) and CheckpointError for a damaged source or a taken `out`; nothing
+    is left behind then.
     """
     path = Path(path)
     config = read_config(path)
@@ -140,8 +144,9 @@ def slice_checkpoint(
     complete = axis_map.complete(widths)
     target = family.config_at(config, complete)
     scheme = read_scheme(config, axis_map)
-    smaller = axis_map.at(complete)
+    smaller, scales = axis_map.at(complete), {}
     if scheme is not None:
+        scales = stored_input_scales(input_scales or {}, axis_map, scheme)
         target[CONFIG_KEY] = config_entry(smaller, scheme.at(axis_map, complete))
         axis_map = stored_map(axis_map, scheme)
         smaller = axis_map.at(complete)
@@ -152,6 +157,8 @@ def slice_checkpoint(
         return [i for low, high in axis_map.runs(spec, 0, complete) for i in range(low, high)]
 
     def convert(spec: TensorSpec, stacked: bool):
+        if spec.name in scales:
+            return lambda _: scales[spec.name]
         return lambda tensor: slice_tensor(tensor, spec, axis_map, complete, skip_first=stacked)
 
     names = axis_map.names_at(complete)

@@ -40,19 +40,25 @@ INPUTS = "quantised_inputs"
 
 
 def build_submodel(
-    parent: PreTrainedModel, config: Config, widths: Mapping[str, Width]
+    parent: PreTrainedModel,
+    config: Config,
+    widths: Mapping[str, Width],
+    *,
+    input_scales: Mapping[str, torch.Tensor] | None = None,
 ) -> PreTrainedModel:
     """A plain transformers model of `widths` that shares the (sorted) parent's memory.
 
     `config` is the parent's config.json. The parent's parameters are not copied where a prefix
     of each dimension survives, in nested order if the parent holds them so (`nest_in_place`).
-    Raises ShapeError for widths the family cannot express.
+    `input_scales`: of a quantised model, by the parent's weights, in place of the parent's. Raises
+    ShapeError for widths the family cannot express.
     """
     axis_map = family_of(config).axis_map(config)
     complete = axis_map.complete(widths)
     inputs: QuantisedInputs | None = getattr(parent, INPUTS, None)
     if inputs is not None:
         stored_map(axis_map, inputs.scheme).require_edges(complete)
+        inputs = inputs.with_scales({**inputs.scales, **(input_scales or {})})
     submodel = build_skeleton_at(config, complete, parent)
     state = {**dict(parent.named_parameters()), **dict(parent.named_buffers())}
     sliced = slice_state(state, axis_map, complete, leave=nested_names(parent))

@@ -5,6 +5,7 @@ The model is never held in memory: one weight at a time is read, quantised and w
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,13 +18,15 @@ from star_elastic.checkpoint import (
     DEFAULT_SHARD_BYTES,
     Planned,
     copy_extras,
+    load_tensors,
     new_directory,
+    save_tensors,
     write_json,
     write_tensors,
 )
 from star_elastic.errors import CheckpointError, ConfigError
 from star_elastic.families import family_of, read_config
-from star_elastic.quant.formats import Quantised, amax, dequantise, quantise
+from star_elastic.quant.formats import Quantised, dequantise, largest_of, quantise
 from star_elastic.quant.layout import (
     CODES,
     COMPRESSED_TENSORS,
@@ -34,7 +37,9 @@ from star_elastic.quant.layout import (
     Scheme,
     config_entry,
     partners,
+    read_scheme,
     stored_dtype,
+    stored_map,
     stored_parts,
 )
 from star_elastic.stored import StoredModel
@@ -111,14 +116,15 @@ class _Writer:
         if spec.name in self._largest:
             largest = self._largest[spec.name]
             return largest if piece.index is None else largest[piece.index]
-        if self.scheme.format.block not in ((0, 0), (1, 16)):
+        if not self.scheme.format.has_one_scale:
             return None
         names = [name for name in partners(spec.name) if name in self.quantised]
         specs = [self.source.axis_map.tensors[name] for name in names]
         together = [other.pieces[piece.index or 0] for other in specs]
         for other, its_piece in zip(specs, together, strict=True):
             if its_piece.name not in self._amax:
-                self._amax[its_piece.name] = amax(self._read(other, its_piece))
+                weight = self._read(other, its_piece)
+                self._amax[its_piece.name] = largest_of(weight, self.scheme.format)
         return torch.stack([self._amax[p.name] for p in together]).amax(0)
 
 
@@ -233,3 +239,63 @@ def dense_state(
         else:
             state[name] = source.tensor(spec, dtype)
     return state
+
+
+# Scales of every size's own inputs
+
+INPUT_SCALES = "input_scales.safetensors"
+
+
+def save_input_scales(directory: Path, scales: Mapping[str, Values]) -> None:
+    """Writes the scales of every size, by the names of the weights in the parent."""
+    flat = {f"{size}/{n}": scale for size, own in scales.items() for n, scale in own.items()}
+    save_tensors(directory / INPUT_SCALES, flat)
+
+
+def load_input_scales(directory: Path, size: str) -> dict[str, torch.Tensor]:
+    """The scales of one size's inputs; empty if the checkpoint has none of its own."""
+    file = directory / INPUT_SCALES
+    if not file.is_file():
+        return {}
+    start = f"{size}/"
+    found = load_tensors(file)
+    return {n.removeprefix(start): scale for n, scale in found.items() if n.startswith(start)}
+
+
+def stored_input_scales(
+    scales: Values, axis_map: AxisMap, scheme: Scheme
+) -> dict[str, torch.Tensor]:
+    """Scales as a checkpoint holds them, by the names of the stored tensors in memory."""
+    found = {}
+    for name, scale in scales.items():
+        part = stored_parts(axis_map.tensors[name], scheme.format, COMPRESSED_TENSORS)[INPUT]
+        found[part.name] = (1 / scale if scheme.format.packed else scale).float().reshape(1)
+    return found
+
+
+# What it saves
+
+
+@dataclass(frozen=True, slots=True)
+class PartBytes:
+    """Bytes of one part of a model before and after."""
+
+    before: int
+    after: int
+
+
+def count_bytes(before: Path, after: Path) -> dict[str, PartBytes]:
+    """Bytes of every part of a checkpoint and of its quantised form, from the files' headers."""
+    sums: dict[str, list[int]] = {}
+    for place, path in enumerate((before, after)):
+        config = read_config(path)
+        family = family_of(config)
+        axis_map = family.axis_map(config)
+        stored = stored_map(axis_map, read_scheme(config, axis_map))
+        source = StoredModel(path, stored, family)
+        for spec in stored.tensors.values():
+            for piece in spec.pieces:
+                name = source.name_of(spec, piece)
+                size = math.prod(source.reader.shape(name)) * source.reader.dtype(name).itemsize
+                sums.setdefault(spec.part, [0, 0])[place] += size
+    return {part: PartBytes(*both) for part, both in sums.items()}

@@ -49,6 +49,11 @@ class Format:
         return self.packed
 
     @property
+    def has_one_scale(self) -> bool:
+        """Whether one scale is shared by a whole weight."""
+        return self.packed or self.block == (0, 0)
+
+    @property
     def is_calibrated(self) -> bool:
         """Whether inputs have a scale that data has set."""
         return self.activations in ("static", "block")
@@ -84,9 +89,12 @@ class Quantised:
     global_scale: torch.Tensor | None = None
 
 
-def amax(weight: torch.Tensor) -> torch.Tensor:
-    """The largest magnitude of each matrix, fp32 (..., 1)."""
-    return weight.float().abs().amax((-2, -1))[..., None]
+def largest_of(weight: torch.Tensor, format: Format) -> torch.Tensor:
+    """The magnitudes that the outermost scales of a weight (..., out, in) come from, fp32: of each
+    matrix (..., 1), row (..., out, 1) or block (..., out / rows, in / columns)."""
+    if format.has_one_scale:
+        return weight.float().abs().amax((-2, -1))[..., None]
+    return _blocks(weight.float(), format).abs().amax((-3, -1))
 
 
 def global_scale_of(largest: torch.Tensor) -> torch.Tensor:
@@ -100,23 +108,19 @@ def quantise(
 ) -> Quantised:
     """A weight (..., out, in) in a format, with the scales of its own full width.
 
-    `largest` (..., 1) takes the place of each matrix's largest magnitude: that of all matrices that
-    share a scale. Raises ShapeError if blocks do not divide the weight, and CheckpointError for
-    values that are not finite.
+    `largest` takes the place of `largest_of` the weight: that of all weights that share a scale, or
+    of the parent that this is a slice of. Raises ShapeError if blocks do not divide the weight, and
+    CheckpointError for values that are not finite.
     """
     weight = weight.float()
-    largest = amax(weight) if largest is None else largest
     if not torch.isfinite(weight).all():
         raise CheckpointError("a weight is not finite; restore the checkpoint it comes from")
+    largest = largest_of(weight, format) if largest is None else largest
     if format.has_global_scale:
         global_scale = global_scale_of(largest)
         scales = _nvfp4_scales(weight, format, global_scale)
         return requantise(weight, Quantised(format, weight, scales, global_scale))
-    if format.block == (0, 0):
-        scales = _fp8_scales(largest)
-    else:
-        scales = _fp8_scales(_blocks(weight, format).abs().amax((-3, -1)))
-    return requantise(weight, Quantised(format, weight, scales))
+    return requantise(weight, Quantised(format, weight, _fp8_scales(largest)))
 
 
 def requantise(weight: torch.Tensor, like: Quantised) -> Quantised:

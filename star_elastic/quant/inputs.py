@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
@@ -28,7 +28,6 @@ from star_elastic.widths import Width
 
 Change = Callable[[torch.Tensor], torch.Tensor | None]
 """Sees the input of a layer, and may return another in its place."""
-Observer = Literal["max", "percentile"]
 
 
 def attach(model: nn.Module, spec: TensorSpec, change: Change) -> Callable[[], None]:
@@ -78,7 +77,7 @@ class QuantisedInputs:
     def apply(self, model: nn.Module, axis_map: AxisMap) -> None:
         """Quantises what every such layer of a model reads, with straight-through gradients."""
         for name, spec in self.scheme.quantised(axis_map).items():
-            attach(model, spec, _Fake(self.scheme.format, self.scales.get(name)))
+            attach(model, spec, FakeInput(self.scheme.format, self.scales.get(name)))
 
     def at(self, axis_map: AxisMap, widths: Mapping[str, Width]) -> QuantisedInputs:
         """Those of the model that is cut from this one at `widths`."""
@@ -91,7 +90,7 @@ class QuantisedInputs:
         return replace(self, scales=scales)
 
 
-class _Fake:
+class FakeInput:
     """Values as a format with this scale knows them."""
 
     def __init__(self, format: Format, scale: torch.Tensor | None):
@@ -130,6 +129,8 @@ class _Magnitudes:
 
     def percentile(self, percent: float) -> torch.Tensor:
         """The magnitude that so many percent of the elements do not exceed, rounded up to a bin."""
+        if percent == 100:
+            return self.largest
         total = int(self.counts.sum())
         place = int(torch.searchsorted(self.counts.cumsum(0), percent / 100 * total))
         edge = 2.0 ** ((min(place, len(self.counts) - 1) + 1) / BINS_PER_OCTAVE + LOWEST)
@@ -143,19 +144,18 @@ def calibrate_inputs(
     scheme: Scheme,
     batches: Iterable[Mapping[str, torch.Tensor]],
     *,
-    observer: Observer = "max",
-    percentile: float = 99.99,
+    percentile: float = 100.0,
 ) -> dict[str, torch.Tensor]:
     """Scales of the inputs of every layer of a scheme, fp32 (1,) by weight, from data.
 
     `batches` of inputs of the model, read once; nothing of them is kept but one histogram per
-    layer. The scale maps the largest magnitude, or the given percentile of magnitudes, to the
-    largest number of the format. Empty for formats that are not calibrated. Raises ConfigError if a
-    layer saw nothing.
+    layer. The scale maps the given percentile of magnitudes (100: the largest) to the largest
+    number of the format. Empty for formats that are not calibrated. Raises ConfigError if a layer
+    saw nothing.
     """
     if not scheme.format.is_calibrated:
         return {}
-    if observer == "percentile" and not 0 < percentile <= 100:
+    if not 0 < percentile <= 100:
         raise ConfigError(f"percentile={percentile} is not in (0, 100]; use 99.99")
     device = next(model.parameters()).device
     seen = {name: _Magnitudes(device) for name in scheme.quantised(axis_map)}
@@ -172,7 +172,7 @@ def calibrate_inputs(
     span = E4M3_MAX * (E2M1_MAX if scheme.format.packed else 1)
     scales = {}
     for name, magnitudes in seen.items():
-        found = magnitudes.largest if observer == "max" else magnitudes.percentile(percentile)
+        found = magnitudes.percentile(percentile)
         if not found > 0:
             raise ConfigError(
                 f"the inputs of {name} were never anything but 0; calibrate on more data"

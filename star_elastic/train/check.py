@@ -14,7 +14,9 @@ from star_elastic.errors import BudgetError, ConfigError
 from star_elastic.families import family_of, read_config
 from star_elastic.families.base import Config
 from star_elastic.latency import load_table
+from star_elastic.manifest import Manifest, load_manifest
 from star_elastic.nesting.rotate import check_rotatable
+from star_elastic.quant.layout import CONFIG_KEY, Scheme, make_scheme, stored_map
 from star_elastic.router.budget import (
     REACH,
     Budgets,
@@ -41,6 +43,7 @@ class Checked:
     cost: CostModel
     budgets: Mapping[str, Mapping[str, float]]
     fixed: Mapping[str, Commitment]
+    scheme: Scheme | None = None
 
     def ranked_grid(self, depth: tuple[int, ...]) -> Grid:
         """The router's grid, once the layers are ranked. Raises BudgetError for budgets that this
@@ -60,8 +63,14 @@ def check(config: RunConfig, world_size: int = 1) -> Checked:
     """
     model_config = read_config(config.parent)
     axis_map = family_of(model_config).axis_map(model_config)
-    choices = dict(config.choices) or default_choices(axis_map)
-    grid = make_grid(choices, axis_map, per_layer=config.per_layer)
+    if model_config.get(CONFIG_KEY):
+        raise ConfigError(f"{config.parent} is quantised; train on the checkpoint it was made from")
+    manifest = _family(config, axis_map) if config.family else None
+    choices = dict(manifest.choices if manifest else config.choices) or default_choices(axis_map)
+    per_layer = manifest.per_layer if manifest else config.per_layer
+    grid = make_grid(
+        choices, axis_map, per_layer=per_layer, depth=manifest.depth if manifest else ()
+    )
     if config.calibration.basis == "principal":
         check_rotatable(axis_map)
     table = load_table(latency_file(config), axis_map) if config.latency else None
@@ -79,6 +88,16 @@ def check(config: RunConfig, world_size: int = 1) -> Checked:
         name: _fix(name, axis_map.complete(parse_widths(text)), budgets[name], cost)
         for name, text in config.router.fixed.items()
     }
+    if manifest:
+        fixed = {
+            name: _fix(name, manifest.size(name).widths, given, cost)
+            for name, given in budgets.items()
+        }
+    scheme = None
+    if config.quant.format:
+        scheme = make_scheme(axis_map, config.quant.format, config.quant.keep)
+        for size in fixed.values():
+            stored_map(axis_map, scheme).require_edges(size.widths)
     for name, given in budgets.items() if not fixed else ():
         (check_budgets if grid.is_ranked else check_reach)(name, given, cost, grid)
     for file in (file for source in config.data for file in source.files):
@@ -95,7 +114,21 @@ def check(config: RunConfig, world_size: int = 1) -> Checked:
         raise ConfigError(
             f"engine.workers={config.engine.workers} threads on {world_size} ranks; use 1 worker"
         )
-    return Checked(model_config, axis_map, grid, cost, budgets, fixed)
+    return Checked(model_config, axis_map, grid, cost, budgets, fixed, scheme)
+
+
+def _family(config: RunConfig, axis_map: AxisMap) -> Manifest:
+    """The family to train on from. Raises ConfigError unless it is one of this parent's."""
+    its_config = read_config(config.family)
+    if its_config.get(CONFIG_KEY):
+        raise ConfigError(f"{config.family} is quantised; train on the family it was made from")
+    table = family_of(its_config).axis_map(its_config)
+    if table.tensors != axis_map.tensors:
+        raise ConfigError(
+            f"{config.family} is not a family of {config.parent}: its tensors are others; name the "
+            "parent it was made from"
+        )
+    return load_manifest(config.family, axis_map)
 
 
 def latency_file(config: RunConfig) -> Path:

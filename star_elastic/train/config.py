@@ -18,6 +18,7 @@ from typing import Literal
 from star_elastic.amounts import parse_budget
 from star_elastic.cost import METRICS, Workload
 from star_elastic.errors import ConfigError
+from star_elastic.quant.formats import FORMATS
 from star_elastic.router.router import Annealing
 from star_elastic.train.strict import parse, require
 
@@ -190,12 +191,37 @@ class EngineConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class QuantConfig:
+    """Quantisation-aware training of a family whose sizes are fixed: `format` ("": none), parts to
+    `keep` unquantised, and the inputs' calibration on the first `samples` rows of the data, of
+    whose magnitudes the scales cover this `percentile`.
+    """
+
+    format: str = ""
+    keep: tuple[str, ...] = ()
+    samples: int = 256
+    percentile: float = 100.0
+
+    def __post_init__(self):
+        require(
+            not self.format or self.format in FORMATS,
+            f"quant.format={self.format!r} is unknown; use {', '.join(FORMATS)}",
+        )
+        require(self.samples >= 1, f"quant.samples={self.samples} is less than 1")
+        require(
+            0 < self.percentile <= 100, f"quant.percentile={self.percentile} is not in (0, 100]"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
 class RunConfig:
     """A whole run. `sizes` maps each name, largest first, to budgets by metric: fractions of the
     parent's cost, or amounts with a unit; `choices` maps each elastic axis to its widths, largest
     first (empty: a default grid); `per_layer` lists axes on which every layer has widths of its
     own; `workload` is the decoding that budgets on bytes and operations are counted for, `latency`
-    the measured table for budgets in milliseconds.
+    the measured table for budgets in milliseconds. `family`: an elastic checkpoint of the parent to
+    train on from, at the widths that its sizes have. `objective`: distillation from the parent, or
+    the data's own next tokens.
     """
 
     parent: str
@@ -208,6 +234,9 @@ class RunConfig:
     per_layer: tuple[str, ...] = ()
     workload: Workload = field(default_factory=Workload)
     latency: str = ""
+    family: str = ""
+    objective: Literal["distillation", "task"] = "distillation"
+    quant: QuantConfig = field(default_factory=QuantConfig)
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
     router: RouterConfig = field(default_factory=RouterConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
@@ -236,6 +265,14 @@ class RunConfig:
             load.context >= 0 and load.batch >= 1 and load.dtype_bytes >= 1,
             f"workload has context={load.context}, batch={load.batch}, "
             f"dtype_bytes={load.dtype_bytes}; give tokens >= 0, sequences and bytes >= 1",
+        )
+        require(
+            bool(self.family or not self.quant.format),
+            "quant.format needs family, the elastic checkpoint to quantise; name one",
+        )
+        require(
+            not (self.family and (self.router.fixed or self.choices or self.per_layer)),
+            "family has widths already; leave choices, per_layer and router.fixed out",
         )
         for name in self.router.fixed:
             require(
@@ -292,6 +329,7 @@ def load_run_config(file: str | Path) -> RunConfig:
         parent=resolve(config.parent),
         out=resolve(config.out),
         latency=resolve(config.latency),
+        family=resolve(config.family),
         data=tuple(
             dataclasses.replace(source, files=tuple(map(resolve, source.files)))
             for source in config.data

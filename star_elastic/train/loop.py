@@ -33,7 +33,7 @@ from star_elastic.router.router import Decision, Router, Temperature, seed_for
 from star_elastic.train.config import RunConfig
 from star_elastic.train.curriculum import Curriculum
 from star_elastic.train.distributed import World
-from star_elastic.train.losses import linear_kl, sampled_kl
+from star_elastic.train.losses import linear_kl, next_token_targets, sampled_kl
 from star_elastic.train.packing import PackedBatch, PackedStream, merge_states
 from star_elastic.train.sources import Source
 from star_elastic.train.teacher import TeacherCache
@@ -42,10 +42,11 @@ from star_elastic.train.workers import Learner, Workers
 
 @dataclass(slots=True)
 class StepReport:
-    """What one step did. `kd` in nats per token; while the router learns, `budget` (its loss) and
-    `expected` widths without noise (the mean over layers that decide for themselves); all by size;
-    `num_tokens` real tokens of the step's windows, `num_distilled` summed over the sizes. In this
-    stage so far: `rows_cut` to the context, `rows_dropped` because nothing in them counts."""
+    """What one step did. `kd` in nats per token (where the task is the objective, cross-entropy);
+    while the router learns, `budget` (its loss) and `expected` widths without noise (the mean over
+    layers that decide for themselves); all by size; `num_tokens` real tokens of the step's windows,
+    `num_distilled` summed over the sizes. In this stage so far: `rows_cut` to the context,
+    `rows_dropped` because nothing in them counts."""
 
     step: int
     stage: int
@@ -263,7 +264,11 @@ class Trainer:
 
     def _teach(self, learner: Learner, batch: PackedBatch):
         """The divergence from the teacher on some windows, as a function of the student's states
-        at their counted positions and its head; live, or from what is cached."""
+        at their counted positions and its head; live, or from what is cached. With the task as the
+        objective, the next tokens themselves are the teacher."""
+        if self.config.objective == "task":
+            labels = next_token_targets(batch.input_ids.roll(-1, 1)[batch.predicts])
+            return lambda states, head: sampled_kl(states, head, labels)
         if self.cache is not None and self._is_cached(self.cache, batch):
             targets = self.cache.gather(batch.documents, batch.predicts)
             return lambda states, head: sampled_kl(states, head, targets)

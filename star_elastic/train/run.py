@@ -1,7 +1,8 @@
 """A whole run, readable top to bottom: check, rank, sort, train, write the elastic checkpoint.
 
 A run directory holds `run.json` (the resolved config), `scores.safetensors`, `metrics.jsonl`,
-`state/` (the last saved state), and in the end `elastic/`. Under torchrun all ranks run this; the
+`state/` (the last saved state), and in the end `elastic/` (after quantisation-aware training also
+`quantised/`). Under torchrun all ranks run this; the
 first one writes.
 """
 
@@ -19,9 +20,10 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from transformers import PreTrainedModel
 
 import star_elastic
-from star_elastic.checkpoint import digest_files, save_tensors, write_json
+from star_elastic.checkpoint import digest_files, load_tensors, save_tensors, write_json
 from star_elastic.errors import CheckpointError, ConfigError, Interrupted, reason
 from star_elastic.importance.files import load_scores, save_scores
 from star_elastic.manifest import Manifest, Size, save_manifest
@@ -29,20 +31,31 @@ from star_elastic.nesting.elastic import ElasticModel
 from star_elastic.nesting.stream import save_model
 from star_elastic.nesting.submodel import load_parent, load_tokenizer, sort_in_place
 from star_elastic.progress import Progress, Silent
+from star_elastic.quant.fake import FILE_NAME as FAKE
+from star_elastic.quant.fake import FakeQuantisation
+from star_elastic.quant.layout import Scheme
 from star_elastic.router.budget import AIM, Commitment
 from star_elastic.router.files import LATENCY, ROUTER
+from star_elastic.router.grid import Grid
 from star_elastic.router.router import Router
 from star_elastic.train.calibrate import BASIS, SCORES, Calibration
 from star_elastic.train.check import Checked, check, latency_file
 from star_elastic.train.config import RunConfig
 from star_elastic.train.distributed import World, join_world
 from star_elastic.train.loop import StepReport, Trainer
+from star_elastic.train.quantise import (
+    InputCalibration,
+    calibrate_sizes,
+    quantise_family,
+    shared_scales,
+)
 from star_elastic.train.sources import Source
 from star_elastic.train.state import has_state, load_state, save_state
 from star_elastic.train.strict import to_plain
 from star_elastic.train.teacher import TeacherCache
 
-ELASTIC = "elastic"
+ELASTIC, QUANTISED = "elastic", "quantised"
+ORDERS = "orders.safetensors"
 RUN = "run.json"
 TEACHER = "teacher"
 
@@ -104,14 +117,17 @@ def _train(config: RunConfig, resume: bool, progress: Progress, world: World) ->
 
     def finish(directory: Path) -> None:
         save_manifest(_manifest(config, checked, trainer), directory)
-        if not checked.fixed:
+        if config.family and (Path(config.family) / ROUTER).is_file():
+            shutil.copyfile(Path(config.family) / ROUTER, directory / ROUTER)
+        elif not checked.fixed:
             save_tensors(directory / ROUTER, trainer.router.state_dict())
         if config.latency:
             shutil.copyfile(run / LATENCY, directory / LATENCY)
-        save_tensors(directory / "orders.safetensors", dict(orders))
+        save_tensors(directory / ORDERS, dict(orders))
         if basis is not None:
             save_tensors(directory / BASIS, {"hidden": basis})
 
+    quantised = trainer.student.fake
     if world.is_first:
         stored = checked.model_config.get("dtype") or checked.model_config.get("torch_dtype")
         dtype = getattr(torch, str(stored), None)
@@ -123,6 +139,11 @@ def _train(config: RunConfig, resume: bool, progress: Progress, world: World) ->
             dtype=dtype if isinstance(dtype, torch.dtype) else torch.float32,
             finish=finish,
         )
+        if quantised is not None:
+            quantise_family(
+                elastic, run / QUANTISED, config.quant.format,
+                keep=config.quant.keep, frozen=quantised, progress=progress,
+            )  # fmt: skip
     world.wait()
     return RunResult(elastic, trainer.step, trainer.tokens, seconds)
 
@@ -138,22 +159,19 @@ def _build(
     """Ranks and sorts the parent and puts student, teacher and router together."""
     device = str(world.device)
     teacher, _ = load_parent(config.parent, device=device)
-    parent, _ = load_parent(config.parent, device=device)
-    calibration = Calibration(
-        config, run, teacher, checked.model_config, checked.axis_map, sources, progress
-    )
-    write = world.is_first
-    # Ranks measure alike, but for rounding: the first one's word counts.
-    orders = world.agree(calibration.orders(write=write))
-    basis = world.agree(calibration.basis(write=write))
-    if basis is not None:
-        del orders["hidden"]
-    depth = world.agree(calibration.depth(write=write))
-    sort_in_place(parent, checked.axis_map, orders, basis)
-
+    if config.family:
+        parent, orders, basis = _family(config, device)
+        grid = checked.grid
+    else:
+        parent, orders, basis, grid = _sorted(
+            config, checked, teacher, sources, run, progress, world
+        )
+    fake = None
+    if checked.scheme is not None:
+        fake = _fake(config, checked, checked.scheme, parent, sources, run, progress, world)
     elastic = partial(ElasticModel, config=checked.model_config)
-    student = world.shard(elastic(parent, recompute=config.engine.recompute))
-    router = Router(checked.ranked_grid(depth), len(config.sizes), config.seed).to(world.device)
+    student = world.shard(elastic(parent, recompute=config.engine.recompute, fake=fake))
+    router = Router(grid, len(config.sizes), config.seed).to(world.device)
     trainer = Trainer(
         config,
         student,
@@ -169,6 +187,81 @@ def _build(
         trainer.committed = dict(checked.fixed)
         router.requires_grad_(False)
     return trainer, orders, basis
+
+
+Sorted = tuple[PreTrainedModel, dict[str, torch.Tensor], torch.Tensor | None]
+
+
+def _family(config: RunConfig, device: str) -> Sorted:
+    """The weights of a family that is trained on, with the order and basis that it is in."""
+    family = Path(config.family)
+    parent, _ = load_parent(family, device=device)
+    orders = load_tensors(family / ORDERS) if (family / ORDERS).is_file() else {}
+    basis = load_tensors(family / BASIS)["hidden"] if (family / BASIS).is_file() else None
+    return parent, orders, basis
+
+
+def _fake(
+    config: RunConfig,
+    checked: Checked,
+    scheme: Scheme,
+    parent: PreTrainedModel,
+    sources: list[Source],
+    run: Path,
+    progress: Progress,
+    world: World,
+) -> FakeQuantisation:
+    """What is frozen of the quantised weights and inputs; a run directory keeps it."""
+    if (run / FAKE).is_file():
+        return FakeQuantisation.load(run, checked.axis_map, scheme)
+    widths = {name: size.widths for name, size in checked.fixed.items()}
+    samples = InputCalibration(
+        samples=config.quant.samples,
+        context=config.calibration.context,
+        percentile=config.quant.percentile,
+    )
+    scales = calibrate_sizes(
+        parent,
+        checked.model_config,
+        checked.axis_map,
+        widths,
+        scheme,
+        sources,
+        samples,
+        progress,
+    )
+    shared = shared_scales(scales, scheme, checked.axis_map)
+    state = {**dict(parent.named_parameters()), **dict(parent.named_buffers())}
+    fake = world.agree(FakeQuantisation.of(state, checked.axis_map, scheme, shared))
+    if world.is_first:
+        fake.save(run)
+    return fake
+
+
+def _sorted(
+    config: RunConfig,
+    checked: Checked,
+    teacher: PreTrainedModel,
+    sources: list[Source],
+    run: Path,
+    progress: Progress,
+    world: World,
+) -> tuple[PreTrainedModel, dict[str, torch.Tensor], torch.Tensor | None, Grid]:
+    """The parent with its units sorted, best first, and the router's grid."""
+    parent, _ = load_parent(config.parent, device=str(world.device))
+    calibration = Calibration(
+        config, run, teacher, checked.model_config, checked.axis_map, sources, progress
+    )
+    write = world.is_first
+    # Ranks measure alike, but for rounding: the first one's word counts.
+    orders = world.agree(calibration.orders(write=write))
+    basis = world.agree(calibration.basis(write=write))
+    if basis is not None:
+        del orders["hidden"]
+    depth = world.agree(calibration.depth(write=write))
+    sort_in_place(parent, checked.axis_map, orders, basis)
+
+    return parent, orders, basis, checked.ranked_grid(depth)
 
 
 def _teacher_cache(
@@ -189,7 +282,8 @@ def _teacher_cache(
 
 def _fingerprint(config: RunConfig) -> str:
     """What the parent and the data are: their files by name, size and content."""
-    roots = [config.parent, *(file for source in config.data for file in source.files)]
+    own = [config.family] if config.family else []
+    roots = [config.parent, *own, *(file for source in config.data for file in source.files)]
     files = (file for root in map(Path, roots) for file in (root, *sorted(root.rglob("*"))))
     return digest_files(file for file in files if file.is_file())
 
@@ -343,7 +437,7 @@ def _manifest(config: RunConfig, checked: Checked, trainer: Trainer) -> Manifest
         family=trainer.student.family.model_type,
         choices=checked.grid.choices,
         sizes=sizes,
-        per_layer=config.per_layer,
+        per_layer=tuple(trainer.router.grid.per_layer),
         depth=trainer.router.grid.depth,
         provenance={
             "parent": Path(config.parent).name,

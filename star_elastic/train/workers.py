@@ -50,8 +50,9 @@ def _twin(model: ElasticModel) -> ElasticModel:
     parent.load_state_dict(shared, strict=False, assign=True)
     parent.tie_weights()
     twin = ElasticModel(
-        parent, model.model_config, recompute=model.recompute, axis_map=model.axis_map
-    )
+        parent, model.model_config, recompute=model.recompute, axis_map=model.axis_map,
+        fake=model.fake,
+    )  # fmt: skip
     needed = {name for name, p in model.parent.named_parameters() if p.requires_grad}
     for name, parameter in parent.named_parameters():
         parameter.requires_grad_(name in needed)

@@ -17,7 +17,14 @@ from star_elastic.nesting.slice import slice_tensor
 from star_elastic.nesting.stream import slice_checkpoint
 from star_elastic.nesting.submodel import build_submodel, load_parent
 from star_elastic.quant.checkpoint import quantise_checkpoint, read_weight
-from star_elastic.quant.formats import FORMATS, Quantised, amax, dequantise, quantise, requantise
+from star_elastic.quant.formats import (
+    FORMATS,
+    Quantised,
+    dequantise,
+    largest_of,
+    quantise,
+    requantise,
+)
 from star_elastic.quant.layout import (
     CODES,
     COMPRESSED_TENSORS,
@@ -98,7 +105,7 @@ def test_quantising_a_slice_is_slicing_what_was_quantised(name, data):
         again = requantise(sliced, Quantised(format, cut[CODES], cut[SCALES], globally))
         assert torch.equal(again.codes.view(torch.uint8), cut[CODES].view(torch.uint8))
         if format.packed:  # block scales, too, come out the same from the slice's own blocks
-            largest = amax(parent.state[spec.name])
+            largest = largest_of(parent.state[spec.name], format)
             largest = largest if largest.dim() == 1 else largest[: sliced.shape[0]]
             own = quantise(sliced, format, largest)
             assert torch.equal(own.codes, cut[CODES])
@@ -134,9 +141,9 @@ def test_a_quantised_checkpoint_is_cut_without_dequantising(name, data):
             if spec.name in names:
                 kept = read_weight(stored, small.tensors[names[spec.name]], small_scheme)
                 largest = None  # one scale for the layers that engines fuse
-                if scheme.format.block in ((0, 0), (1, 16)):
+                if scheme.format.has_one_scale:
                     fused = [parent.state[n] for n in partners(spec.name) if n in names]
-                    largest = torch.stack([amax(weight) for weight in fused]).amax(0)
+                    largest = torch.stack([largest_of(w, scheme.format) for w in fused]).amax(0)
                 dense = dequantise(quantise(parent.state[spec.name], scheme.format, largest))
                 assert_equal(dequantise(kept), slice_tensor(dense, spec, axis_map, widths))
         assert not StoredModel(cut, stored_map(small, small_scheme), family_of(config)).others

@@ -1,0 +1,115 @@
+"""Quantisation-aware training: weights and inputs pass through a format, gradients do not see it.
+
+The largest magnitudes of the weights and the scales of the inputs are those of the start and stay
+as they are, so that every size trains with the scales that its slice will have.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from star_elastic.axes import AxisMap, TensorSpec
+from star_elastic.checkpoint import load_tensors, save_tensors
+from star_elastic.quant.formats import dequantise, largest_of, quantise, straight_through
+from star_elastic.quant.inputs import FakeInput, attach
+from star_elastic.quant.layout import (
+    COMPRESSED_TENSORS,
+    GLOBAL,
+    SCALES,
+    Scheme,
+    partners,
+    stored_map,
+    stored_parts,
+)
+from star_elastic.widths import Widths
+
+FILE_NAME = "quant.safetensors"
+
+
+@dataclass(frozen=True)
+class FakeQuantisation:
+    """A scheme with what is frozen of it: `largest` magnitudes of the full-width weights, in the
+    shape of their outermost scales, and scales of `inputs`, by weight."""
+
+    scheme: Scheme
+    axis_map: AxisMap
+    largest: Mapping[str, torch.Tensor]
+    inputs: Mapping[str, torch.Tensor]
+
+    @classmethod
+    def of(
+        cls,
+        state: Mapping[str, torch.Tensor],
+        axis_map: AxisMap,
+        scheme: Scheme,
+        inputs: Mapping[str, torch.Tensor],
+    ) -> FakeQuantisation:
+        """Freezes the magnitudes of a model's weights; those that engines fuse have one."""
+        quantised = scheme.quantised(axis_map)
+        own = {name: largest_of(state[name].detach(), scheme.format) for name in quantised}
+        largest = dict(own)
+        if scheme.format.has_one_scale:
+            for name in own:
+                fused = [own[other] for other in partners(name) if other in own]
+                largest[name] = torch.stack(fused).amax(0)
+        return cls(scheme, axis_map, largest, inputs)
+
+    @cached_property
+    def _stored(self) -> AxisMap:
+        return stored_map(self.axis_map, self.scheme)
+
+    @cached_property
+    def _scale_specs(self) -> dict[str, TensorSpec]:
+        """What the frozen magnitudes of every weight look like, to cut them."""
+        kind = GLOBAL if self.scheme.format.has_global_scale else SCALES
+        return {
+            name: stored_parts(spec, self.scheme.format, COMPRESSED_TENSORS)[kind]
+            for name, spec in self.scheme.quantised(self.axis_map).items()
+        }
+
+    def weight(self, name: str, sliced: torch.Tensor, widths: Widths) -> torch.Tensor:
+        """A weight at `widths` as its format knows it, with the gradient of the weight; others as
+        they are."""
+        if name not in self.largest:
+            return sliced
+        largest = self._cut(name, widths).to(sliced.device)
+        known = dequantise(quantise(sliced.detach(), self.scheme.format, largest))
+        return straight_through(sliced, known)
+
+    def _cut(self, name: str, widths: Widths) -> torch.Tensor:
+        """The frozen magnitudes that are left at `widths`."""
+        largest, spec = self.largest[name], self._scale_specs[name]
+        for dim in range(len(spec.dims)):
+            runs = self._stored.runs(spec, dim, widths)
+            parts = [largest.narrow(dim, low, high - low) for low, high in runs]
+            largest = parts[0] if len(parts) == 1 else torch.cat(parts, dim)
+        return largest
+
+    def watch(self, block: nn.Module, specs: tuple[TensorSpec, ...], prefix: str) -> None:
+        """Quantises what the layers of a block read; `prefix`: the block's path in the model."""
+        for spec in specs:
+            if spec.name in self.largest:
+                here = replace(spec, name=spec.name.removeprefix(prefix))
+                attach(block, here, FakeInput(self.scheme.format, self.inputs.get(spec.name)))
+
+    def save(self, directory: Path) -> None:
+        """Writes what is frozen."""
+        tensors = {f"largest/{name}": value for name, value in self.largest.items()}
+        tensors |= {f"inputs/{name}": value for name, value in self.inputs.items()}
+        save_tensors(directory / FILE_NAME, tensors)
+
+    @classmethod
+    def load(cls, directory: Path, axis_map: AxisMap, scheme: Scheme) -> FakeQuantisation:
+        """Reads what `save` wrote. Raises CheckpointError."""
+        found: dict[str, dict[str, Any]] = {"largest": {}, "inputs": {}}
+        for name, value in load_tensors(directory / FILE_NAME).items():
+            kind, _, weight = name.partition("/")
+            found[kind][weight] = value
+        return cls(scheme, axis_map, found["largest"], found["inputs"])

@@ -1,0 +1,174 @@
+"""Post-training quantisation of a family: every size is calibrated, one checkpoint is written.
+
+The weights' scales are those of the full width, shared by all sizes. Inputs have a scale per size,
+because a small size's activations are its own: a slice takes its size's scales along, and the
+checkpoint itself, and so its full size and widths without a name, has the largest of them.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel
+
+from star_elastic.axes import AxisMap
+from star_elastic.errors import ConfigError
+from star_elastic.families import family_of, read_config
+from star_elastic.families.base import Config
+from star_elastic.manifest import load_manifest, save_manifest
+from star_elastic.nesting.submodel import build_submodel, load_parent, load_tokenizer
+from star_elastic.progress import Progress, Silent
+from star_elastic.quant.checkpoint import (
+    PartBytes,
+    count_bytes,
+    quantise_checkpoint,
+    save_input_scales,
+)
+from star_elastic.quant.fake import FakeQuantisation
+from star_elastic.quant.inputs import calibrate_inputs
+from star_elastic.quant.layout import CONFIG_KEY, Scheme, make_scheme, stored_map
+from star_elastic.router.files import ROUTER
+from star_elastic.train.sources import Source
+from star_elastic.widths import Widths
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class InputCalibration:
+    """Rows that inputs are calibrated on (the first of the files), cut to `context` tokens, and the
+    percentile of magnitudes that the scales cover (100: all)."""
+
+    files: Sequence[Path] = ()
+    samples: int = 256
+    context: int = 1024
+    percentile: float = 100.0
+
+
+def quantise_family(
+    elastic: str | Path,
+    out: str | Path,
+    format_name: str,
+    *,
+    keep: Iterable[str] = (),
+    calibration: InputCalibration | None = None,
+    frozen: FakeQuantisation | None = None,
+    progress: Progress | None = None,
+) -> dict[str, PartBytes]:
+    """Quantises an elastic checkpoint into the new directory `out`; returns bytes by part.
+
+    Every size of the family must end on the edges of the format's blocks. `frozen`: magnitudes and
+    scales that quantisation-aware training has kept, in place of measured ones. Raises ConfigError,
+    ShapeError or CheckpointError with one line, before anything is written.
+    """
+    path, progress = Path(elastic), progress or Silent()
+    calibration = calibration or InputCalibration()
+    config = read_config(path)
+    axis_map = family_of(config).axis_map(config)
+    manifest = load_manifest(path, axis_map)
+    if config.get(CONFIG_KEY):
+        raise ConfigError(f"{path} is quantised already; quantise the checkpoint it was made from")
+    scheme = make_scheme(axis_map, format_name, keep)
+    stored = stored_map(axis_map, scheme)
+    for size in manifest.sizes.values():
+        stored.require_edges(size.widths)
+    scales: dict[str, dict[str, torch.Tensor]] = {}
+    if frozen is not None:
+        shared = frozen.inputs
+    else:
+        if scheme.format.is_calibrated:
+            source = _calibration_source(path, scheme, calibration)
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+            parent, _ = load_parent(path, device=device)
+            widths = {name: size.widths for name, size in manifest.sizes.items()}
+            scales = calibrate_sizes(
+                parent, config, axis_map, widths, scheme, [source], calibration, progress
+            )
+            del parent
+        shared = shared_scales(scales, scheme, axis_map)
+
+    def finish(directory: Path) -> None:
+        save_manifest(manifest, directory)
+        if (path / ROUTER).is_file():
+            shutil.copyfile(path / ROUTER, directory / ROUTER)
+        # The full size has the scales of the checkpoint itself.
+        own = {n: s for n, s in scales.items() if manifest.size(n).widths != axis_map.full}
+        if own:
+            save_input_scales(directory, own)
+
+    begun = False
+
+    def advance(done: int, total: int) -> None:
+        nonlocal begun
+        if not begun:
+            progress.stage("quantize", total)
+        begun = True
+        progress.advance(done)
+
+    quantise_checkpoint(
+        path, scheme, out, input_scales=shared, largest=frozen.largest if frozen else None,
+        progress=advance, finish=finish,
+    )  # fmt: skip
+    return count_bytes(path, Path(out))
+
+
+def _calibration_source(path: Path, scheme: Scheme, calibration: InputCalibration) -> Source:
+    if not calibration.files:
+        raise ConfigError(
+            f"{scheme.format.name} needs data to calibrate inputs on; name rows with --data, or "
+            "use fp8-channel, whose inputs are scaled as they come"
+        )
+    return Source(tuple(map(str, calibration.files)), load_tokenizer(path), "all")
+
+
+def calibrate_sizes(
+    parent: PreTrainedModel,
+    config: Config,
+    axis_map: AxisMap,
+    widths: Mapping[str, Widths],
+    scheme: Scheme,
+    sources: Sequence[Source],
+    calibration: InputCalibration,
+    progress: Progress,
+) -> dict[str, dict[str, torch.Tensor]]:
+    """Scales of the inputs of every size, by the weights' names in the parent."""
+    rows = [(s, r) for r in range(max(map(len, sources))) for s in sources if r < len(s)]
+    rows = rows[: calibration.samples]
+    count = len(rows)
+    progress.stage("calibrate", count * len(widths))
+    scales = {}
+    for place, (name, own) in enumerate(widths.items()):
+        # Without padding, whose activations would count, too.
+        documents = (source.document(row).ids[: calibration.context] for source, row in rows)
+        found = calibrate_inputs(
+            build_submodel(parent, config, own),
+            axis_map.at(own),
+            scheme.at(axis_map, own),
+            _watched(documents, progress, place * count),
+            percentile=calibration.percentile,
+        )
+        names = axis_map.names_at(own)
+        scales[name] = {old: found[new] for old, new in names.items() if new in found}
+    return scales
+
+
+def shared_scales(
+    scales: Mapping[str, Mapping[str, torch.Tensor]], scheme: Scheme, axis_map: AxisMap
+) -> dict[str, torch.Tensor]:
+    """The largest scale of any size, by weight."""
+    shared = {}
+    for name in scheme.quantised(axis_map):
+        found = [own[name] for own in scales.values() if name in own]
+        if found:
+            shared[name] = torch.stack(found).amax(0)
+    return shared
+
+
+def _watched(
+    rows: Iterable[Sequence[int]], progress: Progress, done: int
+) -> Iterator[dict[str, torch.Tensor]]:
+    for number, ids in enumerate(rows, start=1):
+        yield {"input_ids": torch.tensor([list(ids)])}
+        progress.advance(done + number)

@@ -1,0 +1,185 @@
+"""Quantisation-aware training: the nested loop with quantised weights and inputs."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+import star_elastic
+from star_elastic.checkpoint import CheckpointReader, load_tensors
+from star_elastic.errors import ConfigError, Interrupted, ShapeError
+from star_elastic.nesting.stream import slice_checkpoint
+from star_elastic.nesting.submodel import load_parent
+from star_elastic.quant.fake import FILE_NAME
+from star_elastic.train import run as run_module
+from star_elastic.train.config import load_run_config
+from star_elastic.train.distributed import World
+from star_elastic.train.run import train
+from tests.tiny_run import build_trainer, config_in
+
+BLOCKS = {
+    "hidden = [48, 40, 32, 24]": "hidden = [48, 32]",
+    "expert_ffn = [32, 24, 16]": "expert_ffn = [32, 16]",
+    "shared_ffn = [64, 60, 56, 52, 48, 44, 40, 36, 32, 28, 24]": "shared_ffn = [64, 48, 32]",
+    "[sizes.small]\nactive = 0.7": "[sizes.small]\nactive = 0.6",
+}
+"""Choices that end on the edges of NVFP4's blocks."""
+RUN = """
+parent = "parent"
+out = "{name}"
+family = "{family}"
+
+[sizes.large]
+active = 1.0
+[sizes.small]
+active = {small}
+
+[[data]]
+files = ["rows.jsonl"]
+loss_on = "answers"
+
+[quant]
+format = "{format}"
+samples = 8
+
+[[stages]]
+tokens = 3072
+context = 96
+batch_size = 4
+learning_rate = 2e-3
+warmup_steps = 2
+
+[engine]
+save_every = 4
+autocast = false
+"""
+
+
+@pytest.fixture(scope="module")
+def blocks(run_folder):
+    """A family whose sizes fit NVFP4."""
+    torch.set_num_threads(1)
+    return train(config_in(run_folder, "blocks", **BLOCKS)).elastic
+
+
+def quantised(folder, family, name, format="nvfp4", small=0.6, **replacements):
+    """The config of a run on a family, with a quantised forward."""
+    text = RUN.format(name=name, family=family, format=format, small=small)
+    for old, new in replacements.items():
+        assert old in text
+        text = text.replace(old, new)
+    (folder / f"{name}.toml").write_text(text)
+    return load_run_config(folder / f"{name}.toml")
+
+
+@pytest.mark.parametrize("name", ["fp8", "nvfp4"])
+def test_what_was_trained_is_what_is_written(run_folder, blocks, name):
+    """The quantised checkpoint computes what the last step's forward would."""
+    config = quantised(run_folder, blocks, f"qad-{name}", name)
+    result = train(config)
+    folder = result.elastic.parent
+    trainer = build_trainer(config, folder, World())
+    trained, _ = load_parent(result.elastic)
+    trainer.student.parent.load_state_dict(trained.state_dict())
+    ids = torch.arange(40)[None] + 5
+    for size, fixed in trainer.committed.items():
+        slice_checkpoint(folder / "quantised", fixed.widths, folder / f"{name}-{size}")
+        model, _ = load_parent(folder / f"{name}-{size}")
+        family = star_elastic.load(folder / "quantised")
+        with torch.no_grad():
+            expected = trainer.student(fixed.widths, input_ids=ids).logits
+            for found in (model(input_ids=ids).logits, family[size](input_ids=ids).logits):
+                assert (found - expected).abs().max() < 1e-4 * expected.abs().max()
+            plain = trained(input_ids=ids).logits
+        if size == "large":
+            assert (expected - plain).abs().max() > 1e-2 * plain.abs().max()
+    frozen = load_tensors(folder / FILE_NAME)
+    assert any(key.startswith("inputs/") for key in frozen)
+
+
+def test_distillation_through_the_format_brings_the_sizes_closer(run_folder, blocks):
+    config = quantised(run_folder, blocks, "closer", **{"tokens = 3072": "tokens = 15360"})
+    folder = train(config).elastic.parent
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    for size in ("large", "small"):
+        first, last = (sum(row["kd"][size] for row in part) for part in (rows[:5], rows[-5:]))
+        assert last < 0.9 * first
+
+
+def test_gradients_are_those_of_a_straight_line(run_folder, blocks):
+    """The gradient with respect to a weight is that of the same loss at the weights as known."""
+    trainer = build_trainer(
+        quantised(run_folder, blocks, "straight-through", "fp8"), run_folder / "st", World()
+    )
+    student, name = trainer.student, "model.layers.0.mixer.in_proj.weight"
+    widths = trainer.committed["small"].widths
+    ids = torch.arange(30)[None] + 7
+    student(widths, input_ids=ids).logits.square().sum().backward()
+    gradient = student.parent.get_parameter(name).grad
+    assert gradient is not None
+    assert gradient.dtype == torch.float32 and gradient.isfinite().all()
+    # Not rounded to FP8, and zero outside the slice.
+    assert len(gradient[gradient != 0].unique()) > 1000
+    assert (gradient[:, widths["hidden"] :] == 0).all()
+
+
+def test_stopped_and_resumed_equals_uninterrupted(run_folder, blocks, monkeypatch):
+    straight = train(quantised(run_folder, blocks, "qad-straight"))
+    config = quantised(run_folder, blocks, "qad-stopped")
+    saved = run_module.save_state
+
+    def stop_after(trainer, run):
+        saved(trainer, run)
+        raise Interrupted("stopped")
+
+    monkeypatch.setattr(run_module, "save_state", stop_after)
+    with pytest.raises(Interrupted):
+        train(config)
+    monkeypatch.setattr(run_module, "save_state", saved)
+    resumed = train(config, resume=True)
+    for part in ("elastic", "quantised"):
+        ours, theirs = (
+            CheckpointReader(result.elastic.parent / part) for result in (resumed, straight)
+        )
+        assert ours.names == theirs.names
+        for tensor in ours.names:
+            a, b = ours.read(tensor), theirs.read(tensor)
+            assert torch.equal(a.view(torch.uint8), b.view(torch.uint8)), tensor
+
+
+def test_the_task_itself_can_be_the_objective(run_folder, blocks):
+    config = quantised(
+        run_folder, blocks, "qat",
+        **{'out = "qat"': 'out = "qat"\nobjective = "task"'},
+    )  # fmt: skip
+    trainer = build_trainer(config, run_folder / "qat-scratch", World())
+    batch = trainer._batch()
+    states, head = trainer.student.hidden_states(trainer.committed["large"].widths, **batch.inputs)
+    logits = (states @ head.T)[:, :-1]
+    labels, counted = batch.input_ids[:, 1:], batch.predicts[:, :-1]
+    expected = torch.nn.functional.cross_entropy(logits[counted], labels[counted])
+    report = build_trainer(config, run_folder / "qat-again", World()).train_step()
+    assert report.kd["large"] == pytest.approx(expected.item(), rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("changes", "kind", "message"),
+    [
+        ({"[quant]": '[quant]\nkeep = ["heads"]'}, ConfigError, "part 'heads' is unknown"),
+        ({'format = "nvfp4"': 'format = "fp5"'}, ConfigError, "quant.format='fp5' is unknown"),
+        ({"samples = 8": "samples = 0"}, ConfigError, "quant.samples=0 is less than 1"),
+        ({"[sizes.small]": "[sizes.tiny]"}, Exception, "size 'tiny' is not in this family"),
+    ],
+)
+def test_mistakes_end_before_any_work(run_folder, blocks, changes, kind, message):
+    with pytest.raises(kind, match=message):
+        train(quantised(run_folder, blocks, "mistake", **changes))
+    assert not (run_folder / "mistake").exists()
+
+
+def test_sizes_inside_a_block_are_refused(run_folder, trained):
+    """The family of the other tests has widths that NVFP4 cannot cut."""
+    with pytest.raises(ShapeError, match="ends inside a block of 16"):
+        train(quantised(run_folder, trained.elastic, "inside", small=0.7))
