@@ -7,7 +7,8 @@ Prints, for random weights (time does not depend on them):
 1. bytes: the parent alone, and what its three sizes hold together;
 2. prefill and decode time of every size at several batches, out of the one copy and loaded alone;
    decode step by step, and as the CUDA graphs in which the run time replays its steps;
-3. a switch from the 12B size to the 30B size by catch-up, reprefill and hand-over.
+3. a switch from the 12B size to the 30B size by catch-up, reprefill and hand-over;
+4. the same family in FP8 where the device multiplies it: bytes, prefill and decode.
 On one stated device absolute times mean something; on the CPU (the smoke run) they do not.
 """
 
@@ -37,7 +38,11 @@ from star_elastic.generate.decode import BatchDecoder
 from star_elastic.generate.steps import StepPool
 from star_elastic.nesting.resident import count_resident, nest_in_place
 from star_elastic.nesting.skeleton import build_skeleton
-from star_elastic.nesting.submodel import build_submodel
+from star_elastic.nesting.submodel import build_submodel, quantise_inputs
+from star_elastic.quant.formats import quantise
+from star_elastic.quant.inputs import QuantisedInputs
+from star_elastic.quant.layout import Scheme, make_scheme
+from star_elastic.quant.native import multiplies_fp8
 from star_elastic.terminal import at_the_command_line, print_table
 from star_elastic.widths import Widths
 
@@ -80,7 +85,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 32, 128])
     parser.add_argument("--prompt", type=int, default=512, help="tokens that are read")
-    parser.add_argument("--steps", type=int, default=16, help="decode steps of one repeat")
+    parser.add_argument("--steps", type=int, default=8, help="decode steps of one repeat")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--context", type=int, default=8192, help="tokens known before a switch")
     parser.add_argument("--missed", type=int, nargs="+", default=[1, 64, 512, 4096])
@@ -95,7 +100,9 @@ def main() -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     bench = Bench(config, sizes, device, options)
     result = bench.describe()
-    for part in (bench.measure_shared, bench.measure_switches, bench.measure_alone):
+    for part in (
+        bench.measure_shared, bench.measure_switches, bench.measure_alone, bench.measure_fp8
+    ):  # fmt: skip
         result |= part()
         if options.out:
             write_json(options.out, result)
@@ -218,47 +225,84 @@ class Bench:
                 del model
         return {"alone_smaller": results}
 
-    def _measure(self, label: str, model: PreTrainedModel) -> dict[str, Any]:
+    def measure_fp8(self) -> dict[str, Any]:
+        """Bytes and times of the family whose weights and inputs are FP8."""
+        scheme = make_scheme(self.axis_map, "fp8")
+        if not multiplies_fp8(self.device, scheme.format):
+            return {}
+        gc.collect()
+        self._empty_cache()
+        before = self._allocated()
+        parent = self._random_model(self.axis_map.full)
+        self._to_codes(parent, scheme)
+        nest_in_place(parent, self.axis_map, self.widths.values())
+        models = {
+            name: parent
+            if widths == self.axis_map.full
+            else build_submodel(parent, self.config, widths)
+            for name, widths in self.widths.items()
+        }
+        gc.collect()
+        self._empty_cache()
+        held = self._allocated() - before
+        times = {n: self._measure(f"{n} FP8", m, eager=False) for n, m in models.items()}
+        return {"fp8": {"three_sizes": held, "sizes": times}}
+
+    def _to_codes(self, model: PreTrainedModel, scheme: Scheme) -> None:
+        """Quantises a model's weights where they are; inputs get a scale that fits them."""
+        weight_scales, input_scales = {}, {}
+        for name in scheme.quantised(self.axis_map):
+            path, _, last = name.rpartition(".")
+            module = model.get_submodule(path)
+            weight = quantise(module.get_parameter(last).data, scheme.format)
+            setattr(module, last, torch.nn.Parameter(weight.codes, requires_grad=False))
+            weight_scales[name] = weight.scales
+            input_scales[name] = torch.full((1,), 0.02, device=self.device)
+        inputs = QuantisedInputs(scheme, input_scales, weight_scales)
+        quantise_inputs(model, inputs, self.axis_map)
+
+    def _measure(self, label: str, model: PreTrainedModel, *, eager: bool = True) -> dict[str, Any]:
         """Milliseconds of prefill and of a decode step at every batch."""
         result: dict[str, Any] = {}
+        ways = [None] if self.device != "cuda" else [None, StepPool] if eager else [StepPool]
         for batch in self.options.batches:
-            work = partial(self._prefill_and_decode, model, batch)
-            for steps in ("eager", "graph"):
-                if steps == "graph" and self.device != "cuda":
-                    continue
-                pool = StepPool(model, patience=1) if steps == "graph" else None
+            row = result[str(batch)] = {}
+            for make_pool in ways:
+                pool = make_pool(model, patience=1) if make_pool else None
                 try:
-                    prefill, decode = work(pool)
+                    row |= self._prefill_and_decode(model, batch, pool)
                 except torch.OutOfMemoryError:
-                    prefill = decode = None
+                    row["out_of_memory"] = True
                 del pool
                 gc.collect()
                 self._empty_cache()
-                row = result.setdefault(str(batch), {"prefill_ms": prefill})
-                row[f"decode_{steps}_ms"] = decode
-            print(label, batch, result[str(batch)], flush=True)
+            print(label, batch, row, flush=True)
         return result
 
     @torch.inference_mode()
     def _prefill_and_decode(
         self, model: PreTrainedModel, batch: int, pool: StepPool | None
-    ) -> tuple[float, float]:
+    ) -> dict[str, float]:
+        """Medians: of reading prompts, and of one step of several in a row."""
         prompts = [self._ids(self.options.prompt, self.config["vocab_size"]) for _ in range(batch)]
         tokens = [row[0] for row in prompts]
-        prefill, decode = [], []
-        for repeat in range(1 + self.options.repeats):
-            decoder = BatchDecoder(model, pool)
+        decoder, prefill, decode = BatchDecoder(model, pool), [], []
+        for _ in range(1 + self.options.repeats):
+            decoder.keep([])
             start = self._now()
             decoder.prefill(prompts)
-            read = self._now()
-            decoder.step(tokens)  # into static memory
-            ready = self._now()
+            prefill.append(1e3 * (self._now() - start))
+        decoder.step(tokens)  # into static memory
+        for _ in range(1 + self.options.repeats):
+            start = self._now()
             for _ in range(self.options.steps):
                 decoder.step(tokens)
-            if repeat:
-                prefill.append(1e3 * (read - start))
-                decode.append(1e3 * (self._now() - ready) / self.options.steps)
-        return statistics.median(prefill), statistics.median(decode)
+            decode.append(1e3 * (self._now() - start) / self.options.steps)
+        kind = "eager" if pool is None else "graph"
+        return {
+            "prefill_ms": statistics.median(prefill[1:]),
+            f"decode_{kind}_ms": statistics.median(decode[1:]),
+        }
 
     @torch.inference_mode()
     def _agreement(self, model: PreTrainedModel, steps: int = 8) -> float:
@@ -345,7 +389,10 @@ def show(result: dict) -> None:
             f"parent {held['parent'] / GB:.2f} GB, three sizes together "
             f"{held['three_sizes'] / GB:.2f} GB ({held['three_sizes'] / held['parent']:.4f})"
         )
+    if "fp8" in result:
+        print(f"in FP8 {result['fp8']['three_sizes'] / GB:.2f} GB")
     alone = result["alone"] | result["alone_smaller"]
+    codes = result.get("fp8", {}).get("sizes", {})
     rows = []
     for name, size in sizes.items():
         for batch, ours in result["shared"][name].items():
@@ -356,6 +403,11 @@ def show(result: dict) -> None:
                     "-" if value is None else f"{value:.2f}"
                     for kind in ("prefill_ms", "decode_eager_ms", "decode_graph_ms")
                     for value in (ours.get(kind), theirs.get(kind))
+                ]
+                + [
+                    "-" if value is None else f"{value:.2f}"
+                    for kind in ("prefill_ms", "decode_graph_ms")
+                    for value in (codes.get(name, {}).get(batch, {}).get(kind),)
                 ]
             )
     print_table(

@@ -336,6 +336,9 @@ def slice_size(
     size: Annotated[str, typer.Option(help="Name of the size to cut out.")] = "",
     budget: Annotated[str, typer.Option(help="Or one between them: active=0.6, bytes=1GB.")] = "",
     widths: Annotated[str, typer.Option(help="Or widths of your own: hidden=128,ffn=256.")] = "",
+    layout: Annotated[
+        str, typer.Option(help="Of a quantised slice: compressed-tensors or modelopt.")
+    ] = "compressed-tensors",
     as_json: AsJson = False,
 ) -> None:
     """Cuts a size out as an ordinary checkpoint, with no further training.
@@ -375,7 +378,9 @@ def slice_size(
             bars.advance(done)
 
         scales = load_input_scales(elastic, size) if size else {}
-        slice_checkpoint(elastic, chosen, out, input_scales=scales, progress=progress)
+        slice_checkpoint(
+            elastic, chosen, out, input_scales=scales, layout=layout, progress=progress
+        )
     asked = size or budget or widths
     result = {"out": str(out), "size": asked, "widths": dict(chosen)}
     print_json(result) if as_json else print(f"{out}: {asked} ({chosen})")
@@ -429,6 +434,24 @@ def quantize(
     ]
     rows.append(["all", f"{before:,}", f"{after:,}", f"{after / before:.3f}"])
     print_table(f"{out}  {format_name}", ["part", "bytes before", "bytes", "ratio"], rows)
+
+
+@app.command()
+def check(
+    checkpoint: Annotated[Path, typer.Argument(help="A slice, a family, or any checkpoint.")],
+    as_json: AsJson = False,
+) -> None:
+    """Which engines and GPUs run a checkpoint, and why others do not."""
+    from dataclasses import asdict
+
+    from star_elastic.quant.engines import check_engines
+
+    verdicts = check_engines(checkpoint)
+    if as_json:
+        print_json({"checkpoint": str(checkpoint), "engines": [asdict(v) for v in verdicts]})
+        return
+    rows = [[v.engine, "yes" if v.runs else "no", v.note] for v in verdicts]
+    print_table(str(checkpoint), ["runs on", "", "what to know"], rows)
 
 
 @app.command()

@@ -8,7 +8,7 @@ out is put from one order into the other, which costs a copy of the activations.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,6 +18,9 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from star_elastic.axes import AxisMap, Dim, Segment, TensorSpec
+from star_elastic.quant.formats import E4M3
+from star_elastic.quant.inputs import INPUTS, QuantisedInputs
+from star_elastic.quant.native import Fp8Product
 from star_elastic.widths import Widths
 
 Place = tuple[tuple[int, ...], int]
@@ -127,11 +130,19 @@ class NestedLinear(nn.Module):
         self.rows, self.columns = rows, columns
         self.nested_weight = weight
         self.register_parameter("nested_bias", bias)
+        self._product: Callable[..., torch.Tensor] = F.linear
+
+    def set_product(self, product: Fp8Product) -> None:
+        """Multiplies with this product from now on; the weight holds its codes."""
+        scale = product.weight_scale
+        if self.rows is not None and scale.dim() == 2:
+            scale = self.rows.to_nested(scale.t()).t()
+        self._product = Fp8Product(scale, product.input_scale)
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
         if self.columns is not None:
             inputs = self.columns.to_nested(inputs)
-        outputs = F.linear(inputs, self.nested_weight, self.nested_bias)
+        outputs = self._product(inputs, self.nested_weight, self.nested_bias)
         return outputs if self.rows is None else self.rows.to_natural(outputs)
 
     def extra_repr(self) -> str:
@@ -167,6 +178,8 @@ class NestedLinear(nn.Module):
 
 def nest(tensor: torch.Tensor, layouts: Iterable[Layout | None]) -> torch.Tensor:
     """A tensor with its first dimensions put from natural into nested order."""
+    if tensor.dtype == E4M3:  # which not every operation takes
+        return nest(tensor.view(torch.uint8), layouts).view(E4M3)
     for dim, layout in enumerate(layouts):
         if layout is not None and dim == tensor.ndim - 1:
             tensor = layout.to_nested(tensor)
@@ -205,6 +218,8 @@ def nest_in_place(parent: PreTrainedModel, axis_map: AxisMap, sizes: Iterable[Wi
     stacks of experts, one after the other, in their own memory. The model's function is unchanged.
     """
     sizes = list(sizes)
+    inputs: QuantisedInputs | None = getattr(parent, INPUTS, None)
+    quantised = inputs.scheme.quantised(axis_map) if inputs else {}
     for path, module in list(parent.named_modules()):
         spec = axis_map.tensors.get(f"{path}.weight")
         if isinstance(module, nn.Linear) and spec and _is_scattered(spec, axis_map, sizes):
@@ -215,8 +230,9 @@ def nest_in_place(parent: PreTrainedModel, axis_map: AxisMap, sizes: Iterable[Wi
             if bias is not None:
                 _overwrite(bias, (rows,))
             nested = NestedLinear(weight, bias, rows, columns)
-            nested._forward_pre_hooks.update(module._forward_pre_hooks)
             parent.set_submodule(path, nested.train(module.training))
+            if inputs is not None and spec.name in quantised:
+                inputs.apply_to(parent, spec)
     for path, specs in _expert_stacks(axis_map).items():
         if any(_is_scattered(spec, axis_map, sizes) for spec in specs):
             layout = _layouts(specs[0], axis_map, axis_map.full)[0]
@@ -224,6 +240,9 @@ def nest_in_place(parent: PreTrainedModel, axis_map: AxisMap, sizes: Iterable[Wi
             for spec in specs:
                 _overwrite(parent.get_parameter(spec.name), (layout,))
             _number_anew(parent.get_submodule(path), layout)
+            if inputs is not None and inputs.holds_codes:
+                for spec in specs:
+                    inputs.apply_to(parent, spec)
 
 
 def nested_names(parent: PreTrainedModel) -> set[str]:

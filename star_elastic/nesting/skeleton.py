@@ -18,6 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 
 from star_elastic.families import family_of
 from star_elastic.families.base import Config, nearest_homogeneous
+from star_elastic.quant.layout import CONFIG_KEY
 from star_elastic.widths import Width
 
 logger = logging.getLogger(__name__)
@@ -37,7 +38,8 @@ def grouped_mm_fits(config: Config) -> bool:
 
 def _model_config(config: Config, like: PreTrainedModel | None) -> PreTrainedConfig:
     """The config as transformers' own class, with the kernel choices of `like`."""
-    fields = {k: v for k, v in config.items() if k not in ("model_type", "transformers_version")}
+    left = ("model_type", "transformers_version", CONFIG_KEY)
+    fields = {k: v for k, v in config.items() if k not in left}
     model_config: Any = AutoConfig.for_model(config["model_type"], **fields)
     if like is not None:
         model_config._attn_implementation = like.config._attn_implementation

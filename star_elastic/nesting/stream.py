@@ -7,7 +7,8 @@ memory. The pieces of a tensor that is stacked in memory (experts) are renumbere
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -32,7 +33,19 @@ from star_elastic.nesting.slice import (
     sort_tensor,
 )
 from star_elastic.quant.checkpoint import stored_input_scales
-from star_elastic.quant.layout import CONFIG_KEY, config_entry, read_scheme, stored_map
+from star_elastic.quant.engines import require_readable
+from star_elastic.quant.layout import (
+    COMPRESSED_TENSORS,
+    CONFIG_KEY,
+    MODELOPT,
+    MODELOPT_FILE,
+    config_entry,
+    in_modelopt,
+    modelopt_entry,
+    read_scheme,
+    require_layout,
+    stored_map,
+)
 from star_elastic.stored import StoredModel
 from star_elastic.widths import Width
 
@@ -125,6 +138,7 @@ def slice_checkpoint(
     out: str | Path,
     *,
     input_scales: Mapping[str, torch.Tensor] | None = None,
+    layout: str = COMPRESSED_TENSORS,
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
     progress: Progress | None = None,
     finish: Callable[[Path], None] | None = None,
@@ -132,10 +146,10 @@ def slice_checkpoint(
     """Cuts a sorted checkpoint to `widths` and writes an ordinary one to the new directory `out`.
 
     A quantised checkpoint is cut as it is, codes and scales, and gets `input_scales` (by weight) in
-    place of its own, if there are any. `finish(directory)` may add files before the directory gets
-    its name. Raises ShapeError for widths the family cannot express (or that end inside a block
-    that is quantised together) and CheckpointError for a damaged source or a taken `out`; nothing
-    is left behind then.
+    place of its own, if there are any; `layout`: what its tensors are called. `finish(directory)`
+    may add files before the directory gets its name. Raises ShapeError for widths the family cannot
+    express (or that end inside a block that is quantised together) and CheckpointError for a
+    damaged source or a taken `out`; nothing is left behind then.
     """
     path = Path(path)
     config = read_config(path)
@@ -143,11 +157,21 @@ def slice_checkpoint(
     axis_map = family.axis_map(config)
     complete = axis_map.complete(widths)
     target = family.config_at(config, complete)
+    require_readable(path)
     scheme = read_scheme(config, axis_map)
-    smaller, scales = axis_map.at(complete), {}
+    require_layout(scheme, layout)
+    smaller, scales, renamed = axis_map.at(complete), {}, {}
     if scheme is not None:
         scales = stored_input_scales(input_scales or {}, axis_map, scheme)
-        target[CONFIG_KEY] = config_entry(smaller, scheme.at(axis_map, complete))
+        small_scheme = scheme.at(axis_map, complete)
+        target[CONFIG_KEY] = config_entry(smaller, small_scheme)
+        if layout == MODELOPT:
+            del target[CONFIG_KEY]
+            entry, renamed = (
+                modelopt_entry(smaller, small_scheme),
+                in_modelopt(smaller, small_scheme),
+            )
+            finish = _also(finish, partial(_write_modelopt, entry))
         axis_map = stored_map(axis_map, scheme)
         smaller = axis_map.at(complete)
         axis_map.require_edges(complete)
@@ -163,7 +187,42 @@ def slice_checkpoint(
 
     names = axis_map.names_at(complete)
     jobs = list(_jobs(source, smaller, names, kept, convert))
+    if renamed:
+        jobs = [_in_modelopt(job, renamed.get(job.planned.name)) for job in jobs]
     _write(source, jobs, target, out, max_shard_bytes, progress, finish)
+
+
+def _in_modelopt(job: _Job, name: str | None) -> _Job:
+    """A job of a quantised weight's tensor as ModelOpt's layout has it; others as they are."""
+    if name is None:
+        return job
+    planned = replace(job.planned, name=name)
+    if job.planned.shape != (1,):
+        return replace(job, planned=planned)
+    inverted = "global_scale" in job.planned.name
+
+    def convert(tensor: torch.Tensor) -> torch.Tensor:
+        value = job.convert(tensor).reshape(())
+        return 1 / value if inverted else value
+
+    return replace(job, planned=replace(planned, shape=()), convert=convert)
+
+
+def _write_modelopt(entry: Config, directory: Path) -> None:
+    write_json(directory / MODELOPT_FILE, entry)
+
+
+def _also(
+    first: Callable[[Path], None] | None, second: Callable[[Path], None]
+) -> Callable[[Path], None]:
+    """Both, if there are two."""
+
+    def run(directory: Path) -> None:
+        if first:
+            first(directory)
+        second(directory)
+
+    return run
 
 
 def sort_checkpoint(

@@ -27,16 +27,15 @@ from star_elastic.families import family_of, read_config
 from star_elastic.families.base import Config
 from star_elastic.nesting.resident import nested_names, share_nested
 from star_elastic.nesting.rotate import rotate_state
-from star_elastic.nesting.skeleton import build_skeleton_at
+from star_elastic.nesting.skeleton import build_skeleton, build_skeleton_at
 from star_elastic.nesting.slice import Orders, slice_state, sort_state
-from star_elastic.quant.checkpoint import dense_state, read_input_scales
-from star_elastic.quant.inputs import QuantisedInputs
+from star_elastic.quant.checkpoint import dense_state, native_state, read_input_scales
+from star_elastic.quant.engines import require_readable
+from star_elastic.quant.inputs import INPUTS, QuantisedInputs
 from star_elastic.quant.layout import CONFIG_KEY, read_scheme, stored_map
+from star_elastic.quant.native import multiplies_fp8
 from star_elastic.stored import StoredModel
 from star_elastic.widths import Width
-
-INPUTS = "quantised_inputs"
-"""Attribute of models with quantised layers."""
 
 
 def build_submodel(
@@ -58,7 +57,7 @@ def build_submodel(
     inputs: QuantisedInputs | None = getattr(parent, INPUTS, None)
     if inputs is not None:
         stored_map(axis_map, inputs.scheme).require_edges(complete)
-        inputs = inputs.with_scales({**inputs.scales, **(input_scales or {})})
+        inputs = inputs.with_scales(input_scales or {})
     submodel = build_skeleton_at(config, complete, parent)
     state = {**dict(parent.named_parameters()), **dict(parent.named_buffers())}
     sliced = slice_state(state, axis_map, complete, leave=nested_names(parent))
@@ -80,6 +79,7 @@ def build_submodel(
 def quantise_inputs(model: PreTrainedModel, inputs: QuantisedInputs, axis_map: AxisMap) -> None:
     """Lets the layers of a model that are quantised read what their format knows of their inputs;
     its submodels will, too."""
+    inputs = inputs.to(model.device)
     inputs.apply(model, axis_map)
     setattr(model, INPUTS, inputs)
 
@@ -96,34 +96,49 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
 
 
 def load_parent(
-    path: str | Path, dtype: torch.dtype = torch.float32, device: str = "cpu"
+    path: str | Path,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+    *,
+    native: bool | None = None,
 ) -> tuple[PreTrainedModel, Config]:
     """A parent (or elastic) checkpoint as a transformers model, and its config.json.
 
     On the CPU, parameters that have the stored dtype and shape stay in the mapped file: the files
     may be replaced by others while the model is in use, but not be overwritten or shortened.
-    Quantised weights are dequantised once, here: on the CPU a product with packed codes would
-    unpack them every time. Raises ConfigError or CheckpointError with one line for anything that
-    cannot be loaded.
+    FP8 weights stay as they are where the device multiplies them (`native`; default: if it can);
+    else quantised weights are dequantised once, here, because a product with codes would unpack
+    them every time. Raises ConfigError or CheckpointError with one line for anything that cannot be
+    loaded.
     """
     config = read_config(path)
+    require_readable(Path(path))
     family = family_of(config)
     axis_map = family.axis_map(config)
+    scheme = read_scheme(config, axis_map)
+    weight_scales = None
+    if scheme is None:
+        native = False
+    elif native is None:
+        native = multiplies_fp8(device, scheme.format)
     try:
         # transformers would stack experts beside the mapped pages they come from.
-        scheme = read_scheme(config, axis_map)
         source = StoredModel(Path(path), stored_map(axis_map, scheme), family)
-        if scheme is None:
-            state = source.state(dtype)
-        else:
-            state = dense_state(source, axis_map, scheme, dtype)
         model_config = AutoConfig.from_pretrained(path, local_files_only=True)
-        if scheme is not None:
-            delattr(model_config, CONFIG_KEY)  # the weights are dense from here on
-        kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(model_config)]
-        model, info = kind.from_pretrained(
-            None, config=model_config, state_dict=state, dtype=dtype, output_loading_info=True
-        )
+        if native:
+            assert scheme is not None
+            state, weight_scales = native_state(source, axis_map, scheme, dtype)
+            model, info = _assign(build_skeleton(config), state)
+        else:
+            if scheme is None:
+                state = source.state(dtype)
+            else:
+                state = dense_state(source, axis_map, scheme, dtype)
+                delattr(model_config, CONFIG_KEY)  # the weights are dense from here on
+            kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(model_config)]
+            model, info = kind.from_pretrained(
+                None, config=model_config, state_dict=state, dtype=dtype, output_loading_info=True
+            )
         if (Path(path) / GENERATION_CONFIG_NAME).is_file():
             model.generation_config = GenerationConfig.from_pretrained(path, local_files_only=True)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
@@ -140,10 +155,20 @@ def load_parent(
                 "it is not a checkpoint of its config.json"
             )
     model.name_or_path = model.config.name_or_path = str(path)
+    model = model.to(device).eval()
     if scheme is not None:
         scales = read_input_scales(source, axis_map, scheme)
-        quantise_inputs(model, QuantisedInputs(scheme, scales), axis_map)
-    return model.to(device).eval(), config
+        quantise_inputs(model, QuantisedInputs(scheme, scales, weight_scales), axis_map)
+    return model, config
+
+
+def _assign(model: Any, state: Mapping[str, torch.Tensor]) -> tuple[Any, dict[str, list[str]]]:
+    """A model without memory with these tensors, and the names that do not match."""
+    unexpected = model.load_state_dict(state, strict=False, assign=True).unexpected_keys
+    model.tie_weights()
+    missing = [name for name, value in model.named_parameters() if value.is_meta]
+    model.requires_grad_(False)
+    return model, {"missing_keys": missing, "unexpected_keys": unexpected}
 
 
 def sort_in_place(

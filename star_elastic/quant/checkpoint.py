@@ -241,6 +241,22 @@ def dense_state(
     return state
 
 
+def native_state(
+    source: StoredModel, axis_map: AxisMap, scheme: Scheme, dtype: torch.dtype
+) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """The same with FP8 codes in place of what they stand for, and the weights' scales by name."""
+    quantised = scheme.quantised(axis_map)
+    state = {name: source.reader.read(name) for name in source.others}
+    scales = {}
+    for name, spec in axis_map.tensors.items():
+        if name in quantised:
+            weight = read_weight(source, spec, scheme)
+            state[name], scales[name] = weight.codes, weight.scales
+        else:
+            state[name] = source.tensor(spec, dtype)
+    return state, scales
+
+
 # Scales of every size's own inputs
 
 INPUT_SCALES = "input_scales.safetensors"

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +18,7 @@ from star_elastic.axes import AxisMap, TensorSpec
 from star_elastic.checkpoint import load_tensors, save_tensors
 from star_elastic.quant.formats import dequantise, largest_of, quantise, straight_through
 from star_elastic.quant.inputs import FakeInput, attach
-from star_elastic.quant.layout import (
-    COMPRESSED_TENSORS,
-    GLOBAL,
-    SCALES,
-    Scheme,
-    partners,
-    stored_map,
-    stored_parts,
-)
+from star_elastic.quant.layout import Scheme, cut_scales, partners
 from star_elastic.widths import Widths
 
 FILE_NAME = "quant.safetensors"
@@ -61,36 +52,16 @@ class FakeQuantisation:
                 largest[name] = torch.stack(fused).amax(0)
         return cls(scheme, axis_map, largest, inputs)
 
-    @cached_property
-    def _stored(self) -> AxisMap:
-        return stored_map(self.axis_map, self.scheme)
-
-    @cached_property
-    def _scale_specs(self) -> dict[str, TensorSpec]:
-        """What the frozen magnitudes of every weight look like, to cut them."""
-        kind = GLOBAL if self.scheme.format.has_global_scale else SCALES
-        return {
-            name: stored_parts(spec, self.scheme.format, COMPRESSED_TENSORS)[kind]
-            for name, spec in self.scheme.quantised(self.axis_map).items()
-        }
-
     def weight(self, name: str, sliced: torch.Tensor, widths: Widths) -> torch.Tensor:
         """A weight at `widths` as its format knows it, with the gradient of the weight; others as
         they are."""
         if name not in self.largest:
             return sliced
-        largest = self._cut(name, widths).to(sliced.device)
+        spec = self.axis_map.tensors[name]
+        largest = cut_scales(self.largest[name], spec, self.axis_map, self.scheme, widths)
+        largest = largest.to(sliced.device)
         known = dequantise(quantise(sliced.detach(), self.scheme.format, largest))
         return straight_through(sliced, known)
-
-    def _cut(self, name: str, widths: Widths) -> torch.Tensor:
-        """The frozen magnitudes that are left at `widths`."""
-        largest, spec = self.largest[name], self._scale_specs[name]
-        for dim in range(len(spec.dims)):
-            runs = self._stored.runs(spec, dim, widths)
-            parts = [largest.narrow(dim, low, high - low) for low, high in runs]
-            largest = parts[0] if len(parts) == 1 else torch.cat(parts, dim)
-        return largest
 
     def watch(self, block: nn.Module, specs: tuple[TensorSpec, ...], prefix: str) -> None:
         """Quantises what the layers of a block read; `prefix`: the block's path in the model."""

@@ -120,7 +120,7 @@ def quantise(
         global_scale = global_scale_of(largest)
         scales = _nvfp4_scales(weight, format, global_scale)
         return requantise(weight, Quantised(format, weight, scales, global_scale))
-    return requantise(weight, Quantised(format, weight, _fp8_scales(largest)))
+    return requantise(weight, Quantised(format, weight, fp8_scales(largest)))
 
 
 def requantise(weight: torch.Tensor, like: Quantised) -> Quantised:
@@ -142,7 +142,7 @@ def dequantise(quantised: Quantised) -> torch.Tensor:
     return values * _spread(quantised, values)
 
 
-def _fp8_scales(largest: torch.Tensor) -> torch.Tensor:
+def fp8_scales(largest: torch.Tensor) -> torch.Tensor:
     scale = largest.float() / E4M3_MAX
     return torch.where(scale > 0, scale, 1.0)
 
@@ -237,7 +237,7 @@ def fake_activation(
     if format.activations in ("token", "group"):
         size = values.shape[-1] if format.activations == "token" else format.block[1]
         blocks = values.unflatten(-1, (-1, size))
-        shared = _fp8_scales(blocks.abs().amax(-1, keepdim=True))
+        shared = fp8_scales(blocks.abs().amax(-1, keepdim=True))
         return _through_fp8(blocks, shared).flatten(-2)
     assert scale is not None, format
     if format.activations == "static":

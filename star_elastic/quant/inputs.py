@@ -23,9 +23,12 @@ from star_elastic.quant.formats import (
     fake_activation,
     straight_through,
 )
-from star_elastic.quant.layout import Scheme
-from star_elastic.widths import Width
+from star_elastic.quant.layout import Scheme, cut_scales
+from star_elastic.quant.native import Fp8Experts, Fp8Product
+from star_elastic.widths import Widths
 
+INPUTS = "quantised_inputs"
+"""Attribute of models with quantised layers."""
 Change = Callable[[torch.Tensor], torch.Tensor | None]
 """Sees the input of a layer, and may return another in its place."""
 
@@ -69,25 +72,65 @@ class _Then(nn.Module):
 @dataclass(frozen=True, slots=True)
 class QuantisedInputs:
     """The inputs of a model's quantised layers: the scheme, and scales by weight (fp32 (1,)) where
-    they are calibrated."""
+    they are calibrated. With `weight_scales` the weights in memory hold codes, and are multiplied
+    as they are; without, they are dense, and inputs are made what the format knows of them."""
 
     scheme: Scheme
     scales: Mapping[str, torch.Tensor]
+    weight_scales: Mapping[str, torch.Tensor] | None = None
+
+    @property
+    def holds_codes(self) -> bool:
+        """Whether weights in memory are codes."""
+        return self.weight_scales is not None
 
     def apply(self, model: nn.Module, axis_map: AxisMap) -> None:
-        """Quantises what every such layer of a model reads, with straight-through gradients."""
-        for name, spec in self.scheme.quantised(axis_map).items():
-            attach(model, spec, FakeInput(self.scheme.format, self.scales.get(name)))
+        """Lets every quantised layer of a model work so."""
+        for spec in self.scheme.quantised(axis_map).values():
+            self.apply_to(model, spec)
 
-    def at(self, axis_map: AxisMap, widths: Mapping[str, Width]) -> QuantisedInputs:
+    def apply_to(self, model: nn.Module, spec: TensorSpec) -> None:
+        """Lets one layer work so."""
+        scale = self.scales.get(spec.name)
+        if self.weight_scales is None:
+            attach(model, spec, FakeInput(self.scheme.format, scale))
+        elif spec.pieces[0].index is None:
+            module = model.get_submodule(spec.name.removesuffix(".weight"))
+            Fp8Product(self.weight_scales[spec.name], scale).install(module)
+        else:
+            path, _, last = spec.name.rpartition(".")
+            if last == "up_proj":
+                down = f"{path}.down_proj"
+                weights = self.weight_scales[spec.name], self.weight_scales[down]
+                Fp8Experts(*weights, scale, self.scales.get(down)).install(
+                    model.get_submodule(path)
+                )
+
+    def at(self, axis_map: AxisMap, widths: Widths) -> QuantisedInputs:
         """Those of the model that is cut from this one at `widths`."""
         names = axis_map.names_at(widths)
         scales = {names[name]: scale for name, scale in self.scales.items() if name in names}
-        return QuantisedInputs(self.scheme.at(axis_map, widths), scales)
+        weights = self.weight_scales
+        if weights is not None:
+            specs, scheme = axis_map.tensors, self.scheme
+            weights = {
+                names[name]: cut_scales(scale, specs[name], axis_map, scheme, widths)
+                for name, scale in weights.items()
+                if name in names
+            }
+        return QuantisedInputs(self.scheme.at(axis_map, widths), scales, weights)
+
+    def to(self, device: torch.device | str) -> QuantisedInputs:
+        """The same with its scales on a device."""
+        scales = {name: scale.to(device) for name, scale in self.scales.items()}
+        weights = self.weight_scales
+        if weights is not None:
+            weights = {name: scale.to(device) for name, scale in weights.items()}
+        return QuantisedInputs(self.scheme, scales, weights)
 
     def with_scales(self, scales: Mapping[str, torch.Tensor]) -> QuantisedInputs:
-        """The same with other scales, those of one size."""
-        return replace(self, scales=scales)
+        """The same with other scales of inputs, those of one size."""
+        return replace(self, scales={**self.scales, **scales})
 
 
 class FakeInput:

@@ -10,8 +10,10 @@ ModelOpt's (`hf_quant_config.json`).
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,7 +21,7 @@ import torch
 from star_elastic.axes import AxisMap, Dim, Segment, TensorSpec, fixed
 from star_elastic.errors import ConfigError
 from star_elastic.quant.formats import E4M3, FORMATS, Format, format_of
-from star_elastic.widths import Width
+from star_elastic.widths import Width, Widths
 
 CONFIG_KEY = "quantization_config"
 PARTS = ("attention", "mamba", "mlp", "shared experts", "routed experts")
@@ -30,6 +32,10 @@ BEFORE_ATTENTION = "mamba before attention"
 PARTNERS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 """Layers that engines fuse into one, which has one global scale."""
 COMPRESSED_TENSORS, MODELOPT = "compressed-tensors", "modelopt"
+LAYOUTS = (COMPRESSED_TENSORS, MODELOPT)
+MODELOPT_FILE = "hf_quant_config.json"
+MODELOPT_ALGORITHMS = {"fp8": "FP8", "nvfp4": "NVFP4"}
+"""Formats that are written in ModelOpt's layout."""
 CODES, SCALES, GLOBAL, INPUT = "codes", "scales", "global", "input"
 SUFFIXES = {
     (COMPRESSED_TENSORS, False): {CODES: "weight", SCALES: "weight_scale", INPUT: "input_scale"},
@@ -174,6 +180,19 @@ def stored_parts(spec: TensorSpec, format: Format, layout: str) -> dict[str, Ten
     }
 
 
+def cut_scales(
+    values: torch.Tensor, spec: TensorSpec, axis_map: AxisMap, scheme: Scheme, widths: Widths
+) -> torch.Tensor:
+    """What is left at `widths` of values in the shape of a weight's outermost scales."""
+    kind = GLOBAL if scheme.format.has_global_scale else SCALES
+    part = stored_parts(spec, scheme.format, COMPRESSED_TENSORS)[kind]
+    for dim in range(len(part.dims)):
+        runs = axis_map.runs(part, dim, widths)
+        kept = [values.narrow(dim, low, high - low) for low, high in runs]
+        values = kept[0] if len(kept) == 1 else torch.cat(kept, dim)
+    return values
+
+
 def stored_dtype(kind: str, format: Format) -> torch.dtype:
     """The dtype of a stored tensor."""
     if kind == CODES:
@@ -297,11 +316,22 @@ def _agree(found: Mapping[str, Any], own: Mapping[str, Any]) -> bool:
     return all(found.get(key) == value for key, value in own.items() if key != "scale_dtype")
 
 
+def require_layout(scheme: Scheme | None, layout: str) -> None:
+    """Raises ConfigError for a layout that is unknown, or in which the scheme is not written."""
+    if layout not in LAYOUTS:
+        raise ConfigError(f"layout {layout!r} is unknown; use {' or '.join(LAYOUTS)}")
+    if layout == MODELOPT and (scheme is None or scheme.format.name not in MODELOPT_ALGORITHMS):
+        what = "an unquantised family" if scheme is None else scheme.format.name
+        raise ConfigError(
+            f"ModelOpt's layout is written for {' and '.join(MODELOPT_ALGORITHMS)}, not for "
+            f"{what}; leave --layout out"
+        )
+
+
 def modelopt_entry(axis_map: AxisMap, scheme: Scheme) -> dict[str, Any]:
     """`hf_quant_config.json` of ModelOpt."""
-    names = {"fp8": "FP8", "fp8-channel": "FP8_PER_CHANNEL_PER_TOKEN", "fp8-block": "FP8_PB_WO"}
     details: dict[str, Any] = {
-        "quant_algo": names.get(scheme.format.name, "NVFP4"),
+        "quant_algo": MODELOPT_ALGORITHMS[scheme.format.name],
         "kv_cache_quant_algo": None,
         "exclude_modules": ignored(axis_map, scheme),
     }
@@ -309,3 +339,30 @@ def modelopt_entry(axis_map: AxisMap, scheme: Scheme) -> dict[str, Any]:
         details["group_size"] = 16
     # Engines know the layout by the producer's name.
     return {"producer": {"name": MODELOPT, "version": "star-elastic"}, "quantization": details}
+
+
+def scheme_of_modelopt(path: Path, axis_map: AxisMap) -> Scheme:
+    """The scheme of a checkpoint in ModelOpt's layout. Raises ConfigError."""
+    file = path / MODELOPT_FILE
+    try:
+        details = json.loads(file.read_text(encoding="utf-8"))["quantization"]
+        names = {algorithm: name for name, algorithm in MODELOPT_ALGORITHMS.items()}
+        format, paths = FORMATS[names[details["quant_algo"]]], set(details["exclude_modules"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"{file} is not one that star-elastic writes ({error!r})") from None
+    kept = (s.name for s in quantisable(axis_map) if not paths.isdisjoint(ignored_paths(s)))
+    return Scheme(format, frozenset(kept))
+
+
+def in_modelopt(axis_map: AxisMap, scheme: Scheme) -> dict[str, str]:
+    """Names on disk in the layout of compressed-tensors -> those in ModelOpt's.
+
+    Scalars have no dimension there, and global scales are no reciprocals.
+    """
+    renamed = {}
+    for spec in scheme.quantised(axis_map).values():
+        ours, theirs = (stored_parts(spec, scheme.format, layout) for layout in LAYOUTS)
+        for kind, part in ours.items():
+            for before, after in zip(part.pieces, theirs[kind].pieces, strict=True):
+                renamed[before.name] = after.name
+    return renamed

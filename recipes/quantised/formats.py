@@ -1,0 +1,238 @@
+"""Three sizes in BF16, FP8 and NVFP4 on the bundled parent: quantised after training, and healed.
+
+    python recipes/quantised/formats.py --out runs/quantised          # about half an hour
+    python recipes/quantised/formats.py --out runs/x --smoke          # the same code, a minute
+
+Arms, all from one family whose sizes end on the edges of NVFP4's blocks:
+    BF16          the family itself
+    FP8, NVFP4    quantised after training (PTQ), inputs calibrated on the training rows
+    QAD           then distilled from the BF16 parent through the format, all sizes together
+    QAT           the same, on the rows' own next tokens
+Every size is measured as it leaves: accuracy over the tasks, KL to the parent, bytes. Writes
+`quantised.json` and `quantised.png` (accuracy and KL against bytes) into the directory; a stopped
+recipe goes on where it stood.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from star_elastic.checkpoint import write_json
+from star_elastic.demo import (
+    CONTEXT,
+    DEMO,
+    MAX_NEW_TOKENS,
+    PARENT,
+    bundled_parent,
+    divergence_from_parent,
+    run_config,
+    stages,
+    write_rows,
+)
+from star_elastic.evaluate.accuracy import evaluate_plan
+from star_elastic.evaluate.tasks import TASKS, Problem, sample_problems
+from star_elastic.generate.family import load
+from star_elastic.generate.phased import PhasedGenerator
+from star_elastic.generate.phases import think_and_answer
+from star_elastic.nesting.stream import slice_checkpoint
+from star_elastic.nesting.submodel import load_parent
+from star_elastic.progress import Progress
+from star_elastic.quant.checkpoint import load_input_scales
+from star_elastic.terminal import Bars, at_the_command_line, print_table
+from star_elastic.train.config import QuantConfig, RouterConfig, StageConfig
+from star_elastic.train.quantise import InputCalibration, quantise_family
+from star_elastic.train.run import ELASTIC, QUANTISED, train
+from star_elastic.train.state import has_state
+
+CHOICES = {
+    "hidden": tuple(range(192, 95, -16)),
+    "experts": (16, 14, 12, 10, 8),
+    "expert_ffn": (64, 48, 32, 16),
+    "shared_ffn": tuple(range(128, 15, -16)),
+    "ssm_heads": (16, 14, 12, 10, 8),
+}
+ARMS = {
+    "BF16": ("", ""),
+    "FP8 PTQ": ("fp8", ""),
+    "FP8 QAD": ("fp8", "distillation"),
+    "NVFP4 PTQ": ("nvfp4", ""),
+    "NVFP4 QAT": ("nvfp4", "task"),
+    "NVFP4 QAD": ("nvfp4", "distillation"),
+}
+"""Format and objective of the training through it."""
+COLOURS = {"BF16": "#444444", "FP8": "#1f6fb4", "NVFP4": "#d9730d"}
+MARKERS = {"": "o", "PTQ": "v", "QAT": "s", "QAD": "^"}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--router-steps", type=int, default=80, help="of the family, of 2 windows")
+    parser.add_argument("--steps", type=int, default=360, help="of the family, of 4 windows")
+    parser.add_argument("--heal-steps", type=int, default=120, help="of QAD and QAT, of 4 windows")
+    parser.add_argument("--learning-rate", type=float, default=2e-4, help="of QAD and QAT")
+    parser.add_argument("--problems", type=int, default=40, help="held-out, per task")
+    parser.add_argument("--smoke", action="store_true", help="a few steps and problems")
+    options = parser.parse_args()
+    options.samples, options.watched, options.max_new_tokens = 256, 40, MAX_NEW_TOKENS
+    if options.smoke:
+        options.router_steps, options.steps, options.heal_steps, options.problems = 2, 2, 2, 1
+        options.samples, options.watched, options.max_new_tokens = 4, 2, 8
+    work = options.out / "work"
+    work.mkdir(parents=True, exist_ok=True)
+    problems = sample_problems(TASKS, "test", options.problems, DEMO.seed)
+    with Bars() as bars:
+        family = train_family(work, options, bars)
+        arms = {
+            arm: measured(work, arm, make_arm(work, family, arm, options, bars), problems, options)
+            for arm in ARMS
+        }
+    report = {
+        "command": f"python recipes/quantised/formats.py --out {options.out}",
+        "problems": len(problems),
+        "heal_tokens": options.heal_steps * 4 * CONTEXT,
+        "learning_rate": options.learning_rate,
+        "arms": arms,
+    }
+    write_json(options.out / "quantised.json", report)
+    plot(arms, options.out / "quantised.png")
+    show(arms)
+
+
+def train_family(work: Path, options: argparse.Namespace, progress: Progress) -> Path:
+    """The BF16 family: as in the demo, on a grid of whole blocks."""
+    rows = work / "rows.jsonl"
+    if not rows.exists():
+        write_rows(rows, 40 * (options.router_steps + options.steps) + 64, DEMO.seed)
+    run = work / "family"
+    if not (run / ELASTIC).exists():
+        share = options.router_steps / (options.router_steps + options.steps)
+        recipe = replace(
+            DEMO, choices=CHOICES, stages=stages(options.router_steps, options.steps),
+            router=replace(DEMO.router, commit_at=share),
+        )  # fmt: skip
+        train(run_config(recipe, rows, run), resume=has_state(run), progress=progress)
+    return run / ELASTIC
+
+
+def make_arm(
+    work: Path, family: Path, arm: str, options: argparse.Namespace, progress: Progress
+) -> Path:
+    """The checkpoint of an arm, made unless it is there."""
+    format_name, objective = ARMS[arm]
+    if not format_name:
+        return family
+    out = work / arm.replace(" ", "-").lower()
+    if not objective:
+        if not out.exists():
+            calibration = InputCalibration(
+                files=(work / "rows.jsonl",), samples=options.samples, context=CONTEXT
+            )
+            quantise_family(family, out, format_name, calibration=calibration, progress=progress)
+        return out
+    if not (out / QUANTISED).exists():
+        rate = options.learning_rate
+        stage = StageConfig(
+            tokens=options.heal_steps * 4 * CONTEXT, context=CONTEXT, batch_size=4,
+            learning_rate=rate, final_learning_rate=rate / 20, warmup_steps=4,
+            size_weights=(0.4, 0.3, 0.3),
+        )  # fmt: skip
+        base = run_config(replace(DEMO, choices={}, stages=(stage,)), work / "rows.jsonl", out)
+        config = replace(
+            base, family=str(family), objective=objective, router=RouterConfig(),
+            quant=QuantConfig(format=format_name, samples=options.samples),
+        )  # fmt: skip
+        train(config, resume=has_state(out), progress=progress)
+    return out / QUANTISED
+
+
+def measured(
+    work: Path, arm: str, path: Path, problems: list[Problem], options: argparse.Namespace
+) -> dict[str, Any]:
+    """What every size of an arm reaches; measured once."""
+    file = work / f"{arm.replace(' ', '-').lower()}.json"
+    if not file.exists():
+        write_json(file, dict(measure(work, path, problems, options)))
+    return json.loads(file.read_text(encoding="utf-8"))
+
+
+def measure(
+    work: Path, path: Path, problems: list[Problem], options: argparse.Namespace
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Accuracy, KL to the parent and bytes of every size."""
+    family = load(path)
+    parent, _ = load_parent(bundled_parent())
+    models = {PARENT: parent, **{name: family[name] for name in family}}
+    generator = PhasedGenerator(models, family.tokenizer, family.table.end_of_thinking)
+    watched = problems[:: max(len(problems) // options.watched, 1)]
+    for name, size in family.sizes.items():
+        plan = think_and_answer(name, name, max_new_tokens=options.max_new_tokens)
+        result = evaluate_plan(generator, problems, plan, batch_size=200)
+        cut = work / "cut"
+        shutil.rmtree(cut, ignore_errors=True)
+        scales = load_input_scales(path, name)
+        slice_checkpoint(path, size.widths, cut, input_scales=scales)
+        yield (
+            name,
+            {
+                "widths": str(size.widths),
+                "accuracy": result.accuracy,
+                "standard_error": result.standard_error,
+                "per_task": dict(result.per_task),
+                "kl": divergence_from_parent(generator, name, watched),
+                "bytes": sum(file.stat().st_size for file in cut.glob("*.safetensors")),
+            },
+        )
+        shutil.rmtree(cut)
+
+
+def plot(arms: dict[str, Any], file: Path) -> None:
+    """Accuracy and KL to the parent against bytes: one line for each arm through its sizes."""
+    figure = Figure(figsize=(11, 4.5), dpi=110, layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(1, 2, sharex=True)
+    for arm, sizes in arms.items():
+        kind, _, how = arm.partition(" ")
+        megabytes = [size["bytes"] / 1e6 for size in sizes.values()]
+        style = {"color": COLOURS[kind], "marker": MARKERS[how], "label": arm}
+        style |= {"linestyle": "-" if how in ("", "QAD") else ":", "linewidth": 1.2}
+        panels[0].plot(megabytes, [100 * s["accuracy"] for s in sizes.values()], **style)
+        panels[1].plot(megabytes, [s["kl"] for s in sizes.values()], **style)
+    panels[0].set_ylabel("accuracy, %")
+    panels[1].set_ylabel("KL to the parent, nats per token")
+    panels[1].set_yscale("log")
+    for panel in panels:
+        panel.set_xscale("log")
+        panel.set_xlabel("MB on disk")
+        panel.grid(alpha=0.25)
+    panels[0].legend(fontsize=8)
+    figure.suptitle("Small in many bits, or large in few: every size in every format")
+    figure.savefig(file)
+
+
+def show(arms: dict[str, Any]) -> None:
+    rows = []
+    for arm, sizes in arms.items():
+        for name, size in sizes.items():
+            whole = arms["BF16"][name]["accuracy"]
+            rows.append([
+                arm, name, f"{size['accuracy']:.1%} ± {size['standard_error']:.1%}",
+                f"{size['accuracy'] / max(whole, 1e-9):.1%}", f"{size['kl']:.4f}",
+                f"{size['bytes']:,}",
+            ])  # fmt: skip
+    columns = ["arm", "size", "accuracy", "of BF16", "KL to the parent", "bytes"]
+    print_table("Every size in every format", columns, rows)
+
+
+if __name__ == "__main__":
+    with at_the_command_line():
+        main()

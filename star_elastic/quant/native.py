@@ -1,0 +1,148 @@
+"""Products of FP8 weights and FP8 inputs, for devices that multiply FP8 themselves.
+
+The codes stay as they are in memory: a family in FP8 takes half the memory of one in BF16, and its
+sizes are views of the codes. PyTorch has the products (`_scaled_mm`, `_scaled_grouped_mm`); they
+want numbers of rows and columns that are multiples of 16; other slices are unpacked at every use.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from star_elastic.quant.formats import E4M3, E4M3_MAX, Format, fp8_scales
+
+_products: Any = torch  # which does not list them among its public functions
+MULTIPLE = 16
+CAPABILITY = (8, 9)
+"""The first GPUs that multiply FP8."""
+FORMATS = ("fp8", "fp8-channel")
+"""Formats whose scales the products take."""
+
+
+def multiplies_fp8(device: str | torch.device, format: Format) -> bool:
+    """Whether a device multiplies weights and inputs of a format as they are."""
+    on_gpu = torch.device(device).type == "cuda"
+    return format.name in FORMATS and on_gpu and torch.cuda.get_device_capability() >= CAPABILITY
+
+
+@dataclass
+class Fp8Product:
+    """Inputs (..., in) times a weight (out, in) in E4M3, transposed; the result has the inputs'
+    dtype. `weight_scale` (1,) or per channel (out, 1), `input_scale` (1,) or None: per token."""
+
+    weight_scale: torch.Tensor
+    input_scale: torch.Tensor | None
+
+    def __call__(
+        self, inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        codes, scale = quantise_inputs(inputs.reshape(-1, inputs.shape[-1]), self.input_scale)
+        if fits(weight):
+            by_channel = self.weight_scale
+            out = _products._scaled_mm(
+                codes,
+                weight.t(),
+                scale_a=scale,
+                scale_b=by_channel.t() if by_channel.dim() == 2 else by_channel,
+                out_dtype=inputs.dtype,
+            )
+        else:
+            known = (codes.float() * scale).to(inputs.dtype)
+            out = F.linear(known, (weight.float() * self.weight_scale).to(inputs.dtype))
+        out = out if bias is None else out + bias
+        return out.unflatten(0, inputs.shape[:-1])
+
+    def install(self, module: Any) -> None:
+        """Lets a linear layer multiply so; its weight holds codes."""
+        if hasattr(module, "set_product"):
+            module.set_product(self)
+        else:
+            module.forward = lambda inputs: self(inputs, module.weight, module.bias)
+
+
+def quantise_inputs(
+    rows: torch.Tensor, scale: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes of inputs (N, in), and their scale: the one that is given (1,), or one per row
+    (N, 1)."""
+    if scale is None:
+        scale = fp8_scales(rows.float().abs().amax(-1, keepdim=True))
+    return (rows.float() / scale).clamp(-E4M3_MAX, E4M3_MAX).to(E4M3), scale
+
+
+@dataclass
+class Fp8Experts:
+    """The products of a stack of experts without a gate: E4M3 weights (E, neurons, in) and
+    (E, in, neurons), scales (E, 1) or (E, out, 1) of each, and of the inputs of both."""
+
+    up_scale: torch.Tensor
+    down_scale: torch.Tensor
+    up_input: torch.Tensor | None
+    down_input: torch.Tensor | None
+
+    def install(self, experts: Any) -> None:
+        """Lets a module of transformers multiply so; its weights hold codes, perhaps in another
+        order (`nested_places`)."""
+        places = getattr(experts, "nested_places", None)
+        if places is not None:
+            order = places.argsort()
+            self.up_scale, self.down_scale = self.up_scale[order], self.down_scale[order]
+        experts.forward = lambda *inputs: self.forward(experts, *inputs)
+
+    def forward(
+        self,
+        experts: Any,
+        hidden_NH: torch.Tensor,
+        chosen_NK: torch.Tensor,
+        weights_NK: torch.Tensor,
+    ) -> torch.Tensor:
+        """Weighted sum over each token's experts; pairs of token and expert in the experts' order.
+        N tokens, K experts of each, H channels."""
+        num_chosen = chosen_NK.shape[-1]
+        order = chosen_NK.flatten().argsort(stable=True)
+        counts = torch.zeros(len(experts.up_proj), dtype=torch.int32, device=order.device)
+        counts.scatter_add_(
+            0, chosen_NK.flatten(), torch.ones_like(chosen_NK.flatten(), dtype=torch.int32)
+        )
+        ends = counts.cumsum(0, dtype=torch.int32)
+        rows = hidden_NH[order // num_chosen]
+        up = grouped_product(rows, experts.up_proj, self.up_scale, self.up_input, ends)
+        down = grouped_product(
+            experts.act_fn(up), experts.down_proj, self.down_scale, self.down_input, ends
+        )
+        down = down * weights_NK.flatten()[order][:, None]
+        out = torch.empty_like(down).index_copy_(0, order, down)
+        return out.unflatten(0, (-1, num_chosen)).sum(1).to(hidden_NH.dtype)
+
+
+def grouped_product(
+    rows: torch.Tensor,
+    weight: torch.Tensor,
+    weight_scale: torch.Tensor,
+    input_scale: torch.Tensor | None,
+    ends: torch.Tensor,
+) -> torch.Tensor:
+    """Rows (N, in) in groups that end at `ends` (E,), each times its expert's weight (out, in)."""
+    codes, scale = quantise_inputs(rows, input_scale)
+    by_row = scale.reshape(-1).expand(len(rows)).contiguous()
+    by_channel = weight_scale.reshape(len(weight), -1).expand(-1, weight.shape[1]).contiguous()
+    if rows.is_cuda and fits(weight):
+        return _products._scaled_grouped_mm(
+            codes, weight.transpose(1, 2), by_row, by_channel, offs=ends, out_dtype=rows.dtype
+        )
+    known = (codes.float() * by_row[:, None]).to(rows.dtype)
+    parts, start = [], 0
+    for expert, end in enumerate(ends.tolist()):
+        dense = weight[expert].float() * by_channel[expert][:, None]
+        parts.append(F.linear(known[start:end], dense.to(rows.dtype)))
+        start = end
+    return torch.cat(parts)
+
+
+def fits(weight: torch.Tensor) -> bool:
+    """Whether the products take a weight (..., out, in)."""
+    return weight.shape[-1] % MULTIPLE == 0 and weight.shape[-2] % MULTIPLE == 0
