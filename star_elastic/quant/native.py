@@ -41,18 +41,23 @@ class Fp8Product:
         self, inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None
     ) -> torch.Tensor:
         codes, scale = quantise_inputs(inputs.reshape(-1, inputs.shape[-1]), self.input_scale)
-        if fits(weight):
-            by_channel = self.weight_scale
-            out = _products._scaled_mm(
-                codes,
-                weight.t(),
-                scale_a=scale,
-                scale_b=by_channel.t() if by_channel.dim() == 2 else by_channel,
-                out_dtype=inputs.dtype,
-            )
-        else:
+        by_channel = self.weight_scale
+        # What the product does not take: a few last rows, or all if the columns do not fit.
+        whole = len(weight) // MULTIPLE * MULTIPLE if weight.shape[1] % MULTIPLE == 0 else 0
+        parts = []
+        if whole:
+            scale_b = by_channel[:whole].t() if by_channel.dim() == 2 else by_channel
+            parts.append(
+                _products._scaled_mm(
+                    codes, weight[:whole].t(), scale_a=scale, scale_b=scale_b,
+                    out_dtype=inputs.dtype,
+                )
+            )  # fmt: skip
+        if whole < len(weight):
             known = (codes.float() * scale).to(inputs.dtype)
-            out = F.linear(known, (weight.float() * self.weight_scale).to(inputs.dtype))
+            rest = by_channel[whole:] if by_channel.dim() == 2 else by_channel
+            parts.append(F.linear(known, (weight[whole:].float() * rest).to(inputs.dtype)))
+        out = parts[0] if len(parts) == 1 else torch.cat(parts, -1)
         out = out if bias is None else out + bias
         return out.unflatten(0, inputs.shape[:-1])
 
@@ -109,36 +114,42 @@ class Fp8Experts:
             0, chosen_NK.flatten(), torch.ones_like(chosen_NK.flatten(), dtype=torch.int32)
         )
         ends = counts.cumsum(0, dtype=torch.int32)
-        rows = hidden_NH[order // num_chosen]
-        up = grouped_product(rows, experts.up_proj, self.up_scale, self.up_input, ends)
-        down = grouped_product(
-            experts.act_fn(up), experts.down_proj, self.down_scale, self.down_input, ends
-        )
+        token = order // num_chosen
+        codes_NH, scale = quantise_inputs(hidden_NH, self.up_input)
+        scale = scale if self.up_input is not None else scale[token]
+        dtype = hidden_NH.dtype
+        up = grouped_product(
+            codes_NH.view(torch.uint8)[token].view(E4M3), scale, experts.up_proj, self.up_scale,
+            ends, dtype,
+        )  # fmt: skip
+        codes, scale = quantise_inputs(experts.act_fn(up), self.down_input)
+        down = grouped_product(codes, scale, experts.down_proj, self.down_scale, ends, dtype)
         down = down * weights_NK.flatten()[order][:, None]
         out = torch.empty_like(down).index_copy_(0, order, down)
         return out.unflatten(0, (-1, num_chosen)).sum(1).to(hidden_NH.dtype)
 
 
 def grouped_product(
-    rows: torch.Tensor,
+    codes: torch.Tensor,
+    scale: torch.Tensor,
     weight: torch.Tensor,
     weight_scale: torch.Tensor,
-    input_scale: torch.Tensor | None,
     ends: torch.Tensor,
+    dtype: torch.dtype,
 ) -> torch.Tensor:
-    """Rows (N, in) in groups that end at `ends` (E,), each times its expert's weight (out, in)."""
-    codes, scale = quantise_inputs(rows, input_scale)
-    by_row = scale.reshape(-1).expand(len(rows)).contiguous()
+    """Codes of rows (N, in) in groups that end at `ends` (E,), each times its expert's weight
+    (out, in); one scale (1,) for all rows or one each (N, 1)."""
+    by_row = scale.reshape(-1).expand(len(codes)).contiguous()
     by_channel = weight_scale.reshape(len(weight), -1).expand(-1, weight.shape[1]).contiguous()
-    if rows.is_cuda and fits(weight):
+    if codes.is_cuda and fits(weight):
         return _products._scaled_grouped_mm(
-            codes, weight.transpose(1, 2), by_row, by_channel, offs=ends, out_dtype=rows.dtype
+            codes, weight.transpose(1, 2), by_row, by_channel, offs=ends, out_dtype=dtype
         )
-    known = (codes.float() * by_row[:, None]).to(rows.dtype)
+    known = (codes.float() * by_row[:, None]).to(dtype)
     parts, start = [], 0
     for expert, end in enumerate(ends.tolist()):
         dense = weight[expert].float() * by_channel[expert][:, None]
-        parts.append(F.linear(known[start:end], dense.to(rows.dtype)))
+        parts.append(F.linear(known[start:end], dense.to(dtype)))
         start = end
     return torch.cat(parts)
 
