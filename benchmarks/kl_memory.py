@@ -28,7 +28,7 @@ from pathlib import Path
 import torch
 from torch.nn import functional as F
 
-from star_elastic.terminal import at_the_command_line
+from star_elastic.terminal import at_the_command_line, command_line
 from star_elastic.train.losses import CHUNK_BYTES, distillation_loss, linear_kl
 
 PRECISIONS = ("fp32", "bf16")
@@ -67,7 +67,7 @@ def main() -> None:
     require_memory(options.plain_tokens, options.vocab)
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     result = {
-        "command": " ".join(["python benchmarks/kl_memory.py", *sys.argv[1:]]),
+        "command": command_line("benchmarks/kl_memory.py"),
         "machine": {"cpus": os.cpu_count(), "threads": torch.get_num_threads(), "gpu": gpu},
         "vocab": options.vocab,
         "hidden": options.hidden,

@@ -18,7 +18,6 @@ import argparse
 import gc
 import importlib.util
 import statistics
-import sys
 import time
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -43,7 +42,7 @@ from star_elastic.quant.formats import quantise
 from star_elastic.quant.inputs import QuantisedInputs
 from star_elastic.quant.layout import Scheme, make_scheme
 from star_elastic.quant.native import multiplies_fp8
-from star_elastic.terminal import at_the_command_line, print_table
+from star_elastic.terminal import at_the_command_line, command_line, print_table
 from star_elastic.widths import Widths
 
 NANO_V3 = {
@@ -128,7 +127,7 @@ class Bench:
         """Machine, versions and sizes."""
         cuda = self.device == "cuda"
         return {
-            "command": "python " + " ".join(["benchmarks/nano_v3.py", *sys.argv[1:]]),
+            "command": command_line("benchmarks/nano_v3.py"),
             "machine": {
                 "device": torch.cuda.get_device_name() if cuda else "cpu",
                 "torch": torch.__version__,

@@ -15,7 +15,6 @@ import argparse
 import json
 import os
 import statistics
-import sys
 import tempfile
 from collections import defaultdict
 from pathlib import Path
@@ -32,7 +31,7 @@ from star_elastic.demo import bundled_parent, write_rows
 from star_elastic.families import family_of
 from star_elastic.nesting.stream import save_model
 from star_elastic.nesting.submodel import load_tokenizer
-from star_elastic.terminal import Bars, at_the_command_line
+from star_elastic.terminal import Bars, at_the_command_line, command_line
 from star_elastic.train.config import (
     CalibrationConfig,
     EngineConfig,
@@ -63,7 +62,7 @@ def main() -> None:
         train(run_config(Path(folder), options), progress=bars)
         rows = (Path(folder) / "run" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     result = {
-        "command": "python " + " ".join(["benchmarks/nested_run.py", *sys.argv[1:]]),
+        "command": command_line("benchmarks/nested_run.py"),
         "machine": describe(),
         "parameters": parameters,
         "tokens_per_step": options.context * options.windows,

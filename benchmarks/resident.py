@@ -42,7 +42,7 @@ from star_elastic.generate.family import ElasticFamily, load
 from star_elastic.manifest import Manifest, Size, load_manifest, save_manifest
 from star_elastic.nesting.stream import save_model, slice_checkpoint
 from star_elastic.nesting.submodel import build_submodel, load_parent
-from star_elastic.terminal import at_the_command_line, print_table
+from star_elastic.terminal import at_the_command_line, command_line, print_table
 
 HYBRID = {
     "model_type": "nemotron_h", "hybrid_override_pattern": "MEM*MEM*", "num_hidden_layers": 8,
@@ -100,7 +100,7 @@ def main() -> None:
     if options.smoke:
         options.rounds, options.decode_steps = 2, 4
     result: dict[str, Any] = {
-        "command": "python " + " ".join(["benchmarks/resident.py", *sys.argv[1:]]),
+        "command": command_line("benchmarks/resident.py"),
         "machine": {"cpus": os.cpu_count(), "threads": torch.get_num_threads()},
         "families": {},
     }

@@ -22,7 +22,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -35,7 +34,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from star_elastic.cost import CostModel, Workload
 from star_elastic.nesting.elastic import ElasticModel
 from star_elastic.nesting.gate import Mixture
-from star_elastic.terminal import at_the_command_line
+from star_elastic.terminal import at_the_command_line, command_line
 from star_elastic.train.losses import linear_kl, sampled_kl
 from star_elastic.train.teacher import sample_targets
 from star_elastic.widths import Widths
@@ -66,7 +65,7 @@ def main() -> None:
     if options.device == "cuda":
         machine = {"device": torch.cuda.get_device_name(), "torch": torch.__version__}
     result = {
-        "command": "python " + " ".join(["benchmarks/training_cost.py", *sys.argv[1:]]),
+        "command": command_line("benchmarks/training_cost.py"),
         "machine": machine,
         "tokens": options.tokens,
         "rounds": options.rounds,

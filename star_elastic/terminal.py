@@ -24,6 +24,7 @@ from star_elastic.errors import Interrupted, StarElasticError
 STAGES = {
     "rank": "Rank units", "rank layers": "Rank layers", "train": "Train sizes", "slice": "Slice",
     "evaluate": "Evaluate", "latency": "Latency", "calibrate": "Calibrate", "reuse": "Hand over",
+    "quantize": "Quantise",
 }  # fmt: skip
 
 
@@ -162,3 +163,15 @@ def at_the_command_line() -> Iterator[None]:
 def is_first_rank() -> bool:
     """Whether this process speaks, of all that torchrun started."""
     return os.environ.get("RANK", "0") == "0"
+
+
+def command_line(script: str) -> str:
+    """How a recipe or benchmark was started, without where its result goes."""
+    given = iter(sys.argv[1:])
+    kept = []
+    for argument in given:
+        if argument == "--out":
+            next(given, None)
+        elif not argument.startswith("--out="):
+            kept.append(argument)
+    return " ".join(["python", script, *kept])

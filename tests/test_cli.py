@@ -218,6 +218,9 @@ def test_readme_run_config_is_valid():
         ["benchmarks/latency_table.py", "--smoke"],
         ["benchmarks/switching.py", "--smoke"],
         ["benchmarks/resident.py", "--smoke"],
+        ["benchmarks/nano_v3.py", "--smoke"],
+        ["benchmarks/nested_run.py", "--smoke"],
+        ["recipes/quantised/formats.py", "--out", "{out}", "--smoke"],
     ],
     ids=lambda command: Path(command[0]).stem,
 )

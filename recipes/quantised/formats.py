@@ -47,7 +47,7 @@ from star_elastic.nesting.stream import slice_checkpoint
 from star_elastic.nesting.submodel import load_parent
 from star_elastic.progress import Progress
 from star_elastic.quant.checkpoint import load_input_scales
-from star_elastic.terminal import Bars, at_the_command_line, print_table
+from star_elastic.terminal import Bars, at_the_command_line, command_line, print_table
 from star_elastic.train.config import QuantConfig, RouterConfig, StageConfig
 from star_elastic.train.quantise import InputCalibration, quantise_family
 from star_elastic.train.run import ELASTIC, QUANTISED, train
@@ -97,7 +97,7 @@ def main() -> None:
             for arm in ARMS
         }
     report = {
-        "command": f"python recipes/quantised/formats.py --out {options.out}",
+        "command": command_line("recipes/quantised/formats.py"),
         "problems": len(problems),
         "heal_tokens": options.heal_steps * 4 * CONTEXT,
         "learning_rate": options.learning_rate,
