@@ -451,7 +451,7 @@ def check(
         print_json({"checkpoint": str(checkpoint), "engines": [asdict(v) for v in verdicts]})
         return
     rows = [[v.engine, "yes" if v.runs else "no", v.note] for v in verdicts]
-    print_table(str(checkpoint), ["runs on", "", "what to know"], rows)
+    print_table(str(checkpoint), ["runs on", "", "what to know"], rows, text=3)
 
 
 @app.command()

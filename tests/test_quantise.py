@@ -236,10 +236,10 @@ STEM = "backbone.layers.0.mixer.in_proj"
     [
         (lambda t: t.pop(f"{STEM}.weight_scale"), "lacks the tensor"),
         (lambda t: t.pop(f"{STEM}.input_global_scale"), "lacks the tensor"),
-        (lambda t: t[f"{STEM}.weight_global_scale"].fill_(float("nan")), "holds values that are no numbers"),
+        (lambda t: t[f"{STEM}.weight_global_scale"].fill_(float("nan")), "no numbers"),
         (lambda t: t[f"{STEM}.weight_global_scale"].fill_(0), "a scale that is not > 0"),
         (lambda t: t[f"{STEM}.input_global_scale"].fill_(-1), "is not > 0"),
-        (lambda t: t[f"{STEM}.weight_scale"].view(torch.uint8).fill_(0x7F), "holds values that are no numbers"),
+        (lambda t: t[f"{STEM}.weight_scale"].view(torch.uint8).fill_(0x7F), "no numbers"),
         (
             lambda t: t.update({
                 f"{STEM}.weight_packed": t[f"{STEM}.weight_packed"][:, :-8].contiguous()
