@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import shlex
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any
@@ -20,18 +20,17 @@ from star_elastic.axes import LAYERS
 from star_elastic.errors import ConfigError
 from star_elastic.generate.phases import (
     DEFAULT_GRACE,
-    THINKING,
     ByDifficulty,
-    Generation,
     Plan,
-    Token,
     parse_phases,
 )
 from star_elastic.terminal import (
     Bars,
     at_the_command_line,
     is_first_rank,
+    print_generation,
     print_json,
+    print_stream,
     print_table,
     run_and_show,
 )
@@ -513,49 +512,13 @@ def generate(
     console = Console()
     if stream:
         events = family.generator.stream([prompt], plan, **sampling)
-        result = _print_stream(events, console, list(family))
+        result = print_stream(events, console, list(family))
     else:
         (result,) = family.generator.generate([prompt], plan, **sampling)
     if as_json:
         print_json(result.to_json())
         return
-    if not stream:
-        if result.thinking:
-            _say(console, result.thinking, "dim")
-        _say(console, result.answer)
-    for phase in result.phases:
-        shares = ", ".join(f"{name} {count}" for name, count in phase.by_size.items())
-        _say(
-            console,
-            f"[{phase.name}: {phase.size}, {phase.tokens} tokens ({shares}), "
-            f"{phase.seconds:.2f} s, {phase.ended}]",
-            "dim",
-        )
-
-
-def _say(console: Console, text: str, style: str | None = None, end: str = "\n") -> None:
-    """Text on stdout, verbatim; with a style on a terminal, where control codes are left out."""
-    if console.is_terminal:
-        console.out(text, style=style, highlight=False, end=end)
-    else:
-        sys.stdout.write(text + end)
-
-
-COLOURS = ("cyan", "yellow", "green", "magenta")
-
-
-def _print_stream(
-    events: Iterator[Token | Generation], console: Console, sizes: Sequence[str]
-) -> Generation:
-    """Prints tokens as they come, the trace dim, in a colour for each size; returns the result."""
-    for event in events:
-        if isinstance(event, Generation):
-            _say(console, "")
-            return event
-        colour = COLOURS[sizes.index(event.size) % len(COLOURS)] if event.size else "white"
-        style = f"dim {colour}" if event.phase == THINKING else colour
-        _say(console, event.text, style, end="")
-    raise AssertionError("a stream ends with its result")
+    print_generation(console, result, streamed=stream)
 
 
 @app.command("eval")

@@ -20,6 +20,7 @@ from rich.progress import Progress as RichProgress
 from rich.table import Table
 
 from star_elastic.errors import Interrupted, StarElasticError
+from star_elastic.generate.phases import THINKING, Generation, Token
 
 STAGES = {
     "rank": "Rank units", "rank layers": "Rank layers", "train": "Train sizes", "slice": "Slice",
@@ -127,6 +128,47 @@ def show_report(report: Mapping[str, Any]) -> None:
 def millions(count: float) -> str:
     """`1.26M`."""
     return f"{count / 1e6:.2f}M"
+
+
+def _say(console: Console, text: str, style: str | None = None, end: str = "\n") -> None:
+    """Text on stdout, verbatim; with a style on a terminal, where control codes are left out."""
+    if console.is_terminal:
+        console.out(text, style=style, highlight=False, end=end)
+    else:
+        sys.stdout.write(text + end)
+
+
+COLOURS = ("cyan", "yellow", "green", "magenta")
+
+
+def print_stream(
+    events: Iterator[Token | Generation], console: Console, sizes: Sequence[str]
+) -> Generation:
+    """Prints tokens as they come, the trace dim, in a colour for each size; returns the result."""
+    for event in events:
+        if isinstance(event, Generation):
+            _say(console, "")
+            return event
+        colour = COLOURS[sizes.index(event.size) % len(COLOURS)] if event.size else "white"
+        style = f"dim {colour}" if event.phase == THINKING else colour
+        _say(console, event.text, style, end="")
+    raise AssertionError("a stream ends with its result")
+
+
+def print_generation(console: Console, result: Generation, *, streamed: bool = False) -> None:
+    """A result's texts (unless they were streamed), and a line for each phase."""
+    if not streamed:
+        if result.thinking:
+            _say(console, result.thinking, "dim")
+        _say(console, result.answer)
+    for phase in result.phases:
+        shares = ", ".join(f"{name} {count}" for name, count in phase.by_size.items())
+        _say(
+            console,
+            f"[{phase.name}: {phase.size}, {phase.tokens} tokens ({shares}), "
+            f"{phase.seconds:.2f} s, {phase.ended}]",
+            "dim",
+        )
 
 
 @contextmanager
