@@ -25,6 +25,7 @@ from typing import Any
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import StrMethodFormatter
 
 from star_elastic.checkpoint import write_json
 from star_elastic.demo import (
@@ -212,6 +213,9 @@ def plot(arms: dict[str, Any], file: Path) -> None:
     panels[1].set_yscale("log")
     for panel in panels:
         panel.set_xscale("log")
+        for axis in (panel.xaxis, panel.yaxis):
+            axis.set_major_formatter(StrMethodFormatter("{x:g}"))
+            axis.set_minor_formatter(StrMethodFormatter("{x:g}"))
         panel.set_xlabel("MB on disk")
         panel.grid(alpha=0.25)
     panels[0].legend(fontsize=8)
