@@ -219,6 +219,7 @@ def test_readme_run_config_is_valid():
         ["benchmarks/switching.py", "--smoke"],
         ["benchmarks/resident.py", "--smoke"],
         ["benchmarks/nano_v3.py", "--smoke"],
+        ["benchmarks/quantize.py", "--smoke"],
         ["benchmarks/nested_run.py", "--smoke"],
         ["recipes/quantised/formats.py", "--out", "{out}", "--smoke"],
     ],

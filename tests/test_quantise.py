@@ -15,9 +15,10 @@ from star_elastic.cli import app
 from star_elastic.errors import CheckpointError, ConfigError
 from star_elastic.families import family_of, read_config
 from star_elastic.nesting.submodel import load_parent
+from star_elastic.quant import formats
 from star_elastic.quant.checkpoint import INPUT_SCALES, load_input_scales, quantise_checkpoint
 from star_elastic.quant.engines import check_engines
-from star_elastic.quant.formats import fake_activation, format_of
+from star_elastic.quant.formats import fake_activation, format_of, quantise
 from star_elastic.quant.inputs import FakeInput, calibrate_inputs
 from star_elastic.quant.layout import BEFORE_ATTENTION, make_scheme, read_scheme
 from star_elastic.train.run import train
@@ -191,6 +192,18 @@ class Keep(torch.nn.Module):
     def forward(self, values):
         self.into.append(values)
         return values
+
+
+@pytest.mark.parametrize("name", ["fp8", "fp8-channel", "fp8-block", "nvfp4"])
+@pytest.mark.parametrize("shape", [(512, 256), (3, 384, 128), (300, 256)])
+def test_large_weights_are_quantised_in_parts(name, shape, monkeypatch):
+    if name == "fp8-block" and shape[-2] % 128:
+        return
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(1))
+    whole = quantise(weight, format_of(name))
+    monkeypatch.setattr(formats, "CHUNK", 128 * weight[..., :1, :].numel())
+    parts = quantise(weight, format_of(name))
+    assert torch.equal(whole.codes.view(torch.uint8), parts.codes.view(torch.uint8))
 
 
 def test_gradients_pass_quantised_inputs_as_they_are():

@@ -27,6 +27,8 @@ E2M1_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 E2M1_TIES = (0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0)
 """Half way between neighbours; a tie goes to the even code, so every other one goes up."""
 SIGN = 8
+CHUNK = 2**21
+"""Elements that are quantised at once."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,13 +126,23 @@ def quantise(
 
 
 def requantise(weight: torch.Tensor, like: Quantised) -> Quantised:
-    """A weight of the same shape with the scales of another; what is beyond their range is cut."""
-    scaled = weight.float() / _spread(like, weight)
-    if like.format.packed:
-        codes = pack(e2m1_codes(scaled))
-    else:
-        codes = scaled.clamp(-E4M3_MAX, E4M3_MAX).to(E4M3)
-    return Quantised(like.format, codes, like.scales, like.global_scale)
+    """A weight of the same shape with the scales of another; what is beyond their range is cut.
+
+    Works through a large weight some rows at a time: codes are small, what they are found with is
+    not.
+    """
+    format, rows = like.format, weight.shape[-2]
+    step = max(CHUNK // weight[..., :1, :].numel() // 128, 1) * 128
+    codes = []
+    for start in range(0, rows, step):
+        part = slice(start, min(start + step, rows))
+        scaled = weight[..., part, :].float() / _spread(like, weight.shape, part)
+        if format.packed:
+            codes.append(pack(e2m1_codes(scaled)))
+        else:
+            codes.append(scaled.clamp(-E4M3_MAX, E4M3_MAX).to(E4M3))
+    whole = codes[0] if len(codes) == 1 else torch.cat(codes, -2)
+    return Quantised(format, whole, like.scales, like.global_scale)
 
 
 def dequantise(quantised: Quantised) -> torch.Tensor:
@@ -139,7 +151,7 @@ def dequantise(quantised: Quantised) -> torch.Tensor:
         values = e2m1_values(unpack(quantised.codes))
     else:
         values = quantised.codes.float()
-    return values * _spread(quantised, values)
+    return values * _spread(quantised, values.shape, slice(0, values.shape[-2]))
 
 
 def fp8_scales(largest: torch.Tensor) -> torch.Tensor:
@@ -171,18 +183,22 @@ def _block_shape(format: Format, out: int, inner: int) -> tuple[int, int]:
     return rows, columns
 
 
-def _spread(quantised: Quantised, weight: torch.Tensor) -> torch.Tensor:
-    """The scale of every element of a weight (..., out, in), broadcast where it is shared."""
-    scales = quantised.scales.float()
+def _spread(quantised: Quantised, shape: torch.Size, rows: slice) -> torch.Tensor:
+    """The scale of every element in some rows of a weight of this shape (..., out, in), broadcast
+    where it is shared. The rows begin and end on edges of blocks, or at the weight's end."""
+    by_rows, by_columns = quantised.format.block
+    scales = quantised.scales
+    if (by_rows, by_columns) != (0, 0):
+        scales = scales[..., rows.start // by_rows : -(-rows.stop // by_rows), :]
+    scales = scales.float()
     if quantised.global_scale is not None:
         scales = scales * quantised.global_scale.float()[..., None]
-    rows, columns = quantised.format.block
-    if (rows, columns) == (0, 0):
+    if (by_rows, by_columns) == (0, 0):
         return scales[..., None]
-    if columns:
-        scales = scales.repeat_interleave(weight.shape[-1] // scales.shape[-1], -1)
-    if rows > 1:
-        scales = scales.repeat_interleave(weight.shape[-2] // scales.shape[-2], -2)
+    if by_columns:
+        scales = scales.repeat_interleave(shape[-1] // scales.shape[-1], -1)
+    if by_rows > 1:
+        scales = scales.repeat_interleave(by_rows, -2)
     return scales
 
 
@@ -191,7 +207,7 @@ def _spread(quantised: Quantised, weight: torch.Tensor) -> torch.Tensor:
 
 def e2m1_codes(values: torch.Tensor) -> torch.Tensor:
     """The nearest codes, uint8 0 to 15 (8 is the sign); magnitudes above 6 become 6."""
-    magnitude = torch.bucketize(values.abs(), _edges(values.device)).to(torch.uint8)
+    magnitude = torch.bucketize(values.abs(), _edges(values.device), out_int32=True).to(torch.uint8)
     return magnitude | (torch.signbit(values).to(torch.uint8) * SIGN)
 
 
