@@ -197,12 +197,14 @@ def test_readme_quick_start_runs(trained):
 
 
 def test_readme_run_config_is_valid():
-    (text,) = re.findall(r"```toml\n(.*?)```", README, re.S)
-    assert parse(RunConfig, tomllib.loads(text), "").sizes["small"] == {
+    run, quantised = map(tomllib.loads, re.findall(r"```toml\n(.*?)```", README, re.S))
+    assert parse(RunConfig, run, "").sizes["small"] == {
         "active": 0.5,
         "total": 0.4,
         "bytes": "1.2GB",
     }
+    healed = parse(RunConfig, {**run, **quantised, "family": "runs/mine/elastic"}, "")
+    assert healed.quant.format == "nvfp4"
 
 
 @pytest.mark.parametrize(
