@@ -6,6 +6,15 @@ from functools import partial
 
 import pytest
 import torch
+from compressed_tensors.compressors.nvfp4.helpers import quantize_and_pack_fp4
+from compressed_tensors.quantization import QuantizationConfig
+from compressed_tensors.quantization.lifecycle.forward import fake_quantize
+from compressed_tensors.quantization.quant_scheme import preset_name_to_scheme
+from compressed_tensors.quantization.utils.helpers import (
+    calculate_qparams,
+    compute_dynamic_scales_and_zp,
+    generate_gparam,
+)
 from transformers import AutoModelForCausalLM
 
 from star_elastic.nesting.stream import slice_checkpoint
@@ -15,18 +24,6 @@ from star_elastic.quant.formats import FORMATS, dequantise, fake_activation, qua
 from star_elastic.quant.inputs import calibrate_inputs
 from star_elastic.quant.layout import config_entry, make_scheme
 from tests.laws.parents import make_parent, relative_error
-
-oracle = pytest.importorskip("compressed_tensors")
-
-from compressed_tensors.compressors.nvfp4.helpers import quantize_and_pack_fp4  # noqa: E402
-from compressed_tensors.quantization import QuantizationConfig  # noqa: E402
-from compressed_tensors.quantization.lifecycle.forward import fake_quantize  # noqa: E402
-from compressed_tensors.quantization.quant_scheme import preset_name_to_scheme  # noqa: E402
-from compressed_tensors.quantization.utils.helpers import (  # noqa: E402
-    calculate_qparams,
-    compute_dynamic_scales_and_zp,
-    generate_gparam,
-)
 
 PRESETS = {"fp8": "FP8", "fp8-channel": "FP8_DYNAMIC", "fp8-block": "FP8_BLOCK", "nvfp4": "NVFP4"}
 
