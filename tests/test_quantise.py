@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 import star_elastic
 from star_elastic.cli import app
-from star_elastic.errors import CheckpointError, ConfigError
+from star_elastic.errors import CheckpointError, ConfigError, ShapeError
 from star_elastic.families import family_of, read_config
 from star_elastic.nesting.submodel import load_parent
 from star_elastic.quant import formats
@@ -21,6 +21,7 @@ from star_elastic.quant.engines import check_engines
 from star_elastic.quant.formats import fake_activation, format_of, quantise
 from star_elastic.quant.inputs import FakeInput, calibrate_inputs
 from star_elastic.quant.layout import BEFORE_ATTENTION, make_scheme, read_scheme
+from star_elastic.train.quantise import quantise_family
 from star_elastic.train.run import train
 from tests.laws.parents import fixed_config, make_parent
 from tests.test_quantised_training import BLOCKS
@@ -277,6 +278,23 @@ def test_damaged_files_are_told(nvfp4, tmp_path, damage, message):
         load_parent(path)
 
 
+def test_widths_that_differ_between_layers_are_refused(deep_folder, tmp_path):
+    per_layer = {'parent = "parent"': 'parent = "parent"\nper_layer = ["ssm_heads"]'}
+    text = {**per_layer, **BLOCKS}
+    family = train(config_in(deep_folder, "deep-blocks", **text)).elastic
+    manifest = json.loads((family / "elastic.json").read_text())
+    manifest["sizes"]["small"]["widths"]["ssm_heads"] = [8, 6]
+    (family / "elastic.json").write_text(json.dumps(manifest))
+    with pytest.raises(ShapeError, match="differs between layers"):
+        quantise_family(family, tmp_path / "q", "fp8-channel")
+
+
+def test_rows_without_tokens_are_left_out(elastic, tmp_path):
+    (tmp_path / "rows.jsonl").write_text('{"text": ""}\n{"text": "add 1 2"}\n')
+    run("quantize", elastic, "--format", "fp8", "--out", tmp_path / "q",
+        "--data", tmp_path / "rows.jsonl", "--json")  # fmt: skip
+
+
 def test_other_quantisations_are_refused(nvfp4, tmp_path):
     path = tmp_path / "other"
     shutil.copytree(nvfp4, path)
@@ -295,7 +313,7 @@ def test_weights_that_are_not_finite_are_refused(tmp_path):
         parent.state["model.layers.0.mixer.in_proj.weight"][0, 0] = float("inf")
     scheme = make_scheme(parent.axis_map, "fp8-channel")
     source = parent.save(tmp_path)
-    with pytest.raises(CheckpointError, match="a weight is not finite"):
+    with pytest.raises(CheckpointError, match="in_proj.weight is not finite"):
         quantise_checkpoint(source, scheme, tmp_path / "q")
     assert not (tmp_path / "q").exists()
     assert not (tmp_path / "q" / INPUT_SCALES).exists()

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 import torch
 
 import star_elastic
 from star_elastic.checkpoint import CheckpointReader, load_tensors
-from star_elastic.errors import ConfigError, Interrupted, ShapeError
+from star_elastic.errors import CheckpointError, ConfigError, Interrupted, ShapeError
 from star_elastic.nesting.stream import slice_checkpoint
 from star_elastic.nesting.submodel import load_parent
 from star_elastic.quant.fake import FILE_NAME
@@ -147,6 +148,17 @@ def test_stopped_and_resumed_equals_uninterrupted(run_folder, blocks, monkeypatc
         for tensor in ours.names:
             a, b = ours.read(tensor), theirs.read(tensor)
             assert torch.equal(a.view(torch.uint8), b.view(torch.uint8)), tensor
+
+
+def test_a_run_stopped_while_it_was_quantised_goes_on(run_folder, blocks):
+    config = quantised(run_folder, blocks, "qad-last-step", **{"tokens = 3072": "tokens = 384"})
+    folder = train(config).elastic.parent
+    whole = (folder / "quantised" / "model.safetensors").read_bytes()
+    shutil.rmtree(folder / "quantised")
+    train(config, resume=True)
+    assert (folder / "quantised" / "model.safetensors").read_bytes() == whole
+    with pytest.raises(CheckpointError, match="quantised is complete already"):
+        train(config, resume=True)
 
 
 def test_the_task_itself_can_be_the_objective(run_folder, blocks):

@@ -18,6 +18,8 @@ from transformers import DynamicCache, PreTrainedModel, StaticCache
 
 from star_elastic.errors import reason
 from star_elastic.generate.caches import MAMBA, LayerState, cache_of, states_of
+from star_elastic.quant.formats import E4M3
+from star_elastic.quant.native import fits
 
 logger = logging.getLogger(__name__)
 
@@ -74,15 +76,20 @@ class StaticStep:
 
     def _capture(self) -> torch.cuda.CUDAGraph:
         """Records the step; what it does to the states meanwhile is overwritten by `load`."""
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(WARM_UPS):
-                self._run()
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            self._run()
+        device = self.model.device
+        with torch.cuda.device(device):
+            before, stream = torch.cuda.current_stream(device), torch.cuda.Stream(device)
+            stream.wait_stream(before)
+            with torch.cuda.stream(stream):
+                for _ in range(WARM_UPS):
+                    self._run()
+            before.wait_stream(stream)
+            graph = torch.cuda.CUDAGraph()
+            try:
+                with torch.cuda.graph(graph, stream=stream):
+                    self._run()
+            finally:  # a capture that fails may leave its stream in charge
+                torch.cuda.set_stream(before)
         return graph
 
     def _run(self) -> None:
@@ -201,6 +208,8 @@ def pool_for(model: PreTrainedModel, patience: int = PATIENCE) -> StepPool | Non
     """A pool where steps can be captured: on a CUDA device, with attention that takes masks, and
     with experts (if any) as grouped products in bf16, which do not wait for the CPU."""
     config: Any = model.config
+    if any(p.dtype == E4M3 and p.dim() == 3 and not fits(p) for p in model.parameters()):
+        return None  # codes of experts that are unpacked, group by group
     has_experts = any(name.endswith("experts") for name, _ in model.named_modules())
     grouped = config._experts_implementation != "eager" and model.dtype == torch.bfloat16
     captures = config._attn_implementation == "sdpa" and (grouped or not has_experts)

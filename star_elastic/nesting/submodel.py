@@ -120,7 +120,8 @@ def load_parent(
     if scheme is None:
         native = False
     elif native is None:
-        native = multiplies_fp8(device, scheme.format)
+        experts = any(spec.routed for spec in scheme.quantised(axis_map).values())
+        native = multiplies_fp8(device, dtype, scheme.format, experts=experts)
     try:
         # transformers would stack experts beside the mapped pages they come from.
         source = StoredModel(Path(path), stored_map(axis_map, scheme), family)

@@ -106,8 +106,12 @@ class _Writer:
     def _quantise(self, spec: TensorSpec, piece: Piece) -> Quantised:
         if self._last is None or self._last[0] != piece.name:
             largest = self._largest_of(spec, piece)
-            weight = quantise(self._read(spec, piece), self.scheme.format, largest)
-            self._last = piece.name, weight
+            weight = self._read(spec, piece)
+            if not torch.isfinite(weight).all():
+                raise CheckpointError(
+                    f"{piece.name} is not finite; restore the checkpoint it comes from"
+                )
+            self._last = piece.name, quantise(weight, self.scheme.format, largest)
         return self._last[1]
 
     def _largest_of(self, spec: TensorSpec, piece: Piece) -> torch.Tensor | None:

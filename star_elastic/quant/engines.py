@@ -45,7 +45,7 @@ def check_engines(path: str | Path) -> list[Verdict]:
 def _star_elastic(is_modelopt: bool) -> Verdict:
     if is_modelopt:
         return Verdict("star-elastic", False, "reads compressed-tensors, not ModelOpt's layout")
-    return Verdict("star-elastic", True, "quantised weights are dequantised once, when loaded")
+    return Verdict("star-elastic", True, "CPU and GPU")
 
 
 def _transformers(axis_map: AxisMap, scheme: Scheme | None, is_modelopt: bool) -> Verdict:
@@ -95,9 +95,7 @@ def _arithmetic(scheme: Scheme | None) -> list[Verdict]:
     if scheme.format.packed:
         return [
             Verdict("Blackwell (10.0, 12.0)", True, "multiplies NVFP4 itself"),
-            Verdict(
-                "Hopper, Ada and older", True, "unpack to BF16: less memory, no faster products"
-            ),
+            Verdict("Hopper, Ada and older", True, UNPACK),
         ]
     return [
         Verdict("Ada, Hopper, Blackwell (8.9 and up)", True, "multiply FP8 themselves"),

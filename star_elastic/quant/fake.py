@@ -33,6 +33,7 @@ class FakeQuantisation:
     axis_map: AxisMap
     largest: Mapping[str, torch.Tensor]
     inputs: Mapping[str, torch.Tensor]
+    stored: torch.dtype = torch.float32
 
     @classmethod
     def of(
@@ -50,7 +51,17 @@ class FakeQuantisation:
             for name in own:
                 fused = [own[other] for other in partners(name) if other in own]
                 largest[name] = torch.stack(fused).amax(0)
-        return cls(scheme, axis_map, largest, inputs)
+        largest = {name: value.cpu() for name, value in largest.items()}
+        return cls(scheme, axis_map, largest, {n: scale.cpu() for n, scale in inputs.items()})
+
+    def on(self, device: torch.device, stored: torch.dtype) -> FakeQuantisation:
+        """The same on a device, for weights that are stored in a dtype before they are
+        quantised."""
+        largest, inputs = (
+            {name: value.to(device) for name, value in own.items()}
+            for own in (self.largest, self.inputs)
+        )
+        return replace(self, largest=largest, inputs=inputs, stored=stored)
 
     def weight(self, name: str, sliced: torch.Tensor, widths: Widths) -> torch.Tensor:
         """A weight at `widths` as its format knows it, with the gradient of the weight; others as
@@ -59,8 +70,8 @@ class FakeQuantisation:
             return sliced
         spec = self.axis_map.tensors[name]
         largest = cut_scales(self.largest[name], spec, self.axis_map, self.scheme, widths)
-        largest = largest.to(sliced.device)
-        known = dequantise(quantise(sliced.detach(), self.scheme.format, largest))
+        weight = sliced.detach().to(self.stored)
+        known = dequantise(quantise(weight, self.scheme.format, largest))
         return straight_through(sliced, known)
 
     def watch(self, block: nn.Module, specs: tuple[TensorSpec, ...], prefix: str) -> None:

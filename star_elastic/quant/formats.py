@@ -12,11 +12,12 @@ of a row, and one scale fp32 for the tensor, s2 = amax / (6 * 448).
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 
-from star_elastic.errors import CheckpointError, ConfigError, ShapeError
+from star_elastic.errors import ConfigError, ShapeError
 
 E4M3_MAX = 448.0
 E2M1_MAX = 6.0
@@ -111,12 +112,9 @@ def quantise(
     """A weight (..., out, in) in a format, with the scales of its own full width.
 
     `largest` takes the place of `largest_of` the weight: that of all weights that share a scale, or
-    of the parent that this is a slice of. Raises ShapeError if blocks do not divide the weight, and
-    CheckpointError for values that are not finite.
+    of the parent that this is a slice of. Raises ShapeError if blocks do not divide the weight.
     """
     weight = weight.float()
-    if not torch.isfinite(weight).all():
-        raise CheckpointError("a weight is not finite; restore the checkpoint it comes from")
     largest = largest_of(weight, format) if largest is None else largest
     if format.has_global_scale:
         global_scale = global_scale_of(largest)
@@ -131,11 +129,8 @@ def requantise(weight: torch.Tensor, like: Quantised) -> Quantised:
     Works through a large weight some rows at a time: codes are small, what they are found with is
     not.
     """
-    format, rows = like.format, weight.shape[-2]
-    step = max(CHUNK // weight[..., :1, :].numel() // 128, 1) * 128
-    codes = []
-    for start in range(0, rows, step):
-        part = slice(start, min(start + step, rows))
+    format, codes = like.format, []
+    for part in _parts(weight):
         scaled = weight[..., part, :].float() / _spread(like, weight.shape, part)
         if format.packed:
             codes.append(pack(e2m1_codes(scaled)))
@@ -147,11 +142,22 @@ def requantise(weight: torch.Tensor, like: Quantised) -> Quantised:
 
 def dequantise(quantised: Quantised) -> torch.Tensor:
     """The weight as the format knows it, fp32 (..., out, in)."""
-    if quantised.format.packed:
-        values = e2m1_values(unpack(quantised.codes))
-    else:
-        values = quantised.codes.float()
-    return values * _spread(quantised, values.shape, slice(0, values.shape[-2]))
+    codes, packed = quantised.codes, quantised.format.packed
+    shape = torch.Size((*codes.shape[:-1], codes.shape[-1] * (2 if packed else 1)))
+    weight = torch.empty(shape, device=codes.device)
+    for part in _parts(weight):
+        own = codes[..., part, :]
+        values = e2m1_values(unpack(own)) if packed else own.float()
+        weight[..., part, :] = values * _spread(quantised, shape, part)
+    return weight
+
+
+def _parts(weight: torch.Tensor) -> Iterator[slice]:
+    """Some rows of a weight (..., out, in) at a time, whole blocks of them."""
+    rows = weight.shape[-2]
+    step = max(CHUNK // max(weight[..., :1, :].numel(), 1) // 128, 1) * 128
+    for start in range(0, rows, step):
+        yield slice(start, min(start + step, rows))
 
 
 def fp8_scales(largest: torch.Tensor) -> torch.Tensor:

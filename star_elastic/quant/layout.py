@@ -260,7 +260,8 @@ def ignored(axis_map: AxisMap, scheme: Scheme) -> list[str]:
     """Paths of the layers with matrices that are not quantised. Convolutions and routers are no
     `Linear` in transformers, but are in engines."""
     quantised = scheme.quantised(axis_map)
-    paths = []
+    tied = all(spec.part != "head" for spec in axis_map.tensors.values())
+    paths = ["lm_head"] if tied else []  # a layer of its own in transformers all the same
     for name, spec in axis_map.tensors.items():
         if name in quantised or spec.lookup or spec.is_buffer or len(spec.dims) < 2:
             continue

@@ -19,14 +19,22 @@ _products: Any = torch  # which does not list them among its public functions
 MULTIPLE = 16
 CAPABILITY = (8, 9)
 """The first GPUs that multiply FP8."""
+GROUPED = ((9, 0), (10, 0))
+"""Those on which PyTorch has the products of experts."""
 FORMATS = ("fp8", "fp8-channel")
 """Formats whose scales the products take."""
 
 
-def multiplies_fp8(device: str | torch.device, format: Format) -> bool:
-    """Whether a device multiplies weights and inputs of a format as they are."""
-    on_gpu = torch.device(device).type == "cuda"
-    return format.name in FORMATS and on_gpu and torch.cuda.get_device_capability() >= CAPABILITY
+def multiplies_fp8(
+    device: str | torch.device, dtype: torch.dtype, format: Format, *, experts: bool
+) -> bool:
+    """Whether a device multiplies weights and inputs of a format as they are, for results of a
+    dtype; `experts`: stacks of them, too."""
+    if torch.device(device).type != "cuda" or format.name not in FORMATS:
+        return False
+    capability = torch.cuda.get_device_capability(device)
+    able = capability in GROUPED if experts else capability >= CAPABILITY
+    return able and dtype == torch.bfloat16
 
 
 @dataclass

@@ -97,6 +97,7 @@ def check(config: RunConfig, world_size: int = 1) -> Checked:
     if config.quant.format:
         scheme = make_scheme(axis_map, config.quant.format, config.quant.keep)
         for size in fixed.values():
+            axis_map.at(size.widths)  # one width per axis
             stored_map(axis_map, scheme).require_edges(size.widths)
     for name, given in budgets.items() if not fixed else ():
         (check_budgets if grid.is_ranked else check_reach)(name, given, cost, grid)

@@ -207,6 +207,9 @@ class QuantConfig:
             not self.format or self.format in FORMATS,
             f"quant.format={self.format!r} is unknown; use {', '.join(FORMATS)}",
         )
+        require(
+            bool(self.format or not self.keep), "quant.keep needs quant.format; name one, as nvfp4"
+        )
         require(self.samples >= 1, f"quant.samples={self.samples} is less than 1")
         require(
             0 < self.percentile <= 100, f"quant.percentile={self.percentile} is not in (0, 100]"

@@ -16,6 +16,7 @@ import torch
 from transformers import PreTrainedModel
 
 from star_elastic.axes import AxisMap
+from star_elastic.checkpoint import require_free
 from star_elastic.errors import ConfigError
 from star_elastic.families import family_of, read_config
 from star_elastic.families.base import Config
@@ -65,6 +66,9 @@ def quantise_family(
     """
     path, progress = Path(elastic), progress or Silent()
     calibration = calibration or InputCalibration()
+    require_free(out)
+    if not 0 < calibration.percentile <= 100:
+        raise ConfigError(f"percentile={calibration.percentile} is not in (0, 100]; use 99.99")
     config = read_config(path)
     axis_map = family_of(config).axis_map(config)
     manifest = load_manifest(path, axis_map)
@@ -73,6 +77,7 @@ def quantise_family(
     scheme = make_scheme(axis_map, format_name, keep)
     stored = stored_map(axis_map, scheme)
     for size in manifest.sizes.values():
+        axis_map.at(size.widths)  # one width per axis
         stored.require_edges(size.widths)
     scales: dict[str, dict[str, torch.Tensor]] = {}
     if frozen is not None:
@@ -94,7 +99,8 @@ def quantise_family(
         if (path / ROUTER).is_file():
             shutil.copyfile(path / ROUTER, directory / ROUTER)
         # The full size has the scales of the checkpoint itself.
-        own = {n: s for n, s in scales.items() if manifest.size(n).widths != axis_map.full}
+        cut = {n for n, size in manifest.sizes.items() if size.widths != axis_map.full}
+        own = {name: scales[name] for name in cut & scales.keys()}
         if own:
             save_input_scales(directory, own)
 
@@ -134,9 +140,13 @@ def calibrate_sizes(
     progress: Progress,
 ) -> dict[str, dict[str, torch.Tensor]]:
     """Scales of the inputs of every size, by the weights' names in the parent."""
-    rows = [(s, r) for r in range(max(map(len, sources))) for s in sources if r < len(s)]
-    rows = rows[: calibration.samples]
+    most = range(min(calibration.samples, max(map(len, sources))))
+    rows = [(s, r) for r in most for s in sources if r < len(s)][: calibration.samples]
     count = len(rows)
+    widths = dict(widths)
+    kept = {name for own in widths.values() for name in axis_map.names_at(own)}
+    if scheme.quantised(axis_map).keys() - kept:  # in layers that no size has
+        widths[""] = axis_map.full
     progress.stage("calibrate", count * len(widths))
     scales = {}
     for place, (name, own) in enumerate(widths.items()):
@@ -170,5 +180,6 @@ def _watched(
     rows: Iterable[Sequence[int]], progress: Progress, done: int
 ) -> Iterator[dict[str, torch.Tensor]]:
     for number, ids in enumerate(rows, start=1):
-        yield {"input_ids": torch.tensor([list(ids)])}
+        if len(ids):
+            yield {"input_ids": torch.tensor([list(ids)], dtype=torch.long)}
         progress.advance(done + number)

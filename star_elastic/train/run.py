@@ -26,7 +26,7 @@ import star_elastic
 from star_elastic.checkpoint import digest_files, load_tensors, save_tensors, write_json
 from star_elastic.errors import CheckpointError, ConfigError, Interrupted, reason
 from star_elastic.importance.files import load_scores, save_scores
-from star_elastic.manifest import Manifest, Size, save_manifest
+from star_elastic.manifest import Manifest, Size, load_manifest, save_manifest
 from star_elastic.nesting.elastic import ElasticModel
 from star_elastic.nesting.stream import save_model
 from star_elastic.nesting.submodel import load_parent, load_tokenizer, sort_in_place
@@ -117,7 +117,7 @@ def _train(config: RunConfig, resume: bool, progress: Progress, world: World) ->
 
     def finish(directory: Path) -> None:
         save_manifest(_manifest(config, checked, trainer), directory)
-        if config.family and (Path(config.family) / ROUTER).is_file():
+        if config.family and _has_its_router(config, checked):
             shutil.copyfile(Path(config.family) / ROUTER, directory / ROUTER)
         elif not checked.fixed:
             save_tensors(directory / ROUTER, trainer.router.state_dict())
@@ -129,16 +129,15 @@ def _train(config: RunConfig, resume: bool, progress: Progress, world: World) ->
 
     quantised = trainer.student.fake
     if world.is_first:
-        stored = checked.model_config.get("dtype") or checked.model_config.get("torch_dtype")
-        dtype = getattr(torch, str(stored), None)
-        save_model(
-            state,
-            checked.model_config,
-            Path(config.parent),
-            elastic,
-            dtype=dtype if isinstance(dtype, torch.dtype) else torch.float32,
-            finish=finish,
-        )
+        if not elastic.exists():  # it does if the run was stopped while it was quantised
+            save_model(
+                state,
+                checked.model_config,
+                Path(config.parent),
+                elastic,
+                dtype=_stored_dtype(checked),
+                finish=finish,
+            )
         if quantised is not None:
             quantise_family(
                 elastic, run / QUANTISED, config.quant.format,
@@ -189,6 +188,14 @@ def _build(
     return trainer, orders, basis
 
 
+def _has_its_router(config: RunConfig, checked: Checked) -> bool:
+    """Whether the family's router is one for the very sizes of this run."""
+    sizes = load_manifest(config.family, checked.axis_map).sizes
+    budgets = {name: dict(size.budgets) for name, size in sizes.items()}
+    same = list(budgets.items()) == [(n, dict(b)) for n, b in checked.budgets.items()]
+    return same and (Path(config.family) / ROUTER).is_file()
+
+
 Sorted = tuple[PreTrainedModel, dict[str, torch.Tensor], torch.Tensor | None]
 
 
@@ -212,8 +219,9 @@ def _fake(
     world: World,
 ) -> FakeQuantisation:
     """What is frozen of the quantised weights and inputs; a run directory keeps it."""
-    if (run / FAKE).is_file():
-        return FakeQuantisation.load(run, checked.axis_map, scheme)
+    stored = _stored_dtype(checked)
+    if world.agree((run / FAKE).is_file()):
+        return FakeQuantisation.load(run, checked.axis_map, scheme).on(world.device, stored)
     widths = {name: size.widths for name, size in checked.fixed.items()}
     samples = InputCalibration(
         samples=config.quant.samples,
@@ -235,7 +243,14 @@ def _fake(
     fake = world.agree(FakeQuantisation.of(state, checked.axis_map, scheme, shared))
     if world.is_first:
         fake.save(run)
-    return fake
+    return fake.on(world.device, stored)
+
+
+def _stored_dtype(checked: Checked) -> torch.dtype:
+    """The dtype that the parent's config names, in which the family is stored."""
+    named = checked.model_config.get("dtype") or checked.model_config.get("torch_dtype")
+    dtype = getattr(torch, str(named), None)
+    return dtype if isinstance(dtype, torch.dtype) else torch.float32
 
 
 def _sorted(
@@ -298,8 +313,9 @@ def _prepare_directory(run: Path, config: RunConfig, resume: bool) -> None:
                 f"{', '.join(changed)} differ from the run in {run}; resume with its own config, "
                 "or start another run in another directory"
             )
-        if (run / ELASTIC).exists():
-            raise CheckpointError(f"{run / ELASTIC} is complete already; nothing to resume")
+        last = run / (QUANTISED if config.quant.format else ELASTIC)
+        if last.exists():
+            raise CheckpointError(f"{last} is complete already; nothing to resume")
     elif has_state(run) or (run / ELASTIC).exists():
         raise CheckpointError(f"{run} is not empty; resume it with --resume or name another out")
     elif run.exists() and any(run.iterdir()) and _changed_keys(run, config):

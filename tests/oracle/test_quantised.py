@@ -134,7 +134,11 @@ DENSE = {
 
 
 @pytest.mark.parametrize("name", FORMATS)
-@pytest.mark.parametrize("config", [LLAMA, DENSE], ids=["llama", "dense hybrid"])
+@pytest.mark.parametrize(
+    "config",
+    [LLAMA, {**LLAMA, "tie_word_embeddings": True}, DENSE],
+    ids=["llama", "tied llama", "dense hybrid"],
+)
 def test_slices_load_in_plain_transformers_with_our_logits(config, name, tmp_path):
     parent = make_parent(config, 2, torch.float32)
     scheme = make_scheme(parent.axis_map, name)
