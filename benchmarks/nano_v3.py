@@ -26,6 +26,7 @@ from typing import Any
 
 import torch
 import transformers
+from switching import read, resume, take_over
 from transformers import PreTrainedModel
 
 from star_elastic.axes import AxisMap
@@ -197,10 +198,10 @@ class Bench:
                 thinker.prefill([known + new[:-1]])
                 given = thinker.take(0)
                 ways = {
-                    "catch_up": partial(_resume, large, row, context, new),
-                    "reprefill": partial(_read, large, known + new),
+                    "catch_up": partial(resume, large, row, context, new),
+                    "reprefill": partial(read, large, known + new),
                     "hand_over": partial(
-                        _take_over, large, hand_over, given, context + missed, new
+                        take_over, large, hand_over, given, context + missed - 1, new[-1:]
                     ),
                 }
                 rows.append(
@@ -363,21 +364,6 @@ class Bench:
         if self.device == "cuda":
             torch.cuda.synchronize()
         return time.perf_counter()
-
-
-@torch.inference_mode()
-def _read(model: PreTrainedModel, ids: list[int]) -> None:
-    BatchDecoder(model).prefill([ids])
-
-
-@torch.inference_mode()
-def _resume(model: PreTrainedModel, row, length: int, ids: list[int]) -> None:
-    BatchDecoder(model).resume([(row, length, ids)])
-
-
-@torch.inference_mode()
-def _take_over(model: PreTrainedModel, hand_over: HandOver, row, length: int, ids) -> None:
-    BatchDecoder(model).resume([(hand_over(row), length - 1, ids[-1:])])
 
 
 def show(result: dict) -> None:

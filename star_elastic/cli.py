@@ -24,6 +24,7 @@ from star_elastic.generate.phases import (
     Plan,
     parse_phases,
 )
+from star_elastic.progress import staged
 from star_elastic.terminal import (
     Bars,
     at_the_command_line,
@@ -367,19 +368,11 @@ def slice_size(
             given = float(amount)
         chosen = widths_for(elastic, manifest, axis_map, {metric: given}).widths
     with Bars() as bars:
-        begun = False
-
-        def progress(done: int, total: int) -> None:
-            nonlocal begun
-            if not begun:
-                bars.stage("slice", total)
-            begun = True
-            bars.advance(done)
-
         scales = load_input_scales(elastic, size) if size else {}
         slice_checkpoint(
-            elastic, chosen, out, input_scales=scales, layout=layout, progress=progress
-        )
+            elastic, chosen, out, input_scales=scales, layout=layout,
+            progress=staged(bars, "slice"),
+        )  # fmt: skip
     asked = size or budget or widths
     result = {"out": str(out), "size": asked, "widths": dict(chosen)}
     print_json(result) if as_json else print(f"{out}: {asked} ({chosen})")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
 
@@ -23,3 +24,17 @@ class Silent:
 
     def advance(self, done: int, note: str = "") -> None:
         """Ignored."""
+
+
+def staged(progress: Progress, name: str) -> Callable[[int, int], None]:
+    """Tells of work that counts (done, total): the stage begins with its first unit."""
+    begun = False
+
+    def advance(done: int, total: int) -> None:
+        nonlocal begun
+        if not begun:
+            progress.stage(name, total)
+        begun = True
+        progress.advance(done)
+
+    return advance

@@ -29,7 +29,7 @@ from star_elastic.nesting.resident import nested_names, share_nested
 from star_elastic.nesting.rotate import rotate_state
 from star_elastic.nesting.skeleton import build_skeleton, build_skeleton_at
 from star_elastic.nesting.slice import Orders, slice_state, sort_state
-from star_elastic.quant.checkpoint import dense_state, native_state, read_input_scales
+from star_elastic.quant.checkpoint import model_state, read_input_scales
 from star_elastic.quant.engines import require_readable
 from star_elastic.quant.inputs import INPUTS, QuantisedInputs
 from star_elastic.quant.layout import CONFIG_KEY, read_scheme, stored_map
@@ -128,13 +128,13 @@ def load_parent(
         model_config = AutoConfig.from_pretrained(path, local_files_only=True)
         if native:
             assert scheme is not None
-            state, weight_scales = native_state(source, axis_map, scheme, dtype)
+            state, weight_scales = model_state(source, axis_map, scheme, dtype, codes=True)
             model, info = _assign(build_skeleton(config), state)
         else:
             if scheme is None:
                 state = source.state(dtype)
             else:
-                state = dense_state(source, axis_map, scheme, dtype)
+                state, _ = model_state(source, axis_map, scheme, dtype, codes=False)
                 delattr(model_config, CONFIG_KEY)  # the weights are dense from here on
             kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(model_config)]
             model, info = kind.from_pretrained(

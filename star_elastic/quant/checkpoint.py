@@ -231,33 +231,26 @@ def read_input_scales(
     return scales
 
 
-def dense_state(
-    source: StoredModel, axis_map: AxisMap, scheme: Scheme, dtype: torch.dtype
-) -> dict[str, Any]:
-    """Every tensor of the model by its name in memory, quantised weights as what they stand for."""
-    quantised = scheme.quantised(axis_map)
-    state = {name: source.reader.read(name) for name in source.others}
-    for name, spec in axis_map.tensors.items():
-        if name in quantised:
-            state[name] = dequantise(read_weight(source, spec, scheme)).to(dtype)
-        else:
-            state[name] = source.tensor(spec, dtype)
-    return state
-
-
-def native_state(
-    source: StoredModel, axis_map: AxisMap, scheme: Scheme, dtype: torch.dtype
+def model_state(
+    source: StoredModel, axis_map: AxisMap, scheme: Scheme, dtype: torch.dtype, *, codes: bool
 ) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    """The same with FP8 codes in place of what they stand for, and the weights' scales by name."""
+    """Every tensor of the model by its name in memory, and scales of weights by name.
+
+    Quantised weights are what they stand for, in `dtype`, or their FP8 `codes`, which need the
+    scales.
+    """
     quantised = scheme.quantised(axis_map)
     state = {name: source.reader.read(name) for name in source.others}
     scales = {}
     for name, spec in axis_map.tensors.items():
-        if name in quantised:
-            weight = read_weight(source, spec, scheme)
+        if name not in quantised:
+            state[name] = source.tensor(spec, dtype)
+            continue
+        weight = read_weight(source, spec, scheme)
+        if codes:
             state[name], scales[name] = weight.codes, weight.scales
         else:
-            state[name] = source.tensor(spec, dtype)
+            state[name] = dequantise(weight).to(dtype)
     return state, scales
 
 

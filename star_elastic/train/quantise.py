@@ -22,7 +22,7 @@ from star_elastic.families import family_of, read_config
 from star_elastic.families.base import Config
 from star_elastic.manifest import load_manifest, save_manifest
 from star_elastic.nesting.submodel import build_submodel, load_parent, load_tokenizer
-from star_elastic.progress import Progress, Silent
+from star_elastic.progress import Progress, Silent, staged
 from star_elastic.quant.checkpoint import (
     PartBytes,
     count_bytes,
@@ -104,18 +104,9 @@ def quantise_family(
         if own:
             save_input_scales(directory, own)
 
-    begun = False
-
-    def advance(done: int, total: int) -> None:
-        nonlocal begun
-        if not begun:
-            progress.stage("quantize", total)
-        begun = True
-        progress.advance(done)
-
     quantise_checkpoint(
         path, scheme, out, input_scales=shared, largest=frozen.largest if frozen else None,
-        progress=advance, finish=finish,
+        progress=staged(progress, "quantize"), finish=finish,
     )  # fmt: skip
     return count_bytes(path, Path(out))
 
@@ -139,7 +130,10 @@ def calibrate_sizes(
     calibration: InputCalibration,
     progress: Progress,
 ) -> dict[str, dict[str, torch.Tensor]]:
-    """Scales of the inputs of every size, by the weights' names in the parent."""
+    """Scales of the inputs of every size, by the weights' names in the parent; none where a format
+    is not calibrated."""
+    if not scheme.format.is_calibrated:
+        return {}
     most = range(min(calibration.samples, max(map(len, sources))))
     rows = [(s, r) for r in most for s in sources if r < len(s)][: calibration.samples]
     count = len(rows)
