@@ -1,6 +1,6 @@
 """Three sizes in BF16, FP8 and NVFP4 on the bundled parent: quantised after training, and healed.
 
-    python recipes/quantised/formats.py --out runs/quantised          # about half an hour
+    python recipes/quantised/formats.py --out runs/quantised          # half an hour a seed
     python recipes/quantised/formats.py --out runs/x --smoke          # the same code, a minute
 
 Arms, all from one family whose sizes end on the edges of NVFP4's blocks:
@@ -8,9 +8,9 @@ Arms, all from one family whose sizes end on the edges of NVFP4's blocks:
     FP8, NVFP4    quantised after training (PTQ), inputs calibrated on the training rows
     QAD           then distilled from the BF16 parent through the format, all sizes together
     QAT           the same, on the rows' own next tokens
-Every size is measured as it leaves: accuracy over the tasks, KL to the parent, bytes. Writes
-`quantised.json` and `quantised.png` (accuracy and KL against bytes) into the directory; a stopped
-recipe goes on where it stood.
+Every size is measured as it leaves: accuracy over the tasks, KL to the parent, bytes. A seed draws
+rows, router, order and held-out problems anew. Writes `quantised.json` and `quantised.png` (means over
+seeds, accuracy and KL against bytes) into the directory; a stopped recipe goes on where it stood.
 """
 
 from __future__ import annotations
@@ -18,8 +18,9 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
-from collections.abc import Iterator
-from dataclasses import replace
+import statistics
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,7 @@ from star_elastic.demo import (
     write_rows,
 )
 from star_elastic.evaluate.accuracy import evaluate_plan
-from star_elastic.evaluate.tasks import TASKS, Problem, sample_problems
+from star_elastic.evaluate.tasks import TASKS, sample_problems
 from star_elastic.generate.family import load
 from star_elastic.generate.phased import PhasedGenerator
 from star_elastic.generate.phases import think_and_answer
@@ -49,7 +50,7 @@ from star_elastic.nesting.submodel import load_parent
 from star_elastic.progress import Progress
 from star_elastic.quant.checkpoint import load_input_scales
 from star_elastic.terminal import Bars, at_the_command_line, command_line, print_table
-from star_elastic.train.config import QuantConfig, RouterConfig, StageConfig
+from star_elastic.train.config import QuantConfig, RouterConfig, RunConfig, StageConfig
 from star_elastic.train.quantise import InputCalibration, quantise_family
 from star_elastic.train.run import ELASTIC, QUANTISED, train
 from star_elastic.train.state import has_state
@@ -77,123 +78,181 @@ MARKERS = {"": "o", "PTQ": "v", "QAT": "s", "QAD": "^"}
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--router-steps", type=int, default=80, help="of the family, of 2 windows")
     parser.add_argument("--steps", type=int, default=360, help="of the family, of 4 windows")
     parser.add_argument("--heal-steps", type=int, default=120, help="of QAD and QAT, of 4 windows")
     parser.add_argument("--learning-rate", type=float, default=2e-4, help="of QAD and QAT")
     parser.add_argument("--problems", type=int, default=40, help="held-out, per task")
-    parser.add_argument("--smoke", action="store_true", help="a few steps and problems")
+    parser.add_argument("--smoke", action="store_true", help="one seed, a few steps and problems")
     options = parser.parse_args()
     options.samples, options.watched, options.max_new_tokens = 256, 40, MAX_NEW_TOKENS
     if options.smoke:
-        options.router_steps, options.steps, options.heal_steps, options.problems = 2, 2, 2, 1
-        options.samples, options.watched, options.max_new_tokens = 4, 2, 8
-    work = options.out / "work"
-    work.mkdir(parents=True, exist_ok=True)
-    problems = sample_problems(TASKS, "test", options.problems, DEMO.seed)
+        options.seeds, options.router_steps, options.steps, options.heal_steps = 1, 2, 2, 2
+        options.samples, options.watched, options.max_new_tokens, options.problems = 4, 2, 8, 1
+    options.out.mkdir(parents=True, exist_ok=True)
     with Bars() as bars:
-        family = train_family(work, options, bars)
-        arms = {
-            arm: measured(work, arm, make_arm(work, family, arm, options, bars), problems, options)
-            for arm in ARMS
-        }
+        seeds = [run_seed(seed, options, bars) for seed in range(options.seeds)]
     report = {
         "command": command_line("recipes/quantised/formats.py"),
-        "problems": len(problems),
+        "seeds": options.seeds,
+        "problems": options.problems * len(TASKS),
         "heal_tokens": options.heal_steps * 4 * CONTEXT,
         "learning_rate": options.learning_rate,
-        "arms": arms,
+        "arms": {arm: summary([seed[arm] for seed in seeds]) for arm in ARMS},
     }
+    for sizes in report["arms"].values():
+        for name, size in sizes.items():
+            size["of_bf16"] = share_of(size, report["arms"]["BF16"][name])
     write_json(options.out / "quantised.json", report)
-    plot(arms, options.out / "quantised.png")
-    show(arms)
+    plot(report["arms"], options.out / "quantised.png")
+    show(report["arms"])
 
 
-def train_family(work: Path, options: argparse.Namespace, progress: Progress) -> Path:
-    """The BF16 family: as in the demo, on a grid of whole blocks."""
-    rows = work / "rows.jsonl"
-    if not rows.exists():
-        write_rows(rows, 40 * (options.router_steps + options.steps) + 64, DEMO.seed)
-    run = work / "family"
-    if not (run / ELASTIC).exists():
-        share = options.router_steps / (options.router_steps + options.steps)
-        recipe = replace(
-            DEMO, choices=CHOICES, stages=stages(options.router_steps, options.steps),
-            router=replace(DEMO.router, commit_at=share),
-        )  # fmt: skip
-        train(run_config(recipe, rows, run), resume=has_state(run), progress=progress)
-    return run / ELASTIC
+def run_seed(seed: int, options: argparse.Namespace, progress: Progress) -> dict[str, Any]:
+    """Every size of every arm of one seed."""
+    lab = Lab(options.out / "work" / f"seed-{seed}", seed, options, progress)
+    lab.folder.mkdir(parents=True, exist_ok=True)
+    family = lab.family()
+    return {arm: lab.measured(arm, lab.make_arm(family, arm)) for arm in ARMS}
 
 
-def make_arm(
-    work: Path, family: Path, arm: str, options: argparse.Namespace, progress: Progress
-) -> Path:
-    """The checkpoint of an arm, made unless it is there."""
-    format_name, objective = ARMS[arm]
-    if not format_name:
-        return family
-    out = work / arm.replace(" ", "-").lower()
-    if not objective:
-        if not out.exists():
-            calibration = InputCalibration(
-                files=(work / "rows.jsonl",), samples=options.samples, context=CONTEXT
+@dataclass(frozen=True)
+class Lab:
+    """Where one seed's family and arms are made, unless they are there, and measured."""
+
+    folder: Path
+    seed: int
+    options: argparse.Namespace
+    progress: Progress
+
+    @property
+    def rows(self) -> Path:
+        """Training rows, drawn by this seed."""
+        file, options = self.folder / "rows.jsonl", self.options
+        if not file.exists():
+            write_rows(file, 40 * (options.router_steps + options.steps) + 64, self.seed)
+        return file
+
+    def family(self) -> Path:
+        """The BF16 family: as in the demo, on a grid of whole blocks."""
+        run, options = self.folder / "family", self.options
+        if not (run / ELASTIC).exists():
+            share = options.router_steps / (options.router_steps + options.steps)
+            recipe = replace(
+                DEMO, choices=CHOICES, stages=stages(options.router_steps, options.steps),
+                router=replace(DEMO.router, commit_at=share), seed=self.seed,
+            )  # fmt: skip
+            self.train(run_config(recipe, self.rows, run))
+        return run / ELASTIC
+
+    def train(self, config: RunConfig) -> None:
+        train(config, resume=has_state(config.out), progress=self.progress)
+
+    def make_arm(self, family: Path, arm: str) -> Path:
+        """The checkpoint of an arm."""
+        format_name, objective = ARMS[arm]
+        if not format_name:
+            return family
+        out, options = self.folder / file_name(arm), self.options
+        if not objective:
+            if not out.exists():
+                calibration = InputCalibration(
+                    files=(self.rows,), samples=options.samples, context=CONTEXT
+                )
+                quantise_family(
+                    family, out, format_name, calibration=calibration, progress=self.progress
+                )
+            return out
+        if not (out / QUANTISED).exists():
+            rate = options.learning_rate
+            stage = StageConfig(
+                tokens=options.heal_steps * 4 * CONTEXT, context=CONTEXT, batch_size=4,
+                learning_rate=rate, final_learning_rate=rate / 20, warmup_steps=4,
+                size_weights=(0.4, 0.3, 0.3),
+            )  # fmt: skip
+            recipe = replace(DEMO, choices={}, stages=(stage,), seed=self.seed)
+            self.train(replace(
+                run_config(recipe, self.rows, out),
+                family=str(family), objective=objective, router=RouterConfig(),
+                quant=QuantConfig(format=format_name, samples=options.samples),
+            ))  # fmt: skip
+        return out / QUANTISED
+
+    def measured(self, arm: str, path: Path) -> dict[str, Any]:
+        """What every size of an arm reaches."""
+        file = self.folder / f"{file_name(arm)}.json"
+        if not file.exists():
+            write_json(file, dict(self.measure(path)))
+        return json.loads(file.read_text(encoding="utf-8"))
+
+    def measure(self, path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+        """Accuracy, KL to the parent and bytes of every size."""
+        options = self.options
+        family = load(path)
+        parent, _ = load_parent(bundled_parent())
+        models = {PARENT: parent, **{name: family[name] for name in family}}
+        generator = PhasedGenerator(models, family.tokenizer, family.table.end_of_thinking)
+        problems = sample_problems(TASKS, "test", options.problems, self.seed)
+        watched = problems[:: max(len(problems) // options.watched, 1)]
+        for name, size in family.sizes.items():
+            plan = think_and_answer(name, name, max_new_tokens=options.max_new_tokens)
+            result = evaluate_plan(generator, problems, plan, batch_size=200)
+            cut = self.folder / "cut"
+            shutil.rmtree(cut, ignore_errors=True)
+            scales = load_input_scales(path, name)
+            slice_checkpoint(path, size.widths, cut, input_scales=scales)
+            yield (
+                name,
+                {
+                    "widths": str(size.widths),
+                    "accuracy": result.accuracy,
+                    "standard_error": result.standard_error,
+                    "per_task": dict(result.per_task),
+                    "kl": divergence_from_parent(generator, name, watched),
+                    "bytes": sum(file.stat().st_size for file in cut.glob("*.safetensors")),
+                },
             )
-            quantise_family(family, out, format_name, calibration=calibration, progress=progress)
-        return out
-    if not (out / QUANTISED).exists():
-        rate = options.learning_rate
-        stage = StageConfig(
-            tokens=options.heal_steps * 4 * CONTEXT, context=CONTEXT, batch_size=4,
-            learning_rate=rate, final_learning_rate=rate / 20, warmup_steps=4,
-            size_weights=(0.4, 0.3, 0.3),
-        )  # fmt: skip
-        base = run_config(replace(DEMO, choices={}, stages=(stage,)), work / "rows.jsonl", out)
-        config = replace(
-            base, family=str(family), objective=objective, router=RouterConfig(),
-            quant=QuantConfig(format=format_name, samples=options.samples),
-        )  # fmt: skip
-        train(config, resume=has_state(out), progress=progress)
-    return out / QUANTISED
+            shutil.rmtree(cut)
 
 
-def measured(
-    work: Path, arm: str, path: Path, problems: list[Problem], options: argparse.Namespace
-) -> dict[str, Any]:
-    """What every size of an arm reaches; measured once."""
-    file = work / f"{arm.replace(' ', '-').lower()}.json"
-    if not file.exists():
-        write_json(file, dict(measure(work, path, problems, options)))
-    return json.loads(file.read_text(encoding="utf-8"))
+def file_name(arm: str) -> str:
+    return arm.replace(" ", "-").lower()
 
 
-def measure(
-    work: Path, path: Path, problems: list[Problem], options: argparse.Namespace
-) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Accuracy, KL to the parent and bytes of every size."""
-    family = load(path)
-    parent, _ = load_parent(bundled_parent())
-    models = {PARENT: parent, **{name: family[name] for name in family}}
-    generator = PhasedGenerator(models, family.tokenizer, family.table.end_of_thinking)
-    watched = problems[:: max(len(problems) // options.watched, 1)]
-    for name, size in family.sizes.items():
-        plan = think_and_answer(name, name, max_new_tokens=options.max_new_tokens)
-        result = evaluate_plan(generator, problems, plan, batch_size=200)
-        cut = work / "cut"
-        shutil.rmtree(cut, ignore_errors=True)
-        scales = load_input_scales(path, name)
-        slice_checkpoint(path, size.widths, cut, input_scales=scales)
-        yield (
-            name,
-            {
-                "widths": str(size.widths),
-                "accuracy": result.accuracy,
-                "standard_error": result.standard_error,
-                "per_task": dict(result.per_task),
-                "kl": divergence_from_parent(generator, name, watched),
-                "bytes": sum(file.stat().st_size for file in cut.glob("*.safetensors")),
-            },
-        )
-        shutil.rmtree(cut)
+def summary(seeds: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Of every size of an arm: means and standard deviations over seeds, and what each found."""
+    found = {}
+    for name in seeds[0]:
+        own = [seed[name] for seed in seeds]
+        tasks = {
+            task: statistics.mean(s["per_task"][task] for s in own) for task in own[0]["per_task"]
+        }
+        found[name] = {
+            "accuracy": statistics.mean(s["accuracy"] for s in own),
+            "accuracy_std": spread([s["accuracy"] for s in own]),
+            "task_std": spread(list(tasks.values())),
+            "per_task": tasks,
+            "kl": statistics.mean(s["kl"] for s in own),
+            "kl_std": spread([s["kl"] for s in own]),
+            "bytes": round(statistics.mean(s["bytes"] for s in own)),
+            "seeds": own,
+        }
+    return found
+
+
+def share_of(size: dict[str, Any], whole: dict[str, Any]) -> dict[str, float]:
+    """Accuracy relative to the unquantised size, seed by seed."""
+    shares = [
+        own["accuracy"] / max(other["accuracy"], 1e-9)
+        for own, other in zip(size["seeds"], whole["seeds"], strict=True)
+    ]
+    return {"mean": statistics.mean(shares), "std": spread(shares)}
+
+
+def spread(values: Sequence[float]) -> float:
+    """Standard deviation; 0 of one value."""
+    return statistics.stdev(values) if len(values) > 1 else 0.0
 
 
 def plot(arms: dict[str, Any], file: Path) -> None:
@@ -224,17 +283,16 @@ def plot(arms: dict[str, Any], file: Path) -> None:
 
 
 def show(arms: dict[str, Any]) -> None:
-    rows = []
-    for arm, sizes in arms.items():
-        for name, size in sizes.items():
-            whole = arms["BF16"][name]["accuracy"]
-            rows.append([
-                arm, name, f"{size['accuracy']:.1%} ± {size['standard_error']:.1%}",
-                f"{size['accuracy'] / max(whole, 1e-9):.1%}", f"{size['kl']:.4f}",
-                f"{size['bytes']:,}",
-            ])  # fmt: skip
+    rows = [
+        [
+            arm, name, f"{size['accuracy']:.1%} ± {size['accuracy_std']:.1%}",
+            f"{size['of_bf16']['mean']:.1%} ± {size['of_bf16']['std']:.1%}",
+            f"{size['kl']:.4f} ± {size['kl_std']:.4f}", f"{size['bytes']:,}",
+        ]
+        for arm, sizes in arms.items() for name, size in sizes.items()
+    ]  # fmt: skip
     columns = ["arm", "size", "accuracy", "of BF16", "KL to the parent", "bytes"]
-    print_table("Every size in every format", columns, rows)
+    print_table("Every size in every format (mean ± std over seeds)", columns, rows)
 
 
 if __name__ == "__main__":
