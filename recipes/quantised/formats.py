@@ -9,8 +9,8 @@ Arms, all from one family whose sizes end on the edges of NVFP4's blocks:
     QAD           then distilled from the BF16 parent through the format, all sizes together
     QAT           the same, on the rows' own next tokens
 Every size is measured as it leaves: accuracy over the tasks, KL to the parent, bytes. A seed draws
-rows, router, order and held-out problems anew. Writes `quantised.json` and `quantised.png` (means over
-seeds, accuracy and KL against bytes) into the directory; a stopped recipe goes on where it stood.
+rows, router, order and held-out problems anew. Writes `quantised.json` and `quantised.png`
+(accuracy and KL against bytes, means over seeds); a stopped recipe goes on where it stood.
 """
 
 from __future__ import annotations
@@ -147,7 +147,7 @@ class Lab:
         return run / ELASTIC
 
     def train(self, config: RunConfig) -> None:
-        train(config, resume=has_state(config.out), progress=self.progress)
+        train(config, resume=has_state(Path(config.out)), progress=self.progress)
 
     def make_arm(self, family: Path, arm: str) -> Path:
         """The checkpoint of an arm."""
