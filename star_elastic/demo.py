@@ -44,8 +44,9 @@ from star_elastic.train.config import (
     SourceConfig,
     StageConfig,
 )
+from star_elastic.train.directory import ELASTIC
 from star_elastic.train.losses import distillation_loss
-from star_elastic.train.run import ELASTIC, train
+from star_elastic.train.run import train
 from star_elastic.train.state import has_state
 from star_elastic.train.strict import to_plain
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from star_elastic.train import run as run_module
 from star_elastic.train.config import load_run_config
 from star_elastic.train.distributed import World
 from star_elastic.train.run import train
+from tests.test_distributed import TOLERANCE, launch
 from tests.tiny_run import build_trainer, config_in
 
 BLOCKS = {
@@ -159,6 +161,36 @@ def test_a_run_stopped_while_it_was_quantised_goes_on(run_folder, blocks):
     assert (folder / "quantised" / "model.safetensors").read_bytes() == whole
     with pytest.raises(CheckpointError, match="quantised is complete already"):
         train(config, resume=True)
+
+
+def test_ranks_share_the_work(run_folder, blocks):
+    """Two ranks compute the gradients of one process through the format, and end with one family in
+    both forms."""
+    # The one process adds up the same pieces: gradients that cancel depend on the order.
+    pieces = {"save_every = 4": "save_every = 4\nmicro_batch = 2"}
+    config = quantised(run_folder, blocks, "qad-ranks", "fp8", **pieces)
+    file, found = run_folder / "qad-ranks.toml", []
+    for ranks in (1, 2):
+        out = run_folder / f"qad-ranks-{ranks}.safetensors"
+        launch(ranks, "gradients", file, out)
+        found.append(load_tensors(out))
+    one, two = found
+    assert one.keys() == two.keys()
+    for key, expected in one.items():
+        assert (two[key] - expected).abs().max() <= TOLERANCE * expected.abs().max(), key
+    said = json.loads(launch(2, "train", file, "--json", module="star_elastic.cli"))
+    assert said["steps"] == 8
+    straight = train(quantised(run_folder, blocks, "qad-alone", "fp8", **pieces)).elastic
+    ids = torch.arange(40)[None] + 5
+    for folder in ("elastic", "quantised"):
+        ours, theirs = (
+            star_elastic.load(path / folder) for path in (Path(config.out), straight.parent)
+        )
+        for size in ours:
+            with torch.no_grad():
+                expected = theirs[size](input_ids=ids).logits
+                difference = ours[size](input_ids=ids).logits - expected
+            assert difference.abs().max() < 1e-3 * expected.abs().max(), (folder, size)
 
 
 def test_the_task_itself_can_be_the_objective(run_folder, blocks):

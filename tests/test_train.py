@@ -28,9 +28,10 @@ from star_elastic.router.files import widths_for
 from star_elastic.router.grid import default_choices
 from star_elastic.train.config import StageConfig
 from star_elastic.train.curriculum import Curriculum, Position
+from star_elastic.train.directory import fingerprint
 from star_elastic.train.distributed import World
 from star_elastic.train.losses import distillation_loss
-from star_elastic.train.run import _fingerprint, train
+from star_elastic.train.run import train
 from tests.laws.parents import assert_equal
 from tests.test_latency import made_up
 from tests.tiny_run import TINY, build_trainer, config_in
@@ -229,15 +230,15 @@ def test_a_fingerprint_sees_the_content(run_folder, tmp_path, monkeypatch, limit
     parent = tmp_path / "parent"
     shutil.copytree(run_folder / "parent", parent)
     config = config_in(run_folder, "fingerprint")
-    known, file = _fingerprint(config), parent / "tokenizer.json"
+    known, file = fingerprint(config), parent / "tokenizer.json"
     config = replace(config, parent=str(parent))
-    assert _fingerprint(config) == known
+    assert fingerprint(config) == known
     content = file.read_bytes()
     for at, changed in zip((0, len(content) // 2, -1), seen, strict=True):
         other = bytearray(content)
         other[at] ^= 1
         file.write_bytes(other)
-        assert (_fingerprint(config) != known) == changed, at
+        assert (fingerprint(config) != known) == changed, at
 
 
 def test_a_damaged_state_ends_with_one_line(run_folder):

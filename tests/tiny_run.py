@@ -16,9 +16,10 @@ from star_elastic.nesting.elastic import ElasticModel
 from star_elastic.nesting.stream import save_model
 from star_elastic.nesting.submodel import load_tokenizer
 from star_elastic.progress import Silent
+from star_elastic.train import build
 from star_elastic.train.check import check
 from star_elastic.train.config import load_run_config
-from star_elastic.train.run import _build, train
+from star_elastic.train.run import train
 from star_elastic.train.sources import Source
 
 TINY = {
@@ -117,7 +118,8 @@ def build_trainer(config, scratch, world):
     tokenizer = load_tokenizer(config.parent)
     sources = [Source(source.files, tokenizer, source.loss_on) for source in config.data]
     scratch.mkdir(exist_ok=True)
-    return _build(config, check(config, world.size), sources, scratch, Silent(), world)[0]
+    checked = check(config, world.size)
+    return build.build_trainer(config, checked, sources, scratch, Silent(), world)[0]
 
 
 @pytest.fixture(scope="session")

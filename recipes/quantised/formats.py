@@ -51,8 +51,9 @@ from star_elastic.progress import Progress
 from star_elastic.quant.checkpoint import load_input_scales
 from star_elastic.terminal import Bars, at_the_command_line, command_line, print_table
 from star_elastic.train.config import QuantConfig, RouterConfig, RunConfig, StageConfig
+from star_elastic.train.directory import ELASTIC, QUANTISED
 from star_elastic.train.quantise import InputCalibration, quantise_family
-from star_elastic.train.run import ELASTIC, QUANTISED, train
+from star_elastic.train.run import train
 from star_elastic.train.state import has_state
 
 CHOICES = {

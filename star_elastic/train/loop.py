@@ -71,7 +71,8 @@ Job = tuple[int, PackedBatch]
 class Trainer:
     """One nested distillation run over a sorted parent.
 
-    `student.parent` holds the shared weights that are trained; `teacher` the frozen original.
+    `student.parent` holds the shared weights that are trained; `teacher` the frozen original, None
+    where the task is the objective.
     `budgets` are the sizes' budgets as fractions of the parent's cost. In a world of many ranks,
     student and teacher are sharded already, and every rank calls the same methods.
     """
@@ -80,7 +81,7 @@ class Trainer:
         self,
         config: RunConfig,
         student: ElasticModel,
-        teacher: ElasticModel,
+        teacher: ElasticModel | None,
         router: Router,
         sources: Sequence[Source],
         budgets: Mapping[str, Budgets],
@@ -91,13 +92,14 @@ class Trainer:
         self.config = config
         self.world = world or World()
         self.student = student.train()
-        self.teacher = teacher.eval().requires_grad_(False)
         self.router = router
         self.sources = sources
         self.budgets = budgets
         self.cost = cost
         self.cache = cache
         self.curriculum = Curriculum(config.stages)
+        if teacher is not None:
+            teacher.eval().requires_grad_(False)
         self.workers = Workers(Learner(self.student, router, teacher), config.engine.workers)
         self.names = list(config.sizes)
         self.step = 0
@@ -272,6 +274,7 @@ class Trainer:
         if self.cache is not None and self._is_cached(self.cache, batch):
             targets = self.cache.gather(batch.documents, batch.predicts)
             return lambda states, head: sampled_kl(states, head, targets)
+        assert learner.teacher is not None
         with torch.no_grad(), self._autocast():
             full = learner.teacher.axis_map.full
             states, head = learner.teacher.hidden_states(full, **batch.inputs)

@@ -2,8 +2,7 @@
 
 A run directory holds `run.json` (the resolved config), `scores.safetensors`, `metrics.jsonl`,
 `state/` (the last saved state), and in the end `elastic/` (after quantisation-aware training also
-`quantised/`). Under torchrun all ranks run this; the
-first one writes.
+`quantised/`). Under torchrun all ranks run this; the first one writes.
 """
 
 from __future__ import annotations
@@ -16,48 +15,32 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 
 import torch
-from transformers import PreTrainedModel
 
 import star_elastic
-from star_elastic.checkpoint import digest_files, load_tensors, save_tensors, write_json
-from star_elastic.errors import CheckpointError, ConfigError, Interrupted, reason
+from star_elastic.checkpoint import save_tensors
+from star_elastic.errors import CheckpointError, Interrupted, reason
 from star_elastic.importance.files import load_scores, save_scores
 from star_elastic.manifest import Manifest, Size, load_manifest, save_manifest
 from star_elastic.nesting.elastic import ElasticModel
 from star_elastic.nesting.stream import save_model
-from star_elastic.nesting.submodel import load_parent, load_tokenizer, sort_in_place
+from star_elastic.nesting.submodel import load_tokenizer
 from star_elastic.progress import Progress, Silent
-from star_elastic.quant.fake import FILE_NAME as FAKE
-from star_elastic.quant.fake import FakeQuantisation
-from star_elastic.quant.layout import Scheme
 from star_elastic.router.budget import AIM, Commitment
 from star_elastic.router.files import LATENCY, ROUTER
-from star_elastic.router.grid import Grid
-from star_elastic.router.router import Router
-from star_elastic.train.calibrate import BASIS, SCORES, Calibration
-from star_elastic.train.check import Checked, check, latency_file
+from star_elastic.train.build import build_trainer, stored_dtype
+from star_elastic.train.calibrate import BASIS, SCORES
+from star_elastic.train.check import Checked, check
 from star_elastic.train.config import RunConfig
+from star_elastic.train.directory import ELASTIC, ORDERS, QUANTISED, begin, require_ready
 from star_elastic.train.distributed import World, join_world
 from star_elastic.train.loop import StepReport, Trainer
-from star_elastic.train.quantise import (
-    InputCalibration,
-    calibrate_sizes,
-    quantise_family,
-    shared_scales,
-)
+from star_elastic.train.quantise import quantise_family
 from star_elastic.train.sources import Source
-from star_elastic.train.state import has_state, load_state, save_state
+from star_elastic.train.state import load_state, save_state
 from star_elastic.train.strict import to_plain
-from star_elastic.train.teacher import TeacherCache
-
-ELASTIC, QUANTISED = "elastic", "quantised"
-ORDERS = "orders.safetensors"
-RUN = "run.json"
-TEACHER = "teacher"
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +75,7 @@ def train(
 def _train(config: RunConfig, resume: bool, progress: Progress, world: World) -> RunResult:
     run = Path(config.out)
     checked = check(config, world.size)
-    _prepare_directory(run, config, resume)
+    require_ready(run, config, resume)
     given = None
     if config.calibration.scores and not (run / SCORES).is_file():
         given = load_scores(Path(config.calibration.scores), checked.axis_map)
@@ -100,15 +83,12 @@ def _train(config: RunConfig, resume: bool, progress: Progress, world: World) ->
     sources = [Source(source.files, tokenizer, source.loss_on) for source in config.data]
     world.wait()
     if world.is_first:
-        run.mkdir(parents=True, exist_ok=True)
-        write_json(run / RUN, _written(config))
-        if config.latency and latency_file(config) != run / LATENCY:
-            shutil.copyfile(config.latency, run / LATENCY)
+        begin(run, config)
         if given:
             save_scores(run / SCORES, given[0], checked.axis_map, given[1])
     world.wait()
 
-    trainer, orders, basis = _build(config, checked, sources, run, progress, world)
+    trainer, orders, basis = build_trainer(config, checked, sources, run, progress, world)
     if resume:
         load_state(trainer, run)
     seconds = _loop(trainer, run, progress)
@@ -135,7 +115,7 @@ def _train(config: RunConfig, resume: bool, progress: Progress, world: World) ->
                 checked.model_config,
                 Path(config.parent),
                 elastic,
-                dtype=_stored_dtype(checked),
+                dtype=stored_dtype(checked.model_config),
                 finish=finish,
             )
         if quantised is not None:
@@ -147,205 +127,12 @@ def _train(config: RunConfig, resume: bool, progress: Progress, world: World) ->
     return RunResult(elastic, trainer.step, trainer.tokens, seconds)
 
 
-def _build(
-    config: RunConfig,
-    checked: Checked,
-    sources: list[Source],
-    run: Path,
-    progress: Progress,
-    world: World,
-) -> tuple[Trainer, dict[str, torch.Tensor], torch.Tensor | None]:
-    """Ranks and sorts the parent and puts student, teacher and router together."""
-    device = str(world.device)
-    teacher, _ = load_parent(config.parent, device=device)
-    if config.family:
-        parent, orders, basis = _family(config, device)
-        grid = checked.grid
-    else:
-        parent, orders, basis, grid = _sorted(
-            config, checked, teacher, sources, run, progress, world
-        )
-    fake = None
-    if checked.scheme is not None:
-        fake = _fake(config, checked, checked.scheme, parent, sources, run, progress, world)
-    elastic = partial(ElasticModel, config=checked.model_config)
-    student = world.shard(elastic(parent, recompute=config.engine.recompute, fake=fake))
-    router = Router(grid, len(config.sizes), config.seed).to(world.device)
-    trainer = Trainer(
-        config,
-        student,
-        world.shard(elastic(teacher)),
-        router,
-        sources,
-        checked.budgets,
-        checked.cost,
-        world,
-        _teacher_cache(config, teacher.config.vocab_size, run, world),
-    )
-    if checked.fixed:
-        trainer.committed = dict(checked.fixed)
-        router.requires_grad_(False)
-    return trainer, orders, basis
-
-
 def _has_its_router(config: RunConfig, checked: Checked) -> bool:
     """Whether the family's router is one for the very sizes of this run."""
     sizes = load_manifest(config.family, checked.axis_map).sizes
     budgets = {name: dict(size.budgets) for name, size in sizes.items()}
     same = list(budgets.items()) == [(n, dict(b)) for n, b in checked.budgets.items()]
     return same and (Path(config.family) / ROUTER).is_file()
-
-
-Sorted = tuple[PreTrainedModel, dict[str, torch.Tensor], torch.Tensor | None]
-
-
-def _family(config: RunConfig, device: str) -> Sorted:
-    """The weights of a family that is trained on, with the order and basis that it is in."""
-    family = Path(config.family)
-    parent, _ = load_parent(family, device=device)
-    orders = load_tensors(family / ORDERS) if (family / ORDERS).is_file() else {}
-    basis = load_tensors(family / BASIS)["hidden"] if (family / BASIS).is_file() else None
-    return parent, orders, basis
-
-
-def _fake(
-    config: RunConfig,
-    checked: Checked,
-    scheme: Scheme,
-    parent: PreTrainedModel,
-    sources: list[Source],
-    run: Path,
-    progress: Progress,
-    world: World,
-) -> FakeQuantisation:
-    """What is frozen of the quantised weights and inputs; a run directory keeps it."""
-    stored = _stored_dtype(checked)
-    if world.agree((run / FAKE).is_file()):
-        return FakeQuantisation.load(run, checked.axis_map, scheme).on(world.device, stored)
-    widths = {name: size.widths for name, size in checked.fixed.items()}
-    samples = InputCalibration(
-        samples=config.quant.samples,
-        context=config.calibration.context,
-        percentile=config.quant.percentile,
-    )
-    scales = calibrate_sizes(
-        parent,
-        checked.model_config,
-        checked.axis_map,
-        widths,
-        scheme,
-        sources,
-        samples,
-        progress,
-    )
-    shared = shared_scales(scales, scheme, checked.axis_map)
-    state = {**dict(parent.named_parameters()), **dict(parent.named_buffers())}
-    fake = world.agree(FakeQuantisation.of(state, checked.axis_map, scheme, shared))
-    if world.is_first:
-        fake.save(run)
-    return fake.on(world.device, stored)
-
-
-def _stored_dtype(checked: Checked) -> torch.dtype:
-    """The dtype that the parent's config names, in which the family is stored."""
-    named = checked.model_config.get("dtype") or checked.model_config.get("torch_dtype")
-    dtype = getattr(torch, str(named), None)
-    return dtype if isinstance(dtype, torch.dtype) else torch.float32
-
-
-def _sorted(
-    config: RunConfig,
-    checked: Checked,
-    teacher: PreTrainedModel,
-    sources: list[Source],
-    run: Path,
-    progress: Progress,
-    world: World,
-) -> tuple[PreTrainedModel, dict[str, torch.Tensor], torch.Tensor | None, Grid]:
-    """The parent with its units sorted, best first, and the router's grid."""
-    parent, _ = load_parent(config.parent, device=str(world.device))
-    calibration = Calibration(
-        config, run, teacher, checked.model_config, checked.axis_map, sources, progress
-    )
-    write = world.is_first
-    # Ranks measure alike, but for rounding: the first one's word counts.
-    orders = world.agree(calibration.orders(write=write))
-    basis = world.agree(calibration.basis(write=write))
-    if basis is not None:
-        del orders["hidden"]
-    depth = world.agree(calibration.depth(write=write))
-    sort_in_place(parent, checked.axis_map, orders, basis)
-
-    return parent, orders, basis, checked.ranked_grid(depth)
-
-
-def _teacher_cache(
-    config: RunConfig, vocab_size: int, run: Path, world: World
-) -> TeacherCache | None:
-    if not config.engine.teacher_samples:
-        return None
-    return TeacherCache(
-        run / TEACHER,
-        num_samples=config.engine.teacher_samples,
-        vocab_size=vocab_size,
-        parent=Path(config.parent).name,
-        data=_fingerprint(config),
-        seed=config.seed,
-        writer=world.rank,
-    )
-
-
-def _fingerprint(config: RunConfig) -> str:
-    """What the parent and the data are: their files by name, size and content."""
-    own = [config.family] if config.family else []
-    roots = [config.parent, *own, *(file for source in config.data for file in source.files)]
-    files = (file for root in map(Path, roots) for file in (root, *sorted(root.rglob("*"))))
-    return digest_files(file for file in files if file.is_file())
-
-
-def _prepare_directory(run: Path, config: RunConfig, resume: bool) -> None:
-    if resume:
-        if not has_state(run):
-            raise CheckpointError(f"{run} holds no saved state; start without --resume")
-        changed = _changed_keys(run, config)
-        if changed:
-            raise ConfigError(
-                f"{', '.join(changed)} differ from the run in {run}; resume with its own config, "
-                "or start another run in another directory"
-            )
-        last = run / (QUANTISED if config.quant.format else ELASTIC)
-        if last.exists():
-            raise CheckpointError(f"{last} is complete already; nothing to resume")
-    elif has_state(run) or (run / ELASTIC).exists():
-        raise CheckpointError(f"{run} is not empty; resume it with --resume or name another out")
-    elif run.exists() and any(run.iterdir()) and _changed_keys(run, config):
-        raise CheckpointError(f"{run} holds something else; name another out")
-
-
-def _written(config: RunConfig) -> dict:
-    """What `run.json` holds: the resolved config, and what its files were."""
-    return {**json.loads(json.dumps(to_plain(config))), "files": _fingerprint(config)}
-
-
-def _changed_keys(run: Path, config: RunConfig) -> list[str]:
-    """Keys of the config that differ from the one the directory was begun with, of those that must
-    not."""
-    wanted = _lasting(_written(config))
-    try:
-        saved = _lasting(json.loads((run / RUN).read_text(encoding="utf-8")))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        saved = {}
-    return sorted(key for key in wanted if wanted[key] != saved.get(key))
-
-
-def _lasting(written: dict) -> dict:
-    """What may not change when a run goes on. How a step is computed may, and where the directory
-    is; learning rates and the clipping may be corrected."""
-    for stage in written["stages"]:
-        del stage["learning_rate"], stage["final_learning_rate"]
-    del written["router"]["learning_rate"], written["optimizer"]["clip_norm"]
-    lasting = {"engine.teacher_samples": written["engine"]["teacher_samples"]}
-    return lasting | {k: v for k, v in written.items() if k not in ("engine", "out")}
 
 
 def _whole_state(student: ElasticModel, world: World) -> dict[str, torch.Tensor]:

@@ -26,11 +26,11 @@ Result = TypeVar("Result")
 @dataclass(frozen=True, slots=True)
 class Learner:
     """What one thread trains with: the shared weights, where its own gradients collect, and the
-    teacher."""
+    teacher, if there is one."""
 
     student: ElasticModel
     router: Router
-    teacher: ElasticModel
+    teacher: ElasticModel | None
 
     def parameters(self) -> list[torch.nn.Parameter]:
         """Parameters of student and router, in the same order for every learner."""
@@ -41,7 +41,8 @@ class Learner:
         router = copy.deepcopy(self.router)
         for own, theirs in zip(router.parameters(), self.router.parameters(), strict=True):
             own.data = theirs.data
-        return Learner(_twin(self.student), router, _twin(self.teacher))
+        teacher = None if self.teacher is None else _twin(self.teacher)
+        return Learner(_twin(self.student), router, teacher)
 
 
 def _twin(model: ElasticModel) -> ElasticModel:
