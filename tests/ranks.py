@@ -2,6 +2,7 @@
 
 ranks.py gradients RUN.toml OUT   the first step; rank 0 writes its gradients and losses
 ranks.py stop RUN.toml STEP       trains until a step, then stops as if interrupted
+ranks.py wait SECONDS             rank 0 works for so long, more than its collectives may take
 """
 
 from __future__ import annotations
@@ -10,10 +11,14 @@ import json
 import os
 import signal
 import sys
+import time
+from datetime import timedelta
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from safetensors.torch import save_file
+from torch.distributed.distributed_c10d import _set_pg_timeout as set_timeout
 
 from star_elastic.errors import Interrupted
 from star_elastic.progress import Silent
@@ -49,8 +54,22 @@ class StopAt(Silent):
             os.kill(os.getpid(), signal.SIGTERM)
 
 
+def wait(seconds: float) -> None:
+    """Waits for a rank that works for three times as long as collectives may take."""
+    with join_world() as world:
+        world.wait()
+        set_timeout(timedelta(seconds=seconds / 3), dist.group.WORLD)
+        if world.is_first:
+            time.sleep(seconds)
+        world.wait()
+        print("met")
+
+
 def main() -> None:
     torch.set_num_threads(1)
+    if sys.argv[1] == "wait":
+        wait(float(sys.argv[2]))
+        return
     mode, file, last = sys.argv[1:]
     config = load_run_config(file)
     if mode == "gradients":

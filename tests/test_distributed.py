@@ -83,6 +83,11 @@ def test_states_load_on_another_number_of_ranks(run_folder):
         assert a["kd"] == pytest.approx(b["kd"], rel=1e-3)
 
 
+def test_ranks_wait_for_one_that_writes():
+    """Longer than any other collective may take: quantising a large family takes its time."""
+    assert launch(2, "wait", 6).split() == ["met", "met"]
+
+
 def test_windows_that_ranks_cannot_share_are_refused(run_folder):
     config = config_in(run_folder, "three-ranks")
     with pytest.raises(ConfigError, match="batch_size=4 .* cannot be shared by 3 ranks; use a mul"):

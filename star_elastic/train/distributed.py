@@ -13,6 +13,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -24,15 +25,20 @@ from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from star_elastic.errors import ConfigError, reason
 from star_elastic.nesting.elastic import ElasticModel
 
+PATIENCE = timedelta(days=1)
+"""How long ranks wait for one that writes or quantises a checkpoint, where other collectives give
+up after minutes."""
+
 
 @dataclass(frozen=True, slots=True)
 class World:
-    """This process among all that train together."""
+    """This process among all that train together. `patient`: its ranks, for long waits."""
 
     rank: int = 0
     size: int = 1
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     mesh: DeviceMesh | None = None
+    patient: dist.ProcessGroup | None = None
 
     @property
     def is_first(self) -> bool:
@@ -68,9 +74,9 @@ class World:
         return given[0]
 
     def wait(self) -> None:
-        """Waits until all ranks are here."""
+        """Waits until all ranks are here, however long the work of one takes."""
         if self.size > 1:
-            dist.barrier()
+            dist.barrier(group=self.patient)
 
     def average_gradients(self, module: nn.Module) -> None:
         """The mean over ranks of the gradients of a module that is whole on every rank; those of
@@ -129,7 +135,8 @@ def join_world() -> Iterator[World]:
         ) from None
     try:
         mesh = init_device_mesh(device.type, (size,))
-        yield World(dist.get_rank(), size, device, mesh)
+        patient: Any = dist.new_group(backend="gloo", timeout=PATIENCE)
+        yield World(dist.get_rank(), size, device, mesh, patient)
     finally:
         dist.destroy_process_group()
         gc.collect()
