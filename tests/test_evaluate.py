@@ -1,6 +1,7 @@
 """Accuracy, counted cost and the Pareto plot, on a tiny model that has learnt a few problems."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Nemot
 import star_elastic
 from star_elastic.cost import CostModel, Workload
 from star_elastic.errors import ConfigError
-from star_elastic.evaluate.accuracy import Evaluation, evaluate_plan
+from star_elastic.evaluate.accuracy import Evaluation, evaluate_plan, solve, summarise
 from star_elastic.evaluate.pareto import pareto_front, plot_pareto
 from star_elastic.evaluate.tasks import messages, sample_problems
 from star_elastic.families import family_of
@@ -115,6 +116,19 @@ def test_unfinished_traces_score_nothing(generator, problems):
     plan = think_and_answer("trained", "trained", max_new_tokens=12)
     result = evaluate_plan(generator, problems, plan)
     assert (result.accuracy, result.answer_tokens, result.cut_share) == (0.0, 0.0, 1.0)
+
+
+def test_cut_traces_are_scored_by_themselves(generator, problems):
+    plan = think_and_answer("trained", "trained")
+    outcomes, seconds = solve(generator, problems, plan)
+    assert summarise(plan, problems, outcomes, seconds, 64).cut_accuracy is None
+    marks = [(True, True), (True, False), (True, False), (False, True)]
+    mixed = [
+        replace(outcome, is_cut=is_cut, is_right=is_right)
+        for outcome, (is_cut, is_right) in zip(outcomes, marks, strict=True)
+    ]
+    found = summarise(plan, problems, mixed, seconds, 64)
+    assert (found.cut_share, found.cut_accuracy) == (0.75, pytest.approx(1 / 3))
 
 
 def test_standard_error_is_that_of_the_mean_over_tasks(generator, problems):

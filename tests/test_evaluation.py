@@ -23,6 +23,7 @@ from star_elastic.evaluate.problems import bundled_problems, read_problems
 from star_elastic.evaluate.report import load_result, make_page, write_report
 from star_elastic.evaluate.reuse import _compare, study_reuse
 from star_elastic.evaluate.run import Settings, evaluate_family
+from star_elastic.evaluate.tables import NO_VALUE, answers_table
 from star_elastic.evaluate.tasks import TASKS, Problem
 from star_elastic.families import family_of, read_config
 from star_elastic.generate.caches import LayerState, RowCache
@@ -409,6 +410,19 @@ def test_a_page_tells_gains_and_their_absence_from_the_same_numbers(evaluated):
               "calibration": {**result["calibration"], "policies": []},
               "sizes": {LARGE: result["sizes"][LARGE]}}  # fmt: skip
     assert "Choice by difficulty" not in Page(make_page(lonely)).text
+
+
+def test_who_answers_is_told_of_all_and_of_cut_traces(evaluated):
+    result = load_result(evaluated)
+    tests = {plan["label"]: plan["test"] for plan in result["plans"]}
+    pair = tests[f"{SMALL}>{LARGE}@4"]
+    pair |= {"accuracy": 0.75, "cut_share": 0.5, "cut_accuracy": 0.25}
+    rows = {tuple(row[:2]): row[2:] for row in answers_table(result).rows}
+    assert list(rows) == [(size, budget) for size in (LARGE, SMALL) for budget in ("4", "none")]
+    alone = f"{tests[f'{SMALL}@4']['accuracy']:.1%}"
+    assert tests[f"{SMALL}@4"]["cut_share"] == 0  # random models end their turns by chance
+    assert rows[SMALL, "4"] == ["75.0%", alone, "50.0%", "25.0%", NO_VALUE]
+    assert "Who answers" in Page(make_page(result)).text
 
 
 def test_damaged_results_are_one_line(evaluated, tmp_path, capsys):

@@ -61,10 +61,10 @@ class Evaluation:
 
     `accuracy` is the mean over tasks of the share of right answers, `standard_error` that of this
     mean by the problems drawn. `cut_share` is the share of problems whose trace the model did not
-    end itself. `seconds` is wall time of batched generation; `flops` counts every token that a size
-    read, with attention at its own context; `bytes_per_token` the weights that a decoded token
-    reads at batch 1 (embedding rows looked up are left out), `weight_bytes` those of a whole
-    problem.
+    end itself, `cut_accuracy` that of right answers among them (None: there are none). `seconds` is
+    wall time of batched generation; `flops` counts every token that a size read, with attention at
+    its own context; `bytes_per_token` the weights that a decoded token reads at batch 1 (embedding
+    rows looked up are left out), `weight_bytes` those of a whole problem.
     """
 
     label: str
@@ -83,6 +83,7 @@ class Evaluation:
     flops: float
     bytes_per_token: float
     weight_bytes: float = 0.0
+    cut_accuracy: float | None = None
     by_difficulty: bool = False
 
     @property
@@ -221,6 +222,7 @@ def summarise(
     def mean(name: str) -> float:
         return sum(getattr(outcome, name) for outcome in outcomes) / len(outcomes)
 
+    after_cut = [outcome.is_right for outcome in outcomes if outcome.is_cut]
     return Evaluation(
         label=plan.label,
         think=str(plan.phases[0].size),
@@ -236,6 +238,7 @@ def summarise(
         flops=mean("flops"),
         bytes_per_token=mean("decoded_bytes") / max(mean("decode_steps"), 1 / len(problems)),
         weight_bytes=mean("weight_bytes"),
+        cut_accuracy=sum(after_cut) / len(after_cut) if after_cut else None,
         by_difficulty=any(isinstance(phase.size, ByDifficulty) for phase in plan.phases),
     )
 

@@ -24,6 +24,7 @@ from star_elastic.evaluate.run import FORMAT_VERSION, RESULT
 from star_elastic.evaluate.style import STYLE
 from star_elastic.evaluate.tables import (
     Table,
+    answers_table,
     calibration_table,
     comparison_table,
     likeness_table,
@@ -89,6 +90,7 @@ def make_page(result: Data) -> str:
         _summary(result),
         _charts(result),
         _comparisons(result),
+        _answers(result),
         _difficulty(result),
         _reuse(result),
         _bandwidth(result),
@@ -259,6 +261,18 @@ def _comparisons(result: Data) -> str:
         "where nothing is better.</p>"
     )
     return "".join(parts)
+
+
+def _answers(result: Data) -> str:
+    if len(result["sizes"]) == 1:
+        return ""
+    text = (
+        "The trace of a size is the same whoever answers, so along a row only the answer differs. "
+        "Where a row's numbers agree, a larger size that answers has nothing to win on these "
+        "problems; the last columns look at traces that the budget cut, whose answer still takes "
+        "work."
+    )
+    return f"<h2>Who answers</h2><p>{text}</p>{_details(answers_table(result), is_open=True)}"
 
 
 def _difficulty(result: Data) -> str:

@@ -41,7 +41,7 @@ from star_elastic.generate.phases import DEFAULT_GRACE, DEFAULT_MAX_NEW_TOKENS, 
 from star_elastic.progress import Progress, Silent
 
 RESULT = "evaluation.json"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 DEFAULT_DIALS = (0.1, 0.25, 0.5)
 DEFAULT_PROBLEMS = 20
 """Of each bundled task, in each split; of the user's own data all are taken."""

@@ -107,6 +107,36 @@ def plans_table(result: Data) -> Table:
     return Table("Every plan, per problem, the cheapest first", columns, rows)
 
 
+def answers_table(result: Data) -> Table:
+    """Who answers: for every thinking size and budget, the accuracy by answering size, of all
+    problems and of those whose trace was cut."""
+    sizes = list(result["sizes"])
+    found = {
+        (plan["sizes"][0], plan["budget"], plan["sizes"][-1]): plan["test"]
+        for plan in result["plans"]
+        if plan["kind"] != "policy" and plan["budget"] != 0
+    }
+    rows = []
+    for think, budget in dict.fromkeys((think, budget) for think, budget, _ in found):
+        own = [found.get((think, budget, answer)) for answer in sizes]
+        cut = next(test["cut_share"] for test in own if test)
+        rows.append([
+            think,
+            NONE if budget is None else str(budget),
+            *(percent(test["accuracy"]) if test else NO_VALUE for test in own),
+            percent(cut),
+            *(
+                percent(test["cut_accuracy"]) if test and test["cut_share"] else NO_VALUE
+                for test in own
+            ),
+        ])  # fmt: skip
+    columns = [
+        "thinks", "budget", *(f"{size} answers" for size in sizes), "traces cut",
+        *(f"of cut: {size}" for size in sizes),
+    ]  # fmt: skip
+    return Table("Accuracy by who answers", columns, rows)
+
+
 def _share(plan: Data) -> str:
     """How much the second of two sizes wrote."""
     written = list(plan["tokens_by_size"].values())
