@@ -17,7 +17,7 @@ import statistics
 from pathlib import Path
 
 import torch
-from size_cost import LARGE, TINY
+from common import LARGE, TINY
 
 from star_elastic.evaluate.latency import Check, Setting, measure
 from star_elastic.terminal import at_the_command_line
@@ -38,7 +38,7 @@ def main() -> None:
     options = parser.parse_args()
     if options.smoke:
         options.seconds, options.checks = 0.0, 2
-    config = {"model_type": "nemotron_h", **(TINY if options.smoke else LARGE)}
+    config = dict(TINY if options.smoke else LARGE)
     threads = torch.get_num_threads()
     command = f"OMP_NUM_THREADS={threads} python benchmarks/latency_table.py"
     result: dict = {

@@ -21,9 +21,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from size_cost import TINY
+from common import TINY, build_model
 from training_cost import HUNDRED
-from transformers import AutoConfig, AutoModelForCausalLM
 
 from star_elastic.checkpoint import write_json
 from star_elastic.cost import CostModel
@@ -78,11 +77,9 @@ def main() -> None:
 def write_parent(path: Path, config: dict[str, Any]) -> int:
     """A random hybrid with the bundled parent's tokenizer; returns its parameters."""
     tokenizer = load_tokenizer(bundled_parent())
-    config = {"model_type": "nemotron_h", **config, "vocab_size": len(tokenizer)}
+    config = {**config, "vocab_size": len(tokenizer)}
     config |= {"eos_token_id": tokenizer.eos_token_id, "tie_word_embeddings": False}
-    fields = {k: v for k, v in config.items() if k != "model_type"}
-    torch.manual_seed(0)
-    model: Any = AutoModelForCausalLM.from_config(AutoConfig.for_model("nemotron_h", **fields))
+    model = build_model(config)
     state = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     save_model(state, config, bundled_parent(), path, dtype=torch.float32)
     axis_map = family_of(config).axis_map(config)

@@ -22,7 +22,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from resident import HYBRID, MB, STATELESS, TINY, build_model, make_checkpoints
+from common import build_model
+from resident import HYBRID, MB, STATELESS, TINY, make_checkpoints
 
 from star_elastic.checkpoint import write_json
 from star_elastic.families import family_of, read_config

@@ -23,9 +23,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from size_cost import LARGE, TINY, interleaved, widths_at
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from common import LARGE, TINY, build_model, medians_in_turn, widths_at
+from transformers import PreTrainedModel
 
+from star_elastic.axes import AxisMap
 from star_elastic.checkpoint import write_json
 from star_elastic.cost import CostModel
 from star_elastic.errors import ConfigError
@@ -65,7 +66,7 @@ def main() -> None:
     solved = solve(evaluation, entries, 1 if options.smoke else options.problems)
     if options.smoke:
         options.rounds, solved = 1, {label: found[:1] for label, found in solved.items()}
-    config = {"model_type": "nemotron_h", **(TINY if options.smoke else LARGE)}
+    config = TINY if options.smoke else LARGE
     models, shares = stand_ins(config, evaluation["sizes"])
     seconds = replayed(models, solved, options.rounds)
     result = {
@@ -121,35 +122,32 @@ def stand_ins(
     config: Mapping[str, Any], sizes: Mapping[str, Any]
 ) -> tuple[dict[str, PreTrainedModel], dict[str, float]]:
     """A model of random weights for every size, with its share of the active parameters."""
-    torch.manual_seed(0)
-    fields = {key: value for key, value in config.items() if key != "model_type"}
-    parent = AutoModelForCausalLM.from_config(AutoConfig.for_model("nemotron_h", **fields))
-    elastic = ElasticModel(parent.eval(), dict(config))
+    parent = build_model(config)
+    elastic = ElasticModel(parent, dict(config))
     count = CostModel(elastic.axis_map).count
     whole = count(elastic.axis_map.full).active
     most = max(size["active"] for size in sizes.values())
     models, shares = {}, {}
     for name, size in sizes.items():
-        widths = widths_of_share(elastic, size["active"] / most)
+        widths = widths_of_share(elastic.axis_map, size["active"] / most)
         models[name] = build_submodel(parent, config, widths)
         shares[name] = count(widths).active / whole
     return models, shares
 
 
-def widths_of_share(elastic: ElasticModel, share: float) -> Widths:
-    """The same share of every axis, such that active parameters are as near to `share` of all as
-    bisection finds."""
-    count = CostModel(elastic.axis_map).count
-    wanted = share * count(elastic.axis_map.full).active
+def widths_of_share(axis_map: AxisMap, share: float) -> Widths:
+    """The same share of every axis, such that the active parameters are as near to `share` of all
+    as bisection finds."""
+    count = CostModel(axis_map).count
+    wanted = share * count(axis_map.full).active
     low, high = 0.0, 1.0
-    if share == 1:
-        return elastic.axis_map.full
     for _ in range(BISECTIONS):
         middle = (low + high) / 2
-        low, high = (
-            (middle, high) if count(widths_at(elastic, middle)).active < wanted else (low, middle)
-        )
-    return widths_at(elastic, high)
+        if count(widths_at(axis_map, middle)).active < wanted:
+            low = middle
+        else:
+            high = middle
+    return axis_map.full if share == 1 else widths_at(axis_map, high)
 
 
 def replayed(
@@ -159,7 +157,7 @@ def replayed(
     total = dict.fromkeys(solved, 0.0)
     for number in range(len(next(iter(solved.values())))):
         sides = {label: partial(replay, models, own[number]) for label, own in solved.items()}
-        for label, seconds in interleaved(sides, rounds).items():
+        for label, seconds in medians_in_turn(sides, rounds).items():
             total[label] += seconds
     return total
 

@@ -25,16 +25,14 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from size_cost import decode
-from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrainedModel
+from common import build_model, decode, in_turn, widths_at
+from transformers import DynamicCache, PreTrainedModel
 
-from star_elastic.axes import AxisMap
 from star_elastic.cost import CostModel
 from star_elastic.errors import Interrupted
 from star_elastic.families import family_of
@@ -131,9 +129,8 @@ def grows(row: dict) -> bool:
 
 def make_checkpoints(folder: Path, config: Mapping[str, Any], axes: tuple[str, ...]) -> dict:
     """Writes an elastic checkpoint of random weights and the slices of its sizes."""
-    torch.manual_seed(0)
     axis_map = family_of(dict(config)).axis_map(dict(config))
-    sizes = {name: Size(widths_at(axis_map, axes, share)) for name, share in SHARES.items()}
+    sizes = {name: Size(widths_at(axis_map, share, axes)) for name, share in SHARES.items()}
     model = build_model(config)
     state = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     (folder / "none").mkdir()
@@ -147,23 +144,6 @@ def make_checkpoints(folder: Path, config: Mapping[str, Any], axes: tuple[str, .
         "megabytes": sum(file.stat().st_size for file in files) / MB,
         "widths": {name: dict(size.widths) for name, size in sizes.items()},
     }
-
-
-def build_model(config: Mapping[str, Any]) -> PreTrainedModel:
-    """A random transformers model of a config."""
-    fields = {name: value for name, value in config.items() if name != "model_type"}
-    model_config = AutoConfig.for_model(config["model_type"], **fields)
-    return AutoModelForCausalLM.from_config(model_config).eval()
-
-
-def widths_at(axis_map: AxisMap, axes: tuple[str, ...], share: float):
-    """The same share of each of these axes, in whole units per group."""
-    cut = {
-        name: round(axis.size * share / axis.num_groups) * axis.num_groups
-        for name, axis in axis_map.axes.items()
-        if name in axes
-    }
-    return axis_map.complete(cut)
 
 
 # Memory
@@ -294,7 +274,7 @@ def compare_sizes(folder: Path, rounds: int, steps: int) -> dict:
         works[f"prefill of {PREFILL}"] = (prefill, PREFILL, 1)
         for work, (make, amount, repeats) in works.items():
             sides = {side: make(model, amount, repeats) for side, model in models.items()}
-            seconds = interleaved(sides, rounds)
+            seconds = in_turn(sides, rounds)
             row[work] = {
                 f"{side} over slice": statistics.median(
                     a / b for a, b in zip(seconds[side], seconds["slice"], strict=True)
@@ -313,22 +293,6 @@ def compare_outputs(model: PreTrainedModel, expected: PreTrainedModel) -> dict:
         "logits_max": theirs.abs().max().item(),
         "greedy_tokens_equal": generate(model) == generate(expected),
     }
-
-
-def interleaved(sides: dict[str, Callable[[], None]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each side in each round, run in turn after one warm-up each; who comes first
-    moves on from round to round."""
-    for run in sides.values():
-        run()
-    seconds: dict[str, list[float]] = {name: [] for name in sides}
-    names = list(sides)
-    for number in range(rounds):
-        for place in range(len(names)):
-            name = names[(number + place) % len(names)]
-            begin = time.perf_counter()
-            sides[name]()
-            seconds[name].append(time.perf_counter() - begin)
-    return seconds
 
 
 def prefill(model: PreTrainedModel, tokens: int, repeats: int) -> Callable[[], None]:

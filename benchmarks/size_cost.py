@@ -16,15 +16,12 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import statistics
 import tempfile
-import time
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrainedModel
+from common import LARGE, TINY, build_model, decode, medians_in_turn, widths_at
 
 from star_elastic.cost import CostModel, Workload
 from star_elastic.nesting.elastic import ElasticModel
@@ -32,18 +29,6 @@ from star_elastic.nesting.stream import save_model, slice_checkpoint
 from star_elastic.nesting.submodel import build_submodel, load_parent
 from star_elastic.terminal import at_the_command_line
 
-LARGE = {
-    "hybrid_override_pattern": "ME*EME", "hidden_size": 1024, "num_attention_heads": 8,
-    "num_key_value_heads": 2, "head_dim": 128, "mamba_num_heads": 32, "mamba_head_dim": 64,
-    "n_groups": 4, "ssm_state_size": 32, "conv_kernel": 4, "chunk_size": 32,
-    "n_routed_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 768,
-    "moe_shared_expert_intermediate_size": 1536, "vocab_size": 2048,
-    "max_position_embeddings": 4096,
-}  # fmt: skip
-TINY = {
-    **LARGE, "hidden_size": 64, "head_dim": 16, "mamba_head_dim": 16, "mamba_num_heads": 8,
-    "moe_intermediate_size": 64, "moe_shared_expert_intermediate_size": 64, "vocab_size": 128,
-}  # fmt: skip
 SHARES = {"large": 1.0, "medium": 0.75, "small": 0.5}
 """Share of the hidden, expert and shared widths that a size keeps (Mamba heads likewise)."""
 
@@ -59,12 +44,9 @@ def main() -> None:
     options = parser.parse_args()
     if options.smoke:
         options.rounds, options.tokens, options.decode_steps, options.batches = 2, 64, 4, [2]
-    config = {"model_type": "nemotron_h", **(TINY if options.smoke else LARGE)}
-    torch.manual_seed(0)
-    fields = {k: v for k, v in config.items() if k != "model_type"}
-    parent = AutoModelForCausalLM.from_config(AutoConfig.for_model("nemotron_h", **fields))
-    elastic = ElasticModel(parent, config)
-    sizes = {name: widths_at(elastic, share) for name, share in SHARES.items()}
+    config = TINY if options.smoke else LARGE
+    elastic = ElasticModel(build_model(config), config)
+    sizes = {name: widths_at(elastic.axis_map, share) for name, share in SHARES.items()}
     result = {
         "command": "python benchmarks/size_cost.py" + (" --smoke" if options.smoke else ""),
         "machine": {"cpus": os.cpu_count(), "threads": torch.get_num_threads()},
@@ -75,37 +57,6 @@ def main() -> None:
     show(result)
     if options.out:
         options.out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-
-
-def widths_at(elastic: ElasticModel, share: float):
-    """The same share of every axis but experts and query heads."""
-    axis_map = elastic.axis_map
-    cut = {
-        name: round(axis.size * share / axis.num_groups) * axis.num_groups
-        for name, axis in axis_map.axes.items()
-        if axis.ranked and name not in ("experts", "heads")
-    }
-    return axis_map.complete(cut)
-
-
-def interleaved(sides: dict[str, Callable[[], None]], rounds: int) -> dict[str, float]:
-    """Median seconds of each side, run in turn after one warm-up each."""
-    for run in sides.values():
-        run()
-    seconds: dict[str, list[float]] = {name: [] for name in sides}
-    for _ in range(rounds):
-        for name, run in sides.items():
-            begin = now()
-            run()
-            seconds[name].append(now() - begin)
-    return {name: statistics.median(values) for name, values in seconds.items()}
-
-
-def now() -> float:
-    """Seconds, when a GPU (if one is used) has done all that it was asked for."""
-    if torch.cuda.is_initialized():
-        torch.cuda.synchronize()
-    return time.perf_counter()
 
 
 def training_steps(elastic: ElasticModel, sizes, tokens: int, rounds: int) -> dict:
@@ -121,7 +72,7 @@ def training_steps(elastic: ElasticModel, sizes, tokens: int, rounds: int) -> di
 
     sides = {"parent": partial(step, elastic.parent)}
     sides |= {name: partial(step, elastic, widths) for name, widths in sizes.items()}
-    seconds = interleaved(sides, rounds)
+    seconds = medians_in_turn(sides, rounds)
     elastic.zero_grad(set_to_none=True)
     cost = CostModel(elastic.axis_map, Workload(context=length // 2))
     full = cost.count(elastic.axis_map.full).flops_per_token
@@ -132,21 +83,6 @@ def training_steps(elastic: ElasticModel, sizes, tokens: int, rounds: int) -> di
         }
         for name, widths in sizes.items()
     }
-
-
-@torch.inference_mode()
-def decode(model: PreTrainedModel, batch: int, steps: int) -> Callable[[], None]:
-    """Reads a short prompt and decodes `steps` tokens."""
-    ids = torch.randint(0, model.config.vocab_size, (batch, 16))
-
-    @torch.inference_mode()
-    def run() -> None:
-        cache = DynamicCache(config=model.config)
-        model(input_ids=ids, past_key_values=cache, use_cache=True)
-        for _ in range(steps):
-            model(input_ids=ids[:, :1], past_key_values=cache, use_cache=True)
-
-    return run
 
 
 def decoding(elastic: ElasticModel, sizes, options) -> dict:
@@ -165,7 +101,7 @@ def decoding(elastic: ElasticModel, sizes, options) -> dict:
             saved, again = load_parent(cut)[0], load_parent(cut)[0]
             for batch in options.batches:
                 steps = options.decode_steps
-                seconds = interleaved(
+                seconds = medians_in_turn(
                     {
                         "views": decode(views, batch, steps),
                         "slice": decode(saved, batch, steps),

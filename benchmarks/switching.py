@@ -20,8 +20,8 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from size_cost import LARGE, TINY, interleaved, widths_at
-from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrainedModel
+from common import LARGE, TINY, build_model, medians_in_turn, widths_at
+from transformers import DynamicCache, PreTrainedModel
 
 from star_elastic.checkpoint import write_json
 from star_elastic.cost import CostModel
@@ -45,12 +45,10 @@ def main() -> None:
     options = parser.parse_args()
     if options.smoke:
         options.rounds, options.context, options.missed, options.turn = 2, 32, [1, 8], 4
-    config = {"model_type": "nemotron_h", **(TINY if options.smoke else LARGE)}
-    torch.manual_seed(0)
-    fields = {k: v for k, v in config.items() if k != "model_type"}
-    large = AutoModelForCausalLM.from_config(AutoConfig.for_model("nemotron_h", **fields)).eval()
+    config = TINY if options.smoke else LARGE
+    large = build_model(config)
     elastic = ElasticModel(large, config)
-    widths = widths_at(elastic, 0.5)
+    widths = widths_at(elastic.axis_map, 0.5)
     small = build_submodel(large, config, widths)
     full = elastic.axis_map.full
     hand_over = HandOver(elastic.axis_map, widths, full)
@@ -92,7 +90,7 @@ def one_switch(
         sides[f"hand-over {missed}"] = partial(
             take_over, large, hand_over, given, len(context) + missed - 1, new[-1:]
         )
-    seconds = interleaved(sides, options.rounds)
+    seconds = medians_in_turn(sides, options.rounds)
     return [
         {
             "missed": missed,
@@ -158,7 +156,7 @@ def back_and_forth(large: PreTrainedModel, small: PreTrainedModel, options) -> d
                 )  # fmt: skip
                 start = end
 
-    seconds = interleaved({"once": once, "catch-up": catch_up, "reprefill": reprefill},
+    seconds = medians_in_turn({"once": once, "catch-up": catch_up, "reprefill": reprefill},
                           options.rounds)  # fmt: skip
     return {way: seconds[way] / seconds["once"] for way in ("catch-up", "reprefill")}
 

@@ -28,8 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from size_cost import LARGE, TINY, interleaved
-from transformers import AutoConfig, AutoModelForCausalLM
+from common import LARGE, TINY, build_model, medians_in_turn
 
 from star_elastic.cost import CostModel, Workload
 from star_elastic.nesting.elastic import ElasticModel
@@ -60,7 +59,7 @@ def main() -> None:
     if options.smoke:
         options.rounds, options.tokens = 1, 64
     shape = HUNDRED if options.device == "cuda" else LARGE
-    config = {"model_type": "nemotron_h", **(TINY if options.smoke else shape)}
+    config = TINY if options.smoke else shape
     machine = {"cpus": os.cpu_count(), "threads": torch.get_num_threads()}
     if options.device == "cuda":
         machine = {"device": torch.cuda.get_device_name(), "torch": torch.__version__}
@@ -78,9 +77,7 @@ def main() -> None:
 
 def build(config: dict, seed: int, device: str) -> ElasticModel:
     """A random model of a config."""
-    fields = {k: v for k, v in config.items() if k != "model_type"}
-    torch.manual_seed(seed)
-    model: Any = AutoModelForCausalLM.from_config(AutoConfig.for_model("nemotron_h", **fields))
+    model: Any = build_model(config, seed).train()
     return ElasticModel(model.to(device), config)
 
 
@@ -141,7 +138,7 @@ def measure(config: dict, tokens: int, rounds: int, device: str) -> dict:
             learn(lambda states, head: sampled_kl(states, head, targets), widths)
 
     ways = {"masked": masked, "sliced": sliced, "shared teacher": shared, "cached teacher": cached}
-    seconds = interleaved({name: fresh(student, way) for name, way in ways.items()}, rounds)
+    seconds = medians_in_turn({name: fresh(student, way) for name, way in ways.items()}, rounds)
     absolute = {}
     if device == "cuda":  # on a shared machine absolute times mean nothing
         absolute["absolute"] = {
@@ -157,7 +154,7 @@ def measure(config: dict, tokens: int, rounds: int, device: str) -> dict:
                 "masked": partial(learn, divergence, one_hot(widths, full, device), slice_at=full),
                 "sliced": partial(learn, divergence, widths),
             }
-            own = interleaved({n: fresh(student, way) for n, way in each.items()}, rounds)
+            own = medians_in_turn({n: fresh(student, way) for n, way in each.items()}, rounds)
             for name, way in each.items():
                 absolute["absolute"][f"{size}, {name}, without the teacher"] = {
                     "tokens_per_second": tokens / own[name],
