@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -12,7 +13,10 @@ from pathlib import Path
 import pytest
 
 from star_elastic.cli import main
-from star_elastic.families import read_config
+from star_elastic.demo import bundled_parent
+from star_elastic.evaluate.run import Settings, evaluate_family
+from star_elastic.families import family_of, read_config
+from star_elastic.manifest import Manifest, Size, save_manifest
 from star_elastic.train.config import RunConfig, parse
 from tests.tiny_run import RUN
 
@@ -239,3 +243,28 @@ def test_long_recipes_have_a_smoke_form(command, tmp_path):
         assert list(report["sizes"]) == ["large", "medium", "small"]
         assert (tmp_path / "out" / "pareto.png").stat().st_size < 300_000
         assert (tmp_path / "out" / "slices" / "small" / "model.safetensors").is_file()
+
+
+def test_plans_are_replayed_by_a_larger_model(tmp_path):
+    family, out = tmp_path / "family", tmp_path / "out"
+    shutil.copytree(bundled_parent(), family)
+    axis_map = family_of(read_config(family)).axis_map(read_config(family))
+    widths = {"large": axis_map.full, "small": axis_map.complete({"hidden": 128})}
+    sizes = {name: Size(own) for name, own in widths.items()}
+    save_manifest(Manifest("nemotron_h", {}, sizes), family)
+    settings = Settings(
+        num_validation=1, num_test=1, budgets=(None,), dials=(0.05,), max_new_tokens=24
+    )
+    evaluate_family(family, settings, out)
+    command = ["benchmarks/replay.py", "--evaluation", out, "--smoke", "--out", tmp_path / "r.json"]
+    done = subprocess.run(
+        [sys.executable, "-W", "error", *map(str, command)],
+        capture_output=True, text=True, check=False, cwd=ROOT,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    plans = json.loads((tmp_path / "r.json").read_text())["plans"]
+    assert {plan["label"] for plan in plans} == {
+        "large", "small", "large>small", "small>large", "small~large 5%", "small~large 5% lines",
+    }  # fmt: skip
+    assert all(plan["time_replayed"] > 0 for plan in plans)
+    assert next(plan for plan in plans if plan["label"] == "large")["time_replayed"] == 1
