@@ -28,6 +28,9 @@ TINY = {
 }  # fmt: skip
 
 
+MANY_UNITS = 64
+
+
 def build_model(config: Mapping[str, Any], seed: int = 0) -> PreTrainedModel:
     """A model of random weights."""
     torch.manual_seed(seed)
@@ -36,18 +39,21 @@ def build_model(config: Mapping[str, Any], seed: int = 0) -> PreTrainedModel:
     return AutoModelForCausalLM.from_config(model_config).eval()
 
 
-def widths_at(axis_map: AxisMap, share: float, axes: Collection[str] = ()) -> Widths:
+def widths_at(
+    axis_map: AxisMap, share: float, axes: Collection[str] = (), *, step: int = 1
+) -> Widths:
     """The same share of each of these axes, in whole units per group; none named: of every ranked
-    one but experts and query heads."""
+    one but experts and query heads. Axes of many units are cut in multiples of `step`."""
     chosen = axes or {
         name for name, axis in axis_map.axes.items()
         if axis.ranked and name not in ("experts", "heads")
     }  # fmt: skip
-    return axis_map.complete({
-        name: round(axis.size * share / axis.num_groups) * axis.num_groups
-        for name, axis in axis_map.axes.items()
-        if name in chosen
-    })  # fmt: skip
+    cut = {}
+    for name in chosen:
+        axis = axis_map.axes[name]
+        unit = axis.num_groups * (step if axis.size >= MANY_UNITS else 1)
+        cut[name] = max(round(axis.size * share / unit), 1) * unit
+    return axis_map.complete(cut)
 
 
 def in_turn(sides: Mapping[str, Callable[[], None]], rounds: int) -> dict[str, list[float]]:

@@ -8,14 +8,14 @@ says little about models that are read from memory. So every plan of an evaluati
 bundled family, and all that its sizes read (which tokens, at once or one by one, from which cache)
 is read again, in that order, by a hybrid of random weights whose sizes have the same shares of
 active parameters. Compares the time of plans with that of the largest size alone: plans interleaved
-problem by problem, medians of `--rounds`, summed over problems. Prints accuracy, counted operations
-and weight bytes from the evaluation beside it. Choosing tokens is not replayed.
+problem by problem, medians of `--rounds`, summed over the first test problems of each task. Beside
+it, from the evaluation and so over all of its test problems: accuracy, counted operations, weight
+bytes, measured time. Choosing tokens is not replayed.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -30,15 +30,17 @@ from star_elastic.axes import AxisMap
 from star_elastic.checkpoint import write_json
 from star_elastic.cost import CostModel
 from star_elastic.errors import ConfigError
-from star_elastic.evaluate.difficulty import Dial
+from star_elastic.evaluate.difficulty import dials_by_pair
 from star_elastic.evaluate.grid import Entry, make_grid
 from star_elastic.evaluate.problems import bundled_problems
-from star_elastic.evaluate.run import RESULT
+from star_elastic.evaluate.report import load_result
+from star_elastic.evaluate.run import DEFAULT_PROBLEMS
+from star_elastic.families import family_of
 from star_elastic.generate.caches import RowCache
 from star_elastic.generate.decode import BatchDecoder
 from star_elastic.generate.family import load
 from star_elastic.generate.phases import Generation
-from star_elastic.nesting.elastic import ElasticModel
+from star_elastic.nesting.skeleton import GROUPED_MM_MULTIPLE
 from star_elastic.nesting.submodel import build_submodel
 from star_elastic.terminal import at_the_command_line, command_line, print_table
 from star_elastic.widths import Widths
@@ -61,7 +63,7 @@ def main() -> None:
     parser.add_argument("--smoke", action="store_true", help="tiny model, one problem, one round")
     parser.add_argument("--out", type=Path, help="write the result as JSON")
     options = parser.parse_args()
-    evaluation = json.loads((options.evaluation / RESULT).read_text(encoding="utf-8"))
+    evaluation = load_result(options.evaluation)
     entries = chosen(evaluation, options.plans)
     solved = solve(evaluation, entries, 1 if options.smoke else options.problems)
     if options.smoke:
@@ -89,12 +91,10 @@ def main() -> None:
 def chosen(evaluation: Mapping[str, Any], labels: Sequence[str]) -> list[Entry]:
     """The plans of the evaluation with these labels, the largest size alone first."""
     found, settings = evaluation["calibration"], evaluation["settings"]
-    dials = {
-        (policy["small"], policy["large"]): [Dial.from_json(dial) for dial in policy["dials"]]
-        for policy in found["policies"]
-    }
+    if settings["switch"] == "hand-over":
+        raise ConfigError("caches that were handed over cannot be replayed; use --switch catch-up")
     entries = make_grid(
-        tuple(settings["sizes"]), found["budgets"], dials,
+        tuple(settings["sizes"]), found["budgets"], dials_by_pair(found["policies"]),
         max_new_tokens=settings["max_new_tokens"], switch=settings["switch"],
     )  # fmt: skip
     first = entries[0].sizes
@@ -110,7 +110,13 @@ def solve(
     """What the family itself makes of the evaluation's first test problems of each task."""
     settings = evaluation["settings"]
     family = load(evaluation["elastic"], settings["dtype"])
-    splits = bundled_problems(settings["num_validation"], settings["num_test"], settings["seed"])
+    counts = (
+        DEFAULT_PROBLEMS if settings[name] is None else settings[name]
+        for name in ("num_validation", "num_test")
+    )
+    splits = bundled_problems(*counts, settings["seed"])
+    if settings["data"] != splits.name:
+        raise ConfigError(f"only plans of {splits.name} are replayed, not of {settings['data']}")
     taken: dict[str, list[str]] = {}
     for problem in splits.test:
         taken.setdefault(problem.task, []).append(problem.question)
@@ -123,13 +129,13 @@ def stand_ins(
 ) -> tuple[dict[str, PreTrainedModel], dict[str, float]]:
     """A model of random weights for every size, with its share of the active parameters."""
     parent = build_model(config)
-    elastic = ElasticModel(parent, dict(config))
-    count = CostModel(elastic.axis_map).count
-    whole = count(elastic.axis_map.full).active
+    axis_map = family_of(dict(config)).axis_map(dict(config))
+    count = CostModel(axis_map).count
+    whole = count(axis_map.full).active
     most = max(size["active"] for size in sizes.values())
     models, shares = {}, {}
     for name, size in sizes.items():
-        widths = widths_of_share(elastic.axis_map, size["active"] / most)
+        widths = widths_of_share(axis_map, size["active"] / most)
         models[name] = build_submodel(parent, config, widths)
         shares[name] = count(widths).active / whole
     return models, shares
@@ -137,17 +143,17 @@ def stand_ins(
 
 def widths_of_share(axis_map: AxisMap, share: float) -> Widths:
     """The same share of every axis, such that the active parameters are as near to `share` of all
-    as bisection finds."""
+    as bisection finds, in multiples that grouped products of experts take."""
     count = CostModel(axis_map).count
     wanted = share * count(axis_map.full).active
     low, high = 0.0, 1.0
     for _ in range(BISECTIONS):
         middle = (low + high) / 2
-        if count(widths_at(axis_map, middle)).active < wanted:
+        if count(widths_at(axis_map, middle, step=GROUPED_MM_MULTIPLE)).active < wanted:
             low = middle
         else:
             high = middle
-    return axis_map.full if share == 1 else widths_at(axis_map, high)
+    return axis_map.full if share == 1 else widths_at(axis_map, high, step=GROUPED_MM_MULTIPLE)
 
 
 def replayed(
@@ -181,7 +187,9 @@ def replay(models: Mapping[str, PreTrainedModel], generation: Generation) -> Non
                 kept[size] = other.take(0), other.lengths[0]
                 other.keep([])
         if read.start:
-            decoder.resume([(*kept[read.size], ids[read.start : stop])])
+            cache, length = kept[read.size]
+            assert length == read.start, (length, read)
+            decoder.resume([(cache, length, ids[read.start : stop])])
         else:
             decoder.prefill([ids[:stop]])
 

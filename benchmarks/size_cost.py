@@ -1,6 +1,6 @@
 """Does cost follow size? Training-step and decode time per size, against FLOPs and saved slices.
 
-    python benchmarks/size_cost.py                # a hybrid of about 60M parameters, minutes
+    python benchmarks/size_cost.py                # a hybrid of 67M parameters, minutes
     python benchmarks/size_cost.py --smoke        # the same code on a tiny model, seconds
 
 Compares, in one run and interleaved (medians of `--rounds`):

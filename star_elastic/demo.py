@@ -44,7 +44,7 @@ from star_elastic.train.config import (
     SourceConfig,
     StageConfig,
 )
-from star_elastic.train.directory import ELASTIC
+from star_elastic.train.directory import ELASTIC, METRICS
 from star_elastic.train.losses import distillation_loss
 from star_elastic.train.run import train
 from star_elastic.train.state import has_state
@@ -335,7 +335,7 @@ def make_report(
             if untrained
             else None,
         }
-    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (run / METRICS).read_text().splitlines()]
     return {
         "package_version": star_elastic.__version__,
         "machine": {

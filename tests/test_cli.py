@@ -266,5 +266,3 @@ def test_plans_are_replayed_by_a_larger_model(tmp_path):
     assert {plan["label"] for plan in plans} == {
         "large", "small", "large>small", "small>large", "small~large 5%", "small~large 5% lines",
     }  # fmt: skip
-    assert all(plan["time_replayed"] > 0 for plan in plans)
-    assert next(plan for plan in plans if plan["label"] == "large")["time_replayed"] == 1

@@ -194,10 +194,11 @@ def test_ranks_share_the_work(run_folder, blocks):
 
 
 def test_the_task_itself_can_be_the_objective(run_folder, blocks):
-    config = quantised(
-        run_folder, blocks, "qat",
-        **{'out = "qat"': 'out = "qat"\nobjective = "task"'},
-    )  # fmt: skip
+    changes = {
+        'out = "qat"': 'out = "qat"\nobjective = "task"',
+        "[engine]": "[engine]\nworkers = 2",
+    }
+    config = quantised(run_folder, blocks, "qat", **changes)
     trainer = build_trainer(config, run_folder / "qat-scratch", World())
     batch = trainer._batch()
     states, head = trainer.student.hidden_states(trainer.committed["large"].widths, **batch.inputs)
@@ -206,6 +207,7 @@ def test_the_task_itself_can_be_the_objective(run_folder, blocks):
     expected = torch.nn.functional.cross_entropy(logits[counted], labels[counted])
     report = build_trainer(config, run_folder / "qat-again", World()).train_step()
     assert report.kd["large"] == pytest.approx(expected.item(), rel=1e-4)
+    assert [learner.teacher for learner in trainer.workers.learners] == [None, None]
 
 
 @pytest.mark.parametrize(

@@ -40,6 +40,7 @@ from star_elastic.demo import (
     stages,
     write_rows,
 )
+from star_elastic.errors import ConfigError
 from star_elastic.evaluate.accuracy import evaluate_plan
 from star_elastic.evaluate.tasks import TASKS, sample_problems
 from star_elastic.generate.family import load
@@ -113,7 +114,7 @@ def main() -> None:
 def run_seed(seed: int, options: argparse.Namespace, progress: Progress) -> dict[str, Any]:
     """Every size of every arm of one seed."""
     lab = Lab(options.out / "work" / f"seed-{seed}", seed, options, progress)
-    lab.folder.mkdir(parents=True, exist_ok=True)
+    lab.require_same_options()
     family = lab.family()
     return {arm: lab.measured(arm, lab.make_arm(family, arm)) for arm in ARMS}
 
@@ -126,6 +127,16 @@ class Lab:
     seed: int
     options: argparse.Namespace
     progress: Progress
+
+    def require_same_options(self) -> None:
+        """Raises ConfigError if the directory holds what other options have made."""
+        file = self.folder / "made_with.json"
+        own = {k: v for k, v in vars(self.options).items() if k not in ("out", "seeds")}
+        if not file.exists():
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write_json(file, own)
+        elif json.loads(file.read_text(encoding="utf-8")) != own:
+            raise ConfigError(f"{self.folder} was made otherwise; name another directory")
 
     @property
     def rows(self) -> Path:
@@ -222,7 +233,8 @@ def file_name(arm: str) -> str:
 
 
 def summary(seeds: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Of every size of an arm: means and standard deviations over seeds, and what each found."""
+    """Of every size of an arm: means and standard deviations over seeds, and what each found;
+    `task_std` is the deviation over tasks of the means over seeds."""
     found = {}
     for name in seeds[0]:
         own = [seed[name] for seed in seeds]
@@ -231,11 +243,11 @@ def summary(seeds: Sequence[dict[str, Any]]) -> dict[str, Any]:
         }
         found[name] = {
             "accuracy": statistics.mean(s["accuracy"] for s in own),
-            "accuracy_std": spread([s["accuracy"] for s in own]),
-            "task_std": spread(list(tasks.values())),
+            "accuracy_std": deviation([s["accuracy"] for s in own]),
+            "task_std": deviation(list(tasks.values())),
             "per_task": tasks,
             "kl": statistics.mean(s["kl"] for s in own),
-            "kl_std": spread([s["kl"] for s in own]),
+            "kl_std": deviation([s["kl"] for s in own]),
             "bytes": round(statistics.mean(s["bytes"] for s in own)),
             "seeds": own,
         }
@@ -248,10 +260,10 @@ def share_of(size: dict[str, Any], whole: dict[str, Any]) -> dict[str, float]:
         own["accuracy"] / max(other["accuracy"], 1e-9)
         for own, other in zip(size["seeds"], whole["seeds"], strict=True)
     ]
-    return {"mean": statistics.mean(shares), "std": spread(shares)}
+    return {"mean": statistics.mean(shares), "std": deviation(shares)}
 
 
-def spread(values: Sequence[float]) -> float:
+def deviation(values: Sequence[float]) -> float:
     """Standard deviation; 0 of one value."""
     return statistics.stdev(values) if len(values) > 1 else 0.0
 

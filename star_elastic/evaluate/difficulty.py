@@ -88,6 +88,16 @@ class Dial:
         return cls(**{**content, "threshold": ALWAYS_SMALL if endless else content["threshold"]})
 
 
+def dials_by_pair(
+    policies: Sequence[Mapping[str, Any]],
+) -> dict[tuple[str, str], list[Dial]]:
+    """The dials of every (small, large) pair, from the plain data of a calibration."""
+    return {
+        (policy["small"], policy["large"]): [Dial.from_json(dial) for dial in policy["dials"]]
+        for policy in policies
+    }
+
+
 def calibrate(readings: Readings, positions: Sequence[float], look: Look = "token") -> list[Dial]:
     """The dial at these positions: the share of tokens that the large size would write, or of lines
     where the small one looks only at their beginning. Raises ConfigError outside of 0 to 1."""

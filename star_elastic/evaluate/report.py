@@ -264,15 +264,16 @@ def _comparisons(result: Data) -> str:
 
 
 def _answers(result: Data) -> str:
-    if len(result["sizes"]) == 1:
+    table = answers_table(result)
+    if len(result["sizes"]) == 1 or not table.rows:
         return ""
     text = (
         "The trace of a size is the same whoever answers, so along a row only the answer differs. "
         "Where a row's numbers agree, a larger size that answers has nothing to win on these "
-        "problems; the last columns look at traces that the budget cut, whose answer still takes "
-        "work."
+        "problems. The last columns look at traces that the budget cut, whose answer still takes "
+        "work: all such problems together, whatever their task."
     )
-    return f"<h2>Who answers</h2><p>{text}</p>{_details(answers_table(result), is_open=True)}"
+    return f"<h2>Who answers</h2><p>{text}</p>{_details(table, is_open=True)}"
 
 
 def _difficulty(result: Data) -> str:

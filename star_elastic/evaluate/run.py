@@ -22,7 +22,14 @@ from star_elastic.checkpoint import digest_files, write_json
 from star_elastic.errors import ConfigError, Interrupted
 from star_elastic.evaluate.accuracy import SizeCost, solve
 from star_elastic.evaluate.assemble import assemble, keep
-from star_elastic.evaluate.difficulty import Dial, Text, calibrate, read_texts, write_texts
+from star_elastic.evaluate.difficulty import (
+    Dial,
+    Text,
+    calibrate,
+    dials_by_pair,
+    read_texts,
+    write_texts,
+)
 from star_elastic.evaluate.grid import Entry, make_grid
 from star_elastic.evaluate.kept import Kept
 from star_elastic.evaluate.problems import (
@@ -286,11 +293,7 @@ class _Run:
     def result(self, command: str) -> dict[str, Any]:
         """Everything that was found, as plain data."""
         calibration = self.kept.fetch("calibration", self.calibrate)
-        dials = {
-            (found["small"], found["large"]): [Dial.from_json(dial) for dial in found["dials"]]
-            for found in calibration["policies"]
-        }
-        entries = self.grid(calibration["budgets"], dials)
+        entries = self.grid(calibration["budgets"], dials_by_pair(calibration["policies"]))
         solved = self.solve(entries)
         reuse = self.study_reuse(calibration["budgets"])
         settings = self.settings

@@ -109,7 +109,7 @@ def plans_table(result: Data) -> Table:
 
 def answers_table(result: Data) -> Table:
     """Who answers: for every thinking size and budget, the accuracy by answering size, of all
-    problems and of those whose trace was cut."""
+    problems (the mean over tasks) and of those whose trace a budget cut (all together)."""
     sizes = list(result["sizes"])
     found = {
         (plan["sizes"][0], plan["budget"], plan["sizes"][-1]): plan["test"]
@@ -120,13 +120,14 @@ def answers_table(result: Data) -> Table:
     for think, budget in dict.fromkeys((think, budget) for think, budget, _ in found):
         own = [found.get((think, budget, answer)) for answer in sizes]
         cut = next(test["cut_share"] for test in own if test)
+        counts = budget is not None and cut > 0  # without a budget, what is cut has no answer
         rows.append([
             think,
             NONE if budget is None else str(budget),
             *(percent(test["accuracy"]) if test else NO_VALUE for test in own),
             percent(cut),
             *(
-                percent(test["cut_accuracy"]) if test and test["cut_share"] else NO_VALUE
+                percent(test["cut_accuracy"]) if counts and test else NO_VALUE
                 for test in own
             ),
         ])  # fmt: skip

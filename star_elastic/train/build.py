@@ -18,10 +18,10 @@ from star_elastic.quant.fake import FakeQuantisation
 from star_elastic.quant.layout import Scheme
 from star_elastic.router.grid import Grid
 from star_elastic.router.router import Router
-from star_elastic.train.calibrate import BASIS, Calibration
+from star_elastic.train.calibrate import BASIS, ORDERS, Calibration
 from star_elastic.train.check import Checked
 from star_elastic.train.config import RunConfig
-from star_elastic.train.directory import ORDERS, TEACHER, fingerprint
+from star_elastic.train.directory import TEACHER, fingerprint
 from star_elastic.train.distributed import World
 from star_elastic.train.loop import Trainer
 from star_elastic.train.quantise import InputCalibration, calibrate_sizes, shared_scales
@@ -75,10 +75,9 @@ def build_trainer(
     return trainer, orders, basis
 
 
-Sorted = tuple[PreTrainedModel, dict[str, torch.Tensor], torch.Tensor | None]
-
-
-def _family(config: RunConfig, device: str) -> Sorted:
+def _family(
+    config: RunConfig, device: str
+) -> tuple[PreTrainedModel, dict[str, torch.Tensor], torch.Tensor | None]:
     """The weights of a family that is trained on, with the order and basis that it is in."""
     family = Path(config.family)
     parent, _ = load_parent(family, device=device)

@@ -27,7 +27,7 @@ from star_elastic.train.sources import Batch, Source, calibration_batches
 
 BASIS = "basis.safetensors"
 DEPTH = "depth.safetensors"
-SCORES = "scores.safetensors"
+SCORES, ORDERS = "scores.safetensors", "orders.safetensors"
 DEPTH_SAMPLES = 32
 """Rows on which layers are left out one by one, as often as there are layers."""
 

@@ -1,4 +1,4 @@
-"""A run directory: what its files are called, and what may change between two starts of a run."""
+"""A run directory: how a run begins and goes on in it, and what may change between the two."""
 
 from __future__ import annotations
 
@@ -15,8 +15,7 @@ from star_elastic.train.state import has_state
 from star_elastic.train.strict import to_plain
 
 ELASTIC, QUANTISED = "elastic", "quantised"
-ORDERS = "orders.safetensors"
-RUN = "run.json"
+RUN, METRICS = "run.json", "metrics.jsonl"
 TEACHER = "teacher"
 
 

@@ -2,7 +2,7 @@
 
 Every block of the elastic model is a sharded unit: its parameters are gathered before its forward,
 where they are sliced, and its gradients are averaged over the ranks. The router is small and whole
-on every rank.
+on every rank. Long waits go over gloo in either case.
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ up after minutes."""
 
 @dataclass(frozen=True, slots=True)
 class World:
-    """This process among all that train together. `patient`: its ranks, for long waits."""
+    """This process among all that train together. `patient`: a gloo group of the same ranks, whose
+    collectives wait for `PATIENCE`."""
 
     rank: int = 0
     size: int = 1

@@ -1,4 +1,4 @@
-"""A whole run, readable top to bottom: check, rank, sort, train, write the elastic checkpoint.
+"""A whole run, readable top to bottom: check, build (`build.py`: rank, sort), train, write.
 
 A run directory holds `run.json` (the resolved config), `scores.safetensors`, `metrics.jsonl`,
 `state/` (the last saved state), and in the end `elastic/` (after quantisation-aware training also
@@ -31,10 +31,10 @@ from star_elastic.progress import Progress, Silent
 from star_elastic.router.budget import AIM, Commitment
 from star_elastic.router.files import LATENCY, ROUTER
 from star_elastic.train.build import build_trainer, stored_dtype
-from star_elastic.train.calibrate import BASIS, SCORES
+from star_elastic.train.calibrate import BASIS, ORDERS, SCORES
 from star_elastic.train.check import Checked, check
 from star_elastic.train.config import RunConfig
-from star_elastic.train.directory import ELASTIC, ORDERS, QUANTISED, begin, require_ready
+from star_elastic.train.directory import ELASTIC, METRICS, QUANTISED, begin, require_ready
 from star_elastic.train.distributed import World, join_world
 from star_elastic.train.loop import StepReport, Trainer
 from star_elastic.train.quantise import quantise_family
@@ -158,7 +158,7 @@ def _loop(trainer: Trainer, run: Path, progress: Progress) -> float:
             now = time.monotonic()
             if world.is_first:
                 row = {**asdict(report), "seconds": round(now - last, 4)}
-                with open(run / "metrics.jsonl", "a", encoding="utf-8") as log:
+                with open(run / METRICS, "a", encoding="utf-8") as log:
                     log.write(json.dumps(row) + "\n")
             last = now
             progress.advance(trainer.step, _note(report, trainer))
@@ -175,7 +175,7 @@ def _loop(trainer: Trainer, run: Path, progress: Progress) -> float:
 
 def _drop_later_metrics(run: Path, step: int) -> None:
     """Drops the log's rows after the last saved state; the run writes them again."""
-    file = run / "metrics.jsonl"
+    file = run / METRICS
     if not file.is_file():
         return
     rows = []
