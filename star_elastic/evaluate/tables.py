@@ -120,16 +120,14 @@ def answers_table(result: Data) -> Table:
     for think, budget in dict.fromkeys((think, budget) for think, budget, _ in found):
         own = [found.get((think, budget, answer)) for answer in sizes]
         cut = next(test["cut_share"] for test in own if test)
-        counts = budget is not None and cut > 0  # without a budget, what is cut has no answer
+        # Without a budget, a trace that is cut has no answer.
+        after = [test["cut_accuracy"] if test and budget is not None else None for test in own]
         rows.append([
             think,
             NONE if budget is None else str(budget),
             *(percent(test["accuracy"]) if test else NO_VALUE for test in own),
             percent(cut),
-            *(
-                percent(test["cut_accuracy"]) if counts and test else NO_VALUE
-                for test in own
-            ),
+            *(NO_VALUE if share is None else percent(share) for share in after),
         ])  # fmt: skip
     columns = [
         "thinks", "budget", *(f"{size} answers" for size in sizes), "traces cut",
