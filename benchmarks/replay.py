@@ -46,8 +46,8 @@ from star_elastic.terminal import at_the_command_line, command_line, print_table
 from star_elastic.widths import Widths
 
 PLANS = (
-    "large", "medium", "small", "small~large 5%", "small~large 5% lines", "medium~large 5%",
-    "small~medium 5%", "small>large", "large>small", "large@72", "large@56",
+    "large", "medium", "small", "small~large 5%", "small~medium 5%", "small~large 5% lines",
+    "small>large", "large@72", "large@56",
 )  # fmt: skip
 BISECTIONS = 12
 
