@@ -42,15 +42,17 @@ def build_model(config: Mapping[str, Any], seed: int = 0) -> PreTrainedModel:
 def widths_at(
     axis_map: AxisMap, share: float, axes: Collection[str] = (), *, step: int = 1
 ) -> Widths:
-    """The same share of each of these axes, in whole units per group; none named: of every ranked
-    one but experts and query heads. Axes of many units are cut in multiples of `step`."""
+    """The same share of every axis that is named here and there is, in whole units per group; none
+    named: of every ranked one but experts and query heads. Axes of many units are cut in multiples
+    of `step`."""
     chosen = axes or {
         name for name, axis in axis_map.axes.items()
         if axis.ranked and name not in ("experts", "heads")
     }  # fmt: skip
     cut = {}
-    for name in chosen:
-        axis = axis_map.axes[name]
+    for name, axis in axis_map.axes.items():
+        if name not in chosen:
+            continue
         unit = axis.num_groups * (step if axis.size >= MANY_UNITS else 1)
         cut[name] = max(round(axis.size * share / unit), 1) * unit
     return axis_map.complete(cut)
