@@ -264,5 +264,5 @@ def test_plans_are_replayed_by_a_larger_model(tmp_path):
     assert done.returncode == 0, done.stderr
     plans = json.loads((tmp_path / "r.json").read_text())["plans"]
     assert {plan["label"] for plan in plans} == {
-        "large", "small", "large>small", "small>large", "small~large 5%", "small~large 5% lines",
+        "large", "small", "small>large", "small~large 5%", "small~large 5% lines",
     }  # fmt: skip
