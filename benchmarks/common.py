@@ -26,9 +26,8 @@ TINY = {
     **LARGE, "hidden_size": 64, "head_dim": 16, "mamba_head_dim": 16, "mamba_num_heads": 8,
     "moe_intermediate_size": 64, "moe_shared_expert_intermediate_size": 64, "vocab_size": 128,
 }  # fmt: skip
-
-
 MANY_UNITS = 64
+"""An axis of fewer (experts, heads) is cut unit by unit."""
 
 
 def build_model(config: Mapping[str, Any], seed: int = 0) -> PreTrainedModel:

@@ -18,7 +18,6 @@ import argparse
 import gc
 import statistics
 import sys
-import time
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -26,6 +25,7 @@ from typing import Any
 
 import torch
 import transformers
+from common import now
 from switching import read, resume, take_over
 from transformers import PreTrainedModel
 
@@ -290,15 +290,15 @@ class Bench:
         decoder, prefill, decode = BatchDecoder(model, pool), [], []
         for _ in range(1 + self.options.repeats):
             decoder.keep([])
-            start = self._now()
+            start = now()
             decoder.prefill(prompts)
-            prefill.append(1e3 * (self._now() - start))
+            prefill.append(1e3 * (now() - start))
         decoder.step(tokens)  # into static memory
         for _ in range(1 + self.options.repeats):
-            start = self._now()
+            start = now()
             for _ in range(self.options.steps):
                 decoder.step(tokens)
-            decode.append(1e3 * (self._now() - start) / self.options.steps)
+            decode.append(1e3 * (now() - start) / self.options.steps)
         kind = "eager" if pool is None else "graph"
         return {
             "prefill_ms": statistics.median(prefill[1:]),
@@ -328,9 +328,9 @@ class Bench:
         """Milliseconds, the median of some repeats after one."""
         times = []
         for _ in range(1 + self.options.repeats):
-            start = self._now()
+            start = now()
             run()
-            times.append(1e3 * (self._now() - start))
+            times.append(1e3 * (now() - start))
         return statistics.median(times[1:])
 
     # Helpers
@@ -359,11 +359,6 @@ class Bench:
     def _empty_cache(self) -> None:
         if self.device == "cuda":
             torch.cuda.empty_cache()
-
-    def _now(self) -> float:
-        if self.device == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter()
 
 
 def show(result: dict) -> None:
