@@ -1,4 +1,4 @@
-"""How long work is watched: told what a run does, the command line draws bars from it."""
+"""What long work tells its watcher while it runs; the command line draws bars and lines from it."""
 
 from __future__ import annotations
 
@@ -15,6 +15,9 @@ class Progress(Protocol):
     def advance(self, done: int, note: str = "") -> None:
         """`done` units of the stage are finished."""
 
+    def say(self, line: str) -> None:
+        """One line that the user should read, now and afterwards (a fact, a warning)."""
+
 
 class Silent:
     """Progress that nobody watches."""
@@ -23,6 +26,9 @@ class Silent:
         """Ignored."""
 
     def advance(self, done: int, note: str = "") -> None:
+        """Ignored."""
+
+    def say(self, line: str) -> None:
         """Ignored."""
 
 

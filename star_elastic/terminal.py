@@ -59,6 +59,10 @@ class Bars:
         """Moves the bar of the current stage."""
         self._bars.update(self._task, completed=done, note=note)
 
+    def say(self, line: str) -> None:
+        """A line on stderr, above the bars if there are any."""
+        self._bars.console.print(line, markup=False, highlight=False, soft_wrap=True)
+
 
 def print_json(content: object) -> None:
     """One JSON object on stdout."""
@@ -187,6 +191,8 @@ def at_the_command_line() -> Iterator[None]:
     try:
         yield
     except StarElasticError as error:
+        if os.environ.get("STAR_ELASTIC_TRACEBACK"):
+            raise
         said, code = f"error: {error}", 2
     except Interrupted as error:
         said, code = str(error), 1
