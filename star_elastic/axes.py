@@ -130,20 +130,25 @@ class TensorSpec:
         assert len(names) <= 1, (self.name, dim, names)
         return next(iter(names), None)
 
+    @property
+    def is_head(self) -> bool:
+        """Whether it makes logits of hidden states: the LM head, or the embedding tied to it."""
+        return self.part == "head" or (self.part == "embeddings" and not self.lookup)
+
 
 @dataclass(frozen=True, slots=True)
 class StateSpec:
     """A decoding state of one sequence (KV cache, SSM state, conv state), as dimensions.
 
-    `per_token` states grow by one copy per token of context. `dtype_bytes` is None where the
-    state has the model's dtype.
+    `per_token` states grow by one copy per token of context. A state has the dtype of the model,
+    or with `own_dtype` one that engines choose by itself (the SSM state's, `Workload`).
     """
 
     name: str
     layer: int
     dims: tuple[Dim, ...]
     per_token: bool = False
-    dtype_bytes: int | None = None
+    own_dtype: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -65,17 +65,28 @@ def count(
     widths: Annotated[str, typer.Option(help="For example hidden=1920,expert_ffn=960.")] = "",
     context: Annotated[int, typer.Option(help="Tokens of context for KV bytes.", min=0)] = 0,
     batch: Annotated[int, typer.Option(help="Sequences held at once.", min=1)] = 1,
-    dtype_bytes: Annotated[int, typer.Option(help="Bytes per parameter.", min=1)] = 2,
+    dtype_bytes: Annotated[
+        int, typer.Option(help="Bytes per parameter and per element of KV and conv states.", min=1)
+    ] = 2,
+    ssm_dtype_bytes: Annotated[
+        int, typer.Option(help="Bytes per element of the SSM state (transformers: 4).", min=1)
+    ] = 4,
     as_json: AsJson = False,
 ) -> None:
-    """Exact total and active parameters, bytes and operations; needs no weights."""
+    """Exact total and active parameters, bytes and operations; needs no weights.
+
+    Operations are per token. A decoded token goes through the LM head; of a prompt that is read at
+    once, only the last token does.
+    """
     from star_elastic.cost import CostModel, Workload, count_parts
     from star_elastic.families import family_of, read_config
 
     config = read_config(model)
     axis_map = family_of(config).axis_map(config)
     chosen = axis_map.complete(parse_widths(widths))
-    load = Workload(context=context, batch=batch, dtype_bytes=dtype_bytes)
+    load = Workload(
+        context=context, batch=batch, dtype_bytes=dtype_bytes, ssm_dtype_bytes=ssm_dtype_bytes
+    )
     cost = CostModel(axis_map, load).count(chosen)
     parts = count_parts(axis_map, chosen)
     result = {
@@ -86,6 +97,7 @@ def count(
         "weight_bytes": cost.weight_bytes,
         "state_bytes": cost.state_bytes,
         "flops_per_token": cost.flops_per_token,
+        "prefill_flops_per_token": cost.prefill_flops_per_token,
         "parts": parts,
     }
     if as_json:
@@ -94,11 +106,12 @@ def count(
     rows = [[part, f"{size:,}", f"{size / cost.total:.1%}"] for part, size in parts.items()]
     print_table(f"{axis_map.family}  {chosen}", ["part", "parameters", "share"], rows)
     print(f"total   {cost.total:,}\nactive  {cost.active:,}")
+    print(f"weights {cost.weight_bytes:,} bytes")
+    print(f"states  {cost.state_bytes:,} bytes at context {context:,} x batch {batch:,}")
     print(
-        f"weights {cost.weight_bytes:,} bytes; states {cost.state_bytes:,} bytes at context ",
-        end="",
+        f"FLOPs   {cost.flops_per_token:,} per decoded token at context {context:,}, "
+        f"{cost.prefill_flops_per_token:,} per token of a prompt but the last"
     )
-    print(f"{context} x batch {batch}; {cost.flops_per_token:,} FLOPs per token")
 
 
 @app.command()

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from star_elastic.axes import LAYERS, TOP_K, AxisMap, Dim
+from star_elastic.axes import LAYERS, TOP_K, AxisMap, Dim, TensorSpec
 from star_elastic.errors import BudgetError
 
 METRICS = ("active", "total", "bytes", "flops", "ms")
@@ -21,28 +21,45 @@ METRICS = ("active", "total", "bytes", "flops", "ms")
 
 @dataclass(frozen=True, slots=True)
 class Workload:
-    """What the memory and the operations are counted for: tokens of context, sequences, dtype."""
+    """What the memory and the operations are counted for.
+
+    `context` tokens of each of `batch` sequences; `dtype_bytes` per parameter and per element of
+    the decoding states, but for the SSM state, which has `ssm_dtype_bytes`: 4 (fp32) is what
+    transformers keeps; engines may be told to use 2.
+    """
 
     context: int = 0
     batch: int = 1
     dtype_bytes: int = 2
+    ssm_dtype_bytes: int = 4
 
 
 @dataclass(frozen=True, slots=True)
 class Cost:
     """Counts of one submodel. `active` and `total` are parameters including both embeddings; `ms`
-    milliseconds per token, if they were measured."""
+    milliseconds per token, if they were measured.
+
+    `flops_per_token` are the operations of a decoded token, `head_flops` those among them that make
+    its logits.
+    """
 
     total: float
     active: float
     weight_bytes: float
     state_bytes: float
     flops_per_token: float
+    head_flops: float
     ms: float | None = None
 
     @property
     def bytes(self) -> float:
         return self.weight_bytes + self.state_bytes
+
+    @property
+    def prefill_flops_per_token(self) -> float:
+        """Operations of a token that is read at once with others: only the last of them goes
+        through the LM head, which takes `head_flops` more."""
+        return self.flops_per_token - self.head_flops
 
     def metric(self, name: str) -> float:
         """The count that a budget of this name limits. Raises BudgetError for unknown names."""
@@ -92,11 +109,12 @@ class CostModel:
             rows[(kind, dims, None if merge else layer, scale)] += 1
 
         for spec in self.axis_map.tensors.values():
-            kind = "buffer" if spec.is_buffer else "routed" if spec.routed else "weight"
-            add("lookup" if spec.lookup else kind, spec.dims, spec.layer)
+            add(_kind(spec), spec.dims, spec.layer)
         for state in self.axis_map.states:
             kind = "state_per_token" if state.per_token else "state"
-            add(kind, state.dims, state.layer, state.dtype_bytes or self.workload.dtype_bytes)
+            load = self.workload
+            num_bytes = load.ssm_dtype_bytes if state.own_dtype else load.dtype_bytes
+            add(kind, state.dims, state.layer, num_bytes)
         for work in self.axis_map.work:
             add("context" if work.per_context else "work", work.dims, work.layer, work.flops)
         return [_Row(*key, count=count) for key, count in rows.items()]
@@ -122,19 +140,31 @@ class CostModel:
             if row.kind == "routed":
                 sums["routed_active"] += active
         load = self.workload
-        parameters = sums["weight"] + sums["lookup"]
-        used = sums["weight"] + sums["routed_active"]
+        parameters = sums["weight"] + sums["head"] + sums["lookup"]
+        used = sums["weight"] + sums["head"] + sums["routed_active"]
         return Cost(
             total=parameters + sums["routed"],
             active=parameters + sums["routed_active"],
             weight_bytes=(parameters + sums["routed"]) * load.dtype_bytes + sums["buffer"] * 4,
             state_bytes=load.batch * (sums["state"] + sums["state_per_token"] * load.context),
             flops_per_token=2 * used + sums["work"] + sums["context"] * load.context,
+            head_flops=2 * sums["head"],
             ms=self._milliseconds(widths, self.axis_map) if self._milliseconds else None,
         )
 
     def _width(self, widths: Mapping, axis: str, layer: int | None):
         return self.axis_map.width(widths, axis, layer)
+
+
+def _kind(spec: TensorSpec) -> str:
+    """What a tensor counts as."""
+    if spec.is_buffer:
+        return "buffer"
+    if spec.routed:
+        return "routed"
+    if spec.lookup:
+        return "lookup"
+    return "head" if spec.is_head else "weight"
 
 
 def count_parts(axis_map: AxisMap, widths: Mapping) -> dict[str, int]:

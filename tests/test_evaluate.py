@@ -151,9 +151,11 @@ def test_cost_is_counted_token_by_token(generator, problems, think, answer):
         for phase in generation.phases:
             if phase.prefill_tokens:
                 context = 0
-            for _ in range(phase.prefill_tokens + phase.decode_steps):
+            for number in range(phase.prefill_tokens + phase.decode_steps):
                 context += 1
-                flops += count_at(generator, phase.size, context).flops_per_token
+                cost = count_at(generator, phase.size, context)
+                predicts = number >= phase.prefill_tokens - 1
+                flops += cost.flops_per_token if predicts else cost.prefill_flops_per_token
             num_bytes += phase.decode_steps * weight_bytes(generator, phase.size)
             decoded += phase.decode_steps
         num_seen = generation.prompt_tokens + len(generation.token_ids) - 1

@@ -63,8 +63,9 @@ class Evaluation:
     mean by the problems drawn. `cut_share` is the share of problems whose trace the model did not
     end itself, `cut_accuracy` that of right answers among them (None: there are none). `seconds` is
     wall time of batched generation; `flops` counts every token that a size read, with attention at
-    its own context; `bytes_per_token` the weights that a decoded token reads at batch 1 (embedding
-    rows looked up are left out), `weight_bytes` those of a whole problem.
+    its own context, and the LM head where a token is predicted (once for a text that is read at
+    once); `bytes_per_token` the weights that a decoded token reads at batch 1 (embedding rows
+    looked up are left out), `weight_bytes` those of a whole problem.
     """
 
     label: str
@@ -122,12 +123,17 @@ class SizeCost:
         table = family_of(config).axis_map(config)
         return cls(table, table.full, model.dtype.itemsize)
 
-    def count_flops(self, start: int, num_tokens: int) -> float:
-        """Operations for tokens that see `start + 1`, `start + 2`, ... tokens of context."""
-        fixed = self._counted[0].flops_per_token
-        per_context = self._counted[1].flops_per_token - fixed
+    def count_flops(self, start: int, num_tokens: int, *, at_once: bool) -> float:
+        """Operations for tokens that see `start + 1`, `start + 2`, ... tokens of context.
+
+        Read one by one, every token goes through the LM head; read at once, only the last does.
+        """
+        body = self._counted[0].prefill_flops_per_token
+        per_context = self._counted[1].prefill_flops_per_token - body
         contexts = num_tokens * start + num_tokens * (num_tokens + 1) // 2
-        return num_tokens * fixed + contexts * per_context
+        num_predicted = min(num_tokens, 1) if at_once else num_tokens
+        head = num_predicted * self._counted[0].head_flops
+        return num_tokens * body + contexts * per_context + head
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,7 +150,7 @@ def count_work(generation: Generation, costs: Mapping[str, SizeCost]) -> Work:
     flops = decoded = at_once = 0.0
     for read in generation.reads:
         cost = costs[read.size]
-        flops += cost.count_flops(read.start, read.tokens)
+        flops += cost.count_flops(read.start, read.tokens, at_once=read.at_once)
         if read.at_once:
             at_once += cost.bytes_per_token
         else:

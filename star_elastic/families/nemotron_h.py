@@ -45,7 +45,6 @@ LETTERS = {
     "-": "-", "mlp": "-",
 }  # fmt: skip
 LEGACY_NAMES = {"M": "mamba", "*": "attention", "E": "moe", "-": "mlp"}
-FP32_BYTES = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -269,7 +268,7 @@ class _Builder:
         self.norms.append(NormSpec(f"{path}.norm", "ssm_heads", layer, s.eps, grouped=True))
         self.probes.append(Probe(f"{path}.out_proj", layer, "input", ((inner,),), written=True))
         state = fixed(s.ssm_state)
-        self.states.append(StateSpec("ssm", layer, ((inner,), state), dtype_bytes=FP32_BYTES))
+        self.states.append(StateSpec("ssm", layer, ((inner,), state), own_dtype=True))
         self.states.append(StateSpec("conv", layer, (conv, fixed(s.conv_kernel))))
         # Per element of the state: decay, two for the outer product and its sum, two to read.
         self.work.append(WorkSpec(layer, ((inner,), state), flops=5))

@@ -265,9 +265,10 @@ class RunConfig:
                 parse_budget(amount, metric, f"sizes.{name}.")
         load = self.workload
         require(
-            load.context >= 0 and load.batch >= 1 and load.dtype_bytes >= 1,
+            load.context >= 0 and min(load.batch, load.dtype_bytes, load.ssm_dtype_bytes) >= 1,
             f"workload has context={load.context}, batch={load.batch}, "
-            f"dtype_bytes={load.dtype_bytes}; give tokens >= 0, sequences and bytes >= 1",
+            f"dtype_bytes={load.dtype_bytes}, ssm_dtype_bytes={load.ssm_dtype_bytes}; "
+            "give tokens >= 0, sequences and bytes >= 1",
         )
         require(
             bool(self.family or not self.quant.format),
