@@ -38,6 +38,11 @@ settings.register_profile(
 settings.load_profile("suite")
 
 
+def pytest_sessionfinish() -> None:
+    """Waits for the processes that tests have started."""
+    stop_server()
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Skips GPU tests where there is no GPU."""
     if torch.cuda.is_available():
@@ -47,5 +52,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason="no CUDA device"))
 
 
+from tests.processes import stop_server  # noqa: E402
 from tests.tiny_family import family, tiny_checkpoint  # noqa: E402, F401
-from tests.tiny_run import deep_folder, run_folder, trained  # noqa: E402, F401
+from tests.tiny_run import blocks, deep_folder, run_folder, short, trained  # noqa: E402, F401

@@ -1,86 +1,72 @@
-"""What one rank of a distributed test does; started by torchrun, or alone.
-
-ranks.py gradients RUN.toml OUT   the first step; rank 0 writes its gradients and losses
-ranks.py stop RUN.toml STEP       trains until a step, then stops as if interrupted
-ranks.py wait SECONDS             rank 0 works for so long, more than its collectives may take
-"""
+"""What ranks do in tests; started by `processes.on_ranks`, or by a test itself as the only one."""
 
 from __future__ import annotations
 
-import json
-import os
 import signal
-import sys
 import time
+from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from safetensors.torch import save_file
 from torch.distributed.distributed_c10d import _set_pg_timeout as set_timeout
 
 from star_elastic.errors import Interrupted
-from star_elastic.progress import Silent
 from star_elastic.train.config import RunConfig, load_run_config
 from star_elastic.train.distributed import World, join_world
-from star_elastic.train.loop import StepReport
-from star_elastic.train.run import train
-from tests.tiny_run import build_trainer
+from star_elastic.train.run import RunResult, train
+from tests.tiny_run import StopAt, build_trainer
+
+TOLERANCE = 1e-6
+"""Of gradients, relative to the largest one of their tensor: sums run in another order."""
 
 
-def gradients(config: RunConfig, out: Path, world: World) -> None:
-    """The (clipped) gradients of the first step, and its losses."""
-    trainer = build_trainer(config, out.with_suffix(""), world)
-    report: StepReport = trainer.train_step()
-    found = {"losses": torch.tensor([*report.kd.values(), *report.budget.values()])}
+def gradients(config: RunConfig, scratch: Path, world: World) -> dict[str, torch.Tensor]:
+    """The (clipped) gradients of the first step by parameter, whole; its losses and tokens."""
+    trainer = build_trainer(config, scratch, world)
+    report = trainer.train_step()
+    found = {
+        "losses": torch.tensor([*report.kd.values(), *report.budget.values()]),
+        "tokens": torch.tensor(report.num_tokens),
+    }
     for name, parameter in trainer._parameters():
         if parameter.grad is not None:
             gradient = parameter.grad
             found[name] = getattr(gradient, "full_tensor", lambda whole=gradient: whole)().clone()
-    if world.is_first:
-        save_file(found, out)
-        out.with_suffix(".json").write_text(json.dumps({"tokens": report.num_tokens}))
+    return found
 
 
-class StopAt(Silent):
-    """Interrupts this rank after some steps."""
-
-    def __init__(self, step: int):
-        self.step = step
-
-    def advance(self, done: int, note: str = "") -> None:
-        if note and done == self.step:
-            os.kill(os.getpid(), signal.SIGTERM)
+def gradients_of(files: Sequence[Path], folder: Path) -> list[dict[str, torch.Tensor]]:
+    """The same of several run configs, one after the other, on this rank."""
+    torch.set_num_threads(1)
+    with join_world() as world:
+        folder = folder / f"of-{world.size}"
+        folder.mkdir(exist_ok=True)
+        return [gradients(load_run_config(file), folder / file.stem, world) for file in files]
 
 
-def wait(seconds: float) -> None:
-    """Waits for a rank that works for three times as long as collectives may take."""
+def stop(file: Path, step: int) -> str:
+    """Trains until a step, then stops as if interrupted; what is said then."""
+    try:
+        train(load_run_config(file), progress=StopAt(step, signal.SIGTERM))
+    except Interrupted as stopped:
+        return str(stopped)
+    raise AssertionError("the run was not interrupted")
+
+
+def run(file: Path, *, resume: bool = False) -> RunResult:
+    """A whole run, or what is left of it."""
+    return train(load_run_config(file), resume=resume)
+
+
+def wait(seconds: float) -> float:
+    """Waits for a rank that works for three times as long as collectives may take; how long."""
     with join_world() as world:
         world.wait()
         set_timeout(timedelta(seconds=seconds / 3), dist.group.WORLD)
+        begin = time.monotonic()
         if world.is_first:
             time.sleep(seconds)
         world.wait()
-        print("met")
-
-
-def main() -> None:
-    torch.set_num_threads(1)
-    if sys.argv[1] == "wait":
-        wait(float(sys.argv[2]))
-        return
-    mode, file, last = sys.argv[1:]
-    config = load_run_config(file)
-    if mode == "gradients":
-        with join_world() as world:
-            gradients(config, Path(last), world)
-        return
-    try:
-        train(config, progress=StopAt(int(last)))
-    except Interrupted as stopped:
-        print(stopped)
-
-
-if __name__ == "__main__":
-    main()
+        return time.monotonic() - begin

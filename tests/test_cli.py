@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -18,30 +19,26 @@ from star_elastic.evaluate.run import Settings, evaluate_family
 from star_elastic.families import family_of, read_config
 from star_elastic.manifest import Manifest, Size, save_manifest
 from star_elastic.train.config import RunConfig, parse
+from tests.processes import ROOT, answer, refusal, run_code, run_command, run_script
 from tests.tiny_run import RUN
 
-ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
-def call(*arguments) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-W", "error", "-m", "star_elastic.cli", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
-
-
-def answer(*arguments) -> dict:
-    """The JSON object that a command prints, and nothing else."""
-    done = call(*arguments, "--json")
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
-
-
-def refusal(*arguments) -> str:
-    """The one line of a command that ends with exit code 2."""
-    done = call(*arguments)
-    assert done.returncode == 2, (done.returncode, done.stderr)
-    assert done.stdout == "" and done.stderr.count("\n") == 1, done.stderr
-    return done.stderr
+def test_the_command_is_installed_and_a_module(tmp_path):
+    """As a user starts it: the script, and `python -m`, in an interpreter of their own."""
+    script = Path(sys.executable).parent / "star-elastic"
+    module = [sys.executable, "-W", "error", "-m", "star_elastic.cli"]
+    for command in ([script], module):
+        done = subprocess.run(
+            [*command, "count", bundled_parent(), "--json"],
+            capture_output=True, text=True, check=False, cwd=tmp_path,
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+        )  # fmt: skip
+        assert done.returncode == 0 and not done.stderr, done.stderr
+        assert json.loads(done.stdout)["total"] == answer("count", bundled_parent())["total"]
+    done = subprocess.run([*module, "slice", "x"], capture_output=True, check=False, cwd=tmp_path)
+    assert done.returncode == 2 and not done.stdout
 
 
 def test_rank_train_sizes_slice_generate(run_folder):
@@ -183,19 +180,16 @@ def test_demo_refuses_a_directory_that_is_not_its_own(tmp_path):
 
 def test_readme_names_every_command():
     listed = set(re.findall(r"^\| `star-elastic (\w+)", README, re.M))
-    helped = set(re.findall(r"^\W*(\w+)  ", call("--help").stdout, re.M))
+    helped = set(re.findall(r"^\W*(\w+)  ", run_command("--help").stdout, re.M))
     assert listed and listed <= helped
     for command in listed:
-        assert call(command, "--help").returncode == 0
+        assert run_command(command, "--help").returncode == 0
 
 
 def test_readme_quick_start_runs(trained):
     (code,) = re.findall(r"```python\n(.*?)```", README, re.S)
     assert len(code.strip().splitlines()) <= 17
-    code = code.replace("runs/demo/run/elastic", str(trained.elastic))
-    done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=False
-    )
+    done = run_code(code.replace("runs/demo/run/elastic", str(trained.elastic)))
     assert done.returncode == 0, done.stderr
     assert "'thinking', 'small'" in done.stdout
 
@@ -233,10 +227,7 @@ def test_readme_run_config_is_valid():
 )
 def test_long_recipes_have_a_smoke_form(command, tmp_path):
     arguments = [part.format(out=tmp_path / "out") for part in command]
-    done = subprocess.run(
-        [sys.executable, "-W", "error", *arguments],
-        capture_output=True, text=True, check=False, cwd=ROOT,
-    )  # fmt: skip
+    done = run_script(*arguments)
     assert done.returncode == 0, done.stderr
     if "--json" in arguments:
         report = json.loads(done.stdout)
@@ -257,10 +248,7 @@ def test_plans_are_replayed_by_a_larger_model(tmp_path):
     )
     evaluate_family(family, settings, out)
     command = ["benchmarks/replay.py", "--evaluation", out, "--smoke", "--out", tmp_path / "r.json"]
-    done = subprocess.run(
-        [sys.executable, "-W", "error", *map(str, command)],
-        capture_output=True, text=True, check=False, cwd=ROOT,
-    )  # fmt: skip
+    done = run_script(*command)
     assert done.returncode == 0, done.stderr
     plans = json.loads((tmp_path / "r.json").read_text())["plans"]
     assert {plan["label"] for plan in plans} == {

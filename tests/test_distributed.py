@@ -11,26 +11,58 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from safetensors.torch import load_file
 
 from star_elastic.errors import ConfigError, Interrupted
 from star_elastic.train.check import check
 from star_elastic.train.distributed import join_world
 from star_elastic.train.run import train
-from tests.test_train import SHORT, StopAt, metrics
-from tests.tiny_run import config_in
+from tests import ranks
+from tests.processes import on_ranks
+from tests.tiny_run import SHORT, StopAt, config_in, metrics
 
 ROOT = Path(__file__).parent.parent
-TOLERANCE = 1e-6
-"""Of gradients, relative to the largest one of their tensor: sums run in another order."""
+PHASES = {
+    "router": {"[sizes.large]": 'per_layer = ["ssm_heads"]\n[sizes.large]'},
+    "plain": {
+        "[router]": '[router.fixed]\nlarge = "hidden=48"\nsmall = "hidden=32,'
+        'layers=0/1/1,experts=6"\n[router]',
+        "active = 0.7": "active = 0.535",
+    },
+    "one size": {"batch_size = 4": 'batch_size = 8\ngroups = 4\nsizes_per_step = "one"'},
+    "recompute": {"save_every = 16": "recompute = true\nmicro_batch = 1"},
+}
 
 
-def launch(ranks: int, *arguments, module: str = "tests.ranks") -> str:
-    """Runs a module on some ranks of this machine and returns what it prints."""
-    command = [sys.executable, "-m", module, *map(str, arguments)]
-    if ranks > 1:
-        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-        command = [sys.executable, *launcher, "-m", module, *map(str, arguments)]
+@pytest.fixture(scope="module")
+def gradients(run_folder):
+    """The first step's gradients in every phase, of one process and of two ranks."""
+    files = []
+    for phase, changes in PHASES.items():
+        name = "ranks-" + phase.replace(" ", "-")
+        config_in(run_folder, name, **changes)
+        files.append(run_folder / f"{name}.toml")
+    alone = ranks.gradients_of(files, run_folder)
+    together = on_ranks(2, ranks.gradients_of, files, run_folder)
+    return {
+        phase: (one, [rank[number] for rank in together])
+        for number, (phase, one) in enumerate(zip(PHASES, alone, strict=True))
+    }
+
+
+@pytest.mark.parametrize("phase", PHASES)
+def test_two_ranks_compute_the_gradients_of_one(gradients, phase):
+    one, together = gradients[phase]
+    for two in together:
+        assert one.keys() == two.keys()
+        for key, expected in one.items():
+            largest = expected.abs().max().clamp(min=1e-12)
+            assert (two[key] - expected).abs().max() <= ranks.TOLERANCE * largest, key
+
+
+def torchrun(*arguments) -> str:
+    """Two ranks of the command line as torchrun starts them; what they print."""
+    launcher = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [sys.executable, "-m", *launcher, "-m", "star_elastic.cli", *map(str, arguments)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
         command, capture_output=True, text=True, check=False, cwd=ROOT, env=environment, timeout=300
@@ -39,53 +71,33 @@ def launch(ranks: int, *arguments, module: str = "tests.ranks") -> str:
     return done.stdout
 
 
-@pytest.mark.parametrize("phase", ["router", "plain", "one size", "recompute"])
-def test_two_ranks_compute_the_gradients_of_one(run_folder, phase):
-    changes = {
-        "router": {"[sizes.large]": 'per_layer = ["ssm_heads"]\n[sizes.large]'},
-        "plain": {
-            "[router]": '[router.fixed]\nlarge = "hidden=48"\nsmall = "hidden=32,'
-            'layers=0/1/1,experts=6"\n[router]',
-            "active = 0.7": "active = 0.535",
-        },
-        "one size": {"batch_size = 4": 'batch_size = 8\ngroups = 4\nsizes_per_step = "one"'},
-        "recompute": {"save_every = 16": "recompute = true\nmicro_batch = 1"},
-    }[phase]
-    name = "ranks-" + phase.replace(" ", "-")
-    config_in(run_folder, name, **changes)
-    found = []
-    for ranks in (1, 2):
-        out = run_folder / f"{name}-{ranks}.safetensors"
-        launch(ranks, "gradients", run_folder / f"{name}.toml", out)
-        found.append(load_file(out))
-    one, two = found
-    assert one.keys() == two.keys()
-    for key, expected in one.items():
-        largest = expected.abs().max().clamp(min=1e-12)
-        assert (two[key] - expected).abs().max() <= TOLERANCE * largest, key
-
-
-def test_states_load_on_another_number_of_ranks(run_folder):
+def test_states_load_on_another_number_of_ranks(run_folder, short):
     """From two ranks to one, and back to two from the command line, which ends the run."""
     torch.set_num_threads(1)
-    straight = train(config_in(run_folder, "one-rank", **SHORT))
     config, file = config_in(run_folder, "two-ranks", **SHORT), run_folder / "two-ranks.toml"
-    said = launch(2, "stop", file, 4)
-    assert "stopped at step 4; go on with --resume" in said
+    said = on_ranks(2, ranks.stop, file, 4)
+    assert said == ["stopped at step 4; go on with --resume"] * 2
     assert len(list((run_folder / "two-ranks" / "state").glob("*.safetensors"))) == 2
     with pytest.raises(Interrupted, match="stopped at step 8"):
         train(config, resume=True, progress=StopAt(8))
-    said = launch(2, "train", file, "--resume", "--json", module="star_elastic.cli")
+    said = torchrun("train", file, "--resume", "--json")
     assert json.loads(said)["steps"] == 12
     log = (run_folder / "two-ranks" / "metrics.jsonl").read_text().splitlines()
-    for a, b in zip(map(json.loads, log), metrics(straight), strict=True):
+    for a, b in zip(map(json.loads, log), metrics(short), strict=True):
         assert a["num_tokens"] == b["num_tokens"]
         assert a["kd"] == pytest.approx(b["kd"], rel=1e-3)
 
 
 def test_ranks_wait_for_one_that_writes():
     """Longer than any other collective may take: quantising a large family takes its time."""
-    assert launch(2, "wait", 6).split() == ["met", "met"]
+    assert all(seconds >= 1.4 for seconds in on_ranks(2, ranks.wait, 1.5))
+
+
+def test_what_a_rank_raises_is_raised():
+    with pytest.raises(ConfigError, match="no.toml does not exist"):
+        on_ranks(2, ranks.run, Path("no.toml"))
+    with pytest.raises(TimeoutError, match="have not answered in time"):
+        on_ranks(2, ranks.wait, 60, timeout=1)
 
 
 def test_windows_that_ranks_cannot_share_are_refused(run_folder):

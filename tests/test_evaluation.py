@@ -32,7 +32,7 @@ from star_elastic.manifest import Manifest, Size, save_manifest
 from star_elastic.nesting.submodel import load_tokenizer
 from star_elastic.progress import Silent
 from star_elastic.widths import Widths
-from tests.test_cli import answer
+from tests.processes import answer
 from tests.tiny_family import PROMPTS, WIDTHS, make_config, make_model, make_tokenizer
 
 LARGE, SMALL = "<b>", "s & co"

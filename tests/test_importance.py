@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -31,9 +28,7 @@ from star_elastic.nesting.submodel import build_submodel
 from star_elastic.progress import Silent
 from star_elastic.train.sources import Batch
 from tests.laws.parents import Parent, assert_equal, make_parent, precision
-
-ROOT = Path(__file__).parents[1]
-
+from tests.processes import ROOT, run_script
 
 HYBRID = {
     "model_type": "nemotron_h",
@@ -600,15 +595,8 @@ def test_windows_are_cut_from_texts_end_to_end(tmp_path: Path) -> None:
 
 
 def test_the_recipe_runs_on_a_tiny_model(tmp_path: Path) -> None:
-    script = ROOT / "recipes" / "smollm2" / "rank_and_cut.py"
-    result = subprocess.run(
-        [sys.executable, "-W", "error", script, "--work", tmp_path, "--smoke"],
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"},
-        check=False,
-    )
+    script = "recipes/smollm2/rank_and_cut.py"
+    result = run_script(script, "--work", tmp_path, "--smoke", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     report = json.loads((tmp_path / "smollm2_cuts.json").read_text())
     assert report["calibration"]["tokens"] == 640

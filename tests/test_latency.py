@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import json
 import math
-import random
 
 import pytest
 import torch
@@ -21,19 +20,16 @@ from star_elastic.evaluate.latency_grid import grid_points, grid_widths, random_
 from star_elastic.families import family_of
 from star_elastic.latency import (
     Grid,
-    LatencyTable,
-    Machine,
     kind_axes,
     layer_kinds,
-    layout_digest,
     load_table,
     monotone,
     save_table,
 )
 from star_elastic.widths import Widths
+from tests.latencies import made_up
 from tests.laws.parents import AXES, fixed_config, legal_widths
 
-MACHINE = Machine(device="a machine", threads=1, torch="2.13.0")
 KINDS = {
     "moe": ("mamba", "routers + routed experts + shared experts", "attention"),
     "dense": ("mamba", "mlp", "attention"),
@@ -44,31 +40,6 @@ KINDS = {
 def axis_map_of(kind: str) -> AxisMap:
     config = fixed_config(kind)
     return family_of(config).axis_map(config)
-
-
-def made_up(axis_map: AxisMap, seed: int = 0) -> LatencyTable:
-    """A table of random times on the grid that would be measured."""
-    drawn = random.Random(seed)
-    points = grid_points(axis_map)
-
-    def grid(axes: tuple[str, ...]) -> Grid:
-        shape = tuple(points[axis] for axis in axes)
-        return Grid(axes, shape, tuple(drawn.random() for _ in range(math.prod(map(len, shape)))))
-
-    kinds = layer_kinds(axis_map)
-    return LatencyTable(
-        family=axis_map.family,
-        full={name: axis.size for name, axis in axis_map.axes.items()},
-        layers=kinds,
-        digest=layout_digest(axis_map),
-        machine=MACHINE,
-        dtype="float32",
-        phase="decode",
-        batch=2,
-        context=16,
-        parts={kind: grid(kind_axes(axis_map, kinds.index(kind))) for kind in dict.fromkeys(kinds)},
-        fixed=grid(("hidden",)),
-    )
 
 
 # Grids

@@ -24,20 +24,18 @@ from star_elastic.quant.layout import BEFORE_ATTENTION, make_scheme, read_scheme
 from star_elastic.train.quantise import quantise_family
 from star_elastic.train.run import train
 from tests.laws.parents import fixed_config, make_parent
-from tests.test_quantised_training import BLOCKS
-from tests.tiny_run import config_in
+from tests.tiny_run import BLOCKS, config_in
+
+
+@pytest.fixture
+def elastic(blocks):
+    return blocks
 
 
 @pytest.fixture(scope="module")
-def elastic(run_folder):
-    torch.set_num_threads(1)
-    return train(config_in(run_folder, "to-quantise", **BLOCKS)).elastic
-
-
-@pytest.fixture(scope="module")
-def nvfp4(elastic, run_folder, tmp_path_factory):
+def nvfp4(blocks, run_folder, tmp_path_factory):
     out = tmp_path_factory.mktemp("nvfp4") / "family"
-    result = run("quantize", elastic, "--format", "nvfp4", "--out", out,
+    result = run("quantize", blocks, "--format", "nvfp4", "--out", out,
                  "--data", run_folder / "rows.jsonl", "--samples", 8, "--json")  # fmt: skip
     assert result["bytes"] < result["bytes_before"]
     return out

@@ -19,16 +19,10 @@ from star_elastic.train import run as run_module
 from star_elastic.train.config import load_run_config
 from star_elastic.train.distributed import World
 from star_elastic.train.run import train
-from tests.test_distributed import TOLERANCE, launch
-from tests.tiny_run import build_trainer, config_in
+from tests import ranks
+from tests.processes import on_ranks
+from tests.tiny_run import build_trainer
 
-BLOCKS = {
-    "hidden = [48, 40, 32, 24]": "hidden = [48, 32]",
-    "expert_ffn = [32, 24, 16]": "expert_ffn = [32, 16]",
-    "shared_ffn = [64, 60, 56, 52, 48, 44, 40, 36, 32, 28, 24]": "shared_ffn = [64, 48, 32]",
-    "[sizes.small]\nactive = 0.7": "[sizes.small]\nactive = 0.6",
-}
-"""Choices that end on the edges of NVFP4's blocks."""
 RUN = """
 parent = "parent"
 out = "{name}"
@@ -58,13 +52,6 @@ warmup_steps = 2
 save_every = 4
 autocast = false
 """
-
-
-@pytest.fixture(scope="module")
-def blocks(run_folder):
-    """A family whose sizes fit NVFP4."""
-    torch.set_num_threads(1)
-    return train(config_in(run_folder, "blocks", **BLOCKS)).elastic
 
 
 def quantised(folder, family, name, format="nvfp4", small=0.6, **replacements):
@@ -169,17 +156,14 @@ def test_ranks_share_the_work(run_folder, blocks):
     # The one process adds up the same pieces: gradients that cancel depend on the order.
     pieces = {"save_every = 4": "save_every = 4\nmicro_batch = 2"}
     config = quantised(run_folder, blocks, "qad-ranks", "fp8", **pieces)
-    file, found = run_folder / "qad-ranks.toml", []
-    for ranks in (1, 2):
-        out = run_folder / f"qad-ranks-{ranks}.safetensors"
-        launch(ranks, "gradients", file, out)
-        found.append(load_tensors(out))
-    one, two = found
-    assert one.keys() == two.keys()
-    for key, expected in one.items():
-        assert (two[key] - expected).abs().max() <= TOLERANCE * expected.abs().max(), key
-    said = json.loads(launch(2, "train", file, "--json", module="star_elastic.cli"))
-    assert said["steps"] == 8
+    file = run_folder / "qad-ranks.toml"
+    (one,) = ranks.gradients_of([file], run_folder)
+    for (two,) in on_ranks(2, ranks.gradients_of, [file], run_folder):
+        assert one.keys() == two.keys()
+        for key, expected in one.items():
+            largest = expected.abs().max()
+            assert (two[key] - expected).abs().max() <= ranks.TOLERANCE * largest, key
+    assert [done.steps for done in on_ranks(2, ranks.run, file)] == [8, 8]
     straight = train(quantised(run_folder, blocks, "qad-alone", "fp8", **pieces)).elastic
     ids = torch.arange(40)[None] + 5
     for folder in ("elastic", "quantised"):

@@ -1,11 +1,7 @@
 """Nested distillation end to end on a tiny parent: config, training, resume, the result."""
 
 import json
-import os
 import shutil
-import signal
-import subprocess
-import sys
 import time
 from dataclasses import replace
 
@@ -22,7 +18,6 @@ from star_elastic.manifest import load_manifest
 from star_elastic.nesting.elastic import ElasticModel
 from star_elastic.nesting.stream import slice_checkpoint
 from star_elastic.nesting.submodel import load_parent, sort_in_place
-from star_elastic.progress import Silent
 from star_elastic.router.budget import AIM, REACH
 from star_elastic.router.files import widths_for
 from star_elastic.router.grid import default_choices
@@ -32,12 +27,11 @@ from star_elastic.train.directory import fingerprint
 from star_elastic.train.distributed import World
 from star_elastic.train.losses import distillation_loss
 from star_elastic.train.run import train
+from tests.latencies import made_up
 from tests.laws.parents import assert_equal
-from tests.test_latency import made_up
-from tests.tiny_run import TINY, build_trainer, config_in
+from tests.processes import run_code, start_command
+from tests.tiny_run import SHORT, TINY, StopAt, build_trainer, config_in, metrics
 
-SHORT = {"tokens = 15360": "tokens = 4608"}
-"""12 steps instead of 40."""
 TWO_STAGES = """
 [[stages]]
 tokens = 1536
@@ -51,24 +45,8 @@ learning_rate = 1e-3
 [engine]"""
 
 
-def metrics(result):
-    text = (result.elastic.parent / "metrics.jsonl").read_text()
-    return [json.loads(line) for line in text.splitlines()]
-
-
 def weights_of(result):
     return load_tensors(result.elastic / "model.safetensors")
-
-
-class StopAt(Silent):
-    """Asks a run to stop after some steps."""
-
-    def __init__(self, step):
-        self.step = step
-
-    def advance(self, done, note=""):
-        if note and done == self.step:
-            os.kill(os.getpid(), signal.SIGINT)
 
 
 def test_result_is_an_elastic_checkpoint_that_meets_its_budgets(trained):
@@ -152,19 +130,13 @@ def test_killed_and_resumed_equals_uninterrupted(run_folder):
     straight = train(config_in(run_folder, "unkilled", **changes))
     assert [row["stage"] for row in metrics(straight)] == [0] * 12 + [1] * 6
     config_in(run_folder, "killed", **changes)
-    command = [sys.executable, "-m", "star_elastic.cli", "train", run_folder / "killed.toml"]
     log, saved = run_folder / "killed" / "metrics.jsonl", run_folder / "killed" / "state"
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     for step in (5, 15):
-        arguments = command if step == 5 else [*command, "--resume"]
-        process = subprocess.Popen(
-            arguments, env=environment, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL
-        )
+        process = start_command("train", run_folder / "killed.toml", *["--resume"] * (step > 5))
         while not (saved.is_dir() and log.exists() and len(log.read_text().splitlines()) >= step):
-            assert process.poll() is None, "the run ended before it was killed"
+            assert not process.has_ended, "the run ended before it was killed"
             time.sleep(0.01)
         process.kill()
-        process.wait()
         assert not (run_folder / "killed" / "elastic").exists()
     same_run(train(config_in(run_folder, "killed", **changes), resume=True), straight)
 
@@ -180,7 +152,7 @@ main(["train", sys.argv[1], "--resume"])
 
 
 @pytest.mark.parametrize("limit", [200, 20_000], ids=["log", "state"])
-def test_a_full_disk_leaves_the_last_state_intact(run_folder, limit):
+def test_a_full_disk_leaves_the_last_state_intact(run_folder, short, limit):
     torch.set_num_threads(1)
     name = f"full-disk-{limit}"
     changes = {**SHORT, "save_every = 16": "save_every = 4"}
@@ -189,17 +161,13 @@ def test_a_full_disk_leaves_the_last_state_intact(run_folder, limit):
         train(config, progress=StopAt(6))
     state = run_folder / name / "state"
     before = {file.name: file.read_bytes() for file in state.iterdir()}
-    done = subprocess.run(
-        [sys.executable, "-c", LIMITED, run_folder / f"{name}.toml", str(limit)],
-        capture_output=True, text=True, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+    done = run_code(LIMITED, run_folder / f"{name}.toml", limit)
     assert done.returncode == 2, done.stderr
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert "written (" in line and "resume" in line
     assert {file.name: file.read_bytes() for file in state.iterdir()} == before
     assert not list((run_folder / name).glob(".state*"))
-    resumed = train(config, resume=True)
-    same_run(resumed, train(config_in(run_folder, f"no-{name}", **SHORT)))
+    same_run(train(config, resume=True), short)
 
 
 def test_files_that_changed_are_refused_on_resume(run_folder, tmp_path):
@@ -258,21 +226,20 @@ def test_a_damaged_state_ends_with_one_line(run_folder):
     "engine",
     ["micro_batch = 1", "micro_batch = 3", "recompute = true", "workers = 2"],
 )
-def test_micro_batches_threads_and_recomputing_change_nothing(run_folder, engine):
+def test_micro_batches_threads_and_recomputing_change_nothing(run_folder, short, engine):
     torch.set_num_threads(2)
     name = engine.replace(" ", "")
-    one = train(config_in(run_folder, f"{name}-one", **SHORT))
     other = train(
         config_in(run_folder, name, **SHORT, **{"save_every = 16": f"save_every = 16\n{engine}"})
     )
-    for a, b in zip(metrics(one), metrics(other), strict=True):
+    for a, b in zip(metrics(short), metrics(other), strict=True):
         assert a["num_tokens"] == b["num_tokens"] and a["expected"].keys() == b["expected"].keys()
         assert b["kd"] == pytest.approx(a["kd"], rel=1e-4)
-    first, second = weights_of(one), weights_of(other)
+    first, second = weights_of(short), weights_of(other)
     assert all(torch.allclose(first[k], second[k], atol=1e-4) for k in first)
 
 
-def test_cached_teacher_trains_and_is_found_again(run_folder):
+def test_cached_teacher_trains_and_is_found_again(run_folder, short):
     torch.set_num_threads(1)
     cached = {**SHORT, "save_every = 16": "save_every = 5\nteacher_samples = 64"}
     config = config_in(run_folder, "cached", **cached)
@@ -280,9 +247,9 @@ def test_cached_teacher_trains_and_is_found_again(run_folder):
         train(config, progress=StopAt(7))
     shards = list((run_folder / "cached" / "teacher").glob("*.safetensors"))
     assert len(shards) == 2
-    result, live = train(config, resume=True), train(config_in(run_folder, "live", **SHORT))
+    result = train(config, resume=True)
     # Single steps are noisy estimates of the divergence, without bias.
-    mean = [sum(row["kd"]["small"] for row in metrics(run)) / 12 for run in (result, live)]
+    mean = [sum(row["kd"]["small"] for row in metrics(run)) / 12 for run in (result, short)]
     assert mean[0] == pytest.approx(mean[1], rel=0.1)
     with pytest.raises(ConfigError, match="teacher_samples=300 is not in 0 to 255"):
         config_in(run_folder, "many", **{"save_every = 16": "teacher_samples = 300"})
@@ -368,8 +335,9 @@ def test_layers_of_their_own_widths_and_fewer_layers(deep_folder):
     changes = {
         "hidden = [48, 40, 32, 24]\n": "layers = [5, 4]\ntop_k = [2, 1]\n",
         "[sizes.large]": 'per_layer = ["ssm_heads", "expert_ffn", "shared_ffn"]\n[sizes.large]',
-        "[64, 60, 56, 52, 48, 44, 40, 36, 32, 28, 24]": "[64, 24]",  # too coarse for all alike
-        "active = 0.7": "active = 0.66",  # with all layers at least .68
+        "[64, 60, 56, 52, 48, 44, 40, 36, 32, 28, 24]": "[64, 24]",
+        # With all layers at least .68; with widths alike in all layers 1.5 % off.
+        "active = 0.7": "active = 0.61",
     }
     result = train(config_in(deep_folder, "own", **changes))
     family = load(result.elastic)
@@ -515,7 +483,7 @@ def test_default_stages_are_the_papers(run_folder):
         ('parent = "parent"', 'parent = "nowhere"', ConfigError, "nowhere holds no config.json"),
         ("num_samples = 16", 'scores = "none"', CheckpointError, "none does not exist"),
         ("[engine]", "[optimizer]\nbetas = [1.0, 0.9]\n[engine]", ConfigError, "optimizer.betas="),
-        ("[engine]", "[router.annealing]\ntau_end = 0\n[engine]", ConfigError, "all must be"),
+        ("tau_end = 0.5", "tau_end = 0", ConfigError, "all must be"),
         ("[engine]", "[workload]\ncontext = -1\n[engine]", ConfigError, "context=-1.*give tokens"),
         ("[engine]", "[engin]", ConfigError, "engin is not a key.*did you mean engine"),
         ("learning_rate = 2e-3", "learning_rate = inf", ConfigError, "learning_rate=inf is not fi"),

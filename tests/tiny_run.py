@@ -5,7 +5,10 @@ Fixtures of this file are imported by conftest, so that every test can use them.
 
 from __future__ import annotations
 
+import json
 import math
+import os
+import signal
 
 import pytest
 import torch
@@ -55,8 +58,10 @@ context = 96
 
 [router]
 commit_at = 0.6
-learning_rate = 1e-2
+learning_rate = 3e-2
 eps = 1e-8
+weight = 10
+annealing = {tau_end = 0.5, scale_end = 1.0}
 
 [[stages]]
 tokens = 15360
@@ -69,6 +74,33 @@ warmup_steps = 2
 save_every = 16
 autocast = false
 """
+
+SHORT = {"tokens = 15360": "tokens = 4608"}
+"""12 steps instead of 40."""
+BLOCKS = {
+    "hidden = [48, 40, 32, 24]": "hidden = [48, 32]",
+    "expert_ffn = [32, 24, 16]": "expert_ffn = [32, 16]",
+    "shared_ffn = [64, 60, 56, 52, 48, 44, 40, 36, 32, 28, 24]": "shared_ffn = [64, 48, 32]",
+    "[sizes.small]\nactive = 0.7": "[sizes.small]\nactive = 0.6",
+}
+"""Choices that end on the edges of NVFP4's blocks."""
+
+
+class StopAt(Silent):
+    """Asks a run to stop after some steps."""
+
+    def __init__(self, step: int, by: signal.Signals = signal.SIGINT):
+        self.step, self.by = step, by
+
+    def advance(self, done: int, note: str = "") -> None:
+        if note and done == self.step:
+            os.kill(os.getpid(), self.by)
+
+
+def metrics(result) -> list[dict]:
+    """The rows of a run's log."""
+    text = (result.elastic.parent / "metrics.jsonl").read_text()
+    return [json.loads(line) for line in text.splitlines()]
 
 
 @pytest.fixture(scope="session")
@@ -124,6 +156,20 @@ def build_trainer(config, scratch, world):
 
 @pytest.fixture(scope="session")
 def trained(run_folder):
-    """The result of an uninterrupted run on one thread."""
+    """The result of an uninterrupted run on one thread, whose router has learned."""
     torch.set_num_threads(1)
     return train(config_in(run_folder, "straight"))
+
+
+@pytest.fixture(scope="session")
+def short(run_folder):
+    """The same in 12 steps."""
+    torch.set_num_threads(1)
+    return train(config_in(run_folder, "short", **SHORT))
+
+
+@pytest.fixture(scope="session")
+def blocks(run_folder):
+    """A family whose sizes end on the edges of NVFP4's blocks."""
+    torch.set_num_threads(1)
+    return train(config_in(run_folder, "blocks", **BLOCKS)).elastic

@@ -1,0 +1,37 @@
+"""Made-up latency tables: times in which widths surely make a difference."""
+
+from __future__ import annotations
+
+import math
+import random
+
+from star_elastic.axes import AxisMap
+from star_elastic.evaluate.latency_grid import grid_points
+from star_elastic.latency import Grid, LatencyTable, Machine, kind_axes, layer_kinds, layout_digest
+
+MACHINE = Machine(device="a machine", threads=1, torch="2.13.0")
+
+
+def made_up(axis_map: AxisMap, seed: int = 0) -> LatencyTable:
+    """A table of random times on the grid that would be measured."""
+    drawn = random.Random(seed)
+    points = grid_points(axis_map)
+
+    def grid(axes: tuple[str, ...]) -> Grid:
+        shape = tuple(points[axis] for axis in axes)
+        return Grid(axes, shape, tuple(drawn.random() for _ in range(math.prod(map(len, shape)))))
+
+    kinds = layer_kinds(axis_map)
+    return LatencyTable(
+        family=axis_map.family,
+        full={name: axis.size for name, axis in axis_map.axes.items()},
+        layers=kinds,
+        digest=layout_digest(axis_map),
+        machine=MACHINE,
+        dtype="float32",
+        phase="decode",
+        batch=2,
+        context=16,
+        parts={kind: grid(kind_axes(axis_map, kinds.index(kind))) for kind in dict.fromkeys(kinds)},
+        fixed=grid(("hidden",)),
+    )
