@@ -17,6 +17,7 @@ import typer
 from rich.console import Console
 
 from star_elastic.axes import LAYERS
+from star_elastic.bars import Bars
 from star_elastic.errors import ConfigError
 from star_elastic.generate.phases import (
     DEFAULT_GRACE,
@@ -26,7 +27,6 @@ from star_elastic.generate.phases import (
 )
 from star_elastic.progress import staged
 from star_elastic.terminal import (
-    Bars,
     at_the_command_line,
     is_first_rank,
     print_generation,

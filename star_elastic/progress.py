@@ -44,3 +44,14 @@ def staged(progress: Progress, name: str) -> Callable[[int, int], None]:
         progress.advance(done)
 
     return advance
+
+
+def duration(seconds: float) -> str:
+    """A time in words, as exact as one plans with: `8 s`, `3 min`, `1 h 20 min`."""
+    seconds = round(seconds)
+    if seconds < 120:
+        return f"{seconds} s"
+    minutes = round(seconds / 60)
+    if minutes < 120:
+        return f"{minutes} min"
+    return f"{minutes // 60} h {minutes % 60:02} min"

@@ -1,4 +1,4 @@
-"""What commands, recipes and benchmarks share at a terminal: bars, tables, reports, how they end.
+"""What commands, recipes and benchmarks share at a terminal: tables, reports, how they end.
 
 Results go to stdout, progress to stderr.
 """
@@ -15,53 +15,11 @@ from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
-from rich.progress import Progress as RichProgress
 from rich.table import Table
 
+from star_elastic.bars import Bars
 from star_elastic.errors import Interrupted, StarElasticError
 from star_elastic.generate.phases import THINKING, Generation, Token
-
-STAGES = {
-    "rank": "Rank units", "rank layers": "Rank layers", "train": "Train sizes", "slice": "Slice",
-    "evaluate": "Evaluate", "latency": "Latency", "calibrate": "Calibrate", "reuse": "Hand over",
-    "quantize": "Quantise",
-}  # fmt: skip
-
-
-class Bars:
-    """Progress bars on stderr, one per stage."""
-
-    def __init__(self) -> None:
-        self._bars = RichProgress(
-            TextColumn("{task.description:12}"),
-            BarColumn(bar_width=24),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[note]}"),
-            console=Console(stderr=True),
-        )
-        self._task: Any = None
-
-    def __enter__(self) -> Bars:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._task is not None:
-            self._bars.stop()
-
-    def stage(self, name: str, total: int) -> None:
-        """Starts the bar of a stage; the display begins with the first one."""
-        self._bars.start()
-        self._task = self._bars.add_task(STAGES.get(name, name), total=total, note="")
-
-    def advance(self, done: int, note: str = "") -> None:
-        """Moves the bar of the current stage."""
-        self._bars.update(self._task, completed=done, note=note)
-
-    def say(self, line: str) -> None:
-        """A line on stderr, above the bars if there are any."""
-        self._bars.console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 def print_json(content: object) -> None:
@@ -142,6 +100,8 @@ def _say(console: Console, text: str, style: str | None = None, end: str = "\n")
         sys.stdout.write(text + end)
 
 
+BY_SIGINT = 130
+"""How typer ends on Ctrl-C."""
 COLOURS = ("cyan", "yellow", "green", "magenta")
 
 
@@ -195,9 +155,13 @@ def at_the_command_line() -> Iterator[None]:
             raise
         said, code = f"error: {error}", 2
     except Interrupted as error:
-        said, code = str(error), 1
+        said, code = str(error) if is_first_rank() else "", 1
+    except KeyboardInterrupt:  # before long work began
+        said, code = "stopped", 1
     except SystemExit as error:  # how typer ends, also when all went well
-        if error.code:
+        if error.code == BY_SIGINT:
+            said, code = "stopped", 1
+        elif error.code:
             raise
     if said:  # by every rank: torchrun stops the others as soon as one has ended
         print(said, file=sys.stderr)

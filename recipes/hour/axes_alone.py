@@ -15,6 +15,7 @@ import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from star_elastic.bars import Bars
 from star_elastic.cost import CostModel
 from star_elastic.demo import (
     DEMO,
@@ -32,7 +33,7 @@ from star_elastic.nesting.elastic import ElasticModel
 from star_elastic.nesting.submodel import build_submodel, load_parent, load_tokenizer, sort_in_place
 from star_elastic.router.budget import Commitment
 from star_elastic.router.router import Router
-from star_elastic.terminal import Bars, at_the_command_line, print_table
+from star_elastic.terminal import at_the_command_line, print_table
 from star_elastic.train.calibrate import Calibration
 from star_elastic.train.config import StageConfig
 from star_elastic.train.loop import Trainer

@@ -21,6 +21,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from star_elastic.axes import LAYERS
+from star_elastic.bars import Bars
 from star_elastic.checkpoint import write_json
 from star_elastic.cost import CostModel
 from star_elastic.demo import (
@@ -44,7 +45,6 @@ from star_elastic.progress import Progress
 from star_elastic.router.budget import Commitment
 from star_elastic.router.grid import Grid
 from star_elastic.router.router import Router
-from star_elastic.terminal import Bars
 from star_elastic.train.calibrate import Calibration
 from star_elastic.train.config import CalibrationConfig, RunConfig, StageConfig
 from star_elastic.train.loop import Trainer

@@ -28,6 +28,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import StrMethodFormatter
 
+from star_elastic.bars import Bars
 from star_elastic.checkpoint import write_json
 from star_elastic.demo import (
     CONTEXT,
@@ -50,7 +51,7 @@ from star_elastic.nesting.stream import slice_checkpoint
 from star_elastic.nesting.submodel import load_parent
 from star_elastic.progress import Progress
 from star_elastic.quant.checkpoint import load_input_scales
-from star_elastic.terminal import Bars, at_the_command_line, command_line, print_table
+from star_elastic.terminal import at_the_command_line, command_line, print_table
 from star_elastic.train.config import QuantConfig, RouterConfig, RunConfig, StageConfig
 from star_elastic.train.directory import ELASTIC, QUANTISED
 from star_elastic.train.quantise import InputCalibration, quantise_family

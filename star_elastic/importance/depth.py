@@ -7,8 +7,9 @@ Shapes: B samples, T tokens, N unmasked tokens, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -56,25 +57,38 @@ def rank_layers(
     layers = list(family_of(config).axis_map(config).axes[LAYERS].layers)
     if not any(batch.attention_mask.any() for batch in batches):
         raise ConfigError("the calibration data has no tokens; name a file with text in it")
-    progress.stage("rank layers", len(layers) - 1)
+    count = len(layers)
+    progress.stage("rank layers", (count * (count + 1) // 2 - 1) * len(batches))
     removed: list[int] = []
+    done, note = 0, ""
     while len(layers) > 1:
         candidates = {}
         for layer in layers:
             with suppress(ShapeError):  # the last attention layer stays
                 candidates[layer] = without([other for other in layers if other != layer])
-        scores = _changes(model, candidates, batches)
+        scores = _changes(model, candidates, batches, partial(_advance, progress, done, note))
+        done += len(layers) * len(batches)
         least = min(scores, key=lambda layer: (scores[layer], -layer))
         layers.remove(least)
         removed.append(least)
-        progress.advance(len(removed), f"layer {least} changes the logits by {scores[least]:.3g}")
+        note = f"layer {least} changes the logits by {scores[least]:.3g}"
+        progress.advance(done, note)
     return (*layers, *reversed(removed))
 
 
+def _advance(progress: Progress, done: int, note: str, more: int) -> None:
+    progress.advance(done + more, note)
+
+
 def _changes(
-    model: PreTrainedModel, candidates: Mapping[int, PreTrainedModel], batches: Iterable[Padded]
+    model: PreTrainedModel,
+    candidates: Mapping[int, PreTrainedModel],
+    batches: Iterable[Padded],
+    advance: Callable[[int], None],
 ) -> dict[int, float]:
-    """Squared distance of each candidate's logits from the model's, relative to their square."""
+    """Squared distance of each candidate's logits from the model's, relative to their square.
+    `advance` is told the forward passes of candidates so far."""
+    done = 0
     squares, changes = 0.0, dict.fromkeys(candidates, 0.0)
     for batch in batches:
         whole_NV = _logits(model, batch)
@@ -82,6 +96,8 @@ def _changes(
         for layer, candidate in candidates.items():
             difference_NV = whole_NV - _logits(candidate, batch)
             changes[layer] += float(difference_NV.square().sum(dtype=torch.float64))
+            done += 1
+            advance(done)
     if not 0 < squares < float("inf"):
         raise CheckpointError(
             "the model's logits are not finite; the weights are damaged or overflow in this dtype: "

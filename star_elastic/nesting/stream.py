@@ -6,7 +6,7 @@ memory. The pieces of a tensor that is stacked in memory (experts) are renumbere
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -95,6 +95,19 @@ def _jobs(
             yield _Job(planned, name, convert(spec, stacked))
 
 
+def _counter(plan: Sequence[Planned], progress: Progress | None) -> Callable[[Planned], None]:
+    """Tells of the bytes that are written, tensor by tensor."""
+    total, written = sum(planned.num_bytes for planned in plan), 0
+
+    def on_tensor(planned: Planned) -> None:
+        nonlocal written
+        written += planned.num_bytes
+        if progress:
+            progress(written, total)
+
+    return on_tensor
+
+
 def _write(
     source: StoredModel,
     jobs: list[_Job],
@@ -105,14 +118,6 @@ def _write(
     finish: Callable[[Path], None] | None = None,
 ) -> None:
     by_name = {job.planned.name: job for job in jobs}
-    total = sum(job.planned.num_bytes for job in jobs)
-    written = 0
-
-    def on_tensor(planned: Planned) -> None:
-        nonlocal written
-        written += planned.num_bytes
-        if progress:
-            progress(written, total)
 
     def value_of(name: str) -> torch.Tensor:
         job = by_name[name]
@@ -124,7 +129,7 @@ def _write(
             [job.planned for job in jobs],
             value_of,
             max_shard_bytes=max_shard_bytes,
-            on_tensor=on_tensor,
+            on_tensor=_counter([job.planned for job in jobs], progress),
         )
         write_json(directory / "config.json", config)
         copy_extras(source.reader.path, directory)
@@ -266,12 +271,13 @@ def save_model(
     out: str | Path,
     *,
     dtype: torch.dtype,
+    progress: Progress | None = None,
     finish: Callable[[Path], None] | None = None,
 ) -> None:
     """Writes a model in memory as a checkpoint in the family's on-disk layout.
 
     `extras` is the directory whose tokenizer and templates are copied along. Tensors that the
-    table keeps in fp32 stay so; the others are stored as `dtype`.
+    table keeps in fp32 stay so; the others are stored as `dtype`. `progress` is told bytes.
     """
     family = family_of(config)
     axis_map = family.axis_map(config)
@@ -291,7 +297,7 @@ def save_model(
         return tensor.detach().to(torch.float32 if spec.keep_fp32 else dtype)
 
     with new_directory(out) as directory:
-        write_tensors(directory, plan, value_of)
+        write_tensors(directory, plan, value_of, on_tensor=_counter(plan, progress))
         written = family.config_at(config, axis_map.full)
         write_json(directory / "config.json", {**written, "dtype": str(dtype).split(".")[1]})
         copy_extras(extras, directory)

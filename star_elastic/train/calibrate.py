@@ -86,7 +86,8 @@ class Calibration:
         own = self.run / BASIS
         if own.is_file():
             return load_tensors(own)["hidden"]
-        batches = self.batches(self.config.calibration.num_samples)
+        count = min(self.config.calibration.num_samples, sum(map(len, self.sources)))
+        batches = watched(self.batches(count), "basis", count, self.progress)
         basis = find_basis(self.model, self.axis_map, batches)
         if write:
             save_tensors(own, {"hidden": basis})
@@ -128,16 +129,25 @@ def rank(
     progress: Progress,
 ) -> tuple[dict[str, torch.Tensor], ScoreInfo]:
     """Importance scores on `num_samples` rows in batches, and what they were measured on."""
-    progress.stage("rank", num_samples)
-    num_tokens = seen = 0
+    num_tokens = 0
 
-    def watched() -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        nonlocal num_tokens, seen
-        for batch in batches:
+    def counted() -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        nonlocal num_tokens
+        for batch in watched(batches, "rank", num_samples, progress):
             num_tokens += batch.num_tokens
             yield batch.input_ids, batch.attention_mask
-            seen += len(batch.input_ids)
-            progress.advance(seen)
 
-    scores = estimate_scores(model, axis_map, watched())
+    scores = estimate_scores(model, axis_map, counted())
     return scores, ScoreInfo(num_samples=num_samples, num_tokens=num_tokens, source=name)
+
+
+def watched(
+    batches: Iterable[Batch], stage: str, num_samples: int, progress: Progress
+) -> Iterator[Batch]:
+    """The same batches; tells how many of the rows have been worked on."""
+    progress.stage(stage, num_samples)
+    seen = 0
+    for batch in batches:
+        yield batch
+        seen += len(batch.input_ids)
+        progress.advance(seen)

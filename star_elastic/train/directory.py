@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from star_elastic.checkpoint import digest_files, write_json
-from star_elastic.errors import CheckpointError, ConfigError
+from star_elastic.errors import CheckpointError, ConfigError, reason
+from star_elastic.quant.fake import FILE_NAME as FAKE
 from star_elastic.router.files import LATENCY
+from star_elastic.train.calibrate import BASIS, DEPTH, SCORES
 from star_elastic.train.check import latency_file
 from star_elastic.train.config import RunConfig
 from star_elastic.train.state import has_state
@@ -17,26 +21,38 @@ from star_elastic.train.strict import to_plain
 ELASTIC, QUANTISED = "elastic", "quantised"
 RUN, METRICS = "run.json", "metrics.jsonl"
 TEACHER = "teacher"
+MEASURED = (SCORES, BASIS, DEPTH, FAKE)
+"""What is measured before training and kept: it holds for the config that the run began with."""
+FILES = "files"
 
 
 def require_ready(run: Path, config: RunConfig, resume: bool) -> None:
-    """Raises CheckpointError or ConfigError unless the run can begin in the directory, or go on."""
-    if resume:
-        if not has_state(run):
-            raise CheckpointError(f"{run} holds no saved state; start without --resume")
-        changed = _changed_keys(run, config)
-        if changed:
-            raise ConfigError(
-                f"{', '.join(changed)} differ from the run in {run}; resume with its own config, "
-                "or start another run in another directory"
-            )
-        last = run / (QUANTISED if config.quant.format else ELASTIC)
-        if last.exists():
-            raise CheckpointError(f"{last} is complete already; nothing to resume")
-    elif has_state(run) or (run / ELASTIC).exists():
+    """Raises CheckpointError or ConfigError unless the run can begin in the directory, or go on.
+
+    A run that was stopped before its first state begins again with or without `resume`; what was
+    ranked by then is kept.
+    """
+    last = run / (QUANTISED if config.quant.format else ELASTIC)
+    if not resume and (has_state(run) or (run / ELASTIC).exists()):
         raise CheckpointError(f"{run} is not empty; resume it with --resume or name another out")
-    elif run.exists() and any(run.iterdir()) and _changed_keys(run, config):
+    if resume and not run.exists():
+        raise CheckpointError(
+            f"{run} holds no run to go on with; correct out, or start without --resume"
+        )
+    if not run.exists() or not any(run.iterdir()):
+        return
+    if not (run / RUN).is_file():
         raise CheckpointError(f"{run} holds something else; name another out")
+    if not has_state(run) and not any((run / file).exists() for file in MEASURED):
+        return  # nothing but a config that was never used
+    changed = _changes(run, config)
+    if changed:
+        raise ConfigError(
+            f"{', '.join(changed)} differ from the run in {run}; put back what changed, or start "
+            "another run in another directory"
+        )
+    if resume and last.exists():
+        raise CheckpointError(f"{last} is complete already; nothing to resume")
 
 
 def begin(run: Path, config: RunConfig) -> None:
@@ -57,18 +73,42 @@ def fingerprint(config: RunConfig) -> str:
 
 def _written(config: RunConfig) -> dict:
     """What `run.json` holds: the resolved config, and what its files were."""
-    return {**json.loads(json.dumps(to_plain(config))), "files": fingerprint(config)}
+    return {**json.loads(json.dumps(to_plain(config))), FILES: fingerprint(config)}
 
 
-def _changed_keys(run: Path, config: RunConfig) -> list[str]:
-    """Keys of the config that differ from the one the directory was begun with, of those that must
-    not."""
-    wanted = _lasting(_written(config))
+def _changes(run: Path, config: RunConfig) -> list[str]:
+    """What differs, of what must not, from the config that the directory was begun with: each
+    key with its values, as `calibration.context (1024 then, 512 now)`."""
     try:
         saved = _lasting(json.loads((run / RUN).read_text(encoding="utf-8")))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        saved = {}
-    return sorted(key for key in wanted if wanted[key] != saved.get(key))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(
+            f"{run / RUN} cannot be read ({reason(error)}); start another run in another directory"
+        ) from None
+    then, now = (dict(_flat(content)) for content in (saved, _lasting(_written(config))))
+    changed = [key for key in dict.fromkeys([*now, *then]) if then.get(key) != now.get(key)]
+    return [
+        "the parent's or the data's files"
+        if key == FILES
+        else f"{key} ({_shown(then, key)} then, {_shown(now, key)} now)"
+        for key in changed
+    ]
+
+
+def _flat(content: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """The values of nested tables by dotted key; tables in a list have its number."""
+    if isinstance(content, dict) and content:
+        for key, value in content.items():
+            yield from _flat(value, f"{path}.{key}" if path else key)
+    elif isinstance(content, list) and any(isinstance(item, dict) for item in content):
+        for number, item in enumerate(content):
+            yield from _flat(item, f"{path}[{number}]")
+    else:
+        yield path, content
+
+
+def _shown(content: dict[str, Any], key: str) -> str:
+    return json.dumps(content.get(key), ensure_ascii=False)
 
 
 def _lasting(written: dict) -> dict:

@@ -25,7 +25,7 @@ import torch
 from torch import nn
 
 from star_elastic.cost import CostModel
-from star_elastic.errors import CheckpointError
+from star_elastic.errors import CheckpointError, StarElasticError
 from star_elastic.nesting.elastic import ElasticModel
 from star_elastic.nesting.gate import expected_widths
 from star_elastic.router.budget import Budgets, Commitment, budget_loss, settle
@@ -105,7 +105,11 @@ class Trainer:
         self.step = 0
         self.tokens = 0
         self.committed: dict[str, Commitment] = {}
+        self.is_sound = True
+        """Whether this and all other ranks have the weights of the last step, and these are worth
+        going on from: what goes wrong then can be mended after the state is saved."""
         self._stream: tuple[int, PackedStream] | None = None
+        self._position: dict[str, Any] = {}
         options, of_router = config.optimizer, config.router
         self.optimizer = torch.optim.AdamW(
             [
@@ -149,15 +153,23 @@ class Trainer:
     def train_step(self) -> StepReport:
         """One optimiser step over the sizes of this step.
 
-        Raises CheckpointError if a loss or a gradient is not finite, before any weight changes.
+        Raises CheckpointError for rows that cannot be read (on all ranks, whichever reads them) and
+        for a loss or gradient that is not finite, BudgetError at commit: all of them before any
+        weight changes. `is_sound` tells whether the state of the last step can then be saved.
         """
         if self.step >= self.commit_step and not self.committed:
             self.commit()
         position = self.curriculum.at(self.step)
-        batch = self._batch()
+        batch = self._agreed_batch()
         stream = self._stream_of(position.stage)
         counts = [batch.num_tokens, batch.num_predicted, stream.num_cut, stream.num_dropped]
         num_tokens, counted, rows_cut, rows_dropped = map(int, self.world.sum(counts))
+        if not counted:
+            raise CheckpointError(
+                f"no window of step {self.step} has a token to learn from; raise stages.context or "
+                "remove rows whose prompts fill it"
+            )
+        self.is_sound = self.world.size == 1  # of many, one may fail alone from here on
         rate = self.curriculum.learning_rate(self.step)
         self.optimizer.param_groups[0]["lr"] = rate
         self.optimizer.zero_grad(set_to_none=True)
@@ -176,9 +188,12 @@ class Trainer:
         self.world.average_gradients(self.router)
         self._clip("the weights", self.student.parent)
         self._clip("the router", self.router)
+        self.is_sound = False
         self.optimizer.step()
+        self.is_sound = True
         self.step += 1
         self.tokens += num_tokens
+        self._position = {"stage": position.stage, "stream": stream.state()}
         return report
 
     def _clip(self, name: str, module: nn.Module) -> None:
@@ -186,9 +201,21 @@ class Trainer:
         norm: Any = nn.utils.clip_grad_norm_(module.parameters(), self.config.optimizer.clip_norm)
         norm = getattr(norm, "full_tensor", lambda: norm)()
         if not math.isfinite(norm):
+            self.is_sound = False
             raise CheckpointError(
                 f"the gradients of {name} are {float(norm)} at step {self.step}; {UNSTABLE}"
             )
+
+    def _agreed_batch(self) -> PackedBatch:
+        """`_batch`; a row that one rank cannot read ends the step of all of them."""
+        batch, problem = None, None
+        try:
+            batch = self._batch()
+        except StarElasticError as error:
+            problem = error
+        if self.world.any(problem is not None) or batch is None:
+            raise problem or CheckpointError("another rank cannot read its rows; see what it says")
+        return batch
 
     def _batch(self) -> PackedBatch:
         """This rank's windows of the step: its share of every group, group after group."""
@@ -300,14 +327,10 @@ class Trainer:
             report.kd[name] = kd / count
             report.num_distilled += int(count)
             if not math.isfinite(kd):
+                self.is_sound = False
                 raise CheckpointError(
                     f"the loss of size {name!r} is {kd} at step {self.step}; {UNSTABLE}"
                 )
-        if not report.kd:
-            raise CheckpointError(
-                f"no window of step {self.step} has a token to learn from; raise stages.context or "
-                "remove rows whose prompts fill it"
-            )
 
     @torch.no_grad()
     def _report_router(self, report: StepReport) -> None:
@@ -353,17 +376,15 @@ class Trainer:
                 yield f"{label}.{name}", parameter
 
     def data_state(self) -> dict[str, Any]:
-        """How far the data of this stage were read, by this rank."""
-        if self._stream is None:
-            return {}
-        stage, stream = self._stream
-        return {"stage": stage, "stream": stream.state()}
+        """How far the data of this stage were read by this rank, for the steps that are done."""
+        return self._position
 
     def load_data_state(self, states: Sequence[Mapping[str, Any]]) -> None:
         """Puts the data where the ranks that saved it stood; any number of ranks may load it."""
         if all(states):
             stream = self._stream_of(states[0]["stage"])
             stream.load(merge_states([state["stream"] for state in states]))
+            self._position = {"stage": states[0]["stage"], "stream": stream.state()}
 
 
 def _mean(width: Any) -> float:

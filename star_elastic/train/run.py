@@ -9,11 +9,7 @@ from __future__ import annotations
 
 import json
 import shutil
-import signal
-import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -27,9 +23,10 @@ from star_elastic.manifest import Manifest, Size, load_manifest, save_manifest
 from star_elastic.nesting.elastic import ElasticModel
 from star_elastic.nesting.stream import save_model
 from star_elastic.nesting.submodel import load_tokenizer
-from star_elastic.progress import Progress, Silent
+from star_elastic.progress import Progress, Silent, staged
 from star_elastic.router.budget import AIM, Commitment
 from star_elastic.router.files import LATENCY, ROUTER
+from star_elastic.signals import Stop, Stoppable, stop_on_signals
 from star_elastic.train.build import build_trainer, stored_dtype
 from star_elastic.train.calibrate import BASIS, ORDERS, SCORES
 from star_elastic.train.check import Checked, check
@@ -39,7 +36,7 @@ from star_elastic.train.distributed import World, join_world
 from star_elastic.train.loop import StepReport, Trainer
 from star_elastic.train.quantise import quantise_family
 from star_elastic.train.sources import Source
-from star_elastic.train.state import load_state, save_state
+from star_elastic.train.state import has_state, load_state, save_state
 from star_elastic.train.strict import to_plain
 
 
@@ -58,22 +55,37 @@ def train(
 ) -> RunResult:
     """Runs nested distillation as configured and writes the elastic checkpoint.
 
-    Everything that can be wrong with the config is checked before work starts. SIGINT and SIGTERM
-    save the state and raise `Interrupted`; `resume` goes on from the last state.
+    Everything that can be wrong with the config is checked before work starts. The first SIGINT or
+    SIGTERM ends the run with `Interrupted` where it can go on from: after a step with its state
+    saved, before that with what was ranked kept. With `resume` a run goes on from its last state.
     """
+    run = Path(config.out)
     with join_world() as world:
         shown = (progress or Silent()) if world.is_first else Silent()
-        try:
-            return _train(config, resume, shown, world)
-        except OSError as error:
-            raise CheckpointError(
-                f"{error.filename or config.out} cannot be read or written ({reason(error)}); make "
-                "room or correct the path, then go on (with --resume if there is a saved state)"
-            ) from error
+        with stop_on_signals(shown.say) as stop:
+            try:
+                return _train(config, resume, shown, stop, world)
+            except OSError as error:
+                raise CheckpointError(
+                    f"{error.filename or run} cannot be read or written ({reason(error)}); make "
+                    "room or correct the path, then go on (with --resume if there is a saved state)"
+                ) from error
+            except RuntimeError:
+                if stop.is_asked and world.size > 1:  # another rank has stopped before this one
+                    raise Interrupted(_how_to_go_on(run)) from None
+                raise
 
 
-def _train(config: RunConfig, resume: bool, progress: Progress, world: World) -> RunResult:
+def _how_to_go_on(run: Path) -> str:
+    """What a user who has stopped a run should know."""
+    if has_state(run):
+        return "stopped; go on with --resume"
+    return "stopped before training began; the same command goes on (finished rankings are kept)"
+
+
+def _train(config: RunConfig, resume: bool, shown: Progress, stop: Stop, world: World) -> RunResult:
     run = Path(config.out)
+    progress = Stoppable(shown, stop, lambda: _how_to_go_on(run))
     checked = check(config, world.size)
     require_ready(run, config, resume)
     given = None
@@ -89,9 +101,9 @@ def _train(config: RunConfig, resume: bool, progress: Progress, world: World) ->
     world.wait()
 
     trainer, orders, basis = build_trainer(config, checked, sources, run, progress, world)
-    if resume:
+    if has_state(run):
         load_state(trainer, run)
-    seconds = _loop(trainer, run, progress)
+    seconds = _loop(trainer, run, shown, stop)
     elastic = run / ELASTIC
     state = _whole_state(trainer.student, world)
 
@@ -116,6 +128,7 @@ def _train(config: RunConfig, resume: bool, progress: Progress, world: World) ->
                 Path(config.parent),
                 elastic,
                 dtype=stored_dtype(checked.model_config),
+                progress=staged(progress, "write"),
                 finish=finish,
             )
         if quantised is not None:
@@ -145,31 +158,45 @@ def _whole_state(student: ElasticModel, world: World) -> dict[str, torch.Tensor]
     return state
 
 
-def _loop(trainer: Trainer, run: Path, progress: Progress) -> float:
-    """Trains to the last step; returns the seconds in this process."""
+def _loop(trainer: Trainer, run: Path, progress: Progress, stop: Stop) -> float:
+    """Trains to the last step; returns the seconds in this process.
+
+    Raises Interrupted between two steps, when the state is saved. Before any other error goes on
+    its way, the state is saved if the trainer says that it is sound.
+    """
     world, steps = trainer.world, trainer.curriculum.num_steps
     if world.is_first:
         _drop_later_metrics(run, trainer.step)
     progress.stage("train", steps)
+    progress.advance(trainer.step)
     begin = last = time.monotonic()
-    with _stop_requested() as stop:
-        while trainer.step < steps:
-            report = trainer.train_step()
-            now = time.monotonic()
-            if world.is_first:
-                row = {**asdict(report), "seconds": round(now - last, 4)}
-                with open(run / METRICS, "a", encoding="utf-8") as log:
-                    log.write(json.dumps(row) + "\n")
-            last = now
-            progress.advance(trainer.step, _note(report, trainer))
-            stopped = world.any(stop.is_set())
-            if stopped or trainer.step % trainer.config.engine.save_every == 0:
+    saved = trainer.step
+    while trainer.step < steps:
+        if world.any(stop.is_asked):
+            if trainer.step > saved:
                 save_state(trainer, run)
-            if stopped:
-                raise Interrupted(f"stopped at step {trainer.step}; go on with --resume")
-        if not trainer.committed:
-            trainer.commit()
-        save_state(trainer, run)
+            if not trainer.step:
+                raise Interrupted(_how_to_go_on(run))
+            raise Interrupted(f"stopped at step {trainer.step}; go on with --resume")
+        try:
+            report = trainer.train_step()
+        except Exception:
+            if trainer.is_sound and trainer.step > saved:
+                save_state(trainer, run)
+            raise
+        now = time.monotonic()
+        if world.is_first:
+            row = {**asdict(report), "seconds": round(now - last, 4)}
+            with open(run / METRICS, "a", encoding="utf-8") as log:
+                log.write(json.dumps(row) + "\n")
+        last = now
+        progress.advance(trainer.step, _note(report, trainer))
+        if trainer.step % trainer.config.engine.save_every == 0:
+            save_state(trainer, run)
+            saved = trainer.step
+    if not trainer.committed:
+        trainer.commit()
+    save_state(trainer, run)
     return time.monotonic() - begin
 
 
@@ -188,23 +215,6 @@ def _drop_later_metrics(run: Path, step: int) -> None:
     temporary = file.with_suffix(".tmp")
     temporary.write_text(text, encoding="utf-8")
     temporary.replace(file)
-
-
-@contextmanager
-def _stop_requested() -> Iterator[threading.Event]:
-    """An event set by SIGINT or SIGTERM, so that a step is finished and saved first."""
-    stop = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield stop
-        return
-    previous = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
-    for number in previous:
-        signal.signal(number, lambda *_: stop.set())
-    try:
-        yield stop
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
 
 
 def _note(report: StepReport, trainer: Trainer) -> str:

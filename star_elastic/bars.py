@@ -1,0 +1,176 @@
+"""How long work is shown on stderr: bars on a terminal, a plain line now and then where there is
+none (nohup, batch systems, pipes). Either way Ctrl-C and SIGTERM end the work between two units.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from typing import Any, Protocol
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as RichProgress
+
+from star_elastic.progress import Progress, duration
+from star_elastic.signals import Stoppable, stop_on_signals
+
+STAGES = {
+    "rank": "Rank units", "rank layers": "Rank layers", "train": "Train sizes", "slice": "Slice",
+    "evaluate": "Evaluate", "latency": "Latency", "calibrate": "Calibrate", "reuse": "Hand over",
+    "quantize": "Quantise", "basis": "Find basis", "write": "Write",
+}  # fmt: skip
+FIRST_LINE, LINE_EVERY = 5.0, 30.0
+"""Seconds after which a stage is first told of where there is no terminal, and between two lines.
+Stages that end sooner have one line, when they end."""
+
+
+class Bars:
+    """Long work, shown while it lasts: `with Bars() as progress`.
+
+    SIGINT and SIGTERM are answered at once; then `stage` and `advance` raise Interrupted with the
+    message `stopped`.
+    """
+
+    def __init__(self, stopped: str = "stopped; nothing was written") -> None:
+        self._stopped = stopped
+        self._stack = ExitStack()
+
+    def __enter__(self) -> Progress:
+        drawing: _Drawing = _OnTerminal() if _is_terminal() else Lines(_print)
+        self._stack.callback(drawing.close)
+        stop = self._stack.enter_context(stop_on_signals(drawing.say))
+        return Stoppable(drawing, stop, lambda: self._stopped)
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+
+class _Drawing(Progress, Protocol):
+    def close(self) -> None:
+        """Nothing more will be told."""
+
+
+def _is_terminal() -> bool:
+    return sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
+
+
+def _print(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+class _OnTerminal:
+    """A bar per stage; the display begins with the first one."""
+
+    def __init__(self) -> None:
+        self._bars = RichProgress(
+            TextColumn("{task.description:12}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[note]}"),
+            console=Console(stderr=True),
+        )
+        self._task: Any = None
+
+    def stage(self, name: str, total: int) -> None:
+        self._bars.start()
+        self._task = self._bars.add_task(STAGES.get(name, name), total=total, note="")
+
+    def advance(self, done: int, note: str = "") -> None:
+        self._bars.update(self._task, completed=done, note=note)
+
+    def say(self, line: str) -> None:
+        """A line above the bars if there are any."""
+        self._bars.console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+    def close(self) -> None:
+        if self._task is not None:
+            self._bars.stop()
+
+
+class Lines:
+    """Tells of the current stage in plain lines: `first` seconds after it began, then `every` so
+    many seconds, and when it ends. Lines come while a unit lasts, too: a thread writes them.
+    """
+
+    def __init__(
+        self,
+        write: Callable[[str], None],
+        *,
+        first: float = FIRST_LINE,
+        every: float = LINE_EVERY,
+    ) -> None:
+        self._write, self._first, self._every = write, first, every
+        self._lock = threading.Lock()
+        self._stage: _Stage | None = None
+        self._over = threading.Event()
+
+    def stage(self, name: str, total: int) -> None:
+        """Begins a stage; the one before ends."""
+        self.close()
+        self._stage, self._over = _Stage(STAGES.get(name, name), total), threading.Event()
+        threading.Thread(target=self._tell, args=(self._stage, self._over), daemon=True).start()
+
+    def advance(self, done: int, note: str = "") -> None:
+        """Moves the stage on; the last unit ends it."""
+        assert self._stage is not None, "advance comes after stage"
+        self._stage.move(done, note)
+        if done >= self._stage.total:
+            self.close()
+
+    def say(self, line: str) -> None:
+        """A line of its own."""
+        with self._lock:
+            self._write(line)
+
+    def close(self) -> None:
+        """Writes the last line of the stage, unless that was done."""
+        if self._stage is not None and not self._over.is_set():
+            self._over.set()
+            self.say(self._stage.last_line())
+
+    def _tell(self, stage: _Stage, over: threading.Event) -> None:
+        wait = self._first
+        while not over.wait(wait):
+            self.say(stage.line())
+            wait = self._every
+
+
+class _Stage:
+    """Where a stage stands."""
+
+    def __init__(self, label: str, total: int):
+        self.label, self.total = label, total
+        self._begin = time.monotonic()
+        self._done, self._note = 0, ""
+        self._from: tuple[float, int] | None = None
+
+    def move(self, done: int, note: str) -> None:
+        """`done` units are finished now."""
+        if self._from is None:  # work that goes on begins in the middle, and the first unit is slow
+            self._from = time.monotonic(), done
+        self._done, self._note = done, note
+
+    def line(self) -> str:
+        """How far the stage is, and how long the rest will take."""
+        parts = [self._share()]
+        if self._from is not None and self._done > self._from[1]:
+            pace = (time.monotonic() - self._from[0]) / (self._done - self._from[1])
+            parts.append(f"about {duration(pace * (self.total - self._done))} left")
+        return self._joined(parts)
+
+    def last_line(self) -> str:
+        """How far the stage came, and how long it took."""
+        return self._joined([self._share(), f"{duration(time.monotonic() - self._begin)} in all"])
+
+    def _share(self) -> str:
+        share = self._done / self.total if self.total else 1.0
+        return f"{self.label}  {self._done:,}/{self.total:,}, {share:.0%}"
+
+    def _joined(self, parts: list[str]) -> str:
+        return ", ".join([*parts, *([self._note] if self._note else [])])
