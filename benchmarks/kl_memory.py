@@ -29,7 +29,7 @@ import torch
 from torch.nn import functional as F
 
 from star_elastic.terminal import at_the_command_line, command_line
-from star_elastic.train.losses import CHUNK_BYTES, distillation_loss, linear_kl
+from star_elastic.train.losses import default_chunk_bytes, distillation_loss, linear_kl
 
 PRECISIONS = ("fp32", "bf16")
 PLAIN_BYTES = 32
@@ -71,7 +71,7 @@ def main() -> None:
         "machine": {"cpus": os.cpu_count(), "threads": torch.get_num_threads(), "gpu": gpu},
         "vocab": options.vocab,
         "hidden": options.hidden,
-        "chunk_bytes": CHUNK_BYTES,
+        "chunk_bytes": default_chunk_bytes(torch.device("cuda" if gpu else "cpu")),
         "precisions": {precision: compare(options, precision) for precision in PRECISIONS},
     }
     show(result)

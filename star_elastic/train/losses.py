@@ -5,6 +5,10 @@ gradients as much again. The chunked losses take hidden states and heads instead
 time do the logits of more than one chunk exist, and the gradients are made in the forward pass,
 so that nothing of a chunk is kept for the backward.
 
+Low precision is for operands only. Logits rounded to bf16 before the softmax would leave a floor of
+2.6e-4 nats between equal models at V = 131,072; products of bf16 operands are therefore summed up
+and kept in fp32 (at most 1e-6 nats, `tests/test_loss_precision.py`).
+
 Shapes: N tokens, C of them in a chunk, V vocabulary, H width of the student, G of the teacher,
 M different ids drawn for all N tokens.
 """
@@ -20,9 +24,20 @@ import torch
 from torch.autograd.function import once_differentiable
 
 CHUNK_BYTES = 256 * 1024**2
-"""Memory for the logits of a chunk; 170 tokens of a live teacher at V = 131,072 in fp32."""
+"""Memory for the logits of a chunk, at least; 170 tokens of a live teacher at V = 131,072."""
+GPU_SHARE = 64
+"""On a GPU a chunk may take one part in so many of its memory: few tokens would leave it idle."""
 BLOCK = 4096
-"""Gradients of low-precision products are added in fp32 by blocks of this many rows or columns."""
+"""Mixed-precision products go by blocks of this many rows or columns of the vocabulary."""
+
+
+def default_chunk_bytes(device: torch.device) -> int:
+    """Memory for the logits of a chunk on a device. It depends on the device alone, so that a run
+    adds up its gradients in one order whatever else the memory holds."""
+    if device.type != "cuda":
+        return CHUNK_BYTES
+    total = torch.cuda.get_device_properties(device).total_memory
+    return max(CHUNK_BYTES, total // GPU_SHARE)
 
 
 def distillation_loss(
@@ -47,14 +62,14 @@ def linear_kl(
     teacher_NG: torch.Tensor,
     teacher_weight_VG: torch.Tensor,
     *,
-    chunk_bytes: int = CHUNK_BYTES,
+    chunk_bytes: int | None = None,
 ) -> torch.Tensor:
     """Forward KL(teacher || student) in nats at temperature 1, *summed* over the N rows; a scalar.
 
-    Logits are `x @ weight.T`, in the dtype that `F.linear` would give them (autocast included);
-    softmax and sums are in fp32, or in float64 for float64 inputs. Gradients reach the student's
-    rows and weight, which may be a strided view. Beside them, at most `chunk_bytes` (but at least
-    one token's logits) are in use.
+    Logits are `x @ weight.T` with operands in the dtype that `F.linear` would give them (autocast
+    included); logits, softmax and sums are in fp32, or in float64 for float64 inputs. Gradients
+    reach the student's rows and weight, which may be a strided view. Beside them, at most
+    `chunk_bytes` (default: `default_chunk_bytes`; but at least one token's logits) are in use.
     """
     teacher = _Teacher(Head(teacher_NG, teacher_weight_VG))
     return _chunked_loss(student_NH, student_weight_VH, teacher, chunk_bytes)
@@ -65,7 +80,7 @@ def sampled_kl(
     student_weight_VH: torch.Tensor,
     targets: SampledTargets,
     *,
-    chunk_bytes: int = CHUNK_BYTES,
+    chunk_bytes: int | None = None,
 ) -> torch.Tensor:
     """An unbiased estimate of `linear_kl` from ids that were drawn from the teacher; a scalar.
 
@@ -138,9 +153,10 @@ def starts_of(lengths_N: torch.Tensor) -> torch.Tensor:
 
 
 class Head:
-    """Last hidden states (N, H) and a head's weight (V, H), in the dtype of their product.
+    """Last hidden states (N, H) and a head's weight (V, H), in the dtype of their multiplication.
 
-    `precision` is the dtype of softmax and sums: float32, or float64 where the product is.
+    `precision` is the dtype of logits, softmax and sums: float32, or float64 where the operands
+    are.
     """
 
     def __init__(self, rows_NH: torch.Tensor, weight_VH: torch.Tensor):
@@ -163,13 +179,19 @@ class Head:
 
         Both are contiguous and of `precision` or better. Runs without autocast and gradients.
         """
-        rows_CH = self.rows_NH[chunk]
-        if rows_CH.dtype == out_CV.dtype:
-            torch.mm(rows_CH, self.weight_VH.T, out=work_CV)
+        rows_CH, weight_VH = self.rows_NH[chunk], self.weight_VH
+        if rows_CH.dtype == work_CV.dtype:
+            torch.mm(rows_CH, weight_VH.T, out=work_CV)
+        elif rows_CH.is_cuda and work_CV.dtype == torch.float32:
+            torch.mm(rows_CH, weight_VH.T, out_dtype=work_CV.dtype, out=work_CV)
         else:
-            # A narrower product fits into the memory that its log-probabilities will take.
-            narrow = out_CV.view(-1).view(rows_CH.dtype)[: out_CV.numel()].view(out_CV.shape)
-            work_CV.copy_(torch.mm(rows_CH, self.weight_VH.T, out=narrow))
+            # Elsewhere a product of bf16 operands is rounded to bf16: multiply their values in
+            # fp32, and widen no more of the weight than a block.
+            rows_CH = rows_CH.to(work_CV.dtype)
+            for start in range(0, len(weight_VH), BLOCK):
+                block = slice(start, start + BLOCK)
+                wide_BH = weight_VH[block].to(work_CV.dtype)
+                torch.mm(rows_CH, wide_BH.T, out=work_CV[:, block])
         torch.log_softmax(work_CV, -1, out=out_CV)
 
 
@@ -251,9 +273,11 @@ class _Samples:
 
 
 def _chunked_loss(
-    student_NH: torch.Tensor, weight_VH: torch.Tensor, target: _Target, chunk_bytes: int
+    student_NH: torch.Tensor, weight_VH: torch.Tensor, target: _Target, chunk_bytes: int | None
 ) -> torch.Tensor:
     assert len(student_NH) == len(target), (len(student_NH), len(target))
+    if chunk_bytes is None:
+        chunk_bytes = default_chunk_bytes(student_NH.device)
     if torch.is_grad_enabled() and (student_NH.requires_grad or weight_VH.requires_grad):
         loss: Any = _ChunkedLoss.apply(student_NH, weight_VH, target, chunk_bytes)
         return loss
@@ -308,10 +332,11 @@ def _run(
 
 
 def _add_product(out_AB: torch.Tensor, left_AK: torch.Tensor, right_KB: torch.Tensor) -> None:
-    """Adds left @ right to `out`, multiplied in the dtype of `right` and added in that of `out`.
+    """Adds left @ right to `out`, whose dtype `left` has.
 
-    If the dtypes differ, goes block by block along the longer dimension of `left` (in most cases
-    the vocabulary), so that neither `left` nor a product as large as a head exists a second time.
+    A `right` of a narrower dtype is multiplied in it on a GPU, with sums in that of `out`, and
+    widened elsewhere. Either goes block by block along the longer dimension of `left` (in most
+    cases the vocabulary), so that neither operand nor a product as large as a head exists twice.
     """
     if right_KB.dtype == out_AB.dtype:
         out_AB.addmm_(left_AK, right_KB)
@@ -320,6 +345,14 @@ def _add_product(out_AB: torch.Tensor, left_AK: torch.Tensor, right_KB: torch.Te
     for start in range(0, max(rows, inner), BLOCK):
         block = slice(start, start + BLOCK)
         if rows >= inner:
-            out_AB[block] += left_AK[block].to(right_KB.dtype) @ right_KB
+            _add_block(out_AB[block], left_AK[block], right_KB)
         else:
-            out_AB += left_AK[:, block].to(right_KB.dtype) @ right_KB[block]
+            _add_block(out_AB, left_AK[:, block], right_KB[block])
+
+
+def _add_block(out_AB: torch.Tensor, left_AK: torch.Tensor, right_KB: torch.Tensor) -> None:
+    if right_KB.is_cuda:
+        narrow_AK = left_AK.to(right_KB.dtype)
+        out_AB += torch.mm(narrow_AK, right_KB, out_dtype=out_AB.dtype)
+    else:
+        out_AB.addmm_(left_AK, right_KB.to(out_AB.dtype))

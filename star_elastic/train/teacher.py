@@ -28,7 +28,13 @@ from safetensors import SafetensorError, safe_open
 from star_elastic.checkpoint import save_tensors, write_json
 from star_elastic.errors import CheckpointError, ConfigError
 from star_elastic.router.router import seed_for
-from star_elastic.train.losses import CHUNK_BYTES, Head, SampledTargets, chunks, starts_of
+from star_elastic.train.losses import (
+    Head,
+    SampledTargets,
+    chunks,
+    default_chunk_bytes,
+    starts_of,
+)
 
 INDEX_NAME = "cache.json"
 FORMAT = 1
@@ -55,18 +61,20 @@ def sample_targets(
     documents: Sequence[tuple[int, int, int]],
     *,
     seed: int,
-    chunk_bytes: int = CHUNK_BYTES,
+    chunk_bytes: int | None = None,
 ) -> SampledTargets:
     """Draws `num_samples` ids from the teacher's distribution at each of N positions.
 
     The rows are whole documents or prefixes, one after the other: (source, row, length) each, N
     in sum. Draws depend on (seed, source, row, position) alone, up to the rounding of the logits.
-    The result is on the CPU; at most `chunk_bytes` (but at least one token's) are in use.
+    The result is on the CPU; at most `chunk_bytes` (as in `linear_kl`) are in use.
     Raises CheckpointError if the logits are not finite.
     """
     assert 1 <= num_samples <= MAX_SAMPLES, num_samples
     assert sum(length for *_, length in documents) == len(teacher_NG), (documents, len(teacher_NG))
     head = Head(teacher_NG, teacher_weight_VG)
+    if chunk_bytes is None:
+        chunk_bytes = default_chunk_bytes(teacher_NG.device)
     uniform_NS = torch.cat([torch.empty(0, num_samples), *_uniform(documents, num_samples, seed)])
     options = {"dtype": head.precision, "device": teacher_NG.device}
     row_bytes = len(teacher_weight_VG) * (2 * head.precision.itemsize + torch.float64.itemsize)
@@ -345,7 +353,7 @@ class TeacherCache:
         teacher_BTG: torch.Tensor,
         teacher_weight_VG: torch.Tensor,
         *,
-        chunk_bytes: int = CHUNK_BYTES,
+        chunk_bytes: int | None = None,
     ) -> None:
         """Draws and keeps the targets of those documents of a packed batch that are not known."""
         assert len(teacher_weight_VG) == self.vocab_size, (teacher_weight_VG.shape, self.vocab_size)
