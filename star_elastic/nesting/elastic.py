@@ -34,6 +34,7 @@ from star_elastic.nesting.modules import (
     ElasticGroupedRMSNorm,
     ElasticRMSNorm,
     ElasticSigmoidRouter,
+    Fp32Router,
 )
 from star_elastic.nesting.skeleton import build_block, build_skeleton
 from star_elastic.nesting.slice import slice_tensor
@@ -96,6 +97,14 @@ class _Part(nn.Module):
 
     def tensors(self, state: Mapping[str, torch.Tensor], call: Call) -> dict[str, torch.Tensor]:
         """This part's parameters, buffers and gates for a call, by their name in its skeleton."""
+        sliced = self._sliced(state, call)
+        for spec in self.specs:
+            if spec.routed and len(spec.dims) == 3:
+                name = self.name(spec.name)
+                sliced[name] = _as_autocast_would(sliced[name])
+        return sliced
+
+    def _sliced(self, state: Mapping[str, torch.Tensor], call: Call) -> dict[str, torch.Tensor]:
         axis_map, widths = self.axis_map, call.widths
         sliced = {
             self.name(spec.name): slice_tensor(state[self.name(spec.name)], spec, axis_map, widths)
@@ -132,6 +141,33 @@ class _Part(nn.Module):
                 else:
                     module = ElasticRMSNorm(size, norm.eps, fp32_weight=norm.fp32_weight)
                 skeleton.set_submodule(self.name(norm.path), module)
+
+
+def _as_autocast_would(stack: torch.Tensor) -> torch.Tensor:
+    """A stack of experts in the dtype in which autocast would multiply it.
+
+    Autocast knows linear layers but not grouped products, whose dtype is that of the weights:
+    without this the experts would multiply in fp32. The gradient comes back in the stack's dtype.
+    """
+    device = stack.device.type
+    if torch.is_autocast_enabled(device) and stack.dtype == torch.float32:
+        return stack.to(torch.get_autocast_dtype(device))
+    return stack
+
+
+class _Handed(torch.autograd.Function):
+    """A tensor that leaves the model: the same memory and gradient, but neither a parameter nor a
+    view of one. FSDP hangs a hook on every output of a forward, and on a parameter of its own they
+    would stay for ever, one more with every forward; about views it warns."""
+
+    @staticmethod
+    def forward(ctx: Any, value: torch.Tensor) -> torch.Tensor:
+        return value.detach()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> torch.Tensor:
+        (grad,) = grads
+        return grad
 
 
 def _state_of(module: nn.Module) -> dict[str, torch.Tensor]:
@@ -210,19 +246,21 @@ class ElasticBlock(_Part):
     def _build_skeleton(self, widths: Widths, gated: bool) -> nn.Module:
         assert self.layer is not None
         config = self._family.config_at(self._config, widths)
-        skeleton = build_block(self._kind, config, self.layer, self._like[0])
+        skeleton = build_block(self._kind, config, self.layer, self._like[0], deterministic=True)
         if self.mixer is not None:
             path = self.name(self.mixer)
             mixer: Any = skeleton.get_submodule(path)
             with torch.device("meta"):
                 skeleton.set_submodule(path, DocumentMamba2Mixer(mixer.config, self.layer))
+        if self.moe is not None:
+            path = self.name(self.moe.router_path)
+            plain: Any = skeleton.get_submodule(path)
+            around: Any = skeleton.get_submodule(path.rpartition(".")[0])
+            with torch.device("meta"):
+                router = ElasticSigmoidRouter(plain) if gated else Fp32Router(around.config)
+            skeleton.set_submodule(path, router)
         if gated:
             self.install_norms(skeleton, widths)
-            if self.moe is not None:
-                path = self.name(self.moe.router_path)
-                with torch.device("meta"):
-                    router = ElasticSigmoidRouter(skeleton.get_submodule(path))
-                skeleton.set_submodule(path, router)
         elif self.fake is not None:
             self.fake.watch(skeleton, self.specs, self.prefix)
         return skeleton.requires_grad_(False)
@@ -301,7 +339,8 @@ class ElasticModel(_Part):
         body = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
         inputs = {**inputs, "use_cache": False, "elastic": call}
         output = functional_call(skeleton.base_model, body, (), inputs)
-        return output.last_hidden_state, tensors[self._head]
+        head: Any = _Handed.apply(tensors[self._head])
+        return output.last_hidden_state, head
 
     def _call(self, size: Widths | Mixtures, slice_at: Widths | None) -> Call:
         if isinstance(size, Widths):
@@ -327,7 +366,8 @@ class ElasticModel(_Part):
             if first == "hidden":
                 outside[divisor] = axis_map.axes[divisor].minimum
         widths = axis_map.complete(outside)
-        skeleton = build_skeleton(self.family.config_at(self.model_config, widths), self.parent)
+        config = self.family.config_at(self.model_config, widths)
+        skeleton = build_skeleton(config, self.parent, deterministic=True)
         if gated:
             self.install_norms(skeleton, widths)
         callers = nn.ModuleList(_Caller(self._block_at(layer)) for layer in kept)

@@ -1,4 +1,5 @@
-"""Modules of the training skeleton, where a gate cannot be folded into a parameter.
+"""Modules of the training skeleton: where a gate cannot be folded into a parameter, and where
+autocast would round what transformers computes in fp32.
 
 Exported sizes never contain them: they use transformers' own norms and routers. Shapes: B batch,
 T tokens, D channels, G groups, E experts, K experts per token.
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
+from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHTopkRouter
 
 
 class _GatedInputNorm(nn.Module):
@@ -64,6 +66,15 @@ class ElasticGroupedRMSNorm(_GatedInputNorm):
         return self.weight * x_BTD.to(dtype)
 
 
+class Fp32Router(NemotronHTopkRouter):
+    """transformers' router, which casts its operands to fp32: autocast would cast them back, and
+    scores that differ by less than a bf16 can tell would choose other experts than in inference."""
+
+    def forward(self, hidden_states: torch.Tensor):
+        with torch.autocast(hidden_states.device.type, enabled=False):
+            return super().forward(hidden_states)
+
+
 class ElasticSigmoidRouter(nn.Module):
     """DeepSeek-style sigmoid router under soft gates of experts and of ranks (docs/paper_map.md).
 
@@ -104,7 +115,8 @@ class ElasticSigmoidRouter(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor):
         x_TD = hidden_states.reshape(-1, hidden_states.shape[-1]).to(torch.float32)
-        logits_TE = F.linear(x_TD, self.weight.to(torch.float32))
+        with torch.autocast(hidden_states.device.type, enabled=False):  # see Fp32Router
+            logits_TE = F.linear(x_TD, self.weight.to(torch.float32))
         scores_TE = logits_TE.sigmoid()
         index_TK = self._select(scores_TE)
         weights_TK = (scores_TE * self.expert_gate).gather(1, index_TK) * self.rank_gate
