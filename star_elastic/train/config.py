@@ -161,16 +161,22 @@ class OptimizerConfig:
         require(self.clip_norm > 0, f"optimizer.clip_norm={self.clip_norm} is not > 0")
 
 
+MICRO_TOKENS = 16_384
+"""Tokens of one forward unless `micro_batch` says otherwise: enough to fill a GPU, and a bound that
+the papers' stages need, whose steps have twelve million tokens."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class EngineConfig:
     """How a step is computed. But for `teacher_samples`, which adds noise without bias, none of it
     changes what is learned beyond rounding.
 
-    `micro_batch` windows at a time (0: all that a worker has). `workers` threads share a step's
-    windows: for models too small to fill the cores one by one. `recompute` keeps no activations
-    inside blocks. `autocast` multiplies in bf16. `teacher_samples` > 0 caches that many samples of
-    the teacher's distribution per token instead of running it whenever a row comes again.
-    `save_every` steps the state is saved.
+    `micro_batch` windows at a time; 0: as many as hold 16,384 tokens (`MICRO_TOKENS`), but at least
+    one. `workers` threads share a step's windows: for models too small to fill the cores one by
+    one. `recompute` keeps no activations inside blocks. `autocast` multiplies in bf16; experts'
+    scores, the Mamba state, losses and optimiser stay in fp32. `teacher_samples` > 0 caches that
+    many samples of the teacher's distribution per token instead of running it whenever a row comes
+    again. `save_every` steps the state is saved.
     """
 
     micro_batch: int = 0
@@ -188,6 +194,10 @@ class EngineConfig:
             0 <= self.teacher_samples <= 255,
             f"engine.teacher_samples={self.teacher_samples} is not in 0 to 255",
         )
+
+    def windows_at_once(self, context: int) -> int:
+        """The most windows of `context` tokens that one forward reads."""
+        return self.micro_batch or max(1, MICRO_TOKENS // context)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -250,13 +250,13 @@ class Trainer:
 
     def _jobs(self, groups: Sequence[Job], worker: int) -> list[Job]:
         """A worker's windows of every group, in micro-batches."""
-        size = self.config.engine.micro_batch
         jobs = []
         for group, windows in groups:
             parts = windows.split(len(self.workers.learners))
             if worker < len(parts):
                 part = parts[worker]
-                count = -(-len(part.input_ids) // size) if size else 1
+                size = self.config.engine.windows_at_once(part.input_ids.shape[1])
+                count = -(-len(part.input_ids) // size)
                 jobs += [(group, micro) for micro in part.split(count)]
         return jobs
 
