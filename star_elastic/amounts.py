@@ -42,7 +42,7 @@ class Amount:
 
 
 def parse_budget(budget: float | str, metric: str, where: str = "") -> Amount:
-    """A budget as it stands in a config: `0.5` is a share, `"1.6GB"` an amount of the metric.
+    """A budget as it stands in a config: `0.5` or `"50%"` is a share, `"1.6GB"` an amount.
 
     Shares lie in (0, 1]. Units (`UNITS`) are read as they are written: `MB` is a million bytes,
     `MiB` 2^20, `M` and `B` a million and a billion parameters, `ms` milliseconds per token. `where`
@@ -53,6 +53,8 @@ def parse_budget(budget: float | str, metric: str, where: str = "") -> Amount:
         raise BudgetError(f"budget {metric!r} is unknown; use {', '.join(UNITS)}")
     said = f"{where}{metric}={budget!r}"
     advice = f"write a share like 0.5 or an amount like '{_EXAMPLES[metric]}'"
+    if isinstance(budget, str) and budget.rstrip().endswith("%"):
+        budget = _parse_percent(budget, said, advice)
     if isinstance(budget, str):
         return _parse_text(budget, UNITS[metric], said, advice)
     if isinstance(budget, bool) or not isinstance(budget, (int, float)) or not budget > 0:
@@ -60,6 +62,22 @@ def parse_budget(budget: float | str, metric: str, where: str = "") -> Amount:
     if budget > 1:
         raise ConfigError(f"{said} is more than the parent; {advice}, with its unit")
     return Amount(float(budget), is_fraction=True)
+
+
+def _parse_percent(text: str, said: str, advice: str) -> float:
+    number = text.strip().removesuffix("%")
+    try:
+        return float(number) / 100
+    except ValueError:
+        raise ConfigError(f"{said} is not a percentage; {advice}") from None
+
+
+def show_amount(count: float, metric: str) -> str:
+    """A cost in the largest unit that leaves at least one: `134.5M`, `1.2 GB`, `8.51 ms`."""
+    units = [(unit, size) for unit, size in UNITS[metric].items() if "i" not in unit]
+    unit, size = next((pair for pair in reversed(units) if count >= pair[1]), units[0])
+    space = "" if metric in ("active", "total") else " "
+    return f"{count / size:.4g}{space}{unit}"
 
 
 def _parse_text(text: str, units: Mapping[str, float], said: str, advice: str) -> Amount:

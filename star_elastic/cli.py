@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any
@@ -16,8 +16,9 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from star_elastic.axes import LAYERS
+from star_elastic.axes import LAYERS, AxisMap
 from star_elastic.bars import Bars
+from star_elastic.cost import Workload
 from star_elastic.errors import ConfigError
 from star_elastic.generate.phases import (
     DEFAULT_GRACE,
@@ -78,7 +79,7 @@ def count(
     Operations are per token. A decoded token goes through the LM head; of a prompt that is read at
     once, only the last token does.
     """
-    from star_elastic.cost import CostModel, Workload, count_parts
+    from star_elastic.cost import CostModel, count_parts
     from star_elastic.families import family_of, read_config
 
     config = read_config(model)
@@ -160,8 +161,16 @@ def _require_new_file(out: Path) -> None:
 
 @app.command()
 def latency(
-    model: Annotated[Path, typer.Argument(help="Parent or elastic checkpoint, or config.json.")],
     out: Annotated[Path, typer.Option(help="Table to write (.json).")],
+    model: Annotated[
+        Path | None, typer.Argument(help="Parent or elastic checkpoint, or config.json.")
+    ] = None,
+    run: Annotated[
+        Path | None,
+        typer.Option(
+            "--for", help="Or a run config: its parent, over its choices, at its workload."
+        ),
+    ] = None,
     sizes: Annotated[
         bool, typer.Option("--sizes", help="The named sizes themselves, prefill and decode.")
     ] = False,
@@ -182,18 +191,23 @@ def latency(
     """
     # Mistakes first: what follows may take minutes.
     _require_new_file(out)
+    if (model is None) == (run is None):
+        raise ConfigError("name a checkpoint to measure, or a run config with --for RUN.toml")
     batches, contexts = batch or [1], context or [256]
     if sizes:
+        if model is None:
+            raise ConfigError("--sizes measures an elastic checkpoint; name one in place of --for")
         _size_latency(model, out, batches, contexts, dtype, seconds, as_json)
         return
     if len(batches) > 1 or len(contexts) > 1:
         raise ConfigError("a table holds one batch and one context; name one, or use --sizes")
-    from star_elastic.families import family_of, read_config
-    from star_elastic.manifest import FILE_NAME, load_manifest
-
-    config = read_config(model)
-    axis_map = family_of(config).axis_map(config)
-    choices = load_manifest(model, axis_map).choices if (model / FILE_NAME).is_file() else None
+    if run is not None:
+        config, axis_map, choices, load = _grid_of_run(run)
+        batches = batch or [load.batch]
+        contexts = context or [load.context or contexts[0]]
+    else:
+        assert model is not None
+        config, axis_map, choices = _grid_of_checkpoint(model)
 
     import torch
 
@@ -240,6 +254,27 @@ def latency(
         f"context {contexts[0]}, {dtype})\n"
         f"on {table.machine.device}, {table.machine.threads} threads"
     )
+
+
+def _grid_of_run(run: Path) -> tuple[Any, AxisMap, Mapping[str, Sequence[int]], Workload]:
+    """Of a run config the parent's config and table, the choices, and the workload."""
+    from star_elastic.train.check import read_parent
+    from star_elastic.train.config import load_run_config
+
+    of_run = load_run_config(run)
+    config, axis_map, _, grid = read_parent(of_run)
+    return config, axis_map, grid.choices, of_run.workload
+
+
+def _grid_of_checkpoint(model: Path) -> tuple[Any, AxisMap, Mapping[str, Sequence[int]] | None]:
+    """A checkpoint's config and table, and the choices of an elastic one."""
+    from star_elastic.families import family_of, read_config
+    from star_elastic.manifest import FILE_NAME, load_manifest
+
+    config = read_config(model)
+    axis_map = family_of(config).axis_map(config)
+    elastic = (model / FILE_NAME).is_file()
+    return config, axis_map, load_manifest(model, axis_map).choices if elastic else None
 
 
 def _size_latency(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+from collections.abc import Mapping, Sequence
 
 from star_elastic.axes import AxisMap
 from star_elastic.evaluate.latency_grid import grid_points
@@ -12,10 +13,12 @@ from star_elastic.latency import Grid, LatencyTable, Machine, kind_axes, layer_k
 MACHINE = Machine(device="a machine", threads=1, torch="2.13.0")
 
 
-def made_up(axis_map: AxisMap, seed: int = 0) -> LatencyTable:
-    """A table of random times on the grid that would be measured."""
+def made_up(
+    axis_map: AxisMap, seed: int = 0, choices: Mapping[str, Sequence[int]] | None = None
+) -> LatencyTable:
+    """A table of random times on the grid that would be measured (for `choices`)."""
     drawn = random.Random(seed)
-    points = grid_points(axis_map)
+    points = grid_points(axis_map, choices)
 
     def grid(axes: tuple[str, ...]) -> Grid:
         shape = tuple(points[axis] for axis in axes)

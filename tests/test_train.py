@@ -385,7 +385,8 @@ def test_budgets_in_milliseconds_come_from_the_table(run_folder):
     """Here a made-up one, in which widths surely make a difference; it stays with the family."""
     config = read_config(run_folder / "parent")
     axis_map = family_of(config).axis_map(config)
-    save_table(made_up(axis_map), run_folder / "made-up.json")
+    choices = config_in(run_folder, "ms").choices
+    save_table(made_up(axis_map, choices=choices), run_folder / "made-up.json")
     changes = {
         **SHORT,
         "[sizes.large]\nactive = 1.0": 'latency = "made-up.json"\n[sizes.large]\nms = 1.0',
@@ -480,7 +481,12 @@ def test_default_stages_are_the_papers(run_folder):
         ("[choices]", "[choices]\nlayers = [3, 0]", ConfigError, "must keep at least one layer"),
         ('loss_on = "answers"', 'loss_on = "some"', ConfigError, "loss_on='some' is unknown"),
         ("rows.jsonl", "none.jsonl", ConfigError, "none.jsonl does not exist"),
-        ('parent = "parent"', 'parent = "nowhere"', ConfigError, "nowhere holds no config.json"),
+        (
+            'parent = "parent"',
+            'parent = "nowhere"',
+            ConfigError,
+            "nowhere' does not exist.*downloaded",
+        ),
         ("num_samples = 16", 'scores = "none"', CheckpointError, "none does not exist"),
         ("[engine]", "[optimizer]\nbetas = [1.0, 0.9]\n[engine]", ConfigError, "optimizer.betas="),
         ("tau_end = 0.5", "tau_end = 0", ConfigError, "all must be"),

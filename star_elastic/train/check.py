@@ -13,7 +13,7 @@ from star_elastic.cost import CostModel
 from star_elastic.errors import BudgetError, ConfigError
 from star_elastic.families import family_of, read_config
 from star_elastic.families.base import Config
-from star_elastic.latency import load_table
+from star_elastic.latency import LatencyTable, load_table
 from star_elastic.manifest import Manifest, load_manifest
 from star_elastic.nesting.rotate import check_rotatable
 from star_elastic.quant.layout import CONFIG_KEY, Scheme, make_scheme, stored_map
@@ -61,19 +61,12 @@ def check(config: RunConfig, world_size: int = 1) -> Checked:
 
     Raises ConfigError, ShapeError, BudgetError or CheckpointError for whatever would go wrong.
     """
-    model_config = read_config(config.parent)
-    axis_map = family_of(model_config).axis_map(model_config)
-    if model_config.get(CONFIG_KEY):
-        raise ConfigError(f"{config.parent} is quantised; train on the checkpoint it was made from")
-    manifest = _family(config, axis_map) if config.family else None
-    choices = dict(manifest.choices if manifest else config.choices) or default_choices(axis_map)
-    per_layer = manifest.per_layer if manifest else config.per_layer
-    grid = make_grid(
-        choices, axis_map, per_layer=per_layer, depth=manifest.depth if manifest else ()
-    )
+    model_config, axis_map, manifest, grid = read_parent(config)
     if config.calibration.basis == "principal":
         check_rotatable(axis_map)
     table = load_table(latency_file(config), axis_map) if config.latency else None
+    if table and any("ms" in budgets for budgets in config.sizes.values()):
+        require_covered(table, grid)
     cost = CostModel(axis_map, config.workload, table.milliseconds if table else None)
     full = cost.count(axis_map.full)
     budgets = {
@@ -116,6 +109,48 @@ def check(config: RunConfig, world_size: int = 1) -> Checked:
             f"engine.workers={config.engine.workers} threads on {world_size} ranks; use 1 worker"
         )
     return Checked(model_config, axis_map, grid, cost, budgets, fixed, scheme)
+
+
+def read_parent(config: RunConfig) -> tuple[Config, AxisMap, Manifest | None, Grid]:
+    """The parent's config and table, the family that the run trains on from, if any, and the grid
+    of widths to choose from. Raises ConfigError, ShapeError or CheckpointError."""
+    for key in ("parent", "family"):
+        path = getattr(config, key)
+        if path and not Path(path).exists():
+            raise ConfigError(
+                f"{key}={path!r} does not exist; name a directory on this machine (a model of a "
+                "hub is downloaded first: hf download NAME --local-dir DIRECTORY)"
+            )
+    model_config = read_config(config.parent)
+    axis_map = family_of(model_config).axis_map(model_config)
+    if model_config.get(CONFIG_KEY):
+        raise ConfigError(f"{config.parent} is quantised; train on the checkpoint it was made from")
+    manifest = _family(config, axis_map) if config.family else None
+    choices = dict(manifest.choices if manifest else config.choices) or default_choices(axis_map)
+    per_layer = manifest.per_layer if manifest else config.per_layer
+    depth = manifest.depth if manifest else ()
+    return (
+        model_config,
+        axis_map,
+        manifest,
+        make_grid(choices, axis_map, per_layer=per_layer, depth=depth),
+    )
+
+
+def require_covered(table: LatencyTable, grid: Grid) -> None:
+    """Raises ConfigError unless a latency table was measured over all of a grid: where it was not,
+    widths would seem to cost nothing, or less than nothing."""
+    for axis, choices in grid.choices.items():
+        for measured in [table.fixed, *table.parts.values()]:
+            if axis not in measured.axes or len(choices) == 1:
+                continue
+            points = measured.points[measured.axes.index(axis)]
+            if points[0] > choices[-1] or points[-1] < choices[0]:
+                raise ConfigError(
+                    f"the latency table covers {axis} from {points[0]} to {points[-1]}, and the "
+                    f"choices reach from {choices[-1]} to {choices[0]}; measure one for this run: "
+                    "star-elastic latency --for RUN.toml --out TABLE.json"
+                )
 
 
 def _family(config: RunConfig, axis_map: AxisMap) -> Manifest:

@@ -17,7 +17,7 @@ from typing import Literal
 
 from star_elastic.amounts import parse_budget
 from star_elastic.cost import METRICS, Workload
-from star_elastic.errors import ConfigError
+from star_elastic.errors import ConfigError, reason
 from star_elastic.quant.formats import FORMATS
 from star_elastic.router.router import Annealing
 from star_elastic.train.strict import parse, require
@@ -327,12 +327,18 @@ class RunConfig:
 def load_run_config(file: str | Path) -> RunConfig:
     """Reads a run config. Relative paths in it are relative to the file. Raises ConfigError."""
     file = Path(file)
+    if file.is_dir():
+        inside = sorted(found.name for found in file.glob("*.toml"))
+        advice = f", for example {file / inside[0]}" if inside else ""
+        raise ConfigError(f"{file} is a directory; name a run config, which is a TOML file{advice}")
     if not file.is_file():
         raise ConfigError(f"{file} does not exist; name a run config (TOML)")
     try:
         content = tomllib.loads(file.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{file} is not valid TOML ({error})") from None
+        raise ConfigError(f"{file} is not valid TOML ({error}); correct the line") from None
+    except OSError as error:
+        raise ConfigError(f"{file} cannot be read ({reason(error)}); correct the path") from None
     config = parse(RunConfig, content, "")
 
     def resolve(path: str) -> str:
