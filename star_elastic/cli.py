@@ -329,6 +329,14 @@ def train(
         )
 
 
+@app.command("config")
+def config_reference() -> None:
+    """Every key of the run config: type, default, what it does, what to start with."""
+    from star_elastic.train.reference import reference
+
+    sys.stdout.write(reference())
+
+
 @app.command()
 def sizes(
     elastic: Annotated[Path, typer.Argument(help="Elastic checkpoint directory.")],

@@ -21,17 +21,18 @@ METRICS = ("active", "total", "bytes", "flops", "ms")
 
 @dataclass(frozen=True, slots=True)
 class Workload:
-    """What the memory and the operations are counted for.
-
-    `context` tokens of each of `batch` sequences; `dtype_bytes` per parameter and per element of
-    the decoding states, but for the SSM state, which has `ssm_dtype_bytes`: 4 (fp32) is what
-    transformers keeps; engines may be told to use 2.
-    """
+    """What the memory and the operations are counted for."""
 
     context: int = 0
+    """Tokens of context of each sequence. Start with those of the longest answers, where budgets
+    are in bytes."""
     batch: int = 1
+    """Sequences at once."""
     dtype_bytes: int = 2
+    """Bytes per parameter, and per element of the decoding states but for the SSM state."""
     ssm_dtype_bytes: int = 4
+    """Bytes per element of the SSM state: transformers keeps it in fp32, engines may be told to use
+    2."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -168,9 +168,13 @@ class Annealing:
     """
 
     tau_start: float = 1.0
+    """Temperature that noisy logits are divided by at first."""
     tau_end: float = 0.05
+    """That temperature at last."""
     scale_start: float = 1.0
+    """What logits are multiplied by at first."""
     scale_end: float = 10.0
+    """That factor at last."""
 
     def at(self, progress: float) -> Temperature:
         """The temperature when `progress` (0 to 1) of the router's steps are done."""

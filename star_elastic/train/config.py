@@ -1,7 +1,8 @@
 """The run config: one strict TOML file, checked before any work starts.
 
 Every default is defined once, here; those of the stages, the optimiser and the router are the
-papers' (arXiv 2605.07182 and 2511.16664).
+papers' (arXiv 2605.07182 and 2511.16664). What a key does stands below it, and docs/run_config.md
+is made from that (`reference.py`).
 """
 
 from __future__ import annotations
@@ -25,15 +26,17 @@ from star_elastic.train.strict import parse, require
 
 @dataclass(frozen=True, kw_only=True)
 class SourceConfig:
-    """Rows of one kind: JSONL files, or directories and parquet files of Hugging Face datasets.
-
-    `weight` is its share of the tokens, relative to the other sources. `loss_on`: every token, or
-    only those of completions and last answers.
-    """
+    """Rows of one kind. Several sources are mixed by weight."""
 
     files: tuple[str, ...]
+    """JSONL files, parquet files, or directories that `datasets` has saved. A row is `{"text"}`,
+    `{"prompt", "completion"}` or `{"messages"}`. Start with the text that the sizes will be used
+    on."""
     weight: float = 1.0
+    """Share of the tokens, relative to the other sources."""
     loss_on: Literal["all", "answers"] = "all"
+    """Which tokens count: all, or only those of completions and last answers. Start with `answers`
+    for prompts and conversations."""
 
     def __post_init__(self):
         require(bool(self.files), "data.files names no file; list JSONL files or datasets")
@@ -42,24 +45,38 @@ class SourceConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class StageConfig:
-    """One stage of the curriculum: `tokens` in all, in `batch_size` windows of `context` a step.
+    """One stage of the curriculum. The learning rate warms up and falls by a cosine inside it.
 
     The defaults of a run's first stage are short and uniform over the sizes, those of later ones
-    long and weighted to the large sizes. `size_weights` has one entry per size, largest first.
-    `sizes_per_step`: all sizes on the same tokens with one teacher forward, their losses weighted;
-    or one size for each of the step's `groups` of windows, drawn by the weights. The learning rate
-    warms up and falls to `final_learning_rate` by a cosine inside the stage.
+    long and weighted to the large sizes.
     """
 
     tokens: int
+    """Tokens to read in all; with `context` and `batch_size` they make the number of steps. Start
+    with 50 million: enough for a small model to settle in its sizes and for the router to learn."""
     context: int = 0
+    """Tokens per window. Longer rows are cut, shorter ones packed. 0: 8192 in the first stage,
+    49152 in later ones. Start with the length of most rows, within the parent's positions."""
     batch_size: int = 0
+    """Windows per step. 0: 1536 in the first stage, 512 in later ones. Start with as few as make
+    8,000 to 30,000 tokens per step: the router needs many steps rather than large ones."""
     size_weights: tuple[float, ...] = ()
+    """Weights of the sizes' losses, largest first; relative. Empty: equal in the first stage, more
+    for the large sizes in later ones."""
     sizes_per_step: Literal["all", "one"] = "all"
+    """All sizes on the same tokens with one forward of the teacher; or one size for each group of
+    windows, drawn by the weights, which costs less a step."""
     groups: int = 1
+    """Groups of windows in a step, each with router noise (and with `sizes_per_step = "one"` a
+    size) of its own. Must divide `batch_size`."""
     learning_rate: float = 1e-4
+    """Peak learning rate of the shared weights. Start with a tenth of the parent's own, and with
+    less for models of more than a billion parameters."""
     final_learning_rate: float = 1e-5
-    warmup_steps: int = 60
+    """Learning rate at the end of the stage."""
+    warmup_steps: int | None = None
+    """Steps in which the learning rate rises to its peak. Left out: a tenth of the stage's steps,
+    60 at most."""
 
     def __post_init__(self):
         require(self.tokens >= 1, f"stages.tokens={self.tokens} is less than 1")
@@ -71,7 +88,8 @@ class StageConfig:
         require(all(w > 0 for w in self.size_weights), "stages.size_weights must be positive")
         require(self.learning_rate > 0, f"stages.learning_rate={self.learning_rate} is not > 0")
         for name in ("final_learning_rate", "warmup_steps"):
-            require(getattr(self, name) >= 0, f"stages.{name}={getattr(self, name)} is negative")
+            value = getattr(self, name)
+            require(value is None or value >= 0, f"stages.{name}={value} is negative")
         require(
             self.final_learning_rate <= self.learning_rate,
             f"stages.final_learning_rate={self.final_learning_rate} is above learning_rate="
@@ -86,6 +104,8 @@ class StageConfig:
 
 FIRST_STAGE = {"context": 8192, "batch_size": 1536}
 LATER_STAGES = {"context": 49152, "batch_size": 512}
+WARMUP_STEPS, WARMUP_SHARE = 60, 0.1
+"""The papers' warm-up, and the most of a stage's steps that it takes by default."""
 LATER_WEIGHTS = {3: (0.5, 0.3, 0.2)}
 FAVOUR_LARGE = 0.6
 """Weights of the sizes in later stages: the papers' for three sizes, else each this share of the
@@ -94,18 +114,20 @@ next larger one's."""
 
 @dataclass(frozen=True, kw_only=True)
 class CalibrationConfig:
-    """Rows that importance is estimated on: the first of the training data, or stored scores.
-
-    `context` cuts longer rows. `basis` of the residual stream, from which hidden channels are cut:
-    the parent's own channels, or its principal components, of which far fewer do (not for models
-    with tied embeddings).
-    """
+    """How the parent's units are ranked: by forward passes over the first rows of the data."""
 
     num_samples: int = 256
+    """Rows to rank on. More make the order surer, and ranking longer."""
     batch_size: int = 16
+    """Rows at a time; less where memory is short."""
     context: int = 1024
+    """Tokens at which rows are cut for ranking."""
     scores: str = ""
+    """Scores that `star-elastic rank` has written, in place of ranking."""
     basis: Literal["channels", "principal"] = "channels"
+    """What hidden channels are cut from: the parent's own channels, or the principal components of
+    its residual stream, of which far fewer do. Start with `principal` unless the parent's
+    embeddings are tied, where it is refused."""
 
     def __post_init__(self):
         for name, least in (("num_samples", 1), ("batch_size", 1), ("context", 2)):
@@ -115,20 +137,26 @@ class CalibrationConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class RouterConfig:
-    """The router: `weight` of its budget loss, and the share of all steps after which the widths
-    are fixed and every size trains as a plain slice; the annealing spans the steps before. `fixed`
-    gives widths per size instead, and there is nothing to learn. `eps` of its AdamW is far above
-    the usual: where a width hardly matters its gradients are far below `eps`, and so are its steps;
-    a small `eps` would scale all axes' steps alike and cut for nothing what no budget asks for.
-    """
+    """The router, which learns how much of each axis a budget buys."""
 
     learning_rate: float = 1e-2
+    """Learning rate of the router."""
     eps: float = 1e-2
+    """Epsilon of its AdamW, far above the usual: where a width hardly matters its gradients are far
+    below it, and so are its steps. A small one would scale all axes' steps alike and cut for
+    nothing what no budget asks for."""
     weight: float = 1.0
+    """Weight of the loss that pulls the sizes' costs to their budgets."""
     commit_at: float = 0.3
+    """Share of all steps after which the widths are fixed and every size trains as the plain slice
+    that leaves. The steps before cost most. Start with what gives the router 150 steps or more."""
     hard_share: float = 0.004
+    """Share of the router's decisions that are drawn as one width instead of a mixture."""
     annealing: Annealing = field(default_factory=Annealing)
+    """How the router's decisions sharpen."""
     fixed: Mapping[str, str] = field(default_factory=dict)
+    """Widths of every size, as `small = "hidden=1920,ffn=4096"`, in place of a router that learns
+    them. Axes left out stay whole."""
 
     def __post_init__(self):
         require(0 < self.commit_at <= 1, f"router.commit_at={self.commit_at} is not in (0, 1]")
@@ -146,11 +174,15 @@ class RouterConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-    """AdamW."""
+    """AdamW, for the shared weights and the router."""
 
     betas: tuple[float, ...] = (0.9, 0.98)
+    """Decay of the two moments."""
     weight_decay: float = 0.0
+    """Decoupled weight decay."""
     clip_norm: float = 1.0
+    """Largest norm of the gradients of a step; larger ones are scaled down to it. The weights' and
+    the router's are clipped apart."""
 
     def __post_init__(self):
         require(
@@ -169,22 +201,26 @@ the papers' stages need, whose steps have twelve million tokens."""
 @dataclass(frozen=True, kw_only=True)
 class EngineConfig:
     """How a step is computed. But for `teacher_samples`, which adds noise without bias, none of it
-    changes what is learned beyond rounding.
-
-    `micro_batch` windows at a time; 0: as many as hold 16,384 tokens (`MICRO_TOKENS`), but at least
-    one. `workers` threads share a step's windows: for models too small to fill the cores one by
-    one. `recompute` keeps no activations inside blocks. `autocast` multiplies in bf16; experts'
-    scores, the Mamba state, losses and optimiser stay in fp32. `teacher_samples` > 0 caches that
-    many samples of the teacher's distribution per token instead of running it whenever a row comes
-    again. `save_every` steps the state is saved.
-    """
+    changes what is learned beyond rounding."""
 
     micro_batch: int = 0
+    """Windows at a time, of a step's; 0: as many as hold 16,384 tokens, at least one. Start with 1
+    where memory is short, and raise it until it is full."""
     workers: int = 1
+    """Threads that share a step's windows, for models too small to fill the cores one by one. One
+    on several ranks."""
     recompute: bool = False
+    """Keeps no activations inside blocks and computes them again: less memory, a third more time.
+    Start with `true` where a micro-batch of one window does not fit."""
     autocast: bool = True
+    """Multiplies in bf16; experts' scores, the Mamba state, losses, weights and their updates stay
+    in fp32. Start with `false` on CPUs without bf16
+    units, where it is several times slower."""
     teacher_samples: int = 0
+    """Samples of the teacher's distribution per token that are kept on disk, so that it need not
+    run when a row comes again. 0: it runs every time. Start with 64 for data read many times."""
     save_every: int = 200
+    """Steps between two saved states."""
 
     def __post_init__(self):
         for name, least in (("micro_batch", 0), ("workers", 1), ("save_every", 1)):
@@ -202,15 +238,16 @@ class EngineConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class QuantConfig:
-    """Quantisation-aware training of a family whose sizes are fixed: `format` ("": none), parts to
-    `keep` unquantised, and the inputs' calibration on the first `samples` rows of the data, of
-    whose magnitudes the scales cover this `percentile`.
-    """
+    """Quantisation-aware training of a `family`, whose sizes stay as they are."""
 
     format: str = ""
+    """`fp8`, `fp8-channel`, `fp8-block` or `nvfp4`. Empty: no quantisation."""
     keep: tuple[str, ...] = ()
+    """Parts that stay as they are, as `attention` or `mamba before attention`."""
     samples: int = 256
+    """Rows of the data that the inputs' scales are measured on."""
     percentile: float = 100.0
+    """Of the inputs' magnitudes, what the scales cover; 100: all."""
 
     def __post_init__(self):
         require(
@@ -228,32 +265,50 @@ class QuantConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """A whole run. `sizes` maps each name, largest first, to budgets by metric: fractions of the
-    parent's cost, or amounts with a unit; `choices` maps each elastic axis to its widths, largest
-    first (empty: a default grid); `per_layer` lists axes on which every layer has widths of its
-    own; `workload` is the decoding that budgets on bytes and operations are counted for, `latency`
-    the measured table for budgets in milliseconds. `family`: an elastic checkpoint of the parent to
-    train on from, at the widths that its sizes have. `objective`: distillation from the parent, or
-    the data's own next tokens.
-    """
+    """A whole run. Relative paths are relative to the file."""
 
     parent: str
+    """The model to make sizes of: a Hugging Face checkpoint directory with safetensors weights and
+    a tokenizer. Start with a small one: training takes 20 bytes per parameter and activations."""
     out: str
+    """The run's directory: states while it trains, `elastic/` in the end. Start with a new one for
+    every run."""
     sizes: Mapping[str, Mapping[str, float | str]]
+    """The sizes by name, largest first, each with its budgets: `active` and `total` parameters,
+    `bytes`, `flops` per token, `ms` per token. A budget is a share of the parent's cost (`0.6`,
+    `"60%"`) or an amount (`"830M"`, `"1.6GB"`). Start with `active` budgets of 1.0 for the largest,
+    which then goes on as the parent, and 0.6 for the smallest."""
     data: tuple[SourceConfig, ...]
+    """What the sizes learn on. Start with one source like the text that the parent was tuned on."""
     stages: tuple[StageConfig, ...]
+    """The curriculum, stage after stage. Start with one."""
     seed: int = 0
+    """Seed of shuffles and of the router's noise."""
     choices: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    """Widths to choose from, by axis, from the full one down, as `ffn = [1536, 1280, 1024]`; axes
+    left out stay whole. Empty: a grid down to half on all axes but `heads`, `layers`, `top_k`."""
     per_layer: tuple[str, ...] = ()
+    """Axes on which every layer chooses a width of its own. Such sizes run here, but cannot leave
+    as plain checkpoints."""
     workload: Workload = field(default_factory=Workload)
+    """The decoding that budgets in bytes and operations are counted for."""
     latency: str = ""
+    """The table that budgets in milliseconds are counted with, measured on the machine that is to
+    serve: `star-elastic latency --for RUN.toml --out TABLE.json`."""
     family: str = ""
+    """An elastic checkpoint of this parent to train on from, at the widths that its sizes have."""
     objective: Literal["distillation", "task"] = "distillation"
+    """What is learned: the parent's distribution, or the data's own next tokens."""
     quant: QuantConfig = field(default_factory=QuantConfig)
+    """Training through a quantised format."""
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
+    """How the parent's units are ranked."""
     router: RouterConfig = field(default_factory=RouterConfig)
+    """How widths are learned."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    """The optimiser."""
     engine: EngineConfig = field(default_factory=EngineConfig)
+    """How a step is computed."""
 
     def __post_init__(self):
         require(bool(self.parent), "parent is empty; name a checkpoint directory")
@@ -317,6 +372,9 @@ class RunConfig:
             batch_size=stage.batch_size or shape["batch_size"],
             size_weights=tuple(weight / total for weight in weights),
         )
+        if stage.warmup_steps is None:
+            warm = min(WARMUP_STEPS, round(WARMUP_SHARE * stage.num_steps))
+            stage = dataclasses.replace(stage, warmup_steps=warm)
         require(
             stage.batch_size % stage.groups == 0,
             f"stages[{number}].groups={stage.groups} does not divide batch_size={stage.batch_size}",

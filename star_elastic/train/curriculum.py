@@ -42,7 +42,7 @@ class Curriculum:
         """Learning rate of the shared weights: linear warm-up and a cosine, stage by stage."""
         position = self.at(step)
         stage = self.stages[position.stage]
-        warm = min(1.0, (position.step + 1) / max(stage.warmup_steps, 1))
+        warm = min(1.0, (position.step + 1) / max(stage.warmup_steps or 0, 1))
         low, high = stage.final_learning_rate, stage.learning_rate
         fall = 0.5 * (1 + math.cos(math.pi * position.step / stage.num_steps))
         return warm * (low + (high - low) * fall)
