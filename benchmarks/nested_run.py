@@ -7,6 +7,9 @@ Three stages of one run (rank, sort, router, distillation, elastic checkpoint): 
 with all sizes; all sizes on the same tokens, as plain slices; one size per step, which tells the
 sizes apart. Weights are random, so losses say only that the run learns; `training_cost.py` compares
 with masks at full width.
+
+The committed figures (`results/nested_run.json`) were measured when experts still multiplied in
+fp32 under autocast.
 """
 
 from __future__ import annotations

@@ -15,6 +15,9 @@ family) on the same tokens, interleaved in one run, medians:
 Printed beside the ratio of counted operations: 2 per used parameter and token forward, 4 backward.
 Weights are random: time does not depend on them. On a GPU also tokens per second and the peak of
 memory, for every way and for every size by itself.
+
+The committed figures of a GPU (`results/training_cost_gpu.json`) were measured when experts still
+multiplied in fp32 under autocast; those of a CPU have no autocast.
 """
 
 from __future__ import annotations
