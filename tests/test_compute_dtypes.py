@@ -81,6 +81,21 @@ def test_without_autocast_every_product_is_fp32(tmp_path, kind):
     assert {d for p in products.seen for d in p.dtypes} == {torch.float32}
 
 
+def test_mambas_step_sizes_are_not_rounded(tmp_path):
+    """A bias of the time step that bf16 cannot tell from its neighbour still makes a difference."""
+    student = make_trainer("moe", make_config(tmp_path)).student
+    bias = student.parent.get_parameter("model.layers.0.mixer.dt_bias")
+    ids = torch.arange(40)[None]
+    inputs = {"input_ids": ids, "position_ids": ids, "seq_idx": torch.zeros_like(ids)}
+    found = []
+    for value in (-4.0, -4.003):
+        assert torch.tensor(value).bfloat16() == -4
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            bias.fill_(value)
+            found.append(student.hidden_states(student.axis_map.full, **inputs)[0])
+    assert not torch.equal(*found)
+
+
 def test_experts_learn_the_same_in_bf16(tmp_path):
     """Their gradients differ from those in fp32 by the rounding of bf16 and no more."""
     found = []

@@ -8,11 +8,13 @@ import math
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import pytest
 import torch
 from torch.autograd.graph import saved_tensors_hooks
 
+from star_elastic.router.router import Annealing
 from star_elastic.train.config import MICRO_TOKENS, EngineConfig, StageConfig
 from star_elastic.train.loop import Trainer
 from star_elastic.train.losses import distillation_loss
@@ -113,6 +115,52 @@ def test_sizes_weigh_in_the_router_as_well(tmp_path):
         assert first is not None
         norms.append(first.norm(dim=0))
     assert torch.allclose(norms[1] / norms[0], torch.tensor([1 / 3, 3.0]), rtol=1e-3)
+
+
+def asked(trainer: Trainer, axis: str = "hidden") -> list[torch.Tensor]:
+    """The mixtures of an axis that the student is asked for in one step: sizes in their order, for
+    every group of windows."""
+    found: list[torch.Tensor] = []
+
+    def hook(module, inputs):
+        found.append(inputs[1].mixtures[axis].probs.detach().clone())
+
+    block: Any = trainer.student.blocks[0]
+    handle = block.register_forward_pre_hook(hook)
+    trainer.train_step()
+    handle.remove()
+    return found
+
+
+def test_the_student_runs_the_routers_noisy_mixtures(tmp_path):
+    """Other noise for every size, group and step; the same for the same run."""
+    still = {"learning_rate": 1e-12, "hard_share": 0.0}
+    run = make_config(tmp_path, stage={"groups": 2}, router=still)
+    trainer, again = (make_trainer("moe", run, committed=False) for _ in range(2))
+    steps = [asked(trainer) for _ in range(2)]
+    assert [len(step) for step in steps] == [2 * len(SIZES)] * 2
+    probs = torch.stack([own for step in steps for own in step])
+    assert len(probs.unique(dim=0)) == len(probs)
+    assert ((probs[0] > 0) & (probs[0] < 1)).all()
+    assert all(torch.equal(a, b) for a, b in zip(asked(again), steps[0], strict=True))
+
+
+def test_a_share_of_the_mixtures_is_hard(tmp_path):
+    run = make_config(tmp_path, router={"hard_share": 1.0})
+    for probs in asked(make_trainer("moe", run, committed=False)):
+        assert sorted(probs.round(decimals=6).tolist()) == [0, 1]
+
+
+def test_mixtures_are_as_sharp_as_the_annealing_says(tmp_path):
+    """The same logits and noise at two temperatures."""
+    found = []
+    for tau in (2.0, 1.0):
+        annealing = Annealing(tau_start=tau, tau_end=tau, scale_start=1.0, scale_end=1.0)
+        router = {"hard_share": 0.0, "annealing": annealing}
+        trainer = make_trainer("moe", make_config(tmp_path, router=router), committed=False)
+        found.append(torch.stack(asked(trainer)).double())
+    soft, sharp = (probs[:, 0].logit() for probs in found)
+    assert torch.allclose(sharp, 2 * soft, rtol=1e-3)
 
 
 # Clipping

@@ -99,10 +99,11 @@ class DocumentMamba2Mixer(NemotronHMamba2Mixer):
         )
         conv_BTC = _without_padding(self.act(conv_BTC).to(mixed_BTC.dtype), attention_mask)
         x, b, c = conv_BTC.split([self.intermediate_size, shared, shared], dim=-1)
-        dt_BTH = F.softplus(dt_BTH + self.dt_bias.to(dt_BTH.dtype)).clamp(*self.time_step_limit)
+        # In fp32 like what follows, and like the fused kernels; transformers' own path rounds it.
+        dt_BTH = F.softplus(dt_BTH.float() + self.dt_bias.float()).clamp(*self.time_step_limit)
         y_BTHP = document_scan(
             x.unflatten(-1, (self.num_heads, self.head_dim)).float(),
-            dt_BTH.float(),
+            dt_BTH,
             -torch.exp(self.A_log.float()),
             b.unflatten(-1, (self.n_groups, -1)).float(),
             c.unflatten(-1, (self.n_groups, -1)).float(),
