@@ -30,6 +30,7 @@ PHASES = {
     },
     "one size": {"batch_size = 4": 'batch_size = 8\ngroups = 4\nsizes_per_step = "one"'},
     "recompute": {"save_every = 16": "recompute = true\nmicro_batch = 1"},
+    "clipped": {"[engine]": "[optimizer]\nclip_norm = 1e-3\n[engine]"},
 }
 
 

@@ -32,7 +32,7 @@ _BUILDING = threading.RLock()
 GROUPED_MM_MULTIPLE = 8
 """PyTorch's grouped product wants strides of whole 16 bytes: 8 elements of bf16."""
 CHANCE = re.compile(r"dropout|pdrop|layer_?drop|drop_path|drop_rate|jitter")
-"""In names of numbers, of configs and modules, above which a forward in training mode is random."""
+"""Numbers of configs and modules with such names, unless 0, make a forward in training random."""
 
 
 def grouped_mm_fits(config: Config) -> bool:
