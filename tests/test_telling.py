@@ -3,21 +3,33 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import signal
 import time
+from collections import namedtuple
+from dataclasses import replace
 
 import pytest
+import torch
 
 from star_elastic.amounts import show_amount
 from star_elastic.bars import Bars, Lines
 from star_elastic.cli import main
-from star_elastic.errors import ConfigError
+from star_elastic.errors import ConfigError, Interrupted
 from star_elastic.families import family_of, read_config
 from star_elastic.latency import load_table, save_table
-from star_elastic.progress import duration
+from star_elastic.nesting.submodel import load_parent, load_tokenizer
+from star_elastic.progress import Silent, duration
 from star_elastic.router.grid import make_grid
 from star_elastic.train.check import check, require_covered
+from star_elastic.train.config import RouterConfig, StageConfig
+from star_elastic.train.curriculum import Curriculum
+from star_elastic.train.distributed import multiplies_bf16
+from star_elastic.train.outlook import Outlook, look_ahead
+from star_elastic.train.pace import Pace
 from star_elastic.train.run import train
+from star_elastic.train.sources import Source
 from tests.latencies import made_up
 from tests.tiny_run import config_in
 
@@ -160,3 +172,133 @@ def test_shares_may_be_percentages(run_folder):
 )  # fmt: skip
 def test_amounts_in_words(count, metric, said):
     assert show_amount(count, metric) == said
+
+
+# Before work
+
+
+class Said(Silent):
+    """The lines that a run says."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def say(self, line: str) -> None:
+        self.lines.append(line)
+
+
+def outlook_of(config) -> Outlook:
+    tokenizer = load_tokenizer(config.parent)
+    sources = [Source(source.files, tokenizer, source.loss_on) for source in config.data]
+    return look_ahead(config, check(config), sources, torch.device("cpu"))
+
+
+def test_a_run_says_what_it_will_do(run_folder):
+    """On one screen, every number counted."""
+    name = "outlook"
+    changes = {
+        "[engine]": "[[stages]]\ntokens = 1024\ncontext = 64\nbatch_size = 2\n[engine]",
+        "active = 0.7": 'total = "70%"',
+    }
+    config = config_in(run_folder, name, **changes)
+    facts = "\n".join(outlook_of(config).facts)
+    assert facts.count("\n") < 20
+    total = sum(p.numel() for p in load_parent(config.parent)[0].parameters())
+    for said in (
+        f"{run_folder / name}: 48 steps, 16,384 tokens",
+        "stages[0]: 40 steps of 4 windows of 96 tokens, 15,360 tokens",
+        "stages[1]: 8 steps of 2 windows of 64 tokens, 1,024 tokens",
+        "the router learns for 29 steps (11,136 tokens), then widths are fixed for the other 19",
+        "64 of rows.jsonl",
+        "ranking: forward passes over 16 rows of at most 96 tokens",
+        "hidden 48 to 24 in 4 widths",
+        f"size large: active {show_amount(count_active(config), 'active')} (100.0%)",
+        f"size small: total {show_amount(0.7 * total, 'total')} (70.0%)",
+        f"elastic/ {show_amount(4 * total, 'bytes')}, state/ {show_amount(12 * total, 'bytes')}",
+        f"memory: {show_amount(20 * total, 'bytes')}",
+    ):
+        assert said in facts, said
+    with pytest.raises(Interrupted):
+        train(config, progress=(told := StopAfterSaying()))
+    assert "\n".join(told.lines).startswith(facts)
+
+
+class StopAfterSaying(Said):
+    """Interrupts a run in its ranking."""
+
+    def stage(self, name: str, total: int) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+
+
+def count_active(config) -> float:
+    checked = check(config)
+    return checked.cost.count(checked.axis_map.full).active
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        (
+            {"warmup_steps = 2": "warmup_steps = 40"},
+            r"stages\[0\].warmup_steps=40 of 40 steps: .* never reaches its peak; leave it out",
+        ),
+        (
+            {"tokens = 15360": "tokens = 100"},
+            r"stages\[0\].tokens=100 is less than the 384 tokens of one step, .*; lower batch_size",
+        ),
+        ({}, "the router learns for 24 steps, and below 150 the budgets decide .*; raise stages.t"),
+        ({"batch_size = 4": "batch_size = 65"}, "batch_size=65 windows a step from 64 rows.*lower"),
+        (
+            {"num_samples = 16": "num_samples = 64", "tokens = 15360": "tokens = 1536"},
+            "ranking reads up to 6,144 tokens and training 1,536; lower calibration.num_samples",
+        ),
+        ({"active = 1.0": "active = 0.9"}, "the largest size, large, has 90.0% .*; add one with"),
+        ({"autocast = false": "autocast = true"}, "this CPU has no units .*; leave it out"),
+    ],
+)
+def test_what_looks_wrong_is_told_with_what_to_do(run_folder, changes, said):
+    if "autocast" in said and multiplies_bf16(torch.device("cpu")):
+        pytest.skip("this CPU multiplies in bf16")
+    warnings = outlook_of(config_in(run_folder, "wrong", **changes)).warnings
+    assert any(re.search(said, line) for line in warnings), warnings
+    calm = {"tokens = 15360": "tokens = 384000", "commit_at = 0.6": "commit_at = 0.2"}
+    assert not outlook_of(config_in(run_folder, "calm", **calm)).warnings
+
+
+def test_a_disk_and_a_device_that_are_too_small_are_told(run_folder, monkeypatch):
+    config = config_in(run_folder, "small-disk")
+    usage = namedtuple("usage", "total used free")(10**6, 10**6 - 5000, 5000)
+    monkeypatch.setattr("shutil.disk_usage", lambda _: usage)
+    monkeypatch.setattr("os.sysconf", lambda name: 1000 if "SIZE" in name else 10)
+    warnings = "\n".join(outlook_of(config).warnings)
+    assert re.search(r"5 kB are free at .*writes up to .*; make room or name another out", warnings)
+    assert re.search(r"training takes .* and there are 10 kB; train on more GPUs", warnings)
+
+
+def test_given_widths_and_a_family_need_no_router(run_folder, trained):
+    config = config_in(run_folder, "outlook-family")
+    config = replace(config, family=str(trained.elastic), choices={}, router=RouterConfig())
+    look = outlook_of(config)
+    assert any("widths are given, every size trains as a plain slice" in f for f in look.facts)
+    assert not any("router" in line for line in look.warnings)
+
+
+# While it works
+
+
+def test_the_pace_is_told_for_each_part():
+    stages = (
+        StageConfig(tokens=1000, context=10, batch_size=10, size_weights=(1.0,)),
+        StageConfig(tokens=4000, context=20, batch_size=10, size_weights=(1.0,)),
+    )
+    pace = Pace(Curriculum(stages), 5)  # 10 steps of 100 tokens, 20 of 200
+    said = {step: pace.after(step, 60.0 if step in (0, 5) else 10.0) for step in range(30)}
+    assert {step for step, line in said.items() if line} == {3, 8}
+    # 1 step of 100 tokens to learn; 6 of 100 and 20 of 200 in all, at 0.1 s a token
+    assert said[3] == (
+        "about 10 s until the router has learned (10 s a step), at most 8 min of training in all: "
+        "plain slices cost less"
+    )
+    assert said[8] == "about 7 min of training left (10 s a step)"
+    quick = Pace(Curriculum(stages), 0)
+    assert not any(quick.after(step, 0.01) for step in range(30))

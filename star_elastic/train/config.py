@@ -212,10 +212,9 @@ class EngineConfig:
     recompute: bool = False
     """Keeps no activations inside blocks and computes them again: less memory, a third more time.
     Start with `true` where a micro-batch of one window does not fit."""
-    autocast: bool = True
+    autocast: bool | None = None
     """Multiplies in bf16; experts' scores, the Mamba state, losses, weights and their updates stay
-    in fp32. Start with `false` on CPUs without bf16
-    units, where it is several times slower."""
+    in fp32. Left out: where the device has units for it, which many CPUs have not."""
     teacher_samples: int = 0
     """Samples of the teacher's distribution per token that are kept on disk, so that it need not
     run when a row comes again. 0: it runs every time. Start with 64 for data read many times."""

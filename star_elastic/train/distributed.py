@@ -102,6 +102,15 @@ class World:
         return model
 
 
+def multiplies_bf16(device: torch.device) -> bool:
+    """Whether a device has units for bf16 products. A CPU without them imitates such products,
+    several times slower than those in fp32."""
+    if device.type != "cpu":
+        return True
+    units = torch.cpu.get_capabilities()
+    return any(units.get(unit) for unit in ("avx512_bf16", "amx_bf16", "bf16"))
+
+
 @contextmanager
 def join_world() -> Iterator[World]:
     """The world that torchrun set up, or this process alone.

@@ -32,7 +32,7 @@ from star_elastic.router.budget import Budgets, Commitment, budget_loss, settle
 from star_elastic.router.router import Decision, Router, Temperature, seed_for
 from star_elastic.train.config import RunConfig
 from star_elastic.train.curriculum import Curriculum
-from star_elastic.train.distributed import World
+from star_elastic.train.distributed import World, multiplies_bf16
 from star_elastic.train.losses import linear_kl, next_token_targets, sampled_kl
 from star_elastic.train.packing import PackedBatch, PackedStream, merge_states
 from star_elastic.train.sources import Source
@@ -346,7 +346,8 @@ class Trainer:
             }
 
     def _autocast(self) -> AbstractContextManager:
-        if not self.config.engine.autocast:
+        wanted = self.config.engine.autocast
+        if not (multiplies_bf16(self.world.device) if wanted is None else wanted):
             return nullcontext()
         return torch.autocast(self.world.device.type, torch.bfloat16)
 

@@ -34,6 +34,8 @@ from star_elastic.train.config import RunConfig
 from star_elastic.train.directory import ELASTIC, METRICS, QUANTISED, begin, require_ready
 from star_elastic.train.distributed import World, join_world
 from star_elastic.train.loop import StepReport, Trainer
+from star_elastic.train.outlook import look_ahead
+from star_elastic.train.pace import Pace
 from star_elastic.train.quantise import quantise_family
 from star_elastic.train.sources import Source
 from star_elastic.train.state import has_state, load_state, save_state
@@ -100,6 +102,8 @@ def _train(config: RunConfig, resume: bool, shown: Progress, stop: Stop, world: 
             save_scores(run / SCORES, given[0], checked.axis_map, given[1])
     world.wait()
 
+    if not has_state(run):
+        look_ahead(config, checked, sources, world.device).say(progress)
     trainer, orders, basis = build_trainer(config, checked, sources, run, progress, world)
     if has_state(run):
         load_state(trainer, run)
@@ -171,6 +175,7 @@ def _loop(trainer: Trainer, run: Path, progress: Progress, stop: Stop) -> float:
     progress.advance(trainer.step)
     begin = last = time.monotonic()
     saved = trainer.step
+    pace = Pace(trainer.curriculum, 0 if trainer.committed else trainer.commit_step)
     while trainer.step < steps:
         if world.any(stop.is_asked):
             if trainer.step > saved:
@@ -185,6 +190,9 @@ def _loop(trainer: Trainer, run: Path, progress: Progress, stop: Stop) -> float:
                 save_state(trainer, run)
             raise
         now = time.monotonic()
+        line = pace.after(report.step, now - last)
+        if line:
+            progress.say(line)
         if world.is_first:
             row = {**asdict(report), "seconds": round(now - last, 4)}
             with open(run / METRICS, "a", encoding="utf-8") as log:

@@ -1,0 +1,251 @@
+"""What a run will do, said before it does it: steps, rows, sizes, bytes; and what looks wrong, each
+with what to do about it.
+
+Everything is counted from the config, the parent's config.json and the number of rows.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from star_elastic.amounts import show_amount
+from star_elastic.progress import Progress
+from star_elastic.train.build import stored_dtype
+from star_elastic.train.calibrate import SCORES
+from star_elastic.train.check import Checked
+from star_elastic.train.config import RunConfig
+from star_elastic.train.curriculum import Curriculum
+from star_elastic.train.directory import ELASTIC, TEACHER
+from star_elastic.train.distributed import multiplies_bf16
+from star_elastic.train.sources import Source
+from star_elastic.train.state import STATE
+
+FEW_STEPS = 150
+"""Router steps below which a budget, not the data, decides most widths."""
+STATE_BYTES = 12
+"""Per parameter, of a saved state: the weight and the optimiser's two moments, in fp32."""
+TRAINING_BYTES = {"distillation": 20, "task": 16}
+"""Per parameter, while training: weight, gradient, two moments and, to distil, the teacher's."""
+SAMPLE_BYTES = 5
+"""Of one sample of the teacher's distribution on disk: an id and a count."""
+
+
+@dataclass(frozen=True, slots=True)
+class Outlook:
+    """What a run will do, as lines to read, and what looks wrong with it."""
+
+    facts: tuple[str, ...]
+    warnings: tuple[str, ...]
+
+    def say(self, progress: Progress) -> None:
+        """Tells all of it, warnings last."""
+        for line in self.facts:
+            progress.say(line)
+        for line in self.warnings:
+            progress.say(f"warning: {line}")
+
+
+def look_ahead(
+    config: RunConfig, checked: Checked, sources: Sequence[Source], device: torch.device
+) -> Outlook:
+    """What a checked run will do on a device (one of those of all ranks)."""
+    look = _Look(config, checked, sources, device)
+    return Outlook(tuple(look.facts()), tuple(look.warnings()))
+
+
+class _Look:
+    def __init__(
+        self,
+        config: RunConfig,
+        checked: Checked,
+        sources: Sequence[Source],
+        device: torch.device,
+    ):
+        self.config, self.checked, self.sources, self.device = config, checked, sources, device
+        self.run = Path(config.out)
+        self.steps = Curriculum(config.stages).num_steps
+        self.learns = not checked.fixed
+        self.router_steps = max(1, round(config.router.commit_at * self.steps))
+        self.parameters = int(checked.cost.count(checked.axis_map.full).total)
+
+    def facts(self) -> Iterator[str]:
+        """What will happen, in its order."""
+        tokens = [self._step_tokens(n) * s.num_steps for n, s in enumerate(self.config.stages)]
+        yield f"{self.run}: {_counted(self.steps, 'step')}, {sum(tokens):,} tokens"
+        for number, stage in enumerate(self.config.stages):
+            windows = _counted(stage.batch_size, "window")
+            yield (
+                f"  stages[{number}]: {_counted(stage.num_steps, 'step')} of {windows} of "
+                f"{stage.context:,} tokens, {tokens[number]:,} tokens"
+            )
+        yield f"  {self._learning()}"
+        rows = ", ".join(f"{len(source):,} of {_short(source.name)}" for source in self.sources)
+        yield f"  rows: {rows}"
+        if not self.config.family:
+            yield f"  ranking: {self._ranking()}"
+            yield f"  choices: {self._choices()}"
+        for name, budgets in self.checked.budgets.items():
+            full = self.checked.cost.count(self.checked.axis_map.full)
+            asked = ", ".join(
+                f"{metric} {show_amount(fraction * full.metric(metric), metric)} ({fraction:.1%})"
+                for metric, fraction in budgets.items()
+            )
+            yield f"  size {name}: {asked}"
+        written = ", ".join(
+            f"{name}/ {show_amount(count, 'bytes')}" for name, count in self._written().items()
+        )
+        yield f"  writes about: {written} (a state twice while it is replaced)"
+        yield (
+            f"  memory: {show_amount(self._memory(), 'bytes')} in all for weights, gradients and "
+            "moments, and what activations take"
+        )
+
+    def _step_tokens(self, number: int) -> int:
+        stage = self.config.stages[number]
+        return stage.batch_size * stage.context
+
+    def _learning(self) -> str:
+        if not self.learns:
+            return "widths are given, every size trains as a plain slice from the first step"
+        counted = left = 0
+        for number, stage in enumerate(self.config.stages):
+            part = min(stage.num_steps, self.router_steps - left)
+            counted, left = counted + part * self._step_tokens(number), left + part
+        return (
+            f"the router learns for {_counted(self.router_steps, 'step')} ({counted:,} tokens), "
+            f"then widths are fixed for the other {self.steps - self.router_steps:,}"
+        )
+
+    def _ranking(self) -> str:
+        options = self.config.calibration
+        if (self.run / SCORES).is_file():
+            return "done before"
+        if options.scores:
+            return f"taken from {_short(options.scores)}"
+        count = min(options.num_samples, sum(map(len, self.sources)))
+        return f"forward passes over {count:,} rows of at most {options.context:,} tokens"
+
+    def _choices(self) -> str:
+        def shown(axis: str, widths: Sequence[int]) -> str:
+            each = " in each layer" if axis in self.checked.grid.per_layer else ""
+            return f"{axis} {widths[0]} to {widths[-1]} in {len(widths)} widths{each}"
+
+        return ", ".join(shown(*pair) for pair in self.checked.grid.choices.items())
+
+    def _written(self) -> dict[str, int]:
+        """Bytes by directory, but for small files."""
+        found = {
+            ELASTIC: self.parameters * stored_dtype(self.checked.model_config).itemsize,
+            STATE: self.parameters * STATE_BYTES,
+        }
+        samples = self.config.engine.teacher_samples
+        if samples:
+            tokens = sum(
+                self._step_tokens(n) * s.num_steps for n, s in enumerate(self.config.stages)
+            )
+            found[TEACHER] = tokens * samples * SAMPLE_BYTES
+        return found
+
+    def _memory(self) -> int:
+        return self.parameters * TRAINING_BYTES[self.config.objective]
+
+    def warnings(self) -> Iterator[str]:
+        """What looks wrong: what is so, and what to do."""
+        yield from self._stage_warnings()
+        yield from self._router_warnings()
+        yield from self._size_warnings()
+        yield from self._machine_warnings()
+
+    def _stage_warnings(self) -> Iterator[str]:
+        for number, stage in enumerate(self.config.stages):
+            here, tokens = f"stages[{number}]", self._step_tokens(number)
+            if stage.warmup_steps and stage.warmup_steps >= stage.num_steps:
+                yield (
+                    f"{here}.warmup_steps={stage.warmup_steps} of {stage.num_steps} steps: the "
+                    "learning rate never reaches its peak; leave it out, which gives a tenth"
+                )
+            if stage.tokens < tokens:
+                yield (
+                    f"{here}.tokens={stage.tokens:,} is less than the {tokens:,} tokens of one "
+                    "step, which is taken all the same; lower batch_size or context, or raise "
+                    "tokens"
+                )
+            rows = sum(map(len, self.sources))
+            if stage.batch_size > rows:
+                yield (
+                    f"{here}.batch_size={stage.batch_size:,} windows a step from {rows:,} rows: a "
+                    "step sees rows more than once; lower batch_size"
+                )
+
+    def _router_warnings(self) -> Iterator[str]:
+        if self.learns and self.router_steps < FEW_STEPS:
+            steps = _counted(self.router_steps, "step")
+            yield (
+                f"the router learns for {steps}, and below {FEW_STEPS} the budgets decide most "
+                "widths, not the data; raise stages.tokens, lower stages.batch_size, or raise "
+                "router.commit_at"
+            )
+        options = self.config.calibration
+        ranks = not (options.scores or self.config.family or (self.run / SCORES).is_file())
+        count = min(options.num_samples, sum(map(len, self.sources))) * options.context
+        read = sum(self._step_tokens(n) * s.num_steps for n, s in enumerate(self.config.stages))
+        if ranks and count > read:
+            yield (
+                f"ranking reads up to {count:,} tokens and training {read:,}; lower "
+                "calibration.num_samples or calibration.context"
+            )
+
+    def _size_warnings(self) -> Iterator[str]:
+        first, budgets = next(iter(self.checked.budgets.items()))
+        most = max(budgets.values())
+        if most < 1 and not self.config.family:
+            yield (
+                f"the largest size, {first}, has {most:.1%} of the parent: no size of the family "
+                "will answer as the parent does; add one with active = 1.0 to keep it"
+            )
+
+    def _machine_warnings(self) -> Iterator[str]:
+        written = self._written()
+        need = sum(written.values()) + written[STATE]
+        place = next(folder for folder in (self.run, *self.run.parents) if folder.exists())
+        free = shutil.disk_usage(place).free
+        if free < need:
+            yield (
+                f"{show_amount(free, 'bytes')} are free at {place}, and the run writes up to "
+                f"{show_amount(need, 'bytes')}; make room or name another out"
+            )
+        memory = self._memory()
+        has = _device_bytes(self.device) * int(os.environ.get("WORLD_SIZE", "1"))
+        if has < memory:
+            yield (
+                f"training takes {show_amount(memory, 'bytes')} and there are "
+                f"{show_amount(has, 'bytes')}; train on more GPUs with torchrun, or take a smaller "
+                "parent"
+            )
+        if self.config.engine.autocast and not multiplies_bf16(self.device):
+            yield (
+                "engine.autocast multiplies in bf16, which this CPU has no units for and imitates "
+                "several times slower; leave it out"
+            )
+
+
+def _counted(count: int, what: str) -> str:
+    return f"{count:,} {what}" if count == 1 else f"{count:,} {what}s"
+
+
+def _short(name: str) -> str:
+    """Files of a source without their folders."""
+    return ", ".join(Path(part).name for part in name.split(", "))
+
+
+def _device_bytes(device: torch.device) -> int:
+    """Memory of one rank's device; CPU ranks are taken to be alone on their machine."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
