@@ -12,8 +12,8 @@ from star_elastic.cost import CostModel
 from star_elastic.errors import BudgetError, CheckpointError, ConfigError
 from star_elastic.generate.decode import BatchDecoder, Sampling, choose_tokens, pads_exactly
 from star_elastic.generate.phased import PhasedGenerator
-from star_elastic.generate.phases import ANSWERING, THINKING, Generation, think_and_answer
-from star_elastic.generate.prompts import ThinkingTags
+from star_elastic.generate.phases import ANSWERING, TAG, THINKING, Generation, think_and_answer
+from star_elastic.generate.prompts import FoundTag, ThinkingTags
 from star_elastic.generate.sequence import Rules, Sequence
 from tests.tiny_family import (
     ALWAYS_THINKS,
@@ -45,11 +45,24 @@ def greedy_choices(model, ids, start: int) -> list[int]:
 
 
 def split_ids(result: Generation):
-    """(trace, end of thinking, answer) of the new token ids."""
-    start = result.phase(THINKING).tokens
-    end = start + result.closing_tokens
-    ids = list(result.token_ids)
+    """(trace, first end of thinking, what follows) of the new token ids."""
+    ids, sizes = list(result.token_ids), result.token_sizes
+    if TAG not in result.token_parts:
+        return ids, [], []
+    start = result.token_parts.index(TAG)
+    end = start + 1
+    while sizes[start] is None and sizes[end : end + 1] == (None,):
+        end += 1
     return ids[:start], ids[start:end], ids[end:]
+
+
+def assert_greedy(family, prompt_ids: list[int], result: Generation) -> None:
+    """Every token that a size has written is its own choice after all tokens before it."""
+    ids, start = [*prompt_ids, *result.token_ids], len(prompt_ids)
+    for size in set(result.token_sizes) - {None}:
+        chosen = greedy_choices(family[size], ids, start)
+        own = [place for place, who in enumerate(result.token_sizes) if who == size]
+        assert [chosen[p] for p in own] == [result.token_ids[p] for p in own]
 
 
 # --- law 8: the hand-over is exact -----------------------------------------------------------
@@ -65,13 +78,15 @@ def test_answer_after_hand_over_equals_answering_size_continuing(family, think, 
         prompt_ids = list(family.generator.tags.encode_prompt(prompt, thinking=True).ids)
         trace, closing, answered = split_ids(result)
         lengths.add(len(trace))
-        assert greedy_choices(family[think], prompt_ids + trace, len(prompt_ids)) == trace
-        if answering := result.phase(ANSWERING):
-            handed_over = prompt_ids + trace + closing
-            choices = greedy_choices(family[answer], handed_over + answered, len(handed_over))
-            assert choices == answered
-            assert answering.prefill_tokens == len(handed_over)
-            assert answering.ended == "natural" or len(result.token_ids) == 40
+        assert set(result.token_sizes[: len(trace)]) == {think}
+        assert set(result.token_sizes[len(trace + closing) :]) <= {answer, None}
+        assert_greedy(family, prompt_ids, result)
+        if answered:
+            (handed,) = [h for phase in result.phases for h in phase.handed if h.size == answer]
+            assert handed.read == handed.position == len(prompt_ids + trace + closing)
+            # An end of thinking that does not fit any more is not injected.
+            room = family.generator.tags.max_closing
+            assert result.phases[-1].ended != "length" or len(result.token_ids) > 40 - room
     assert len(lengths) > 1, "all traces ended at once: the batch was not ragged"
 
 
@@ -84,6 +99,8 @@ def test_answer_equals_plain_generate(family):
     )
     prompt_ids = family.generator.tags.encode_prompt(prompt, thinking=True).ids
     trace, closing, answered = split_ids(result)
+    again = result.token_sizes[len(trace + closing) :]  # up to a second end that is injected
+    answered = answered[: again.index(None)] if None in again else answered
     ids = torch.tensor([[*prompt_ids, *trace, *closing]])
     output = family["large"].generate(
         ids, attention_mask=torch.ones_like(ids), max_new_tokens=len(answered), do_sample=False
@@ -224,7 +241,7 @@ def test_budget_is_obeyed_to_the_token(tokens, budget, grace, spare):
         assert thinking.ended == "length"
         assert budget is None
         assert len(result.token_ids) == room
-    if answering:
+    if answering and CLOSE not in answer:
         assert answering.tokens == len(answer)
         assert (answering.ended == "natural") == (answer[-1:] == [EOS])
         spoken = [i for i in result.token_ids if i != EOS]
@@ -278,14 +295,12 @@ def test_no_budget_means_no_thinking(family):
     result = family.generate(
         "1+2", think="small", answer="large", thinking_budget=0, max_new_tokens=60
     )[0]
-    assert [phase.name for phase in result.phases] == [ANSWERING]
-    assert result.phases[0].size == "large"
-    assert result.closing_tokens == 0
+    assert {phase.size for phase in result.phases} == {"large"}
+    assert result.token_sizes[0] == "large"  # nothing is injected to begin with
     text = "<|im_start|>user\n1+2<|im_end|>\n<|im_start|>a\n<think></think>"
     ids = family.tokenizer(text, add_special_tokens=False)["input_ids"]
     assert result.prompt_tokens == len(ids)
-    new = list(result.token_ids)
-    assert greedy_choices(family["large"], ids + new, len(ids)) == new
+    assert_greedy(family, ids, result)
 
 
 # --- prompts and tags ------------------------------------------------------------------------
@@ -347,16 +362,16 @@ def test_closing_tag_of_several_tokens_is_found():
     tags = ThinkingTags(tokenizer, END)
     ids = tags.encode("12</think>")
     assert len(ids) == 10
-    assert tags.count_closing(ids) == 8
-    assert tags.count_closing(ids[:-1]) == 0
-    assert tags.count_closing([]) == 0
+    assert tags.find(ids, opening=False) == FoundTag(opens=False, num_tokens=8)
+    assert tags.find(ids[:-1], opening=False) is None
+    assert tags.find([], opening=False) is None
     plan = think_and_answer("s", "s", max_new_tokens=40)
     sequence = Sequence(Rules(plan, tags, frozenset()), 0, [5], 1, torch.Generator())
     for token in ids:
         sequence.accept(token)
     assert not sequence.is_thinking
     trace = sequence.result([0.0, 0.0]).phase(THINKING)
-    assert (trace.tokens, trace.by_size, sequence.num_closing) == (2, {"s": 2}, 8)
+    assert (trace.tokens, trace.by_size, sequence.parts().count(TAG)) == (2, {"s": 2}, 8)
 
 
 def test_messages_and_texts_are_the_same_prompt(family):
@@ -406,12 +421,11 @@ def test_result_is_json(family):
     )[0]
     content = json.loads(json.dumps(result.to_json()))
     assert content["token_ids"] == list(result.token_ids)
-    phases = {phase["name"]: phase for phase in content["phases"]}
-    assert phases[THINKING]["size"] == "small"
-    assert phases[THINKING]["seconds"] > 0
-    if result.phase(ANSWERING):
-        assert phases[ANSWERING]["size"] == "large"
-        assert phases[ANSWERING]["ended"] in ("natural", "length")
+    first, *others = content["phases"]
+    assert (first["name"], first["size"]) == (THINKING, "small")
+    assert first["seconds"] > 0
+    assert {phase["size"] for phase in others} <= {"large"}
+    assert content["token_parts"] == list(result.token_parts)
 
 
 def test_package_offers_what_it_lists():

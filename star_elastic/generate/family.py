@@ -10,11 +10,10 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from star_elastic.cost import Cost, CostModel, Workload
-from star_elastic.errors import ConfigError, reason
 from star_elastic.families import family_of, read_config
 from star_elastic.families.base import Config
 from star_elastic.generate.caches import HandOver
-from star_elastic.generate.phased import DEFAULT_BATCH_SIZE, PhasedGenerator
+from star_elastic.generate.phased import DEFAULT_BATCH_SIZE, DEFAULT_BATCH_TOKENS, PhasedGenerator
 from star_elastic.generate.phases import (
     DEFAULT_GRACE,
     DEFAULT_MAX_NEW_TOKENS,
@@ -28,11 +27,10 @@ from star_elastic.generate.prompts import Prompt
 from star_elastic.manifest import Manifest, Size, load_manifest
 from star_elastic.nesting.resident import ResidentBytes, count_resident, nest_in_place
 from star_elastic.nesting.submodel import build_submodel, load_parent, load_tokenizer
+from star_elastic.placement import AUTO, choose_device, choose_dtype
 from star_elastic.quant.checkpoint import load_input_scales
 from star_elastic.router.files import widths_for
 from star_elastic.widths import Widths
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 class ElasticFamily(Mapping[str, PreTrainedModel]):
@@ -161,10 +159,11 @@ class ElasticFamily(Mapping[str, PreTrainedModel]):
         top_p: float = 1.0,
         seed: int = 0,
         batch_size: int = DEFAULT_BATCH_SIZE,
+        batch_tokens: int = DEFAULT_BATCH_TOKENS,
     ) -> list[Generation]:
         """Thinks with one size and answers with another; one result per prompt.
 
-        See `plan` for the sizes and budgets, and `PhasedGenerator.generate` for the sampling;
+        See `plan` for the sizes and budgets, `PhasedGenerator.generate` for sampling and batches;
         `generator` takes plans of any phases, and streams tokens.
         """
         plan = self.plan(
@@ -177,8 +176,9 @@ class ElasticFamily(Mapping[str, PreTrainedModel]):
             stop=stop,
         )
         return self.generator.generate(
-            prompts, plan, temperature=temperature, top_p=top_p, seed=seed, batch_size=batch_size
-        )
+            prompts, plan, temperature=temperature, top_p=top_p, seed=seed,
+            batch_size=batch_size, batch_tokens=batch_tokens,
+        )  # fmt: skip
 
     def _hand_over(self, giver: str, taker: str) -> HandOver:
         """How the cache of one size becomes that of another."""
@@ -187,26 +187,23 @@ class ElasticFamily(Mapping[str, PreTrainedModel]):
 
 
 def load(
-    path: str | Path, dtype: str | torch.dtype = torch.float32, device: str = "cpu"
+    path: str | Path,
+    dtype: str | torch.dtype | None = AUTO,
+    device: str | torch.device | None = AUTO,
 ) -> ElasticFamily:
     """An elastic checkpoint, loaded once for all its sizes.
 
-    `dtype` is a floating dtype of torch or its name: float32, bfloat16, float16. Raises ConfigError
-    or CheckpointError with one line for anything that cannot be loaded.
+    `dtype` is float32, bfloat16 or float16; "auto" (or None) is the one that the weights are stored
+    in, on every device. `device` is a device of torch; "auto" (or None) is a GPU if there is one.
+    Switching between sizes is exact (as far as rounding goes) in any dtype; where tokens must not
+    depend on batches and switches, take float32. Raises ConfigError or CheckpointError with one
+    line for anything that cannot be loaded.
     """
-    kinds = {**DTYPES, **{kind: kind for kind in DTYPES.values()}}
-    if dtype not in kinds:
-        raise ConfigError(f"dtype={dtype!r} is not supported; use {', '.join(DTYPES)}")
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ConfigError(
-            f"device={device!r} cannot be used here ({reason(error)}); use cpu or cuda"
-        ) from None
+    chosen = choose_device(device)
     path = Path(path)
     config = read_config(path)
     axis_map = family_of(config).axis_map(config)
     manifest = load_manifest(path, axis_map)
-    parent, config = load_parent(path, kinds[dtype], device)
+    parent, config = load_parent(path, choose_dtype(dtype, path), chosen)
     nest_in_place(parent, axis_map, [size.widths for size in manifest.sizes.values()])
     return ElasticFamily(path, parent, config, manifest)

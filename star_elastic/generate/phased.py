@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import hashlib
 import math
-import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from collections.abc import Sequence as ListOf
+from dataclasses import dataclass
 from functools import partial
 from typing import cast
 
@@ -23,12 +23,15 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from star_elastic.errors import BudgetError, ConfigError
 from star_elastic.generate.decode import Sampling, pads_exactly
 from star_elastic.generate.desk import Convert, Desk, HandOvers
-from star_elastic.generate.phases import ANSWERING, THINKING, Generation, Plan, Token
-from star_elastic.generate.prompts import Prompt, TextStream, ThinkingTags
+from star_elastic.generate.phases import Generation, Plan, Token
+from star_elastic.generate.prompts import Prompt, ThinkingTags
 from star_elastic.generate.sequence import Rules, Sequence
 from star_elastic.generate.steps import StepPool, pool_for
+from star_elastic.generate.tokens import TokenStream
 
 DEFAULT_BATCH_SIZE = 64
+DEFAULT_BATCH_TOKENS = 65_536
+"""A thousand tokens for each of 64 sequences; a cache of 8 GiB for a Llama of 8B in BF16."""
 
 Models = Mapping[str, PreTrainedModel]
 
@@ -63,9 +66,14 @@ class PhasedGenerator:
         top_p: float = 1.0,
         seed: int = 0,
         batch_size: int = DEFAULT_BATCH_SIZE,
+        batch_tokens: int = DEFAULT_BATCH_TOKENS,
         compare: bool = False,
     ) -> list[Generation]:
-        """One result per prompt, in their order. Prompts are batched with others of like length.
+        """One result per prompt, in their order.
+
+        Prompts are batched with others of like length: at most `batch_size` at once, and no more
+        than have room in `batch_tokens`, each with the longest prompt among them and all its new
+        tokens (one prompt is never too long for a batch of its own).
 
         At temperature 0 the likeliest token is taken; otherwise prompt number i draws from a
         generator of its own, seeded by (seed, i), so that batching changes no draw. `compare`
@@ -73,8 +81,8 @@ class PhasedGenerator:
         sequence anew. Raises ConfigError for unknown sizes and unreadable prompts, BudgetError for
         tokens that do not fit, before any work starts.
         """
-        sampling = Sampling(temperature, top_p)
-        work = self._run(prompts, plan, sampling, seed, batch_size, compare=compare)
+        sampling, limits = Sampling(temperature, top_p), BatchLimits(batch_size, batch_tokens)
+        work = self._run(prompts, plan, sampling, seed, limits, compare=compare)
         done = {s.index: result for s, result in work if isinstance(result, Generation)}
         return [done[index] for index in sorted(done)]
 
@@ -87,38 +95,15 @@ class PhasedGenerator:
         top_p: float = 1.0,
         seed: int = 0,
         batch_size: int = DEFAULT_BATCH_SIZE,
+        batch_tokens: int = DEFAULT_BATCH_TOKENS,
     ) -> Iterator[Token | Generation]:
         """The same token by token, as they are written; a prompt's result follows its last token.
 
         Closing the iterator ends the work.
         """
-        sampling = Sampling(temperature, top_p)
-        work = self._run(prompts, plan, sampling, seed, batch_size)
-        return self._tokens(work, plan.stop)
-
-    def _tokens(self, work: Iterable[Event], stops: ListOf[str]) -> Iterator[Token | Generation]:
-        """The events of a run as tokens with their text."""
-        writing: dict[int, tuple[int, TextStream]] = {}
-        for sequence, event in work:
-            if isinstance(event, Generation):
-                yield event
-                continue
-            for place in range(len(sequence.writers) - event, len(sequence.writers)):
-                part = next(i for i, p in enumerate(sequence.parts) if place in _range(p))
-                before, text = writing.get(sequence.index, (None, None))
-                written = ""
-                if text is None or before != part:
-                    # Trace and answer are texts of their own, each with its stop strings.
-                    written = text.flush() if text else ""
-                    text = TextStream(self.tags.decode, stops if part != 1 else ())
-                    writing[sequence.index] = (part, text)
-                token = sequence.ids[sequence.num_prompt + place]
-                if token not in sequence.rules.end_of_turn:
-                    written += text.push(token)
-                if sequence.is_done and place == len(sequence.writers) - 1:
-                    written += text.flush()
-                phase = ANSWERING if part == 2 else THINKING
-                yield Token(sequence.index, token, written, sequence.writers[place], phase)
+        sampling, limits = Sampling(temperature, top_p), BatchLimits(batch_size, batch_tokens)
+        work = self._run(prompts, plan, sampling, seed, limits)
+        return _tokens(work)
 
     def _run(
         self,
@@ -126,13 +111,12 @@ class PhasedGenerator:
         plan: Plan,
         sampling: Sampling,
         seed: int,
-        batch_size: int,
+        limits: BatchLimits,
         *,
         compare: bool = False,
     ) -> Iterator[Event]:
         """Checks everything first, then yields what happens: each sequence with the number of its
         newest tokens as they are written, and with its result once its batch is done."""
-        _check_batch_size(batch_size)
         models = {size: self.model(size) for size in plan.sizes}
         hand_overs = self._hand_overs(plan)
         plan.require_room(self.tags.max_closing if plan.thinking_budget else 0)
@@ -141,13 +125,14 @@ class PhasedGenerator:
             self._open(index, prompt, rules, seed) for index, prompt in enumerate(_listed(prompts))
         ]
         _require_context(max(s.num_prompt for s in sequences), plan, models.values())
+        self._require_embedded(sequences, models.values())
         if not all(map(pads_exactly, models.values())):
-            batch_size = 1
+            limits = BatchLimits(1, limits.tokens)
         for size, model in models.items():
             if size not in self._pools:
                 self._pools[size] = pool_for(model)
         desks = partial(_make_desks, models, plan, hand_overs, self._pools, compare)
-        return _run_batches(sequences, desks, sampling, batch_size)
+        return _run_batches(limits.batches(sequences), desks, sampling)
 
     def _hand_overs(self, plan: Plan) -> dict[tuple[str, str], Convert]:
         """How caches change hands wherever the plan says so, by who gives and who takes."""
@@ -182,11 +167,26 @@ class PhasedGenerator:
             num_prompt=len(encoded.ids),
             generator=torch.Generator().manual_seed(int.from_bytes(digest[:8], "big")),
             phase=first,
+            has_tags=encoded.has_tags,
         )
         if encoded.in_thinking and not plan.thinks:
             sequence.close_thinking()
-            plan.require_room(sequence.num_closing)
+            plan.require_room(len(sequence.writers))
         return sequence
+
+    def _require_embedded(
+        self, sequences: Iterable[Sequence], models: Iterable[PreTrainedModel]
+    ) -> None:
+        """Raises ConfigError for a token of the tokenizer that the models have no embedding for."""
+        num_rows = min(model.config.vocab_size for model in models)
+        ids = {*self.tags.encode(self.tags.end_of_thinking)}
+        ids.update(*(sequence.ids for sequence in sequences))
+        if max(ids) >= num_rows:
+            token = self.tokenizer.convert_ids_to_tokens(max(ids))
+            raise ConfigError(
+                f"the prompt holds the token {token!r} with id {max(ids)}, but the model has "
+                f"{num_rows} embedding rows; resize the parent's embeddings, or leave the token out"
+            )
 
     def model(self, size: str) -> PreTrainedModel:
         """The model of a size. Raises ConfigError naming the sizes there are."""
@@ -206,12 +206,50 @@ class PhasedGenerator:
         return frozenset(i for i in ends if isinstance(i, int))
 
 
+@dataclass(frozen=True, slots=True)
+class BatchLimits:
+    """How many sequences may run together: so many, and no more than hold so many tokens. Raises
+    ConfigError."""
+
+    size: int = DEFAULT_BATCH_SIZE
+    tokens: int = DEFAULT_BATCH_TOKENS
+
+    def __post_init__(self) -> None:
+        for name, value in (("batch_size", self.size), ("batch_tokens", self.tokens)):
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                default = DEFAULT_BATCH_SIZE if name == "batch_size" else DEFAULT_BATCH_TOKENS
+                raise ConfigError(
+                    f"{name}={value!r} is not a whole number of 1 or more; use {default}"
+                )
+
+    def batches(self, sequences: Iterable[Sequence]) -> Iterator[list[Sequence]]:
+        """The sequences from the shortest prompt to the longest, as many at once as may be."""
+        batch: list[Sequence] = []
+        for sequence in sorted(sequences, key=lambda sequence: sequence.num_prompt):
+            # All are padded to the longest, which is the last to come in.
+            row = sequence.num_prompt + sequence.rules.plan.max_new_tokens
+            if batch and (len(batch) == self.size or (len(batch) + 1) * row > self.tokens):
+                yield batch
+                batch = []
+            batch.append(sequence)
+        if batch:
+            yield batch
+
+
 Event = tuple[Sequence, int | Generation]
 
 
-def _range(part: slice) -> range:
-    """The places of a part."""
-    return range(part.start, sys.maxsize if part.stop is None else part.stop)
+def _tokens(work: Iterable[Event]) -> Iterator[Token | Generation]:
+    """The events of a run as tokens with their text."""
+    writing: dict[int, TokenStream] = {}
+    for sequence, event in work:
+        if isinstance(event, Generation):
+            yield event
+            continue
+        if sequence.index not in writing:
+            writing[sequence.index] = TokenStream(sequence)
+        for place in range(len(sequence.writers) - event, len(sequence.writers)):
+            yield writing[sequence.index].token(place)
 
 
 def _make_desks(
@@ -229,15 +267,12 @@ def _make_desks(
 
 
 def _run_batches(
-    sequences: list[Sequence],
+    batches: Iterable[list[Sequence]],
     make_desks: Callable[[], Mapping[str, Desk]],
     sampling: Sampling,
-    batch_size: int,
 ) -> Iterator[Event]:
-    """Runs all sequences, those of like length together."""
-    by_length = sorted(sequences, key=lambda sequence: sequence.num_prompt)
-    for start in range(0, len(by_length), batch_size):
-        batch = by_length[start : start + batch_size]
+    """Runs one batch after the other."""
+    for batch in batches:
         for sequence in batch:
             if sequence.writers:  # an end of thinking injected before anything is written
                 yield sequence, len(sequence.writers)
@@ -288,13 +323,13 @@ def _require_context(longest: int, plan: Plan, models: Iterable[PreTrainedModel]
         )
 
 
-def _check_batch_size(batch_size: int) -> None:
-    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
-        raise ConfigError(f"batch_size={batch_size!r} is not a whole number of 1 or more; use 64")
-
-
 def _listed(prompts: Prompt | ListOf[Prompt]) -> list[Prompt]:
     """Prompts as a list; a text or one conversation counts as one prompt."""
+    if not isinstance(prompts, (str, ListOf)):
+        raise ConfigError(
+            f"prompts of type {type(prompts).__name__} cannot be read; "
+            "give a text, a conversation, or a list of them"
+        )
     if not isinstance(prompts, str) and not prompts:
         raise ConfigError("the prompt is empty; give at least one message or text")
     is_one = isinstance(prompts, str) or isinstance(prompts[0], Mapping)

@@ -2,6 +2,10 @@
 
 Everything is counted in tokens. The new tokens of a sequence are its trace, then the end of
 thinking (written by the model or injected), then its answer, which includes the end-of-turn token.
+
+A model may see it otherwise. If it writes the end of thinking again, then what it has written since
+the last one belongs to the trace, and the answer begins anew. If it opens the trace again, then it
+thinks on with what is left of its budget, and is closed at once where nothing is.
 """
 
 from __future__ import annotations
@@ -14,7 +18,13 @@ from typing import Any, Literal, get_args
 
 from star_elastic.errors import BudgetError, ConfigError
 
-THINKING, ANSWERING = "thinking", "answering"
+Part = Literal["thinking", "tag", "answering"]
+"""What a token belongs to: the trace, a tag that ends it (or begins it again), the answer."""
+THINKING: Part = "thinking"
+TAG: Part = "tag"
+ANSWERING: Part = "answering"
+MAX_REOPENED = 2
+"""How often a model may open a trace again; the next time ends its turn."""
 DEFAULT_GRACE = 32
 DEFAULT_MAX_NEW_TOKENS = 256
 
@@ -27,13 +37,14 @@ Switch = Literal["reprefill", "catch-up", "hand-over"]
 has missed since it last worked on it (exact as well, at the price of a cache per size); it takes
 the other's cache as its own (approximate, free)."""
 
-Ended = Literal["natural", "cut_at_newline", "cut", "length", "stopped", "stop_string"]
+Ended = Literal["natural", "cut_at_newline", "cut", "length", "stopped", "stop_string", "reopened"]
 """How a phase ended.
 
 `natural`: by what it was to run until. `cut_at_newline`: the budget was used up and the line at
 hand finished within the grace. `cut`: budget and grace were used up in the middle of a line.
 `length`: `max_new_tokens` was reached. `stopped`: the model ended its turn inside the trace, so
-there is no answer. `stop_string`: one of the plan's stop strings was written.
+there is no answer. `stop_string`: one of the plan's stop strings was written. `reopened`: the model
+opened the trace again (as the last phase: once too often).
 """
 
 
@@ -277,12 +288,14 @@ class Handed:
 
 @dataclass(frozen=True, slots=True)
 class PhaseResult:
-    """One phase of one sequence.
+    """One phase of one sequence, or a part of one where the model closed or opened the trace by
+    itself: a part is named after what its tokens turned out to be.
 
-    `tokens` counts what the models wrote in the phase, without the end of thinking, and `by_size`
-    says who. `prefill_tokens` and `decode_steps` count the tokens read in the phase, all at once
-    and one by one. `seconds` is the wall time of the phase of the whole batch the sequence ran in:
-    a phase lasts until the last sequence has left it. `handed`: the sizes that took over in it.
+    `tokens` counts what the models wrote in the phase, without tags, and `by_size` says who.
+    `prefill_tokens` and `decode_steps` count the tokens read in the phase, all at once and one by
+    one. `seconds` is the wall time of the phase of the whole batch the sequence ran in: a phase
+    lasts until the last sequence has left it; parts of one share its time by the tokens that they
+    read. `handed`: the sizes that took over in it.
     """
 
     name: str
@@ -300,10 +313,11 @@ class PhaseResult:
 class Generation:
     """One finished sequence. `text` is everything after the prompt but the end-of-turn token.
 
-    `thinking` and `answer` are its two parts without the line ends around them, as a chat template
-    takes them back. `token_ids` are all new tokens, `token_sizes` who wrote each (None: injected);
-    `closing_tokens` of them end the thinking. `reads` is all that any size has read; `cache_bytes`
-    the most memory that the sequence's caches took.
+    `thinking` and `answer` are its two parts without tags and the line ends around them, as a chat
+    template takes them back; what a tag has parted stands on lines of its own. `token_ids` are all
+    new tokens, `token_sizes` who wrote each (None: injected), `token_parts` what each belongs to.
+    `closing_tokens` of them are tags, which end the thinking (or begin it again). `reads` is all
+    that any size has read; `cache_bytes` the most memory that the sequence's caches took.
     """
 
     text: str
@@ -311,6 +325,7 @@ class Generation:
     answer: str
     token_ids: tuple[int, ...]
     token_sizes: tuple[str | None, ...]
+    token_parts: tuple[Part, ...]
     prompt_tokens: int
     closing_tokens: int
     phases: tuple[PhaseResult, ...]
@@ -327,6 +342,7 @@ class Generation:
             **asdict(self),
             "token_ids": list(self.token_ids),
             "token_sizes": list(self.token_sizes),
+            "token_parts": list(self.token_parts),
             "phases": [{**asdict(p), "handed": [asdict(h) for h in p.handed]} for p in self.phases],
             "reads": [asdict(read) for read in self.reads],
         }
@@ -334,11 +350,18 @@ class Generation:
 
 @dataclass(frozen=True, slots=True)
 class Token:
-    """One new token of sequence number `index`, as it is written. `text` may lag behind where
-    several tokens make one character or a stop string might be under way; `size` None: injected."""
+    """One new token of sequence number `index`, as it is written.
+
+    `text` may lag behind where several tokens make one character, or a stop string or tag might be
+    under way; `size` None: injected. `phase` is what the token belongs to (thinking with its tags,
+    or answering) as far as is known by then. The end of a tag may tell that the last `recalled`
+    tokens before it, given out as the answer, are thinking in truth: the tag itself where it has
+    several tokens, and all of the trace where it had gone on.
+    """
 
     index: int
     id: int
     text: str
     size: str | None
     phase: str
+    recalled: int = 0

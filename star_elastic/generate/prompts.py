@@ -4,38 +4,62 @@ The chat template decides how a turn that thinks begins. With thinking, the prom
 open thinking tag (added here for templates that leave it to the model to write the tag). Without,
 the template's `enable_thinking=False` is used; where a template knows no such switch and opens the
 tag regardless, the end of thinking is injected at once.
+
+Only what the template itself writes after the last message counts: a tag in somebody's words, or in
+the template's system prompt, is text like any other.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
 
-from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from star_elastic.errors import ConfigError
+from star_elastic.errors import ConfigError, library_boundary
+from star_elastic.generate.chat import Message, open_turn, require_messages
 
-Message = Mapping[str, str]
 Prompt = str | Sequence[Message]
 """A user's text, or a conversation of messages with `role` and `content`."""
 
-_CLOSING_TAG = re.compile(r"</[^<>/]+>")
+_CLOSING_TAG = re.compile(r"</[^<>/]+>|\[/[^\[\]/]+\]")
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 @dataclass(frozen=True, slots=True)
 class EncodedPrompt:
-    """Token ids; whether the prompt ends inside an open trace (that may have to be closed)."""
+    """A prompt as token ids.
+
+    `in_thinking`: it ends inside an open trace, which may have to be closed. `has_tags`: the
+    template (or the end of a plain text) knows the tags, so that those which the model writes are
+    tags; else they are text.
+    """
 
     ids: tuple[int, ...]
     in_thinking: bool
+    has_tags: bool
+
+
+@dataclass(frozen=True, slots=True)
+class FoundTag:
+    """A tag that the last of some tokens completes: whether it opens a trace, how many of them hold
+    it, and the text that the last one adds behind it."""
+
+    opens: bool
+    num_tokens: int
+    after: str = ""
 
 
 class ThinkingTags:
-    """How one tokenizer writes the end of thinking, and which tokens end a line.
+    """How one tokenizer writes the tags around thinking, and which tokens end a line.
 
-    `end_of_thinking` is the text to inject, for example `"\\n</think>\\n"`.
+    `end_of_thinking` is the text to inject, for example `"\\n</think>\\n"`; it holds a closing tag
+    like `</think>` or `[/THINK]`, and the opening one is that without its slash. A tag that is a
+    token of its own is that token, and its letters are text; any other is found in the text,
+    because a model may split it differently.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, end_of_thinking: str):
@@ -49,12 +73,26 @@ class ThinkingTags:
             )
         self.close = found[-1]
         self.open = self.close.replace("/", "")
-        self._close_ids = self.encode(self.close)
+        own: Any = tokenizer
+        added = own.get_added_vocab()
+        self._token_of = {tag: added.get(tag) for tag in (self.open, self.close)}
         self._line_ends: dict[int, bool] = {}
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of a text as it stands, without special tokens around it."""
-        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        """Token ids of a text as it stands, without special tokens around it. Raises ConfigError
+        for what the tokenizer cannot read."""
+        return self._encode(text, special=False)
+
+    def _encode(self, text: str, *, special: bool) -> list[int]:
+        if half := _SURROGATE.search(text):
+            raise ConfigError(
+                f"the prompt holds half a character (U+{ord(half[0]):04X} at position "
+                f"{half.start()}), which no tokenizer reads; remove it"
+            )
+        with library_boundary(
+            "the tokenizer cannot read the prompt", "change its text", ConfigError
+        ):
+            return list(self.tokenizer.encode(text, add_special_tokens=special))
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of token ids, special tokens included."""
@@ -70,22 +108,36 @@ class ThinkingTags:
             self._line_ends[token] = "\n" in self.decode([token])
         return self._line_ends[token]
 
-    def count_closing(self, ids: Sequence[int]) -> int:
-        """How many of the last ids hold the closing tag that the model has just written; 0: none.
-
-        A tag of several tokens is found in the text, because a model may split it differently.
-        """
-        if len(self._close_ids) == 1:
-            return int(bool(ids) and ids[-1] == self._close_ids[0])
-        longest = min(len(ids), self.max_close)
-        if self.close not in self.decode(ids[-longest:]):
-            return 0
-        return next(n for n in range(1, longest + 1) if self.close in self.decode(ids[-n:]))
+    def is_spelled(self, tag: str) -> bool:
+        """Whether a tag is written in letters, having no token of its own."""
+        return self._token_of[tag] is None
 
     @property
-    def max_close(self) -> int:
-        """The most tokens that a closing tag can be split into."""
-        return len(self.close.encode())
+    def max_tag(self) -> int:
+        """The most tokens that a tag can be split into: no token holds less than a byte."""
+        return max(len(tag.encode()) for tag in (self.open, self.close))
+
+    def find(self, ids: Sequence[int], before: str = "", *, opening: bool) -> FoundTag | None:
+        """The tag that the last of the ids completes, if it does; only with `opening` may it be one
+        that opens. `before` is text in front of them."""
+        tags = (self.close, self.open) if opening else (self.close,)
+        for tag in tags:
+            if ids and ids[-1] == self._token_of[tag]:
+                return FoundTag(tag == self.open, 1)
+        spelled = [tag for tag in tags if self.is_spelled(tag)]
+        if not spelled or not ids:
+            return None
+        text = before + self.decode(ids)
+        found = [(text.find(tag), tag) for tag in spelled if tag in text]
+        if not found:
+            return None
+        place, tag = min(found)
+        for num in range(1, len(ids)):
+            if tag in self.decode(ids[-num:]):
+                break
+        else:
+            num = len(ids)
+        return FoundTag(tag == self.open, num, text[place + len(tag) :])
 
     def closing_ids(self, before: Sequence[int]) -> list[int]:
         """What to inject after `before`: a line end that is there already is not doubled."""
@@ -94,117 +146,60 @@ class ThinkingTags:
             text = text.removeprefix("\n")
         return self.encode(text)
 
-    @property
+    @cached_property
     def max_closing(self) -> int:
         """The most tokens that `closing_ids` returns."""
         texts = {self.end_of_thinking, self.end_of_thinking.removeprefix("\n")}
         return max(len(self.encode(text)) for text in texts)
 
     def encode_prompt(self, prompt: Prompt, *, thinking: bool) -> EncodedPrompt:
-        """A prompt as token ids. Raises ConfigError for an empty or malformed one.
+        """A prompt as token ids. Raises ConfigError for one that is empty, malformed, refused by
+        the template or unreadable for the tokenizer.
 
-        A text becomes one user's turn if the tokenizer has a chat template, else it is read as it
-        stands and may open the thinking tag itself.
+        A text becomes one user's turn if the tokenizer has a chat template. Without one it is read
+        as it stands, and opens a trace if it ends with the opening tag (and white space).
         """
         has_template = self.tokenizer.chat_template is not None
         if isinstance(prompt, str):
             if not prompt.strip():
                 raise ConfigError("the prompt is empty; give it some text")
             if not has_template:
-                ids = self.tokenizer(prompt)["input_ids"]
-                return EncodedPrompt(tuple(ids), self._is_open(prompt))
+                ends = [prompt.rstrip().endswith(tag) for tag in (self.open, self.close)]
+                return _prompt(self._text_ids(prompt), ends[0], has_tags=any(ends))
             prompt = [{"role": "user", "content": prompt}]
-        _check_messages(prompt)
+        require_messages(prompt)
         if not has_template:
             raise ConfigError(
                 "the tokenizer has no chat template, so it cannot read messages; give plain text"
             )
-        text = self._render(prompt, thinking)
-        if thinking and not self._is_open(text) and text != self._render(prompt, False):
-            text += f"{self.open}\n"
-        return EncodedPrompt(tuple(self.encode(text)), self._is_open(text))
+        tags = (self.open, self.close)
+        turn = open_turn(self.tokenizer, prompt, thinking=thinking, tags=tags)
+        known = f"{self.tokenizer.chat_template}{turn.opening}"
+        has_tags = any(tag in known for tag in tags)
+        text, is_open = turn.text, self._is_open(turn.opening)
+        if thinking and not is_open:
+            without = open_turn(self.tokenizer, prompt, thinking=False, tags=tags)
+            if text != without.text:
+                text += f"{self.open}\n"
+                is_open = True
+        return _prompt(self.encode(text), is_open, has_tags=has_tags or is_open)
 
-    def _is_open(self, text: str) -> bool:
-        return text.rfind(self.open) > text.rfind(self.close)
+    def _is_open(self, opening: str) -> bool:
+        """Whether an opened turn stands inside a trace. A tag that another part of the conversation
+        follows is only mentioned."""
+        _, tag, rest = opening.rpartition(self.open)
+        has_marks = set(self.encode(rest)) & set(self.tokenizer.all_special_ids)
+        return bool(tag) and self.close not in rest and not has_marks
 
-    def _render(self, messages: Sequence[Message], thinking: bool) -> str:
-        try:
-            text = self.tokenizer.apply_chat_template(
-                [dict(message) for message in messages],
-                tokenize=False,
-                add_generation_prompt=True,
-                enable_thinking=thinking,
-            )
-        except TemplateError as error:
-            raise ConfigError(
-                f"the chat template refuses these messages ({error}); correct their roles"
-            ) from None
-        assert isinstance(text, str), type(text)
-        return text
-
-
-class TextStream:
-    """The text of tokens as they come, so that all pieces together are the text of all tokens.
-
-    A piece is held back while it might be half a character or the beginning of a stop string; what
-    follows a stop string is left out.
-    """
-
-    WINDOW = 8
-    """Tokens that are decoded anew with each new one: decoders look at what comes before."""
-
-    def __init__(self, decode: Callable[[Sequence[int]], str], stops: Sequence[str] = ()):
-        self._decode = decode
-        self._stops = stops
-        self._ids: list[int] = []
-        self._known = ""
-        self._held = ""
-        self._stopped = False
-
-    def push(self, token: int) -> str:
-        """The text that is certain now."""
-        self._ids.append(token)
-        text = self._decode(self._ids)
-        if self._stopped or text.endswith("\ufffd"):
-            return ""
-        self._held += text[len(self._known) :]
-        self._ids = self._ids[-self.WINDOW :]
-        self._known = self._decode(self._ids)
-        return self._release()
-
-    def flush(self) -> str:
-        """What is left at the end."""
-        if self._stopped:
-            return ""
-        rest = self._held + self._decode(self._ids)[len(self._known) :]
-        self._held = ""
-        return rest
-
-    def _release(self) -> str:
-        found = [self._held.find(stop) for stop in self._stops if stop in self._held]
-        if found:
-            self._stopped = True
-            return self._held[: min(found)]
-        starts = [stop[:n] for stop in self._stops for n in range(1, len(stop))]
-        held = max((len(start) for start in starts if self._held.endswith(start)), default=0)
-        certain = self._held[: len(self._held) - held]
-        self._held = self._held[len(certain) :]
-        return certain
+    def _text_ids(self, text: str) -> list[int]:
+        """A text with what the tokenizer puts before one; an end that it puts behind is left out,
+        because the text goes on."""
+        ids, plain = self._encode(text, special=True), self._encode(text, special=False)
+        end = self.tokenizer.eos_token_id
+        return ids[:-1] if ids[-1:] == [end] and plain[-1:] != [end] else ids
 
 
-def _check_messages(messages: Sequence[Message]) -> None:
-    if isinstance(messages, (bytes, Mapping)) or not isinstance(messages, Sequence):
-        raise ConfigError(
-            f"a prompt of type {type(messages).__name__} cannot be read; "
-            "give a text or a list of messages"
-        )
-    if not messages:
-        raise ConfigError("the prompt is empty; give at least one message")
-    for message in messages:
-        if not isinstance(message, Mapping) or not {"role", "content"} <= set(message):
-            raise ConfigError(
-                f"message {message!r} is not of the form {{'role': ..., 'content': ...}}; "
-                "give each message both fields"
-            )
-    if not any(str(message["content"] or "").strip() for message in messages):
-        raise ConfigError("the prompt is empty; give at least one message some content")
+def _prompt(ids: list[int], is_open: bool, *, has_tags: bool) -> EncodedPrompt:
+    if not ids:
+        raise ConfigError("the prompt has no tokens; give it some text")
+    return EncodedPrompt(tuple(ids), is_open, has_tags)

@@ -1,0 +1,147 @@
+"""The text of new tokens: cut at its tags when all are there, or piece by piece as they come.
+
+Tokens that are injected and those that a model writes are decoded apart, so that both ways give one
+text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import repeat
+
+from star_elastic.generate.phases import ANSWERING, TAG, THINKING, Part
+from star_elastic.generate.prompts import ThinkingTags
+
+
+@dataclass(frozen=True, slots=True)
+class Tag:
+    """A tag among the new tokens, in the places from `start` to `stop`.
+
+    `after`: the text that its last token adds behind it. `recalled`: how many tokens before that
+    had been taken for the answer, and are none: the tag's own, and of a trace that had gone on.
+    """
+
+    opens: bool
+    start: int
+    stop: int
+    is_injected: bool = False
+    after: str = ""
+    recalled: int = 0
+
+
+def parts_of(tags: Sequence[Tag], num_tokens: int, *, is_thinking: bool) -> list[Part]:
+    """What each new token belongs to; `is_thinking` says it of those behind the last tag.
+
+    What stands before a closing tag is the trace, what stands before an opening one the answer.
+    """
+    parts: list[Part] = []
+    for tag in tags:
+        parts.extend(repeat(_before(tag), tag.start - len(parts)))
+        parts.extend(repeat(TAG, tag.stop - tag.start))
+    parts.extend(repeat(THINKING if is_thinking else ANSWERING, num_tokens - len(parts)))
+    return parts
+
+
+def part_at(tags: Sequence[Tag], place: int, *, is_thinking: bool) -> Part:
+    """The same of one token near the end."""
+    part: Part = THINKING if is_thinking else ANSWERING
+    for tag in reversed(tags):
+        if place >= tag.start:
+            return part if place >= tag.stop else TAG
+        part = _before(tag)
+    return part
+
+
+def _before(tag: Tag) -> Part:
+    return ANSWERING if tag.opens else THINKING
+
+
+def texts_of(
+    ids: Sequence[int], tags: Sequence[Tag], spelling: ThinkingTags, *, is_thinking: bool
+) -> list[tuple[Part, str]]:
+    """The text of new tokens, cut at the tags: what stands before the first, the tag, and so on."""
+    found: list[tuple[Part, str]] = []
+    ends = iter([tag.start for tag in tags if tag.is_injected] + [len(ids)])
+    # What was written between two injections, from token `begin` on, and how far it has been cut.
+    begin, place, text = 0, 0, spelling.decode(ids[: next(ends)])
+    for tag in tags:
+        if tag.is_injected:
+            found.append((_before(tag), text[place:]))
+            found.append((TAG, spelling.decode(ids[tag.start : tag.stop])))
+            begin, place, text = tag.stop, 0, spelling.decode(ids[tag.stop : next(ends)])
+            continue
+        name = spelling.open if tag.opens else spelling.close
+        # One that is spelled may begin in the token before those that were found to hold it.
+        known = len(spelling.decode(ids[begin : tag.start]))
+        known -= len(name) if spelling.is_spelled(name) else 0
+        start = text.find(name, max(place, known))
+        assert start >= 0, (name, text)
+        found.append((_before(tag), text[place:start]))
+        found.append((TAG, name))
+        place = start + len(name)
+    return [*found, (THINKING if is_thinking else ANSWERING, text[place:])]
+
+
+def join(texts: Sequence[tuple[Part, str]], part: Part) -> str:
+    """The text of one part, without the line ends around it; what tags have parted stands on lines
+    of its own."""
+    own = [text.strip("\n") for kind, text in texts if kind == part]
+    return "\n".join(text for text in own if text)
+
+
+class TextStream:
+    """The text of tokens as they come, so that all pieces together are the text of all tokens.
+
+    A piece is held back while it might be half a character or the beginning of a stop string or a
+    spelled tag; what follows a stop string is left out. Stop strings do not reach across tags.
+    """
+
+    WINDOW = 8
+    """Tokens that are decoded anew with each new one: decoders look at what comes before."""
+
+    def __init__(
+        self,
+        decode: Callable[[Sequence[int]], str],
+        stops: Sequence[str] = (),
+        tags: Sequence[str] = (),
+    ):
+        self._decode = decode
+        self._stops = stops
+        self._starts = [text[:n] for text in (*stops, *tags) for n in range(1, len(text))]
+        self._ids: list[int] = []
+        self._known = ""
+        self._held = ""
+        self._stopped = False
+
+    def push(self, token: int, tag: str = "") -> str:
+        """The text that is certain now; `tag` is the text of one that the token completes."""
+        self._ids.append(token)
+        text = self._decode(self._ids)
+        if self._stopped or (text.endswith("\ufffd") and not tag):
+            return ""
+        self._held += text[len(self._known) :]
+        self._ids = self._ids[-self.WINDOW :]
+        self._known = self._decode(self._ids)
+        if tag:
+            before, _, self._held = self._held.rpartition(tag)
+            return before + tag
+        return self._release()
+
+    def flush(self) -> str:
+        """What is left at the end."""
+        if self._stopped:
+            return ""
+        rest = self._held + self._decode(self._ids)[len(self._known) :]
+        self._held = ""
+        return rest
+
+    def _release(self) -> str:
+        found = [self._held.find(stop) for stop in self._stops if stop in self._held]
+        if found:
+            self._stopped = True
+            return self._held[: min(found)]
+        held = max((len(s) for s in self._starts if self._held.endswith(s)), default=0)
+        certain = self._held[: len(self._held) - held]
+        self._held = self._held[len(certain) :]
+        return certain
