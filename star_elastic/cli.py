@@ -45,6 +45,10 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
+Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...; auto: a GPU if there is one.")]
+Dtype = Annotated[
+    str, typer.Option(help="float32, bfloat16, float16, or auto: what the weights are stored in.")
+]
 
 
 @app.command()
@@ -123,18 +127,21 @@ def rank(
     samples: Annotated[int, typer.Option(help="Rows to measure on.", min=1)] = 1024,
     context: Annotated[int, typer.Option(help="Tokens per row at most.", min=2)] = 1024,
     batch_size: Annotated[int, typer.Option(min=1)] = 8,
+    dtype: Dtype = "float32",
+    device: Device = "auto",
     as_json: AsJson = False,
 ) -> None:
     """Importance scores of every unit of every axis, from forward passes on data."""
     from star_elastic.families import family_of
     from star_elastic.importance.files import save_scores
     from star_elastic.nesting.submodel import load_parent, load_tokenizer
+    from star_elastic.placement import choose_device, choose_dtype
     from star_elastic.train.calibrate import rank as rank_units
     from star_elastic.train.sources import Source, calibration_batches
 
     _require_new_file(out)
     source = Source([data], load_tokenizer(model))
-    parent, config = load_parent(model)
+    parent, config = load_parent(model, choose_dtype(dtype, model), choose_device(device))
     axis_map = family_of(config).axis_map(config)
     count = min(samples, len(source))
     batches = calibration_batches(
@@ -181,7 +188,8 @@ def latency(
     context: Annotated[
         list[int] | None, typer.Option(help="Tokens of context; with --sizes several.", min=1)
     ] = None,
-    dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
+    dtype: Dtype = "float32",
+    device: Device = "auto",
     seconds: Annotated[float, typer.Option(help="Time to measure for.", min=0)] = 60.0,
     as_json: AsJson = False,
 ) -> None:
@@ -197,30 +205,25 @@ def latency(
     if sizes:
         if model is None:
             raise ConfigError("--sizes measures an elastic checkpoint; name one in place of --for")
-        _size_latency(model, out, batches, contexts, dtype, seconds, as_json)
+        _size_latency(model, out, batches, contexts, dtype, device, seconds, as_json)
         return
     if len(batches) > 1 or len(contexts) > 1:
         raise ConfigError("a table holds one batch and one context; name one, or use --sizes")
     if run is not None:
-        config, axis_map, choices, load = _grid_of_run(run)
+        model, config, axis_map, choices, load = _grid_of_run(run)
         batches = batch or [load.batch]
         contexts = context or [load.context or contexts[0]]
     else:
         assert model is not None
         config, axis_map, choices = _grid_of_checkpoint(model)
 
-    import torch
-
     from star_elastic.evaluate.latency import Setting, measure
     from star_elastic.latency import save_table
+    from star_elastic.placement import choose_device, choose_dtype
 
-    dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-    if dtype not in dtypes:
-        raise ConfigError(f"dtype={dtype!r} is unknown; use {' or '.join(dtypes)}")
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     setting = Setting(
-        phase=phase, batch=batches[0], context=contexts[0], dtype=dtypes[dtype], device=device,
-        seconds=seconds,
+        phase=phase, batch=batches[0], context=contexts[0], seconds=seconds,
+        dtype=choose_dtype(dtype, model), device=choose_device(device),
     )  # fmt: skip
     with Bars() as bars:
         bars.stage("latency", max(round(seconds), 1))
@@ -251,19 +254,21 @@ def latency(
     print_table("ms per token at held-out widths", ["predicted", "measured", "error", *axes], rows)
     print(
         f"{out}: {full:.3f} ms per token at full width ({phase}, batch {batches[0]}, "
-        f"context {contexts[0]}, {dtype})\n"
+        f"context {contexts[0]}, {table.dtype})\n"
         f"on {table.machine.device}, {table.machine.threads} threads"
     )
 
 
-def _grid_of_run(run: Path) -> tuple[Any, AxisMap, Mapping[str, Sequence[int]], Workload]:
-    """Of a run config the parent's config and table, the choices, and the workload."""
+def _grid_of_run(
+    run: Path,
+) -> tuple[Path, Any, AxisMap, Mapping[str, Sequence[int]], Workload]:
+    """Of a run config the parent, its config and table, the choices, and the workload."""
     from star_elastic.train.check import read_parent
     from star_elastic.train.config import load_run_config
 
     of_run = load_run_config(run)
     config, axis_map, _, grid = read_parent(of_run)
-    return config, axis_map, grid.choices, of_run.workload
+    return Path(of_run.parent), config, axis_map, grid.choices, of_run.workload
 
 
 def _grid_of_checkpoint(model: Path) -> tuple[Any, AxisMap, Mapping[str, Sequence[int]] | None]:
@@ -278,21 +283,20 @@ def _grid_of_checkpoint(model: Path) -> tuple[Any, AxisMap, Mapping[str, Sequenc
 
 
 def _size_latency(
-    elastic: Path, out: Path, batches: list[int], contexts: list[int], dtype: str, seconds: float,
-    as_json: bool,
+    elastic: Path, out: Path, batches: list[int], contexts: list[int], dtype: str, device: str,
+    seconds: float, as_json: bool,
 ) -> None:  # fmt: skip
     """Measures the sizes of an elastic checkpoint, writes and prints their times."""
-    import torch
-
     from star_elastic.checkpoint import write_json
     from star_elastic.evaluate.size_latency import describe_machine, measure_sizes
     from star_elastic.generate.family import load
+    from star_elastic.placement import name_of
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    family = load(elastic, dtype=dtype, device=device)
+    family = load(elastic, dtype, device)
+    dtype = name_of(family.parent.dtype)
     with Bars() as bars:
         times = measure_sizes(dict(family), batches, contexts, seconds=seconds, progress=bars)
-    machine = describe_machine(family.parent.dtype, device)
+    machine = describe_machine(family.parent.dtype, str(family.parent.device))
     result = {"machine": machine, "dtype": dtype, "sizes": [row.to_json() for row in times]}
     write_json(out, result)
     if as_json:
@@ -453,6 +457,8 @@ def quantize(
         list[str] | None,
         typer.Option(help='Part to leave as it is: attention, "mamba before attention", ...'),
     ] = None,
+    dtype: Dtype = "float32",
+    device: Device = "auto",
     as_json: AsJson = False,
 ) -> None:
     """Quantises a family: one checkpoint from which every size is cut, without dequantising.
@@ -466,8 +472,9 @@ def quantize(
     )
     with Bars() as bars:
         parts = quantise_family(
-            elastic, out, format_name, keep=keep or (), calibration=calibration, progress=bars
-        )
+            elastic, out, format_name, keep=keep or (), calibration=calibration, dtype=dtype,
+            device=device, progress=bars,
+        )  # fmt: skip
     before = sum(part.before for part in parts.values())
     after = sum(part.after for part in parts.values())
     if as_json:
@@ -527,6 +534,8 @@ def generate(
     top_p: Annotated[float, typer.Option(help="Draw from the likeliest that hold this much.")] = 1,
     seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
     stream: Annotated[bool, typer.Option("--stream", help="Print tokens as they come.")] = False,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
     as_json: AsJson = False,
 ) -> None:
     """Elastic budget control: one size thinks, another answers."""
@@ -546,7 +555,7 @@ def generate(
     from star_elastic.generate.family import load
 
     own = {"max_new_tokens": max_new_tokens, "switch": switch, "stop": tuple(stop or ())}
-    family = load(elastic)
+    family = load(elastic, dtype, device)
     if phases:
         plan = Plan(parse_phases(phases), **own)
     else:
@@ -591,24 +600,24 @@ def evaluate(
     batch_size: Annotated[int, typer.Option(help="Sequences at once.", min=1)] = 64,
     switch: Annotated[str, typer.Option(help="catch-up, reprefill or hand-over.")] = "catch-up",
     max_new_tokens: Annotated[int, typer.Option(help="Tokens per problem in all.", min=1)] = 256,
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+    dtype: Dtype = "float32",
+    device: Device = "auto",
     seed: Annotated[int, typer.Option(help="Seed of the problems and the intervals.")] = 0,
     as_json: AsJson = False,
 ) -> None:
     """What elastic budget control gives against the largest size alone: all plans, compared."""
-    import torch
-
     from star_elastic.evaluate.grid import parse_budgets, parse_dials
     from star_elastic.evaluate.run import RESULT, Settings, evaluate_family
     from star_elastic.evaluate.tables import evaluation_tables
+    from star_elastic.placement import choose_device, choose_dtype, name_of
 
     options: dict[str, Any] = {
         "sizes": tuple(size.strip() for size in sizes.split(",") if size.strip()),
         "budgets": parse_budgets(budgets) if budgets else None,
         "dials": parse_dials(dials),
         "data": data, "num_validation": validation, "num_test": problems, "switch": switch,
-        "batch_size": batch_size, "max_new_tokens": max_new_tokens, "dtype": dtype, "seed": seed,
-        "device": "cuda" if torch.cuda.is_available() else "cpu",
+        "batch_size": batch_size, "max_new_tokens": max_new_tokens, "seed": seed,
+        "dtype": name_of(choose_dtype(dtype, elastic)), "device": choose_device(device),
     }  # fmt: skip
     settings = Settings(**options)
     command = shlex.join(["star-elastic", *sys.argv[1:]])

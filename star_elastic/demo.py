@@ -157,7 +157,7 @@ def run_recipe(recipe: Recipe, out: str | Path, progress: Progress | None = None
             train(run_config(recipe, rows_file, run), resume=has_state(run), progress=progress)
         except Interrupted:
             raise Interrupted(f"stopped; the same command goes on where {run} stands") from None
-    family = load(elastic)
+    family = load(elastic, "float32", "cpu")
     cut_slices(family, out / "slices", progress)
     problems = sample_problems(TASKS, "test", recipe.problems_per_task, recipe.seed)
     generator = PhasedGenerator(

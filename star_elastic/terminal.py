@@ -108,14 +108,30 @@ COLOURS = ("cyan", "yellow", "green", "magenta")
 def print_stream(
     events: Iterator[Token | Generation], console: Console, sizes: Sequence[str]
 ) -> Generation:
-    """Prints tokens as they come, the trace dim, in a colour for each size; returns the result."""
-    for event in events:
-        if isinstance(event, Generation):
-            _say(console, "")
-            return event
-        colour = COLOURS[sizes.index(event.size) % len(COLOURS)] if event.size else "white"
-        style = f"dim {colour}" if event.phase == THINKING else colour
-        _say(console, event.text, style, end="")
+    """Prints tokens as they come, the trace dim, in a colour for each size; returns the result.
+
+    Where some were printed as the answer and turned out to be thinking, the answer comes once more
+    by itself. Ctrl-C ends the line at hand.
+    """
+    texts: list[str] = []
+    is_recalled = False
+    try:
+        for event in events:
+            if isinstance(event, Generation):
+                _say(console, "")
+                if is_recalled:
+                    _say(console, "[a part of this was still thinking; the answer is:]", "dim")
+                    _say(console, event.answer)
+                return event
+            colour = COLOURS[sizes.index(event.size) % len(COLOURS)] if event.size else "white"
+            style = f"dim {colour}" if event.phase == THINKING else colour
+            _say(console, event.text, style, end="")
+            sys.stdout.flush()
+            is_recalled |= any(texts[len(texts) - event.recalled :])
+            texts.append(event.text)
+    except KeyboardInterrupt:
+        _say(console, "")
+        raise Interrupted("stopped; what is written above is not all") from None
     raise AssertionError("a stream ends with its result")
 
 

@@ -24,7 +24,7 @@ from star_elastic.evaluate.difficulty import (
 )
 from star_elastic.evaluate.tasks import Problem
 from star_elastic.generate.decode import entropies
-from star_elastic.generate.phases import ByDifficulty, think_and_answer
+from star_elastic.generate.phases import THINKING, ByDifficulty, think_and_answer
 from star_elastic.generate.sequence import Rules, Sequence
 from tests.tiny_family import CLOSE, EOS, NEWLINE, PROMPTS, TAGS
 
@@ -141,7 +141,7 @@ def test_texts_are_read_as_one_forward_per_text_reads_them(family, monkeypatch):
     plain = generator.generate(PROMPTS, think_and_answer("large", "large", max_new_tokens=25))
     for text, generation in zip(texts, plain, strict=True):
         assert text.ids[generation.prompt_tokens :] == generation.token_ids
-        assert text.num_trace == generation.phases[0].tokens
+        assert text.num_trace == generation.token_parts.count(THINKING)
     assert len({len(text.ids) for text in texts}) > 1
     unsure, differs = [], []
     for text in texts:

@@ -467,7 +467,7 @@ def test_mistakes_are_told_in_one_line(family, prompts, options, error, message)
 
 
 def test_mistakes_of_loading(tiny_checkpoint, tmp_path):
-    with pytest.raises(ConfigError, match="dtype='int8' is not supported; use float32"):
+    with pytest.raises(ConfigError, match="dtype='int8' is not supported; use auto, float32"):
         star_elastic.load(tiny_checkpoint, dtype="int8")
     with pytest.raises(ConfigError, match=r"holds no config\.json"):
         star_elastic.load(tmp_path)

@@ -202,7 +202,7 @@ class Lab:
     def measure(self, path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         """Accuracy, KL to the parent and bytes of every size."""
         options = self.options
-        family = load(path)
+        family = load(path, "float32", "cpu")
         parent, _ = load_parent(bundled_parent())
         models = {PARENT: parent, **{name: family[name] for name in family}}
         generator = PhasedGenerator(models, family.tokenizer, family.table.end_of_thinking)

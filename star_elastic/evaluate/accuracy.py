@@ -270,8 +270,10 @@ def _score(problems: Sequence[Problem], outcomes: Sequence[Outcome]) -> dict[str
 
 
 def _was_cut(generation: Generation) -> bool:
+    """Whether a budget has ended the trace, or the limit of all tokens."""
     trace = [phase for phase in generation.phases if phase.name == THINKING]
-    return bool(trace) and trace[-1].ended in CUT
+    is_injected = None in generation.token_sizes
+    return bool(trace) and (is_injected or trace[-1].ended in CUT)
 
 
 def _num_tokens(generation: Generation, name: str) -> int:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from typing import Any, Literal
 
 import numpy as np
@@ -22,7 +23,7 @@ from star_elastic.errors import ConfigError
 from star_elastic.evaluate.tasks import Problem
 from star_elastic.generate.decode import entropies
 from star_elastic.generate.phased import DEFAULT_BATCH_SIZE, PhasedGenerator
-from star_elastic.generate.phases import THINKING, Generation, think_and_answer
+from star_elastic.generate.phases import TAG, THINKING, Generation, think_and_answer
 
 Look = Literal["token", "line"]
 MAX_LOGITS_BYTES = 64 * 1024**2
@@ -168,13 +169,12 @@ def write_texts(
 
 
 def _text(prompt_ids: tuple[int, ...], generation: Generation) -> Text:
-    start = len(prompt_ids)
-    trace = generation.phase(THINKING)
-    num_trace = trace.tokens if trace else 0
-    answer = start + num_trace + generation.closing_tokens
+    start, parts = len(prompt_ids), generation.token_parts
     chosen = (place for place, size in enumerate(generation.token_sizes, start) if size is not None)
+    behind_tags = (n for n, (tag, after) in enumerate(pairwise(parts), 1) if tag == TAG != after)
+    answer = start + next(behind_tags, len(parts))
     ids = prompt_ids + generation.token_ids
-    return Text(ids, tuple(chosen), frozenset({start, answer}), num_trace)
+    return Text(ids, tuple(chosen), frozenset({start, answer}), parts.count(THINKING))
 
 
 def read_texts(

@@ -22,6 +22,7 @@ from star_elastic.families import family_of, read_config
 from star_elastic.families.base import Config
 from star_elastic.manifest import load_manifest, save_manifest
 from star_elastic.nesting.submodel import build_submodel, load_parent, load_tokenizer
+from star_elastic.placement import choose_device, choose_dtype
 from star_elastic.progress import Progress, Silent, staged
 from star_elastic.quant.checkpoint import (
     PartBytes,
@@ -56,13 +57,16 @@ def quantise_family(
     keep: Iterable[str] = (),
     calibration: InputCalibration | None = None,
     frozen: FakeQuantisation | None = None,
+    dtype: str = "float32",
+    device: str = "auto",
     progress: Progress | None = None,
 ) -> dict[str, PartBytes]:
     """Quantises an elastic checkpoint into the new directory `out`; returns bytes by part.
 
     Every size of the family must end on the edges of the format's blocks. `frozen`: magnitudes and
-    scales that quantisation-aware training has kept, in place of measured ones. Raises ConfigError,
-    ShapeError or CheckpointError with one line, before anything is written.
+    scales that quantisation-aware training has kept, in place of measured ones. `dtype` and
+    `device` (see `placement`) are those to calibrate in. Raises ConfigError, ShapeError or
+    CheckpointError with one line, before anything is written.
     """
     path, progress = Path(elastic), progress or Silent()
     calibration = calibration or InputCalibration()
@@ -85,8 +89,7 @@ def quantise_family(
     else:
         if scheme.format.is_calibrated:
             source = _calibration_source(path, scheme, calibration)
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-            parent, _ = load_parent(path, device=device)
+            parent, _ = load_parent(path, choose_dtype(dtype, path), choose_device(device))
             widths = {name: size.widths for name, size in manifest.sizes.items()}
             scales = calibrate_sizes(
                 parent, config, axis_map, widths, scheme, [source], calibration, progress
