@@ -33,6 +33,7 @@ from star_elastic.generate.sequence import Rules, Sequence
 from star_elastic.generate.text import TextStream
 from star_elastic.manifest import Manifest, Size, save_manifest
 from star_elastic.nesting.slice import slice_tensor
+from tests.thinking import parts_streamed
 from tests.tiny_family import (
     ALWAYS_THINKS,
     END,
@@ -356,6 +357,8 @@ def test_streamed_tokens_are_the_generation(family):
         assert tuple(token.id for token in own) == result.token_ids
         assert tuple(token.size for token in own) == result.token_sizes
         assert "".join(token.text for token in own) == result.text
+        told = [phase for phase, _ in parts_streamed(own)]
+        assert told == [ANSWERING if p == ANSWERING else THINKING for p in result.token_parts]
     stream = family.generator.stream(PROMPTS, plan)
     assert isinstance(next(stream), Token)
     stream.close()
