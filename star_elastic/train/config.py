@@ -18,7 +18,8 @@ from typing import Literal
 
 from star_elastic.amounts import parse_budget
 from star_elastic.cost import METRICS, Workload
-from star_elastic.errors import ConfigError, reason
+from star_elastic.errors import ConfigError, library_boundary
+from star_elastic.families.base import is_hub_name, not_a_directory
 from star_elastic.quant.formats import FORMATS
 from star_elastic.router.router import Annealing
 from star_elastic.train.strict import parse, require
@@ -390,13 +391,12 @@ def load_run_config(file: str | Path) -> RunConfig:
         raise ConfigError(f"{file} is a directory; name a run config, which is a TOML file{advice}")
     if not file.is_file():
         raise ConfigError(f"{file} does not exist; name a run config (TOML)")
-    try:
+    with library_boundary(f"{file} is not valid TOML", "correct the file", ConfigError):
         content = tomllib.loads(file.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{file} is not valid TOML ({error}); correct the line") from None
-    except OSError as error:
-        raise ConfigError(f"{file} cannot be read ({reason(error)}); correct the path") from None
     config = parse(RunConfig, content, "")
+    for name in (config.parent, config.family):
+        if is_hub_name(name) and not os.path.isdir(file.parent / name):
+            raise ConfigError(not_a_directory(Path(name)))
 
     def resolve(path: str) -> str:
         return os.path.abspath(file.parent / path) if path else path
