@@ -353,6 +353,12 @@ class AxisMap:
             }
         )
 
+    @property
+    def num_embeddings(self) -> int:
+        """Rows of the embedding table; token ids are below."""
+        spec = next(spec for spec in self.tensors.values() if spec.part == "embeddings")
+        return self.shape(spec, self.full)[0]
+
     def own_axes(self, layer: int) -> tuple[str, ...]:
         """The axes whose width in `layer` is that layer's own."""
         return tuple(n for n, axis in self.axes.items() if n != LAYERS and layer in axis.layers)

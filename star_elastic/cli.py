@@ -132,7 +132,7 @@ def rank(
     as_json: AsJson = False,
 ) -> None:
     """Importance scores of every unit of every axis, from forward passes on data."""
-    from star_elastic.families import family_of
+    from star_elastic.families import family_of, read_config
     from star_elastic.importance.files import save_scores
     from star_elastic.nesting.submodel import load_parent, load_tokenizer
     from star_elastic.placement import choose_device, choose_dtype
@@ -140,9 +140,10 @@ def rank(
     from star_elastic.train.sources import Source, calibration_batches
 
     _require_new_file(out)
-    source = Source([data], load_tokenizer(model))
-    parent, config = load_parent(model, choose_dtype(dtype, model), choose_device(device))
+    config = read_config(model)
     axis_map = family_of(config).axis_map(config)
+    source = Source([data], load_tokenizer(model), num_embeddings=axis_map.num_embeddings)
+    parent, _ = load_parent(model, choose_dtype(dtype, model), choose_device(device))
     count = min(samples, len(source))
     batches = calibration_batches(
         [source], [1.0], num_samples=count, batch_size=batch_size, context=context

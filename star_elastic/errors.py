@@ -46,6 +46,15 @@ class CheckpointError(StarElasticError):
     """A checkpoint or data file that is missing, damaged or of the wrong kind."""
 
 
+class RowError(CheckpointError):
+    """A row of data that cannot be read as it was written: "<what is wrong>; <what to do>", with
+    the place of the row in front once it is known."""
+
+    def at(self, place: str) -> RowError:
+        """The same, naming the row."""
+        return RowError(f"{place} {self}")
+
+
 class ShapeError(StarElasticError):
     """Widths that a family cannot express."""
 

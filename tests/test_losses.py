@@ -286,7 +286,7 @@ def assert_equal(one: SampledTargets, other: SampledTargets):
 
 
 def cache_in(directory, **changes):
-    options = {"parent": "tiny", "data": "abc", "seed": 1, **changes}
+    options = {"parent": "tiny", "seed": 1, **changes}
     samples, vocab = options.pop("num_samples", 8), options.pop("vocab_size", 97)
     return TeacherCache(directory, samples, vocab, **options)
 
@@ -311,7 +311,7 @@ def test_cache_round_trip_and_prefix(tmp_path):
         assert_equal(opened.get(0, row, 5 + row), targets)
         assert_equal(opened.get(0, row, 3), targets.rows(0, 3))
     assert not opened.has(1, 0, 1)
-    with pytest.raises(CheckpointError, match="lacks 9 positions of row 1 of source 0; draw them"):
+    with pytest.raises(CheckpointError, match="lacks 9 positions of document 1 of source 0; remov"):
         opened.get(0, 1, 9)
     size = (tmp_path / "cache" / "shard-0000-000000.safetensors").stat().st_size
     assert opened.bytes_per_token == cache.bytes_per_token == size / 18
@@ -399,13 +399,13 @@ def test_large_vocabularies_take_wider_ids(tmp_path):
 
 @pytest.mark.parametrize(
     "change",
-    [{"num_samples": 9}, {"vocab_size": 98}, {"parent": "other"}, {"data": "def"}, {"seed": 2}],
+    [{"num_samples": 9}, {"vocab_size": 98}, {"parent": "other"}, {"seed": 2}],
     ids=lambda change: next(iter(change)),
 )
 def test_a_cache_of_other_targets_is_refused(tmp_path, change):
     cache_in(tmp_path)
     ((name, value),) = change.items()
-    with pytest.raises(CheckpointError, match=f"{name}=.*not {value!r}; name another directory"):
+    with pytest.raises(CheckpointError, match=f"{name}=.*not {value!r}; remove it, the targets"):
         cache_in(tmp_path, **change)
 
 

@@ -184,7 +184,7 @@ def test_the_task_itself_can_be_the_objective(run_folder, blocks):
     }
     config = quantised(run_folder, blocks, "qat", **changes)
     trainer = build_trainer(config, run_folder / "qat-scratch", World())
-    batch = trainer._batch()
+    batch, _ = trainer._read()
     states, head = trainer.student.hidden_states(trainer.committed["large"].widths, **batch.inputs)
     logits = (states @ head.T)[:, :-1]
     labels, counted = batch.input_ids[:, 1:], batch.predicts[:, :-1]

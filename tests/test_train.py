@@ -1,7 +1,6 @@
 """Nested distillation end to end on a tiny parent: config, training, resume, the result."""
 
 import json
-import shutil
 import time
 from dataclasses import replace
 
@@ -23,7 +22,6 @@ from star_elastic.router.files import widths_for
 from star_elastic.router.grid import default_choices
 from star_elastic.train.config import StageConfig
 from star_elastic.train.curriculum import Curriculum, Position
-from star_elastic.train.directory import fingerprint
 from star_elastic.train.distributed import World
 from star_elastic.train.losses import distillation_loss
 from star_elastic.train.run import train
@@ -168,45 +166,6 @@ def test_a_full_disk_leaves_the_last_state_intact(run_folder, short, limit):
     assert {file.name: file.read_bytes() for file in state.iterdir()} == before
     assert not list((run_folder / name).glob(".state*"))
     same_run(train(config, resume=True), short)
-
-
-def test_files_that_changed_are_refused_on_resume(run_folder, tmp_path):
-    rows = (run_folder / "rows.jsonl").read_text()
-    (tmp_path / "rows.jsonl").write_text(rows)
-    config = config_in(run_folder, "swapped", **SHORT)
-    config = replace(config, data=(replace(config.data[0], files=(str(tmp_path / "rows.jsonl"),)),))
-    with pytest.raises(Interrupted):
-        train(config, progress=StopAt(3))
-    for other in (rows.replace("add", "subtract"), rows.replace("1", "2")):  # the second as long
-        (tmp_path / "rows.jsonl").write_text(other)
-        with pytest.raises(ConfigError, match="files differ from the run in"):
-            train(config, resume=True)
-    (tmp_path / "rows.jsonl").unlink()
-    (tmp_path / "rows.jsonl").write_text(rows)
-    assert train(config, resume=True).steps == 12
-
-
-@pytest.mark.parametrize(
-    ("limit", "seen"),
-    [(1 << 20, [True, True, True]), (1000, [True, False, True])],
-    ids=["whole", "both-ends"],
-)
-def test_a_fingerprint_sees_the_content(run_folder, tmp_path, monkeypatch, limit, seen):
-    """Another byte first, in the middle or last, in a file of the parent."""
-    monkeypatch.setattr("star_elastic.checkpoint.READ_WHOLE", limit)
-    monkeypatch.setattr("star_elastic.checkpoint.READ_ENDS", 100)
-    parent = tmp_path / "parent"
-    shutil.copytree(run_folder / "parent", parent)
-    config = config_in(run_folder, "fingerprint")
-    known, file = fingerprint(config), parent / "tokenizer.json"
-    config = replace(config, parent=str(parent))
-    assert fingerprint(config) == known
-    content = file.read_bytes()
-    for at, changed in zip((0, len(content) // 2, -1), seen, strict=True):
-        other = bytearray(content)
-        other[at] ^= 1
-        file.write_bytes(other)
-        assert (fingerprint(config) != known) == changed, at
 
 
 def test_a_damaged_state_ends_with_one_line(run_folder):

@@ -23,7 +23,7 @@ from star_elastic.train import build
 from star_elastic.train.check import check
 from star_elastic.train.config import load_run_config
 from star_elastic.train.run import train
-from star_elastic.train.sources import Source
+from star_elastic.train.sources import open_sources
 
 TINY = {
     "model_type": "nemotron_h", "hybrid_override_pattern": "M*E", "hidden_size": 48,
@@ -147,10 +147,10 @@ def config_in(folder, name="run", **replacements):
 
 def build_trainer(config, scratch, world):
     """The trainer of a run that has not begun, with its calibration in a folder of its own."""
-    tokenizer = load_tokenizer(config.parent)
-    sources = [Source(source.files, tokenizer, source.loss_on) for source in config.data]
-    scratch.mkdir(exist_ok=True)
     checked = check(config, world.size)
+    tokenizer = load_tokenizer(config.parent)
+    sources = open_sources(config.data, tokenizer, checked.axis_map.num_embeddings)
+    scratch.mkdir(exist_ok=True)
     return build.build_trainer(config, checked, sources, scratch, Silent(), world)[0]
 
 

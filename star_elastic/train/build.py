@@ -22,8 +22,9 @@ from star_elastic.stored import most_common_dtype
 from star_elastic.train.calibrate import Calibration
 from star_elastic.train.check import Checked
 from star_elastic.train.config import RunConfig
-from star_elastic.train.directory import TEACHER, fingerprint
+from star_elastic.train.directory import TEACHER
 from star_elastic.train.distributed import World
+from star_elastic.train.fingerprint import digest_model
 from star_elastic.train.loop import Trainer
 from star_elastic.train.quantise import InputCalibration, calibrate_sizes, shared_scales
 from star_elastic.train.sources import Source
@@ -159,8 +160,7 @@ def _teacher_cache(
         run / TEACHER,
         num_samples=config.engine.teacher_samples,
         vocab_size=vocab_size,
-        parent=Path(config.parent).name,
-        data=fingerprint(config),
+        parent=digest_model(config.parent),
         seed=config.seed,
         writer=world.rank,
     )

@@ -160,6 +160,20 @@ def require_covered(table: LatencyTable, grid: Grid) -> None:
                 )
 
 
+def beyond_positions(config: RunConfig, model_config: Config) -> list[str]:
+    """A line for every length of text in the config that is beyond the positions that the parent
+    was made for. It runs there (positions are rotary), but untrained."""
+    most = family_of(model_config).max_positions(model_config)
+    lengths = {f"stages[{n}].context": stage.context for n, stage in enumerate(config.stages)}
+    lengths["calibration.context"] = config.calibration.context
+    return [
+        f"{name}={length} is beyond the {most} positions of {config.parent}: it was not trained on "
+        "longer texts"
+        for name, length in lengths.items()
+        if most is not None and length > most
+    ]
+
+
 def _family(config: RunConfig, axis_map: AxisMap) -> Manifest:
     """The family to train on from. Raises ConfigError unless it is one of this parent's."""
     its_config = read_config(config.family)

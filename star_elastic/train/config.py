@@ -38,6 +38,9 @@ class SourceConfig:
     loss_on: Literal["all", "answers"] = "all"
     """Which tokens count: all, or only those of completions and last answers. Start with `answers`
     for prompts and conversations."""
+    bad_rows: Literal["stop", "skip"] = "stop"
+    """Whether a row that cannot be read as it was written stops the run (with its state saved) or
+    is left out and counted. Start with `stop`, and with `star-elastic train RUN.toml --check`."""
 
     def __post_init__(self):
         require(bool(self.files), "data.files names no file; list JSONL files or datasets")

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from star_elastic.checkpoint import digest_files, write_json
+from star_elastic.checkpoint import write_json
 from star_elastic.companions import BASIS, LATENCY
 from star_elastic.errors import CheckpointError, ConfigError, reason
 from star_elastic.quant.fake import FILE_NAME as FAKE
 from star_elastic.train.calibrate import DEPTH, SCORES
 from star_elastic.train.check import latency_file
 from star_elastic.train.config import RunConfig
+from star_elastic.train.fingerprint import compare_data, digest_model, sample_data
+from star_elastic.train.sources import Source
 from star_elastic.train.state import has_state
 from star_elastic.train.strict import to_plain
 
@@ -24,13 +27,23 @@ TEACHER = "teacher"
 MEASURED = (SCORES, BASIS, DEPTH, FAKE)
 """What is measured before training and kept: it holds for the config that the run began with."""
 FILES = "files"
+MAY_CHANGE = re.compile(
+    r"stages\[\d+\]\.(final_)?learning_rate|router\.learning_rate|optimizer\.clip_norm"
+    r"|engine\.(?!teacher_samples).*|data\[\d+\]\.(bad_rows|files)|out|parent|family|latency"
+    r"|calibration\.scores"
+)
+"""Keys that may change when a run goes on: what messages advise to correct, how a step is computed,
+what becomes of bad rows, and where files are (what they hold is compared by itself)."""
 
 
-def require_ready(run: Path, config: RunConfig, resume: bool) -> None:
-    """Raises CheckpointError or ConfigError unless the run can begin in the directory, or go on.
+def require_ready(
+    run: Path, config: RunConfig, sources: Sequence[Source], resume: bool
+) -> list[str]:
+    """What has changed in the data since the run began and may, as lines to tell.
 
     A run that was stopped before its first state begins again with or without `resume`; what was
-    ranked by then is kept.
+    ranked by then is kept. Raises CheckpointError or ConfigError unless the run can begin in the
+    directory, or go on.
     """
     last = run / (QUANTISED if config.quant.format else ELASTIC)
     if not resume and (has_state(run) or (run / ELASTIC).exists()):
@@ -40,59 +53,69 @@ def require_ready(run: Path, config: RunConfig, resume: bool) -> None:
             f"{run} holds no run to go on with; correct out, or start without --resume"
         )
     if not run.exists() or not any(run.iterdir()):
-        return
+        return []
     if not (run / RUN).is_file():
         raise CheckpointError(f"{run} holds something else; name another out")
     if not has_state(run) and not any((run / file).exists() for file in MEASURED):
-        return  # nothing but a config that was never used
-    changed = _changes(run, config)
-    if changed:
+        return []  # nothing but a config that was never used
+    refused, allowed = _changes(run, config, sources)
+    if refused:
         raise ConfigError(
-            f"{', '.join(changed)} differ from the run in {run}; put back what changed, or start "
+            f"{', '.join(refused)} differ from the run in {run}; put back what changed, or start "
             "another run in another directory"
         )
     if resume and last.exists():
         raise CheckpointError(f"{last} is complete already; nothing to resume")
+    return allowed
 
 
-def begin(run: Path, config: RunConfig) -> None:
-    """Makes the directory with the resolved config, and a copy of the latency table in use."""
+def begin(run: Path, config: RunConfig, sources: Sequence[Source]) -> None:
+    """Makes the directory with the resolved config and what parent and data are, and a copy of the
+    latency table in use."""
     run.mkdir(parents=True, exist_ok=True)
-    write_json(run / RUN, _written(config))
+    write_json(run / RUN, _written(config, sources))
     if config.latency and latency_file(config) != run / LATENCY:
         shutil.copyfile(config.latency, run / LATENCY)
 
 
-def fingerprint(config: RunConfig) -> str:
-    """What the parent and the data are: their files by name, size and content."""
-    own = [config.family] if config.family else []
-    roots = [config.parent, *own, *(file for source in config.data for file in source.files)]
-    files = (file for root in map(Path, roots) for file in (root, *sorted(root.rglob("*"))))
-    return digest_files(file for file in files if file.is_file())
-
-
-def _written(config: RunConfig) -> dict:
+def _written(config: RunConfig, sources: Sequence[Source]) -> dict[str, Any]:
     """What `run.json` holds: the resolved config, and what its files were."""
-    return {**json.loads(json.dumps(to_plain(config))), FILES: fingerprint(config)}
+    files = {
+        "parent": digest_model(config.parent),
+        "family": digest_model(config.family) if config.family else "",
+        "data": sample_data(sources),
+    }
+    return {**json.loads(json.dumps(to_plain(config))), FILES: files}
 
 
-def _changes(run: Path, config: RunConfig) -> list[str]:
-    """What differs, of what must not, from the config that the directory was begun with: each
-    key with its values, as `calibration.context (1024 then, 512 now)`."""
+def _changes(
+    run: Path, config: RunConfig, sources: Sequence[Source]
+) -> tuple[list[str], list[str]]:
+    """What differs from the config and the files that the directory was begun with: what must not,
+    each key with its values as `calibration.context (1024 then, 512 now)`, and what may."""
+    now = _written(config, sources)
+    after = dict(_flat({key: value for key, value in now.items() if key != FILES}))
     try:
-        saved = _lasting(json.loads((run / RUN).read_text(encoding="utf-8")))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        saved = json.loads((run / RUN).read_text(encoding="utf-8"))
+        files = saved.pop(FILES)
+        before = dict(_flat(saved))
+        others = [
+            f"the {name}'s files"
+            for name in ("parent", "family")
+            if files[name] != now[FILES][name]
+        ]
+        refused, allowed = compare_data(files["data"], now[FILES]["data"])
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise CheckpointError(
             f"{run / RUN} cannot be read ({reason(error)}); start another run in another directory"
         ) from None
-    then, now = (dict(_flat(content)) for content in (saved, _lasting(_written(config))))
-    changed = [key for key in dict.fromkeys([*now, *then]) if then.get(key) != now.get(key)]
-    return [
-        "the parent's or the data's files"
-        if key == FILES
-        else f"{key} ({_shown(then, key)} then, {_shown(now, key)} now)"
-        for key in changed
+    keys = [key for key in dict.fromkeys([*after, *before]) if not MAY_CHANGE.fullmatch(key)]
+    changed = [
+        f"{key} ({_shown(before, key)} then, {_shown(after, key)} now)"
+        for key in keys
+        if before.get(key) != after.get(key)
     ]
+    return [*changed, *(f"the files of the {name}" for name in models), *refused], allowed
 
 
 def _flat(content: Any, path: str = "") -> Iterator[tuple[str, Any]]:
@@ -109,13 +132,3 @@ def _flat(content: Any, path: str = "") -> Iterator[tuple[str, Any]]:
 
 def _shown(content: dict[str, Any], key: str) -> str:
     return json.dumps(content.get(key), ensure_ascii=False)
-
-
-def _lasting(written: dict) -> dict:
-    """What may not change when a run goes on. How a step is computed may, and where the directory
-    is; learning rates and the clipping may be corrected."""
-    for stage in written["stages"]:
-        del stage["learning_rate"], stage["final_learning_rate"]
-    del written["router"]["learning_rate"], written["optimizer"]["clip_norm"]
-    lasting = {"engine.teacher_samples": written["engine"]["teacher_samples"]}
-    return lasting | {k: v for k, v in written.items() if k not in ("engine", "out")}

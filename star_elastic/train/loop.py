@@ -25,7 +25,7 @@ import torch
 from torch import nn
 
 from star_elastic.cost import CostModel
-from star_elastic.errors import CheckpointError, StarElasticError
+from star_elastic.errors import CheckpointError
 from star_elastic.nesting.elastic import ElasticModel
 from star_elastic.nesting.gate import expected_widths
 from star_elastic.router.budget import Budgets, Commitment, budget_loss, settle
@@ -46,7 +46,7 @@ class StepReport:
     while the router learns, `budget` (its loss) and `expected` widths without noise (the mean over
     layers that decide for themselves); all by size; `num_tokens` real tokens of the step's windows,
     `num_distilled` summed over the sizes. In this stage so far: `rows_cut` to the context,
-    `rows_dropped` because nothing in them counts."""
+    `rows_dropped` because nothing in them counts, `rows_skipped` because they cannot be read."""
 
     step: int
     stage: int
@@ -58,6 +58,7 @@ class StepReport:
     expected: dict[str, dict[str, float]] = field(default_factory=dict)
     rows_cut: int = 0
     rows_dropped: int = 0
+    rows_skipped: int = 0
 
 
 UNSTABLE = (
@@ -160,14 +161,12 @@ class Trainer:
         if self.step >= self.commit_step and not self.committed:
             self.commit()
         position = self.curriculum.at(self.step)
-        batch = self._agreed_batch()
-        stream = self._stream_of(position.stage)
-        counts = [batch.num_tokens, batch.num_predicted, stream.num_cut, stream.num_dropped]
-        num_tokens, counted, rows_cut, rows_dropped = map(int, self.world.sum(counts))
+        batch, counts = self._read()
+        num_tokens, counted = counts[:2]
         if not counted:
             raise CheckpointError(
-                f"no window of step {self.step} has a token to learn from; raise stages.context or "
-                "remove rows whose prompts fill it"
+                f"no window of step {self.step} has a token to learn from; start another run in "
+                "another directory, with a longer context or without rows whose prompts fill it"
             )
         self.is_sound = self.world.size == 1  # of many, one may fail alone from here on
         rate = self.curriculum.learning_rate(self.step)
@@ -178,10 +177,8 @@ class Trainer:
         results = self.workers.map(
             lambda learner, jobs: self._learn(learner, jobs, counted), [p for p in parts if p]
         )
-        report = StepReport(
-            self.step, position.stage, num_tokens, 0, rate,
-            rows_cut=rows_cut, rows_dropped=rows_dropped,
-        )  # fmt: skip
+        report = StepReport(self.step, position.stage, num_tokens, 0, rate)
+        report.rows_cut, report.rows_dropped, report.rows_skipped = counts[2:]
         self._collect(report, results)
         if not self.committed:
             self._report_router(report)
@@ -193,6 +190,7 @@ class Trainer:
         self.is_sound = True
         self.step += 1
         self.tokens += num_tokens
+        stream = self._stream_of(position.stage)
         self._position = {"stage": position.stage, "stream": stream.state()}
         return report
 
@@ -206,23 +204,27 @@ class Trainer:
                 f"the gradients of {name} are {float(norm)} at step {self.step}; {UNSTABLE}"
             )
 
-    def _agreed_batch(self) -> PackedBatch:
-        """`_batch`; a row that one rank cannot read ends the step of all of them."""
+    def _read(self) -> tuple[PackedBatch, list[int]]:
+        """This rank's windows of the step (its share of every group, group after group); and over
+        all ranks: tokens, those that count, rows cut, left out for lack of such, and skipped.
+
+        Raises on every rank what goes wrong on one: RowError for a row that cannot be read. The
+        state of the last step can be saved then.
+        """
+        position = self.curriculum.at(self.step)
+        stream = self._stream_of(position.stage)
         batch, problem = None, None
         try:
-            batch = self._batch()
-        except StarElasticError as error:
+            batch = stream.batch(position.step, lanes=self._lanes(position.stage))
+        except CheckpointError as error:
             problem = error
-        if self.world.any(problem is not None) or batch is None:
-            raise problem or CheckpointError("another rank cannot read its rows; see what it says")
-        return batch
-
-    def _batch(self) -> PackedBatch:
-        """This rank's windows of the step: its share of every group, group after group."""
-        position = self.curriculum.at(self.step)
-        return self._stream_of(position.stage).batch(
-            position.step, lanes=self._lanes(position.stage)
-        )
+        own = [batch.num_tokens, batch.num_predicted] if batch else [0, 0]
+        own += [stream.num_cut, stream.num_dropped, stream.num_skipped, batch is None]
+        *counts, failed = map(int, self.world.sum(own))
+        if failed:
+            raise next(e for e in self.world.gather(problem) if e is not None)
+        assert batch is not None
+        return batch, counts
 
     def _lanes(self, stage: int) -> list[int]:
         config, world = self.config.stages[stage], self.world
@@ -296,25 +298,25 @@ class Trainer:
         at their counted positions and its head; live, or from what is cached. With the task as the
         objective, the next tokens themselves are the teacher."""
         if self.config.objective == "task":
-            labels = next_token_targets(batch.input_ids.roll(-1, 1)[batch.predicts])
+            labels = next_token_targets(batch.targets[batch.predicts])
             return lambda states, head: sampled_kl(states, head, labels)
         if self.cache is not None and self._is_cached(self.cache, batch):
-            targets = self.cache.gather(batch.documents, batch.predicts)
+            targets = self.cache.gather(batch.texts, batch.predicts)
             return lambda states, head: sampled_kl(states, head, targets)
         assert learner.teacher is not None
         with torch.no_grad(), self._autocast():
             full = learner.teacher.axis_map.full
             states, head = learner.teacher.hidden_states(full, **batch.inputs)
             if self.cache is not None:
-                self.cache.sample(batch.documents, states, head)
-                targets = self.cache.gather(batch.documents, batch.predicts)
+                self.cache.sample(batch.texts, states, head)
+                targets = self.cache.gather(batch.texts, batch.predicts)
                 return lambda own, own_head: sampled_kl(own, own_head, targets)
             known = states[batch.predicts]
         return lambda own, own_head: linear_kl(own, own_head, known, head)
 
     def _is_cached(self, cache: TeacherCache, batch: PackedBatch) -> bool:
         """Whether no rank has to ask the teacher (sharded, it speaks only to all of them)."""
-        return not self.world.any(not cache.covers(batch.documents))
+        return not self.world.any(not cache.covers(batch.texts))
 
     def _collect(self, report: StepReport, results: Sequence[tuple[Mapping, Mapping]]) -> None:
         """Puts the losses of all workers and ranks into the report, and checks them."""
@@ -379,6 +381,11 @@ class Trainer:
     def data_state(self) -> dict[str, Any]:
         """How far the data of this stage were read by this rank, for the steps that are done."""
         return self._position
+
+    @property
+    def first_skipped(self) -> str:
+        """What is wrong with the first bad row that this rank has left out in this stage."""
+        return self._stream[1].first_skipped if self._stream else ""
 
     def load_data_state(self, states: Sequence[Mapping[str, Any]]) -> None:
         """Puts the data where the ranks that saved it stood; any number of ranks may load it."""

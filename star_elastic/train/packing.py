@@ -7,11 +7,15 @@ ones are cut to the context); a lane holds a few in hand, places the oldest firs
 window with those that fill it best. Sources mix by weight in tokens: a lane's next document comes
 from the source that has fallen most behind.
 
+A document of n ids is fed as its first n - 1: the last id is what the last position predicts, so
+that stopping is learned and no position is spent on what nothing follows.
+
 Shapes: B windows (lanes), T tokens of the context.
 """
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -20,10 +24,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from star_elastic.errors import CheckpointError, ConfigError
+from star_elastic.errors import CheckpointError, ConfigError, RowError
 from star_elastic.train.sources import ShuffledEpochs, Source
 
-FORMAT = 1
+FORMAT = 2
+"""Of saved positions. In format 1 the last position of a document predicted nothing."""
 LOOKAHEAD = 16
 """Documents that a lane holds in hand: the demo's rows then leave 1.4 % of their windows empty (3 %
 with 8 in hand; 8 % if the first that fits were taken)."""
@@ -31,29 +36,33 @@ with 8 in hand; 8 % if the first that fits were taken)."""
 
 class Placed(NamedTuple):
     """A document in a row of a packed batch: positions [start, start + length) of the row hold
-    the first `length` tokens of row `row` of source number `source`."""
+    the first `length` tokens of row `row` of source number `source`. `digest` is a number for all
+    that the document says, whatever it is cut to."""
 
     source: int
     row: int
     start: int
     length: int
+    digest: int
 
 
 @dataclass(frozen=True, slots=True)
 class PackedBatch:
     """Windows full of documents. All tensors are (B, T).
 
-    `input_ids` int64. `position_ids` int64 start at 0 in every document, from which transformers
-    makes a block-diagonal causal mask when it gets neither attention mask nor cache. `seq_idx`
-    int32 is the number of the document in its row, which Mamba layers need. `predicts` bool marks
-    the positions whose next token counts in the loss. What is left of a row is padding, which is
-    like a document that nothing is learned from. `documents` tells which documents each row holds.
+    `input_ids` int64. `targets` int64 are the ids that come next; `predicts` bool marks the
+    positions where they count in the loss (elsewhere targets may be anything). `position_ids` int64
+    start at 0 in every document, from which transformers makes a block-diagonal causal mask when it
+    gets neither attention mask nor cache. `seq_idx` int32 is the number of the document in its row,
+    which Mamba layers need. What is left of a row is padding, which is like a document that nothing
+    is learned from. `documents` tells which documents each row holds.
     """
 
     input_ids: torch.Tensor
     position_ids: torch.Tensor
     seq_idx: torch.Tensor
     predicts: torch.Tensor
+    targets: torch.Tensor
     documents: tuple[tuple[Placed, ...], ...]
 
     @property
@@ -72,6 +81,11 @@ class PackedBatch:
         names = ("input_ids", "position_ids", "seq_idx")
         return {name: getattr(self, name) for name in names}
 
+    @property
+    def texts(self) -> list[list[tuple[int, int, int, int]]]:
+        """The documents of each row by what they say: (source, digest, start, length)."""
+        return [[(d.source, d.digest, d.start, d.length) for d in row] for row in self.documents]
+
     def rows(self, start: int, stop: int) -> PackedBatch:
         """Windows [start, stop), as views."""
         return PackedBatch(*(getattr(self, field.name)[start:stop] for field in fields(self)))
@@ -85,19 +99,26 @@ class PackedBatch:
 
     def to(self, device: torch.device | str) -> PackedBatch:
         """The same with its tensors on a device."""
-        named = {**self.inputs, "predicts": self.predicts}
+        named = {**self.inputs, "predicts": self.predicts, "targets": self.targets}
         moved = {name: tensor.to(device, non_blocking=True) for name, tensor in named.items()}
         return PackedBatch(**moved, documents=self.documents)
 
 
 class _Held(NamedTuple):
-    """A document that a lane has read and not yet placed, cut to the context."""
+    """A document that a lane has read and not yet placed, cut to the context: its ids and the one
+    after them, so that every position that is fed knows its next id."""
 
     source: int
     row: int
     ids: np.ndarray
     first: int
     is_cut: bool
+    digest: int
+
+    @property
+    def length(self) -> int:
+        """Tokens that are fed."""
+        return len(self.ids) - 1
 
 
 class PackedStream:
@@ -105,7 +126,8 @@ class PackedStream:
 
     `weights` are shares of the tokens, in any unit; `stage` and `seed` are part of the key of every
     shuffle. Each epoch's shuffle of a source is dealt out to the lanes in turn, so that every row
-    comes once per epoch; documents without a token to learn from are left out (`num_dropped`).
+    comes once per epoch; documents without a token to learn from are left out (`num_dropped`), and
+    so are rows that cannot be read, if their source skips these (`num_skipped`).
     Raises ConfigError for values that cannot be packed.
     """
 
@@ -136,12 +158,15 @@ class PackedStream:
             for number, source in enumerate(sources)
         ]
         self._teaches: set[int] = set()
+        self.first_skipped = ""
+        """What is wrong with the first bad row that was left out."""
         self._head_starts = self._deal_head_starts()
 
     def batch(self, step: int, lanes: Sequence[int] | None = None) -> PackedBatch:
         """The windows of a step, of all lanes or of some. A lane's steps come in order.
 
-        Raises CheckpointError if a row cannot be read or a source teaches nothing.
+        Raises RowError if a row cannot be read and CheckpointError if a source teaches nothing; the
+        lanes are then somewhere inside the step, and of no more use.
         """
         lanes = range(self.batch_size) if lanes is None else lanes
         assert lanes and min(lanes) >= 0 and max(lanes) < self.batch_size, (lanes, self.batch_size)
@@ -150,23 +175,25 @@ class PackedStream:
         position_ids = np.zeros(shape, dtype=np.int64)
         seq_idx = np.zeros(shape, dtype=np.int32)
         predicts = np.zeros(shape, dtype=bool)
+        targets = np.full(shape, self.sources[0].pad_id, dtype=np.int64)
         documents = []
         for place, number in enumerate(lanes):
             lane = self._lane(number)
             assert lane.step == step, f"lane {number} is at step {lane.step}, not at {step}"
             row, start = [], 0
             for held in lane.window():
-                stop = start + len(held.ids)
-                input_ids[place, start:stop] = held.ids
+                stop = start + held.length
+                input_ids[place, start:stop] = held.ids[:-1]
+                targets[place, start:stop] = held.ids[1:]
                 position_ids[place, start:stop] = np.arange(stop - start)
                 seq_idx[place, start:stop] = len(row)
-                predicts[place, start + held.first : stop - 1] = True
-                row.append(Placed(held.source, held.row, start, stop - start))
+                predicts[place, start + held.first : stop] = True
+                row.append(Placed(held.source, held.row, start, stop - start, held.digest))
                 start = stop
             position_ids[place, start:] = np.arange(self.context - start)
             seq_idx[place, start:] = len(row)
             documents.append(tuple(row))
-        arrays = (input_ids, position_ids, seq_idx, predicts)
+        arrays = (input_ids, position_ids, seq_idx, predicts, targets)
         tensors: Any = map(torch.from_numpy, arrays)
         return PackedBatch(*tensors, documents=tuple(documents))
 
@@ -186,6 +213,11 @@ class PackedStream:
         """Documents that the lanes in use cut to the context."""
         return sum(lane.num_cut for lane in self._lanes.values())
 
+    @property
+    def num_skipped(self) -> int:
+        """Rows that the lanes in use left out because they cannot be read."""
+        return sum(lane.num_skipped for lane in self._lanes.values())
+
     def state(self) -> dict[str, Any]:
         """Where the lanes in use stand, as plain JSON data. States of ranks with lanes of their own
         become one with `merge_states`."""
@@ -202,8 +234,13 @@ class PackedStream:
         Raises CheckpointError if it is damaged or of another stage, seed, data set or shape.
         """
         try:
-            made_with, lanes = {"format": state["format"], **state["made_with"]}, state["lanes"]
-            for name, value in {"format": FORMAT, **self._made_with()}.items():
+            made_with, lanes = state["made_with"], state["lanes"]
+            if state["format"] != FORMAT:
+                raise CheckpointError(
+                    f"the saved position in the data has format {state['format']!r}, not {FORMAT}, "
+                    "of a version that read rows otherwise; start another run in another directory"
+                )
+            for name, value in self._made_with().items():
                 if made_with[name] != value:
                     raise CheckpointError(
                         f"the saved position in the data has {name}={made_with[name]!r} and this "
@@ -248,23 +285,40 @@ class PackedStream:
         return starts
 
     def read(self, source: int, row: int) -> _Held | None:
-        """A row cut to the context, or None if nothing in it counts in the loss."""
+        """A row cut to the context, or None if nothing in it counts in the loss.
+
+        Raises RowError if the row cannot be read.
+        """
         document = self.sources[source].document(row)
-        ids = document.ids[: self.context]
-        if document.first >= len(ids) - 1:
+        ids = np.asarray(document.ids, dtype=np.int32)
+        cut = ids[: self.context + 1]
+        if document.first >= len(cut) - 1:
             return None
         self._teaches.add(source)
-        is_cut = len(document.ids) > self.context
-        return _Held(source, row, np.asarray(ids, dtype=np.int32), document.first, is_cut)
+        return _Held(source, row, cut, document.first, len(cut) < len(ids), _digest(ids))
 
     def require_lessons(self, source: int) -> None:
         """Raises CheckpointError unless some row of the source has a token to learn from."""
         rows = range(len(self.sources[source]))
-        if source not in self._teaches and not any(self.read(source, row) for row in rows):
+        if source not in self._teaches and not any(self._may_teach(source, row) for row in rows):
             raise CheckpointError(
                 f"no row of {self.sources[source].name} has a token to learn from within "
-                f"{self.context} tokens; raise the stage's context or add rows with longer answers"
+                f"{self.context} tokens; start another run in another directory, with a longer "
+                "context or with rows whose prompts are shorter"
             )
+
+    def _may_teach(self, source: int, row: int) -> bool:
+        try:
+            return self.read(source, row) is not None
+        except RowError as error:
+            self.require_skipped(source, error)
+            return False
+
+    def require_skipped(self, source: int, error: RowError) -> None:
+        """Raises the error of a row that cannot be read, unless its source leaves such rows out."""
+        if not self.sources[source].skips_bad_rows:
+            raise error
+        self.first_skipped = self.first_skipped or str(error)
 
 
 class _Lane:
@@ -280,6 +334,7 @@ class _Lane:
         self.tokens = [0] * len(stream.sources)
         self.num_dropped = 0
         self.num_cut = 0
+        self.num_skipped = 0
 
     def window(self) -> list[_Held]:
         """The documents of the next window: the oldest in hand, as long as there is room for all,
@@ -289,7 +344,7 @@ class _Lane:
         while True:
             while len(self._held) < self._stream.lookahead:
                 self._held.append(self._read())
-            lengths = [len(held.ids) for held in self._held]
+            lengths = [held.length for held in self._held]
             if placed and sum(lengths) > room:
                 break
             placed.append(self._held.pop(0))
@@ -310,15 +365,25 @@ class _Lane:
         while True:
             place = self._number + self.rows[source] * stream.batch_size
             self.rows[source] += 1
-            held = stream.read(source, stream.orders[source].row(place))
+            held = self._take(source, stream.orders[source].row(place))
             if held is not None:
-                self.tokens[source] += len(held.ids)
+                self.tokens[source] += held.length
                 self.num_cut += held.is_cut
                 return held
-            self.num_dropped += 1
             misses += 1
             if misses == len(stream.sources[source]):
                 stream.require_lessons(source)
+
+    def _take(self, source: int, row: int) -> _Held | None:
+        """A row's document, or None if it is left out, which is counted."""
+        try:
+            held = self._stream.read(source, row)
+        except RowError as error:
+            self._stream.require_skipped(source, error)
+            self.num_skipped += 1
+            return None
+        self.num_dropped += held is None
+        return held
 
     def state(self) -> dict[str, Any]:
         """Plain data; of the documents in hand only where they are."""
@@ -328,21 +393,23 @@ class _Lane:
             "tokens": list(self.tokens),
             "dropped": self.num_dropped,
             "cut": self.num_cut,
+            "skipped": self.num_skipped,
             "held": [[held.source, held.row] for held in self._held],
         }
 
     def load(self, state: Mapping[str, Any]) -> None:
-        """Goes on where `state` stands. Raises CheckpointError if the data have changed."""
-        self.step, self.num_dropped, self.num_cut = (state[n] for n in ("step", "dropped", "cut"))
+        """Goes on where `state` stands. Rows in hand are read anew: one that has been corrected may
+        have become another, or nothing."""
+        counts = (state[name] for name in ("step", "dropped", "cut", "skipped"))
+        self.step, self.num_dropped, self.num_cut, self.num_skipped = counts
         self.rows, self.tokens = list(state["rows"]), list(state["tokens"])
-        for source, row in state["held"]:
-            held = self._stream.read(source, row)
-            if held is None:
-                raise CheckpointError(
-                    f"row {row} of {self._stream.sources[source].name} is not what it was when the "
-                    "run began; resume with the data that the run began with"
-                )
-            self._held.append(held)
+        found = (self._take(source, row) for source, row in state["held"])
+        self._held = [held for held in found if held is not None]
+
+
+def _digest(ids: np.ndarray) -> int:
+    """A number below 2**63 for some ids."""
+    return int.from_bytes(hashlib.blake2b(ids.tobytes(), digest_size=8).digest()) >> 1
 
 
 def _fill(lengths: Sequence[int], room: int) -> tuple[int, ...]:
@@ -371,7 +438,8 @@ def merge_states(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 def _check_lane(state: Mapping[str, Any], sizes: Sequence[int]) -> Mapping[str, Any]:
     """The state of a lane. Raises ValueError (or what a wrong type raises) if it is none."""
-    counts = [state["step"], state["dropped"], state["cut"], *state["rows"], *state["tokens"]]
+    counts = [state[name] for name in ("step", "dropped", "cut", "skipped")]
+    counts += [*state["rows"], *state["tokens"]]
     sound = all(type(count) is int and count >= 0 for count in counts)
     sound = sound and len(state["rows"]) == len(state["tokens"]) == len(sizes)
     if not sound or not all(0 <= row < sizes[source] for source, row in state["held"]):

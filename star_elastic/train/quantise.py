@@ -33,7 +33,7 @@ from star_elastic.quant.checkpoint import (
 from star_elastic.quant.fake import FakeQuantisation
 from star_elastic.quant.inputs import calibrate_inputs
 from star_elastic.quant.layout import CONFIG_KEY, Scheme, make_scheme, stored_map
-from star_elastic.train.sources import Source
+from star_elastic.train.sources import Source, first_documents
 from star_elastic.widths import Widths
 
 
@@ -87,7 +87,7 @@ def quantise_family(
         shared = frozen.inputs
     else:
         if scheme.format.is_calibrated:
-            source = _calibration_source(path, scheme, calibration)
+            source = _calibration_source(path, axis_map, scheme, calibration)
             parent, _ = load_parent(path, choose_dtype(dtype, path), choose_device(device))
             widths = {name: size.widths for name, size in manifest.sizes.items()}
             scales = calibrate_sizes(
@@ -112,13 +112,16 @@ def quantise_family(
     return count_bytes(path, Path(out))
 
 
-def _calibration_source(path: Path, scheme: Scheme, calibration: InputCalibration) -> Source:
+def _calibration_source(
+    path: Path, axis_map: AxisMap, scheme: Scheme, calibration: InputCalibration
+) -> Source:
     if not calibration.files:
         raise ConfigError(
             f"{scheme.format.name} needs data to calibrate inputs on; name rows with --data, or "
             "use fp8-channel, whose inputs are scaled as they come"
         )
-    return Source(tuple(map(str, calibration.files)), load_tokenizer(path), "all")
+    files, tokenizer = tuple(map(str, calibration.files)), load_tokenizer(path)
+    return Source(files, tokenizer, num_embeddings=axis_map.num_embeddings)
 
 
 def calibrate_sizes(
@@ -132,11 +135,12 @@ def calibrate_sizes(
     progress: Progress,
 ) -> dict[str, dict[str, torch.Tensor]]:
     """Scales of the inputs of every size, by the weights' names in the parent; none where a format
-    is not calibrated."""
+    is not calibrated. Sources take turns, row by row. Raises as `first_documents`."""
     if not scheme.format.is_calibrated:
         return {}
-    most = range(min(calibration.samples, max(map(len, sources))))
-    rows = [(s, r) for r in most for s in sources if r < len(s)][: calibration.samples]
+    # Without padding, whose activations would count, too.
+    documents = first_documents(sources, [1.0] * len(sources), calibration.samples)
+    rows = [document.fed[: calibration.context] for document in documents]
     count = len(rows)
     widths = dict(widths)
     kept = {name for own in widths.values() for name in axis_map.names_at(own)}
@@ -145,13 +149,11 @@ def calibrate_sizes(
     progress.stage("calibrate", count * len(widths))
     scales = {}
     for place, (name, own) in enumerate(widths.items()):
-        # Without padding, whose activations would count, too.
-        documents = (source.document(row).ids[: calibration.context] for source, row in rows)
         found = calibrate_inputs(
             build_submodel(parent, config, own),
             axis_map.at(own),
             scheme.at(axis_map, own),
-            _watched(documents, progress, place * count),
+            _watched(rows, progress, place * count),
             percentile=calibration.percentile,
         )
         names = axis_map.names_at(own)
@@ -175,6 +177,5 @@ def _watched(
     rows: Iterable[Sequence[int]], progress: Progress, done: int
 ) -> Iterator[dict[str, torch.Tensor]]:
     for number, ids in enumerate(rows, start=1):
-        if len(ids):
-            yield {"input_ids": torch.tensor([list(ids)], dtype=torch.long)}
+        yield {"input_ids": torch.tensor([list(ids)], dtype=torch.long)}
         progress.advance(done + number)

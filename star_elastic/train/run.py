@@ -18,7 +18,7 @@ import torch
 import star_elastic
 from star_elastic.checkpoint import save_tensors
 from star_elastic.companions import BASIS, LATENCY, ORDERS, ROUTER
-from star_elastic.errors import CheckpointError, Interrupted, reason
+from star_elastic.errors import CheckpointError, Interrupted, RowError, reason
 from star_elastic.importance.files import load_scores, save_scores
 from star_elastic.manifest import Manifest, Size, load_manifest, save_manifest
 from star_elastic.nesting.elastic import ElasticModel
@@ -29,7 +29,7 @@ from star_elastic.router.budget import AIM, Commitment
 from star_elastic.signals import Stop, Stoppable, stop_on_signals
 from star_elastic.train.build import build_trainer
 from star_elastic.train.calibrate import SCORES
-from star_elastic.train.check import Checked, check
+from star_elastic.train.check import Checked, beyond_positions, check
 from star_elastic.train.config import RunConfig
 from star_elastic.train.directory import ELASTIC, METRICS, QUANTISED, begin, require_ready
 from star_elastic.train.distributed import World, join_world
@@ -37,9 +37,11 @@ from star_elastic.train.loop import StepReport, Trainer
 from star_elastic.train.outlook import look_ahead
 from star_elastic.train.pace import Pace
 from star_elastic.train.quantise import quantise_family
-from star_elastic.train.sources import Source
+from star_elastic.train.sources import open_sources
 from star_elastic.train.state import has_state, load_state, save_state
 from star_elastic.train.strict import to_plain
+
+OR_SKIP = 'or set bad_rows = "skip" in its [[data]]'
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,22 +91,29 @@ def _train(config: RunConfig, resume: bool, shown: Progress, stop: Stop, world: 
     run = Path(config.out)
     progress = Stoppable(shown, stop, lambda: _how_to_go_on(run))
     checked = check(config, world.size)
-    require_ready(run, config, resume)
+    tokenizer = load_tokenizer(config.parent)
+    sources = open_sources(config.data, tokenizer, checked.axis_map.num_embeddings)
+    told = require_ready(run, config, sources, resume)
     given = None
     if config.calibration.scores and not (run / SCORES).is_file():
         given = load_scores(Path(config.calibration.scores), checked.axis_map)
-    tokenizer = load_tokenizer(config.parent)
-    sources = [Source(source.files, tokenizer, source.loss_on) for source in config.data]
+    for line in (*told, *beyond_positions(config, checked.model_config)):
+        progress.say(line)
     world.wait()
     if world.is_first:
-        begin(run, config)
+        begin(run, config, sources)
         if given:
             save_scores(run / SCORES, given[0], checked.axis_map, given[1])
     world.wait()
 
     if not has_state(run):
         look_ahead(config, checked, sources, world.device).say(progress)
-    trainer, orders, basis = build_trainer(config, checked, sources, run, progress, world)
+    try:
+        trainer, orders, basis = build_trainer(config, checked, sources, run, progress, world)
+    except RowError as error:
+        raise CheckpointError(
+            f"{error}, keeping one row a line, and start again, {OR_SKIP}"
+        ) from error
     if has_state(run):
         load_state(trainer, run)
     seconds = _loop(trainer, run, shown, stop)
@@ -176,7 +185,7 @@ def _loop(trainer: Trainer, run: Path, progress: Progress, stop: Stop) -> float:
     progress.stage("train", steps)
     progress.advance(trainer.step)
     begin = last = time.monotonic()
-    saved = trainer.step
+    saved, tells_skipped = trainer.step, False
     pace = Pace(trainer.curriculum, 0 if trainer.committed else trainer.commit_step)
     while trainer.step < steps:
         if world.any(stop.is_asked):
@@ -187,9 +196,13 @@ def _loop(trainer: Trainer, run: Path, progress: Progress, stop: Stop) -> float:
             raise Interrupted(f"stopped at step {trainer.step}; go on with --resume")
         try:
             report = trainer.train_step()
-        except Exception:
+        except Exception as error:
             if trainer.is_sound and trainer.step > saved:
                 save_state(trainer, run)
+            if isinstance(error, RowError):
+                raise CheckpointError(
+                    f"{error}, keeping one row a line, and go on with --resume, {OR_SKIP}"
+                ) from error
             raise
         now = time.monotonic()
         line = pace.after(report.step, now - last)
@@ -201,6 +214,10 @@ def _loop(trainer: Trainer, run: Path, progress: Progress, stop: Stop) -> float:
                 log.write(json.dumps(row) + "\n")
         last = now
         progress.advance(trainer.step, _note(report, trainer))
+        if report.rows_skipped and not tells_skipped:
+            tells_skipped = True
+            first = next(filter(None, world.gather(trainer.first_skipped)), "as before")
+            progress.say(f"rows that cannot be read are left out, the first: {first}")
         if trainer.step % trainer.config.engine.save_every == 0:
             save_state(trainer, run)
             saved = trainer.step
@@ -233,7 +250,11 @@ def _note(report: StepReport, trainer: Trainer) -> str:
     for name, fixed in trainer.committed.items():
         if fixed.miss > max(AIM, fixed.possible or 0.0) * (1 + 1e-9):
             phase += f", {name} misses its budget by {fixed.miss:.1%}"
-    for count, what in ((report.rows_cut, "cut to the context"), (report.rows_dropped, "left out")):
+    for count, what in (
+        (report.rows_cut, "cut to the context"),
+        (report.rows_dropped, "left out"),
+        (report.rows_skipped, "bad"),
+    ):
         phase += f", {count:,} rows {what}" if count else ""
     return f"KD nats/token {losses}  ({phase})"
 

@@ -1,7 +1,8 @@
-"""Rows of local data as token ids: JSONL files, saved Hugging Face datasets, parquet files.
+"""Rows of local data by number: JSONL files, saved Hugging Face datasets, parquet files.
 
 Rows are found by number and read when they are asked for; no data is loaded whole and nothing
-reaches a hub. This file knows nothing of how training packs documents.
+reaches a hub. `rendering.py` makes documents of them; this file knows nothing of what a row says,
+nor of how training packs documents.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import json
 from array import array
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -22,7 +24,9 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from star_elastic.errors import CheckpointError, ConfigError, reason
+from star_elastic.errors import CheckpointError, ConfigError, RowError, library_boundary
+from star_elastic.train.config import SourceConfig
+from star_elastic.train.rendering import Document, LossOn, Renderer
 
 LENGTH_STEP = 16
 """Padded batches have multiples of this many tokens: kernels are kept for every new shape."""
@@ -31,21 +35,20 @@ KEPT_ROWS = 1 << 20
 """Shuffled row numbers kept per source, or three epochs if these are longer."""
 
 
-@dataclass(frozen=True, slots=True)
-class Document:
-    """A tokenised row: its `ids`, and `first`, the first position whose next token counts in the
-    loss (all later ones but the last count, too)."""
-
-    ids: list[int]
-    first: int
-
-
 class Rows(Protocol):
     """Rows of one file or directory by number."""
 
+    path: Path
+
     def __len__(self) -> int: ...
 
-    def __getitem__(self, row: int) -> dict[str, Any]: ...
+    def __getitem__(self, row: int) -> dict[str, Any]:
+        """A row. Raises RowError, naming it, if it is damaged."""
+        ...
+
+    def raw(self, row: int) -> bytes:
+        """A row as it is stored, to be told from another."""
+        ...
 
     def where(self, row: int) -> str:
         """The file and the place of a row in it, for messages."""
@@ -55,11 +58,11 @@ class Rows(Protocol):
 class JsonLines:
     """Rows of a JSONL file: one byte offset per row in memory."""
 
-    def __init__(self, file: Path):
-        self.file = file
+    def __init__(self, path: Path):
+        self.path = path
         self._offsets = array("Q")
         offset = 0
-        with open(file, "rb") as stream:
+        with self._reading(), open(path, "rb") as stream:
             for line in stream:
                 if line.strip():
                     self._offsets.append(offset)
@@ -69,30 +72,35 @@ class JsonLines:
         return len(self._offsets)
 
     def __getitem__(self, row: int) -> dict[str, Any]:
-        with open(self.file, "rb") as stream:
-            stream.seek(self._offsets[row])
-            line = stream.readline()
+        line = self.raw(row)
         try:
-            content = json.loads(line)
-        except ValueError:
-            raise CheckpointError(
-                f"{self.where(row)} is not valid JSON; correct or remove the line"
-            ) from None
-        if not isinstance(content, dict):
-            raise CheckpointError(
-                f"{self.where(row)} is not a JSON object; correct or remove the line"
-            )
+            # json itself raises many kinds: broken bytes, numbers and brackets without end.
+            with library_boundary("is not valid JSON", "correct the line", RowError):
+                content = json.loads(line)
+            if not isinstance(content, dict):
+                raise RowError("is not a JSON object; correct the line")
+        except RowError as error:
+            raise error.at(self.where(row)) from None
         return content
+
+    def raw(self, row: int) -> bytes:
+        """The line."""
+        with self._reading(), open(self.path, "rb") as stream:
+            stream.seek(self._offsets[row])
+            return stream.readline().strip()
+
+    def _reading(self) -> AbstractContextManager[None]:
+        return library_boundary(f"{self.path} cannot be read", "restore the file")
 
     def where(self, row: int) -> str:
         """The file and the line of a row, counted from 1."""
         left, lines = self._offsets[row], 1
-        with open(self.file, "rb") as stream:
+        with open(self.path, "rb") as stream:
             while left:
                 part = stream.read(min(left, 1 << 20))
                 lines += part.count(b"\n")
                 left -= len(part)
-        return f"{self.file} line {lines}"
+        return f"{self.path} line {lines}"
 
 
 class Table:
@@ -118,20 +126,22 @@ class Table:
             raise ConfigError(
                 f"{path} needs the package datasets; run pip install 'star-elastic[datasets]'"
             ) from None
-        try:
+        with library_boundary(f"{path} cannot be read", "write it again"):
             read = datasets.load_from_disk if path.is_dir() else datasets.Dataset.from_parquet
             self._rows: Any = read(str(path))
-        except Exception as error:  # whatever a damaged file makes pyarrow raise
-            raise CheckpointError(
-                f"{path} cannot be read ({reason(error)}); write it again"
-            ) from None
 
     def __len__(self) -> int:
         return len(self._rows)
 
     def __getitem__(self, row: int) -> dict[str, Any]:
         """The row's columns that have a value (tables fill up with None)."""
-        return _without_none(self._rows[row])
+        problem = f"{self.where(row)} cannot be read"
+        with library_boundary(problem, "write the data again", RowError):
+            return _without_none(self._rows[row])
+
+    def raw(self, row: int) -> bytes:
+        """The row as a JSON text."""
+        return json.dumps(self[row], default=str, sort_keys=True).encode()
 
     def where(self, row: int) -> str:
         """The path and the number of a row, counted from 0."""
@@ -158,25 +168,31 @@ def open_rows(path: str | Path) -> Rows:
 class Source:
     """The rows of some files, one file after the other, as documents.
 
-    A row is `{"text"}`, `{"prompt", "completion"}` or `{"messages"}` (through the chat template).
-    With `loss_on="answers"` the completion, or the last message, counts; a text counts whole.
-    Raises ConfigError if the files hold no rows.
+    A row is `{"text"}`, `{"prompt", "completion"}` or `{"messages"}` (through the chat template);
+    `loss_on` and `num_embeddings` as in `Renderer`. `bad_rows`: whether a row that cannot be read
+    stops a run or is left out of it. Raises ConfigError if the files hold no rows.
     """
 
     def __init__(
         self,
         files: Sequence[str | Path],
         tokenizer: PreTrainedTokenizerBase,
-        loss_on: Literal["all", "answers"] = "all",
+        loss_on: LossOn = "all",
+        *,
+        num_embeddings: int | None = None,
+        bad_rows: Literal["stop", "skip"] = "stop",
     ):
         self.name = ", ".join(map(str, files))
-        self.tokenizer = tokenizer
-        self.loss_on = loss_on
+        self.skips_bad_rows = bad_rows == "skip"
+        self._renderer = Renderer(tokenizer, loss_on, num_embeddings)
+        self.pad_id = 0
         pad = tokenizer.pad_token_id
-        self.pad_id = pad if isinstance(pad, int) else 0  # what stands there is never learned from
-        self._parts = [open_rows(file) for file in files]
-        self._ends = list(itertools.accumulate(len(part) for part in self._parts))
-        if not self._parts or not self._ends[-1]:
+        # What stands there is never learned from; but it must have an embedding.
+        if isinstance(pad, int) and 0 <= pad < (num_embeddings or pad + 1):
+            self.pad_id = pad
+        self.parts = [open_rows(file) for file in files]
+        self._ends = list(itertools.accumulate(len(part) for part in self.parts))
+        if not self.parts or not self._ends[-1]:
             raise ConfigError(f"{self.name or 'a source'} has no rows; name files that hold some")
 
     def __len__(self) -> int:
@@ -186,63 +202,40 @@ class Source:
         """The file that holds a row, and the row's number in it."""
         assert 0 <= row < len(self), (row, len(self))
         number = bisect.bisect_right(self._ends, row)
-        return self._parts[number], row - (self._ends[number] - len(self._parts[number]))
+        return self.parts[number], row - (self._ends[number] - len(self.parts[number]))
 
     def where(self, row: int) -> str:
         """The file and the place of a row in it, for messages."""
         rows, within = self._find(row)
         return rows.where(within)
 
+    def raw(self, row: int) -> bytes:
+        """A row as it is stored."""
+        rows, within = self._find(row)
+        return rows.raw(within)
+
     def document(self, row: int) -> Document:
-        """A row's token ids, uncut. Raises CheckpointError, naming the row, if it has no text."""
+        """A row's document, uncut. Raises RowError, naming the row, if it cannot be read as it was
+        written."""
         rows, within = self._find(row)
         content = rows[within]
-        if "text" in content:
-            prompt, completion = "", content["text"]
-        elif "prompt" in content and "completion" in content:
-            prompt, completion = content["prompt"], content["completion"]
-        elif "messages" in content:
-            prompt, completion = self._render(row, content["messages"])
-        else:
-            raise CheckpointError(
-                f"{self.where(row)} has the keys {sorted(content)}; give text, prompt and "
-                "completion, or messages"
-            )
-        if not isinstance(prompt, str) or not isinstance(completion, str):
-            raise CheckpointError(
-                f"{self.where(row)} is not text; prompt and completion must be strings"
-            )
-        encode = self.tokenizer.encode
-        head = encode(prompt, add_special_tokens=False) if prompt else []
-        first = max(len(head) - 1, 0) if self.loss_on == "answers" else 0
-        return Document(head + encode(completion, add_special_tokens=False), first)
-
-    def _render(self, row: int, messages: list[dict]) -> tuple[str, str]:
-        """The conversation up to the last turn's start, and that turn.
-
-        A template opens the turn with or without thinking; the opening that the conversation
-        really begins with is the prompt.
-        """
-        render = self.tokenizer.apply_chat_template
         try:
-            whole = str(render(messages, tokenize=False))
-            for thinking in (True, False):
-                prompt = str(
-                    render(
-                        messages[:-1],
-                        tokenize=False,
-                        add_generation_prompt=True,
-                        enable_thinking=thinking,
-                    )
-                )
-                if whole.startswith(prompt):
-                    return prompt, whole.removeprefix(prompt)
-        except Exception as error:  # a template is code, and a row may hold anything
-            raise CheckpointError(
-                f"{self.where(row)}: its messages cannot be rendered ({reason(error)}); correct or "
-                "remove the row"
-            ) from None
-        return "", whole
+            return self._renderer.document(content)
+        except RowError as error:
+            raise error.at(rows.where(within)) from error
+
+
+def open_sources(
+    data: Sequence[SourceConfig], tokenizer: PreTrainedTokenizerBase, num_embeddings: int
+) -> list[Source]:
+    """The sources of a run config, for a model with so many embedding rows."""
+    return [
+        Source(
+            source.files, tokenizer, source.loss_on,
+            num_embeddings=num_embeddings, bad_rows=source.bad_rows,
+        )
+        for source in data
+    ]  # fmt: skip
 
 
 class ShuffledEpochs:
@@ -284,6 +277,36 @@ class Batch:
         return int(self.attention_mask.sum())
 
 
+def first_documents(
+    sources: Sequence[Source], weights: Sequence[float], num_samples: int
+) -> Iterator[Document]:
+    """The first documents of the sources that hold tokens; `num_samples` in all, or as many as
+    there are. The sources take turns by weight, in rows.
+
+    Raises CheckpointError if there is none, RowError at a bad row unless its source skips these.
+    """
+    assert len(sources) == len(weights) and min(weights) > 0, (len(sources), weights)
+    read, used = [0] * len(sources), [0] * len(sources)
+    while sum(used) < num_samples:
+        left = [n for n, source in enumerate(sources) if read[n] < len(source)]
+        if not left:
+            break
+        number = min(left, key=lambda n: (used[n] + 1) / weights[n])
+        read[number] += 1
+        try:
+            document = sources[number].document(read[number] - 1)
+        except RowError:
+            if sources[number].skips_bad_rows:
+                continue
+            raise
+        if document.fed:
+            used[number] += 1
+            yield document
+    if not sum(used):
+        names = ", ".join(source.name for source in sources)
+        raise CheckpointError(f"{names} has no row with a token to read; name rows with text")
+
+
 def calibration_batches(
     sources: Sequence[Source],
     weights: Sequence[float],
@@ -292,24 +315,16 @@ def calibration_batches(
     batch_size: int,
     context: int,
 ) -> Iterator[Batch]:
-    """The first rows of the sources, cut to `context` tokens; `num_samples` in all, or as many as
-    there are. The sources take turns by weight, in rows: importance is a sum over rows."""
-    assert len(sources) == len(weights) and min(weights) > 0, (len(sources), weights)
-    taken = [0] * len(sources)
-    rows: list[tuple[Source, int]] = []
-    for _ in range(min(num_samples, sum(map(len, sources)))):
-        left = [n for n, source in enumerate(sources) if taken[n] < len(source)]
-        number = min(left, key=lambda n: (taken[n] + 1) / weights[n])
-        rows.append((sources[number], taken[number]))
-        taken[number] += 1
-    for start in range(0, len(rows), batch_size):
-        documents = [source.document(row) for source, row in rows[start : start + batch_size]]
-        yield padded_batch(documents, context, sources[0].pad_id)
+    """The first documents of the sources as a model reads them, cut to `context` tokens. Importance
+    is a sum over rows, so sources mix by rows. Raises as `first_documents`."""
+    documents = first_documents(sources, weights, num_samples)
+    while part := list(itertools.islice(documents, batch_size)):
+        yield padded_batch(part, context, sources[0].pad_id)
 
 
 def padded_batch(documents: Sequence[Document], context: int, pad_id: int) -> Batch:
-    """The first `context` tokens of each document as one right-padded batch."""
-    cut = [document.ids[:context] for document in documents]
+    """The first `context` tokens that a model reads of each document, as one right-padded batch."""
+    cut = [document.fed[:context] for document in documents]
     length = max(1, *map(len, cut))
     length = -(-length // LENGTH_STEP) * LENGTH_STEP
     input_ids = torch.full((len(cut), length), pad_id, dtype=torch.long)

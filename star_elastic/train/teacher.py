@@ -5,9 +5,10 @@ keeps the distillation gradient unbiased with a few bytes ("Sparse Logit Samplin
 al., ACL 2025). Different from there on purpose: draw s comes from the s-th of S equal parts of the
 distribution function (stratified), which is unbiased, too, and never noisier.
 
-A document is known by its source and its row in it. Windows respect document boundaries, so what
-the teacher says does not depend on how documents were packed; models are causal, so a document cut
-to a shorter context is a prefix.
+A document is known by its source and a digest of all its ids: a row that has been corrected is
+another document, a row that has moved is the same. Windows respect document boundaries, so what the
+teacher says does not depend on how documents were packed; models are causal, so a document cut to a
+shorter context is a prefix.
 
 Shapes: N positions of all documents, L of one, C of a chunk, S draws per position, M different
 ids, D documents of a shard, B rows and T positions of a packed batch, G width of the teacher,
@@ -37,20 +38,21 @@ from star_elastic.train.losses import (
 )
 
 INDEX_NAME = "cache.json"
-FORMAT = 1
+FORMAT = 2
+"""In format 1 documents were known by the numbers of their rows."""
 MAX_SAMPLES = 255
 """A count is one byte."""
 SMALL_VOCAB = 1 << 16
 """Ids below this are stored in two bytes."""
-COLUMNS = "source row num_positions num_ids"
+COLUMNS = "source digest num_positions num_ids"
 """Columns of a shard's table of documents, (D, 4) int64."""
 TENSORS = ("ids", "counts", "lengths", "entropy")
 """The others: per id, per id, per position (ids of it, uint8) and per position."""
 
 
 Documents = Sequence[Sequence[tuple[int, int, int, int]]]
-"""For each of the B rows of a packed batch, its documents as (source, row, start, length):
-positions [start, start + length) hold the first `length` tokens of row `row` of that source."""
+"""For each of the B rows of a packed batch, its documents as (source, digest, start, length):
+positions [start, start + length) hold the first `length` tokens of that document."""
 
 
 @torch.no_grad()
@@ -65,8 +67,8 @@ def sample_targets(
 ) -> SampledTargets:
     """Draws `num_samples` ids from the teacher's distribution at each of N positions.
 
-    The rows are whole documents or prefixes, one after the other: (source, row, length) each, N
-    in sum. Draws depend on (seed, source, row, position) alone, up to the rounding of the logits.
+    The rows are whole documents or prefixes, one after the other: (source, digest, length) each, N
+    in sum. Draws depend on (seed, source, digest, position) alone, up to the logits' rounding.
     The result is on the CPU; at most `chunk_bytes` (as in `linear_kl`) are in use.
     Raises CheckpointError if the logits are not finite.
     """
@@ -88,8 +90,8 @@ def sample_targets(
     targets = SampledTargets.join([_empty(len(teacher_weight_VG)), *parts])
     if not targets.entropy.isfinite().all():
         raise CheckpointError(
-            "the teacher's logits are not finite, so nothing can be drawn from them; run it in "
-            "bfloat16 or float32, or restore its weights"
+            "the teacher's logits are not finite, so nothing can be drawn from them; restore the "
+            "parent's weights and start another run in another directory"
         )
     return targets
 
@@ -101,8 +103,8 @@ def _uniform(
 
     A generator fills its tensors in order, so that a prefix of a document has the same points.
     """
-    for source, row, length in documents:
-        generator = torch.Generator().manual_seed(seed_for(seed, "teacher", source, row))
+    for source, digest, length in documents:
+        generator = torch.Generator().manual_seed(seed_for(seed, "teacher", source, digest))
         within_LS = torch.rand(length, num_samples, generator=generator, dtype=torch.float64)
         yield (torch.arange(num_samples) + within_LS) / num_samples
 
@@ -185,9 +187,9 @@ class TeacherCache:
     loses what it had not flushed and no more. Several processes may share a directory if each has
     a `writer` number of its own. Threads may share one cache.
 
-    `parent` and `data` name the teacher and the sources (a fingerprint of the files and of all
-    that turns them into tokens). Raises CheckpointError if the directory was made with other
-    values than these or holds a damaged shard; ConfigError if `num_samples` is not in 1 to 255.
+    `parent` names the teacher (a digest of its files). Raises CheckpointError if the directory was
+    made with other values than these or holds a damaged shard; ConfigError if `num_samples` is not
+    in 1 to 255.
     """
 
     def __init__(
@@ -197,7 +199,6 @@ class TeacherCache:
         vocab_size: int,
         *,
         parent: str,
-        data: str,
         seed: int,
         writer: int = 0,
     ):
@@ -215,7 +216,7 @@ class TeacherCache:
         self._shards: dict[str, _Shard] = {}
         self._lock = threading.Lock()
         given = {"vocab_size": vocab_size, "num_samples": num_samples, "seed": seed}
-        self._check({"format": FORMAT, "parent": parent, "data": data, **given})
+        self._check({"format": FORMAT, "parent": parent, **given})
         self.refresh()
 
     def _check(self, fingerprint: dict[str, int | str]) -> None:
@@ -239,7 +240,7 @@ class TeacherCache:
             if stored.get(name) != value:
                 raise CheckpointError(
                     f"{self.directory} holds targets of {name}={stored.get(name)!r}, not {value!r};"
-                    " name another directory or remove this one"
+                    " remove it, the targets are drawn again"
                 )
 
     def _files(self, writer: str = "*") -> list[Path]:
@@ -255,10 +256,10 @@ class TeacherCache:
     def _index(self, file: Path) -> None:
         shard = self._shards[file.name] = _Shard(file)
         position = first = 0
-        for source, row, length, num_ids in shard.table_D4.tolist():
-            known = self._entries.get((source, row))
+        for source, digest, length, num_ids in shard.table_D4.tolist():
+            known = self._entries.get((source, digest))
             if known is None or known.length < length:
-                self._entries[source, row] = _Entry(shard, length, position, first)
+                self._entries[source, digest] = _Entry(shard, length, position, first)
             position += length
             first += num_ids
 
@@ -268,31 +269,31 @@ class TeacherCache:
         num_positions = sum(shard.num_positions for shard in self._shards.values())
         return sum(s.num_bytes for s in self._shards.values()) / max(num_positions, 1)
 
-    def has(self, source: int, row: int, length: int) -> bool:
+    def has(self, source: int, digest: int, length: int) -> bool:
         """Whether the first `length` positions of a document are known, flushed or not."""
-        pending, entry = self._pending.get((source, row)), self._entries.get((source, row))
+        pending, entry = self._pending.get((source, digest)), self._entries.get((source, digest))
         known = max(len(pending) if pending else 0, entry.length if entry else 0)
         return length <= known
 
-    def add(self, source: int, row: int, targets: SampledTargets) -> None:
+    def add(self, source: int, digest: int, targets: SampledTargets) -> None:
         """Keeps the targets of a document's first positions, unless as many are known."""
         assert targets.ids.dtype == _id_dtype(self.vocab_size), targets.ids.dtype
         with self._lock:
-            if not self.has(source, row, len(targets)):
-                self._pending[source, row] = targets
+            if not self.has(source, digest, len(targets)):
+                self._pending[source, digest] = targets
 
-    def get(self, source: int, row: int, length: int) -> SampledTargets:
+    def get(self, source: int, digest: int, length: int) -> SampledTargets:
         """Targets of the first `length` positions of a document.
 
         Raises CheckpointError if they are not known or the shard is damaged.
         """
-        pending, entry = self._pending.get((source, row)), self._entries.get((source, row))
+        pending, entry = self._pending.get((source, digest)), self._entries.get((source, digest))
         if pending is not None and length <= len(pending):
             return pending.rows(0, length)
         if entry is None or length > entry.length:
             raise CheckpointError(
-                f"{self.directory} lacks {length} positions of row {row} of source {source}; "
-                "draw them first"
+                f"{self.directory} lacks {length} positions of document {digest} of source "
+                f"{source}; remove it, the targets are drawn again"
             )
         return self._read(entry, length)
 
@@ -358,10 +359,10 @@ class TeacherCache:
         """Draws and keeps the targets of those documents of a packed batch that are not known."""
         assert len(teacher_weight_VG) == self.vocab_size, (teacher_weight_VG.shape, self.vocab_size)
         missing = [
-            (source, row, length, states_TG[start : start + length])
+            (source, digest, length, states_TG[start : start + length])
             for states_TG, placed in zip(teacher_BTG, documents, strict=True)
-            for source, row, start, length in placed
-            if not self.has(source, row, length)
+            for source, digest, start, length in placed
+            if not self.has(source, digest, length)
         ]
         if not missing:
             return
@@ -369,13 +370,13 @@ class TeacherCache:
             torch.cat([states_LG for *_, states_LG in missing]),
             teacher_weight_VG,
             self.num_samples,
-            [(source, row, length) for source, row, length, _ in missing],
+            [(source, digest, length) for source, digest, length, _ in missing],
             seed=self.seed,
             chunk_bytes=chunk_bytes,
         )
         start = 0
-        for source, row, length, _ in missing:
-            self.add(source, row, targets.rows(start, start + length))
+        for source, digest, length, _ in missing:
+            self.add(source, digest, targets.rows(start, start + length))
             start += length
 
     def gather(self, documents: Documents, predicts_BT: torch.Tensor) -> SampledTargets:
@@ -385,11 +386,11 @@ class TeacherCache:
         """
         parts = [_empty(self.vocab_size)]
         for predicts_T, placed in zip(predicts_BT.cpu(), documents, strict=True):
-            for source, row, start, length in sorted(placed, key=lambda document: document[2]):
+            for source, digest, start, length in sorted(placed, key=lambda document: document[2]):
                 mask_L = predicts_T[start : start + length]
-                assert len(mask_L) == length, (source, row, start, length, len(predicts_T))
+                assert len(mask_L) == length, (source, digest, start, length, len(predicts_T))
                 if mask_L.any():
-                    parts.append(self.get(source, row, length).select(mask_L))
+                    parts.append(self.get(source, digest, length).select(mask_L))
         targets = SampledTargets.join(parts)
         assert len(targets) == int(predicts_BT.sum()), "a predicted position is in no document"
         return targets

@@ -23,7 +23,7 @@ from star_elastic.nesting.documents import (
     keep_documents_apart,
 )
 from star_elastic.train.packing import PackedBatch, PackedStream
-from star_elastic.train.sources import Document
+from star_elastic.train.rendering import Document
 from tests.laws.parents import (
     AXES,
     Parent,

@@ -1,0 +1,112 @@
+"""What a run was begun with, so that it does not go on with something else.
+
+Of a model: the files that its loaders read, whatever else lies beside them. Of the data: how many
+rows a file has (every shuffle depends on it) and what some rows spread over it say. A few of them
+may change, because rows that stop a run are to be corrected.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from star_elastic.checkpoint import INDEX_NAME, SINGLE_NAME, digest_files
+from star_elastic.errors import RowError
+from star_elastic.manifest import FILE_NAME as MANIFEST
+from star_elastic.router.files import ROUTER
+from star_elastic.train.calibrate import BASIS, ORDERS
+from star_elastic.train.sources import Source
+
+SAMPLED_ROWS = 64
+MAY_CHANGE = 0.25
+"""Share of the sampled rows that may differ when a run goes on; of few rows, one may."""
+TOKENIZER = (
+    "added_tokens.json", "chat_template.jinja", "chat_template.json", "merges.txt",
+    "special_tokens_map.json", "tokenizer.json", "tokenizer_config.json", "vocab.json", "vocab.txt",
+)  # fmt: skip
+TOKENIZER_PATTERNS = ("*.model", "*.tiktoken", "additional_chat_templates/*.jinja")
+FAMILY = (MANIFEST, ORDERS, BASIS, ROUTER)
+
+
+def model_files(directory: str | Path) -> list[Path]:
+    """The files of a checkpoint that decide what it computes and how it reads text."""
+    path = Path(directory)
+    names = ["config.json", *TOKENIZER, *FAMILY]
+    # With both present, the single file is read.
+    names += [SINGLE_NAME] if (path / SINGLE_NAME).is_file() else [INDEX_NAME, *_shards(path)]
+    matching = (file for pattern in TOKENIZER_PATTERNS for file in path.glob(pattern))
+    files = {path / name for name in names} | set(matching)
+    return sorted(file for file in files if file.is_file())
+
+
+def _shards(path: Path) -> list[str]:
+    try:
+        weight_map = json.loads((path / INDEX_NAME).read_text(encoding="utf-8"))["weight_map"]
+        return sorted(set(weight_map.values()))
+    except (OSError, ValueError, LookupError, AttributeError, TypeError):
+        return []  # damaged; loading it says so
+
+
+def digest_model(directory: str | Path) -> str:
+    """What a checkpoint is, as 16 hexadecimal digits."""
+    return digest_files(model_files(directory))
+
+
+def sample_data(sources: Sequence[Source]) -> list[dict[str, Any]]:
+    """Of every file of every source, how many `rows` it has and a `sample` of what they say.
+
+    The sample holds digests of rows as they are stored; an empty text stands for one that cannot
+    be read, whose correction is no change.
+    """
+    sampled = []
+    for source in sources:
+        start = 0
+        for part in source.parts:
+            count = len(part)
+            digests = [_digest_row(source, start + row) for row in spread(count)]
+            sampled.append({"file": str(part.path), "rows": count, "sample": digests})
+            start += count
+    return sampled
+
+
+def spread(count: int) -> list[int]:
+    """At most SAMPLED_ROWS rows of so many, from the first to the last."""
+    if count <= SAMPLED_ROWS:
+        return list(range(count))
+    return [number * (count - 1) // (SAMPLED_ROWS - 1) for number in range(SAMPLED_ROWS)]
+
+
+def _digest_row(source: Source, row: int) -> str:
+    try:
+        source.document(row)
+    except RowError:
+        return ""
+    return hashlib.blake2b(source.raw(row), digest_size=8).hexdigest()
+
+
+def compare_data(
+    saved: Sequence[Mapping[str, Any]], now: Sequence[Mapping[str, Any]]
+) -> tuple[list[str], list[str]]:
+    """How the data differ from those that a run began with: what is too much, and what is not.
+
+    Raises LookupError or TypeError if `saved` is no such sample.
+    """
+    if len(saved) != len(now):
+        return [f"the data's files ({len(saved)} then, {len(now)} now)"], []
+    refused, allowed = [], []
+    for before, after in zip(saved, now, strict=True):
+        file, size = after["file"], len(after["sample"])
+        if before["rows"] != after["rows"]:
+            refused.append(f"the rows of {file} ({before['rows']} then, {after['rows']} now)")
+            continue
+        pairs = list(zip(before["sample"], after["sample"], strict=True))
+        changed = sum(old != new for old, new in pairs)
+        others = sum(old not in ("", new) for old, new in pairs)
+        if others > max(1, MAY_CHANGE * size):
+            refused.append(f"the rows of {file} ({others} of {size} looked at)")
+        elif changed:
+            allowed.append(f"{file}: {changed} of {size} rows looked at have been changed")
+    return refused, allowed

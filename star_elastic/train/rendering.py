@@ -1,0 +1,100 @@
+"""Rows as documents: token ids, and from where on they count in the loss.
+
+What a row says is what a model sees, in the terms in which the model meets it when it runs: a plain
+prompt with the special tokens that generation puts before it, a conversation through the
+tokenizer's own template, an end that it can learn to stop at. What cannot be written so is refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from transformers import PreTrainedTokenizerBase
+
+from star_elastic.errors import RowError
+from star_elastic.train.conversations import SPOKEN, Conversations, is_blank
+from star_elastic.train.encoding import Encoder
+
+LossOn = Literal["all", "answers"]
+FORMS = (("text",), ("prompt", "completion"), ("messages",))
+BESIDE_PROMPT = ("context", "instruction", "instructions")
+"""Keys that hold words for the model beside a prompt; beside a text they may be its parts."""
+
+
+@dataclass(frozen=True, slots=True)
+class Document:
+    """A tokenised row: its `ids`, and `first`, the first position whose next token counts in the
+    loss. All later ones count, too, to the last: that of the token before the last id."""
+
+    ids: list[int]
+    first: int
+
+    @property
+    def fed(self) -> list[int]:
+        """What a model reads of it: the last id is only predicted."""
+        return self.ids[:-1]
+
+
+class Renderer:
+    """Makes documents of rows with one tokenizer.
+
+    `loss_on="answers"`: only the completion, or the last message, counts; a text counts whole.
+    `num_embeddings`: embedding rows of the model, None if they are not known.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        loss_on: LossOn = "all",
+        num_embeddings: int | None = None,
+    ):
+        self.loss_on = loss_on
+        self._encoder = Encoder(tokenizer, num_embeddings)
+        self._conversations = Conversations(tokenizer)
+
+    def document(self, row: Mapping[str, Any]) -> Document:
+        """A row as a document, uncut; without ids if the row is empty. Raises RowError, which says
+        what about the row is wrong but not where it stands."""
+        row = {key: value for key, value in row.items() if value is not None}
+        found = [form for form in FORMS if row.keys() >= set(form)]
+        if not found:
+            keys = f"the keys {', '.join(sorted(row))}" if row else "no keys"
+            raise RowError(f"has {keys}; give text, prompt and completion, or messages")
+        if len(found) > 1:
+            raise RowError(
+                f"has {' and '.join(found[0])} and also {' and '.join(found[1])}; keep one of them"
+            )
+        (form,) = found
+        if form == ("messages",):
+            return self._conversation(row)
+        for key in form:
+            if not isinstance(row[key], str):
+                raise RowError(f"has a {key} that is no text; write it as text")
+        for key in SPOKEN if form == ("text",) else (*SPOKEN, *BESIDE_PROMPT):
+            if not is_blank(row.get(key)):
+                raise RowError(
+                    f"has {key} beside {' and '.join(form)}, which would not be seen; put it into "
+                    f"the {form[0]}, write the row as messages, or take it out"
+                )
+        if form == ("text",):
+            return Document(self._encoder.text(row["text"]), 0)
+        ids, num_prompt = self._encoder.completion(row["prompt"], row["completion"])
+        return self._counted(ids, num_prompt)
+
+    def _conversation(self, row: Mapping[str, Any]) -> Document:
+        """Templates write their own special tokens, so none are added."""
+        answers = self.loss_on == "answers"
+        written = self._conversations.write(row, answers=answers)
+        head = self._encoder.encode(written.opening)
+        if not answers:
+            rest = self._encoder.after(head, written.opening, written.answer + written.end)
+            return Document(head + rest, 0)
+        # What the template writes behind an answer is no part of it, nor what follows its EOS.
+        answer = self._encoder.after(head, written.opening, written.answer)
+        return self._counted(head + self._encoder.closed_at(answer), len(head))
+
+    def _counted(self, ids: list[int], num_prompt: int) -> Document:
+        first = num_prompt - 1 if self.loss_on == "answers" else 0
+        return Document(ids, max(first, 0))
