@@ -317,6 +317,9 @@ def _size_latency(
 def train(
     run: Annotated[Path, typer.Argument(help="Run config (TOML).")],
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last state.")] = False,
+    check_only: Annotated[
+        bool, typer.Option("--check", help="Read every row of the data, and train nothing.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Nested distillation: sort, learn the sizes, train them, write the elastic checkpoint."""
@@ -324,6 +327,9 @@ def train(
     from star_elastic.train.run import train as run_training
 
     config = load_run_config(run)
+    if check_only:
+        _check_rows(config, as_json)
+        return
     with Bars() as bars:
         result = run_training(config, resume=resume, progress=bars)
     summary = {"elastic": str(result.elastic), "steps": result.steps,
@@ -340,6 +346,24 @@ def config_reference() -> None:
     from star_elastic.train.reference import reference
 
     sys.stdout.write(reference())
+
+
+def _check_rows(config: Any, as_json: bool) -> None:
+    """Tells what the rows of a run config are; exit code 2 if some cannot be read."""
+    from dataclasses import asdict
+
+    from star_elastic.nesting.submodel import load_tokenizer
+    from star_elastic.train.check import check as check_config
+    from star_elastic.train.row_check import check_rows
+    from star_elastic.train.sources import open_sources
+
+    axis_map = check_config(config).axis_map
+    sources = open_sources(config.data, load_tokenizer(config.parent), axis_map.num_embeddings)
+    with Bars() as bars:
+        found = check_rows(config, sources, bars)
+    print_json(asdict(found)) if as_json else print("\n".join(found.lines()))
+    if found.bad:
+        raise typer.Exit(2)
 
 
 @app.command()

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import _set_pg_timeout as set_timeout
 
-from star_elastic.errors import Interrupted
+from star_elastic.errors import CheckpointError, Interrupted
 from star_elastic.train.config import RunConfig, load_run_config
 from star_elastic.train.distributed import World, join_world
 from star_elastic.train.run import RunResult, train
@@ -53,6 +53,15 @@ def stop(file: Path, step: int) -> str:
     except Interrupted as stopped:
         return str(stopped)
     raise AssertionError("the run was not interrupted")
+
+
+def refused(file: Path) -> str:
+    """Trains what cannot be trained to its end; what is said then."""
+    try:
+        train(load_run_config(file))
+    except CheckpointError as error:
+        return str(error)
+    raise AssertionError("the run ended")
 
 
 def run(file: Path, *, resume: bool = False) -> RunResult:

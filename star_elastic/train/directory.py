@@ -99,11 +99,7 @@ def _changes(
         saved = json.loads((run / RUN).read_text(encoding="utf-8"))
         files = saved.pop(FILES)
         before = dict(_flat(saved))
-        others = [
-            f"the {name}'s files"
-            for name in ("parent", "family")
-            if files[name] != now[FILES][name]
-        ]
+        models = [key for key in ("parent", "family") if files[key] != now[FILES][key]]
         refused, allowed = compare_data(files["data"], now[FILES]["data"])
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise CheckpointError(

@@ -1,0 +1,315 @@
+"""Rows of a run: bad ones are found, stop it or are left out; what counts is as configured."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from star_elastic.checkpoint import load_tensors
+from star_elastic.demo import write_rows
+from star_elastic.errors import CheckpointError, Interrupted, RowError
+from star_elastic.nesting.submodel import load_parent, load_tokenizer
+from star_elastic.progress import Silent
+from star_elastic.train.calibrate import Calibration
+from star_elastic.train.check import beyond_positions
+from star_elastic.train.distributed import World
+from star_elastic.train.packing import PackedStream
+from star_elastic.train.run import train
+from star_elastic.train.sources import ShuffledEpochs, Source, first_documents
+from tests import ranks
+from tests.processes import on_ranks, run_command
+from tests.tiny_run import SHORT, TINY, StopAt, build_trainer, config_in, metrics
+
+NUM_ROWS = 400
+LANE, PLACE = 3, 22
+"""The bad row is the 22nd that lane 3 reads, which of two ranks the second one trains."""
+BAD = ShuffledEpochs(NUM_ROWS, "0/0/0").row(LANE + 4 * PLACE)
+FIXED = {
+    **SHORT,
+    "active = 0.7": "active = 0.6356",
+    "[router]": '[router.fixed]\nlarge = "hidden=48"\nsmall = "hidden=32,top_k=1"\n[router]',
+}
+
+
+class Watcher(StopAt):
+    """Keeps what a run says."""
+
+    def __init__(self, step: int = -1):
+        super().__init__(step)
+        self.lines: list[str] = []
+
+    def say(self, line: str) -> None:
+        self.lines.append(line)
+
+
+@pytest.fixture(scope="module")
+def lines(tmp_path_factory):
+    """Rows as JSON lines, all good."""
+    file = tmp_path_factory.mktemp("many") / "rows.jsonl"
+    write_rows(file, NUM_ROWS, seed=1)
+    return file.read_text().splitlines()
+
+
+@pytest.fixture(scope="module")
+def good(run_folder, lines):
+    """A run on the good rows."""
+    return train(make(run_folder, "good", lines))
+
+
+def make(folder, name, rows, *, bad_rows="stop"):
+    """A run config of its own rows."""
+    (folder / f"{name}.jsonl").write_text("\n".join(rows) + "\n")
+    files = f'files = ["{name}.jsonl"]\nbad_rows = "{bad_rows}"'
+    return config_in(folder, name, **FIXED, **{'files = ["rows.jsonl"]': files})
+
+
+def broken(lines):
+    return [*lines[:BAD], lines[BAD][:25], *lines[BAD + 1 :]]
+
+
+def same_run(one, other):
+    a, b = (load_tensors(run.elastic / "model.safetensors") for run in (one, other))
+    assert all(torch.equal(a[key], b[key]) for key in a)
+
+
+def test_a_bad_row_stops_a_run_which_goes_on_when_it_is_corrected(run_folder, lines, good):
+    """With nothing lost: the weights are those of a run that never stopped."""
+    config = make(run_folder, "stops", broken(lines))
+    with pytest.raises(CheckpointError) as raised:
+        train(config)
+    assert f"stops.jsonl line {BAD + 1} is not valid JSON" in str(raised.value)
+    advice = "correct the line, keeping one row a line, and go on with --resume, or set bad_rows ="
+    assert advice in str(raised.value)
+    steps = len((run_folder / "stops" / "metrics.jsonl").read_text().splitlines())
+    saved = json.loads((run_folder / "stops" / "state" / "state.json").read_text())
+    assert 0 < saved["step"] == steps < 12
+    with pytest.raises(CheckpointError, match=f"line {BAD + 1}"):
+        train(config, resume=True)
+    make(run_folder, "stops", lines)
+    same_run(train(config, resume=True), good)
+
+
+def test_a_bad_row_may_be_left_out_from_then_on(run_folder, lines):
+    with pytest.raises(CheckpointError, match=f"line {BAD + 1}"):
+        train(make(run_folder, "skips", broken(lines)))
+    watcher = Watcher()
+    config = make(run_folder, "skips", broken(lines), bad_rows="skip")
+    result = train(config, resume=True, progress=watcher)
+    skipped = [row["rows_skipped"] for row in metrics(result)]
+    assert len(skipped) == 12 and skipped[0] == 0 and skipped[-1] == 1
+    (line,) = [line for line in watcher.lines if "left out" in line]
+    assert f"skips.jsonl line {BAD + 1} is not valid JSON" in line
+
+
+def test_a_state_remembers_how_many_rows_were_left_out(run_folder, lines):
+    config = make(run_folder, "skipped", broken(lines), bad_rows="skip")
+    straight = train(config)
+    again = make(run_folder, "skipped-again", broken(lines), bad_rows="skip")
+    with pytest.raises(Interrupted):
+        train(again, progress=StopAt(10))
+    resumed = train(again, resume=True)
+    same_run(straight, resumed)
+    counts = [[row["rows_skipped"] for row in metrics(run)] for run in (straight, resumed)]
+    assert counts[0] == counts[1] and counts[0][-1] == 1
+
+
+def test_a_bad_row_of_one_rank_ends_all_of_them(run_folder, lines, good):
+    """In one line, with their state saved, from which any number of ranks goes on."""
+    config = make(run_folder, "on-ranks", broken(lines))
+    first, second = on_ranks(2, ranks.refused, run_folder / "on-ranks.toml", timeout=120)
+    assert first == second and f"on-ranks.jsonl line {BAD + 1} is not valid JSON" in first
+    assert "go on with --resume" in first
+    saved = json.loads((run_folder / "on-ranks" / "state" / "state.json").read_text())
+    assert 0 < saved["step"] < 12
+    make(run_folder, "on-ranks", lines)
+    result = train(config, resume=True)
+    for ours, theirs in zip(metrics(result), metrics(good), strict=True):
+        assert ours["num_tokens"] == theirs["num_tokens"]
+        assert ours["kd"] == pytest.approx(theirs["kd"], rel=1e-3)
+
+
+def test_a_bad_row_is_met_before_training(run_folder, lines):
+    """Ranking reads the first rows: nothing is measured, and the run begins anew when it is
+    corrected."""
+    rows = ["{", *lines[1:]]
+    with pytest.raises(CheckpointError, match=r"line 1 is not valid .*; correct the line, keeping"):
+        train(make(run_folder, "first", rows))
+    assert {file.name for file in (run_folder / "first").iterdir()} == {"run.json"}
+    with pytest.raises(Interrupted):
+        train(make(run_folder, "first", lines[:-1]), progress=StopAt(1))
+    config = make(run_folder, "first-left-out", rows, bad_rows="skip")
+    with pytest.raises(Interrupted):
+        train(config, progress=StopAt(1))
+
+
+def test_all_rows_bad_is_no_run(run_folder):
+    for bad_rows, problem in (
+        ("stop", "line 1 is not valid JSON"),
+        ("skip", "has no row with a t"),
+    ):
+        config = make(run_folder, f"all-bad-{bad_rows}", ["{"] * 9, bad_rows=bad_rows)
+        with pytest.raises(CheckpointError, match=problem):
+            train(config)
+
+
+def test_rows_are_checked_before_a_run(run_folder, lines, tmp_path):
+    """Every one of them; nothing is trained or written."""
+    bad = [n for n in range(NUM_ROWS) if n % 16 == 7]
+    rows = [line[:25] if n in bad else line for n, line in enumerate(lines)]
+    make(run_folder, "checked", rows, bad_rows="skip")
+    before = sorted(run_folder.iterdir())
+    done = run_command("train", run_folder / "checked.toml", "--check")
+    assert done.returncode == 2, done.stderr
+    told = done.stdout.splitlines()
+    assert [line.split()[2] for line in told[:20]] == [str(n + 1) for n in bad[:20]]
+    assert told[20] == f"... and {len(bad) - 20} more"
+    assert told[21].startswith(f"{NUM_ROWS} rows, {len(bad)} of them bad; ")
+    assert told[22] == "stages[0]: 86 rows are cut, 0 teach nothing"
+    done = run_command("train", run_folder / "checked.toml", "--check", "--json")
+    found = json.loads(done.stdout)
+    assert done.returncode == 2 and found["bad"] == len(bad) and len(found["problems"]) == 20
+    assert sorted(run_folder.iterdir()) == before and not (run_folder / "checked").exists()
+
+    make(run_folder, "checked", [*lines[:2], json.dumps({"text": "1" * 150})])
+    done = run_command("train", run_folder / "checked.toml", "--check")
+    assert done.returncode == 0, done.stderr
+    last = done.stdout.splitlines()
+    assert last[0].startswith("3 rows, 0 of them bad; ")
+    assert last[1] == "stages[0]: 1 rows are cut, 0 teach nothing"
+
+
+# What counts, and of which source
+
+
+def test_loss_on_answers_counts_less(run_folder):
+    """From the run config to the log of a run, in every source by itself."""
+    counts = {}
+    for first in ("answers", "all"):
+        for second in ("answers", "all"):
+            data = (
+                f'files = ["rows.jsonl"]\nloss_on = "{first}"\n'
+                f'[[data]]\nfiles = ["rows.jsonl"]\nloss_on = "{second}"'
+            )
+            name = f"loss-{first}-{second}"
+            given = 'files = ["rows.jsonl"]\nloss_on = "answers"'
+            config = config_in(run_folder, name, **FIXED, **{given: data})
+            trainer = build_trainer(config, run_folder / name, World())
+            batch, (num_tokens, counted, *_) = trainer._read()
+            assert counted == batch.num_predicted
+            counts[first, second] = counted / num_tokens
+            own = [0, 0]
+            for row, placed in enumerate(batch.documents):
+                for d in placed:
+                    own[d.source] += int((~batch.predicts[row, d.start : d.start + d.length]).sum())
+            assert [n > 0 for n in own] == [first == "answers", second == "answers"]
+    assert counts["all", "all"] == 1 > counts["all", "answers"] > counts["answers", "answers"] > 0.3
+    config = config_in(run_folder, "loss-logged", **FIXED)
+    (row, *_) = metrics(train(config))
+    assert row["num_distilled"] < 2 * 0.9 * row["num_tokens"]
+
+
+@pytest.mark.parametrize("weights", [(3, 1), (1, 3)])
+def test_sources_have_their_weights_in_training_and_ranking(run_folder, weights):
+    data = (
+        f'files = ["rows.jsonl"]\nweight = {weights[0]}\n'
+        f'[[data]]\nfiles = ["rows.jsonl"]\nweight = {weights[1]}'
+    )
+    name = f"weights-{weights[0]}"
+    given = 'files = ["rows.jsonl"]\nloss_on = "answers"'
+    config = config_in(run_folder, name, **FIXED, **{given: data})
+    trainer = build_trainer(config, run_folder / name, World())
+    tokens = [0, 0]
+    for step in range(8):
+        batch = trainer._stream_of(0).batch(step)
+        for d in (d for row in batch.documents for d in row):
+            tokens[d.source] += d.length
+    share = weights[0] / sum(weights)
+    assert tokens[0] / sum(tokens) == pytest.approx(share, abs=0.06)
+
+
+def test_ranking_takes_rows_by_weight_and_as_generation_reads_them(run_folder, tmp_path):
+    """In rows; empty ones and bad ones that are left out take nobody's turn."""
+    for name, digit, extra in (("a", "1", ['{"text": ""}', "{"]), ("b", "2", [])):
+        rows = [*extra, *(json.dumps({"text": digit * n}) for n in range(3, 20))]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(rows))
+    tokenizer = load_tokenizer(run_folder / "parent")
+    sources = [
+        Source([tmp_path / "a.jsonl"], tokenizer, bad_rows="skip"),
+        Source([tmp_path / "b.jsonl"], tokenizer),
+    ]
+    config = config_in(run_folder, "ranked")
+    data = tuple(replace(config.data[0], weight=weight) for weight in (3.0, 1.0))
+    config = replace(config, data=data)
+    calibration: Any = Calibration(config, tmp_path, *[None] * 3, sources, Silent())
+    batches = list(calibration.batches(12))
+    first = [tokenizer.decode(ids[0]) for batch in batches for ids in batch.input_ids]
+    assert first.count("1") == 9 and first.count("2") == 3
+    lengths = [int(mask.sum()) for batch in batches for mask in batch.attention_mask]
+    # As a model reads them: without the end, which is only predicted.
+    assert sorted(n for n, digit in zip(lengths, first, strict=True) if digit == "1") == [
+        *range(3, 12)
+    ]
+    strict = Source([tmp_path / "a.jsonl"], tokenizer)
+    with pytest.raises(RowError, match="a.jsonl line 2 is not valid JSON"):
+        list(first_documents([strict], [1.0], 3))
+
+
+def test_the_task_is_the_next_id_of_every_position(run_folder):
+    """Against plain transformers on each document alone: the last position learns to stop, and one
+    at which a document is cut knows what comes next."""
+    changes = {"[router]": FIXED["[router]"], "active = 0.7": FIXED["active = 0.7"]}
+    config = config_in(
+        run_folder,
+        "task",
+        **{
+            **changes,
+            "[sizes.large]": 'objective = "task"\n[sizes.large]',
+            "\ncontext = 96\nbatch_size": "\ncontext = 80\nbatch_size",
+        },
+    )
+    trainer = build_trainer(config, run_folder / "task", World())
+    report = trainer.train_step()
+    assert report.rows_cut > 0
+    batch = PackedStream(trainer.sources, [1.0], context=80, batch_size=4, seed=0, stage=0).batch(0)
+    model, _ = load_parent(config.parent)
+    total, count, stops = 0.0, 0, 0
+    for placed in (d for row in batch.documents for d in row):
+        document = trainer.sources[placed.source].document(placed.row)
+        ids = torch.tensor([document.ids[: placed.length]])
+        with torch.no_grad():
+            log_p = model(input_ids=ids).logits[0].log_softmax(-1)
+        for place in range(document.first, placed.length):
+            total -= float(log_p[place, document.ids[place + 1]])
+            count += 1
+        stops += document.ids[placed.length] == model.config.eos_token_id
+    assert stops and count == batch.num_predicted
+    assert report.kd["large"] == pytest.approx(total / count, rel=1e-4)
+
+
+def test_a_corrected_row_is_another_document_to_a_cached_teacher(run_folder, tmp_path):
+    """Whatever it is cut to, a document keeps its name; other words have another."""
+    tokenizer = load_tokenizer(run_folder / "parent")
+
+    def names(text, context):
+        (tmp_path / "rows.jsonl").write_text(json.dumps({"text": text}))
+        source = Source([tmp_path / "rows.jsonl"], tokenizer)
+        packed = PackedStream([source], [1.0], context=context, batch_size=1, seed=0, stage=0)
+        return {digest for row in packed.batch(0).texts for _, digest, _, _ in row}
+
+    assert names("1234567", 4) == names("1234567", 20) != names("1234568", 20)
+
+
+def test_lengths_beyond_the_positions_are_told(run_folder):
+    """Llamas have positions; NemotronH's order comes from its Mamba layers."""
+    config = config_in(
+        run_folder, "positions", **{"\ncontext = 96\nbatch": "\ncontext = 600\nbatch"}
+    )
+    llama = {"model_type": "llama", "max_position_embeddings": 512}
+    (line,) = beyond_positions(config, llama)
+    assert line.startswith("stages[0].context=600 is beyond the 512 positions of")
+    assert len(beyond_positions(config, {**llama, "max_position_embeddings": 64})) == 2
+    assert beyond_positions(config, {"model_type": "nemotron_h", **llama, **TINY}) == []
