@@ -34,15 +34,29 @@ CARD, PARENT_CARD = "README.md", "PARENT_README.md"
 """A model card describes the parent, not what is made of it: it travels under another name."""
 TOKENIZER_CONFIG = "tokenizer_config.json"
 TEMPLATES = "additional_chat_templates"
-TRAVELS = (
+READING = (
     "tokenizer.json", TOKENIZER_CONFIG, "special_tokens_map.json", "added_tokens.json",
     "vocab.json", "vocab.txt", "merges.txt", "*.model", "tokenizer.model.v*", "*.tiktoken",
-    "tekken.json", "chat_template.jinja", "chat_template.json", "generation_config.json",
-    "license*", "licence*", "notice*", "copying*", "*use_policy*", PARENT_CARD.lower(),
+    "tekken.json", "chat_template.jinja", "chat_template.json",
+)  # fmt: skip
+"""Names, in lower case, of the files that decide how text is read, beside `TEMPLATES`."""
+TRAVELS = (
+    *READING, "generation_config.json", PARENT_CARD.lower(),
+    "license*", "licence*", "notice*", "copying*", "*use_policy*",
 )  # fmt: skip
 """Names, in lower case, of the files of a parent that loaders or lawyers read."""
 POINTERS = ("auto_map", "custom_pipelines", "processor_class", "_name_or_path", "_commit_hash")
 """Keys of config files that point to code, processors or folders, which do not travel."""
+
+
+def reading_files(source: Path) -> list[Path]:
+    """The files of a checkpoint that decide how it reads text: tokenizer and chat templates."""
+    found = [f for f in source.iterdir() if _matches(f.name, READING)] if source.is_dir() else []
+    return sorted([*found, *(source / TEMPLATES).glob("*.jinja")])
+
+
+def _matches(name: str, patterns: tuple[str, ...]) -> bool:
+    return any(fnmatchcase(name.lower(), pattern) for pattern in patterns)
 
 
 def copy_companions(source: Path, target: Path) -> None:
@@ -54,7 +68,7 @@ def copy_companions(source: Path, target: Path) -> None:
     with library_boundary(f"{source} cannot be read", "make it readable"):
         names = sorted(os.listdir(source))
     for name in names:
-        if os.path.isfile(source / name) and any(fnmatchcase(name.lower(), p) for p in TRAVELS):
+        if os.path.isfile(source / name) and _matches(name, TRAVELS):
             _copy(source / name, target / name)
     if CARD in names and PARENT_CARD not in names:
         _copy(source / CARD, target / PARENT_CARD)

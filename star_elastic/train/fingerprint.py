@@ -14,31 +14,23 @@ from pathlib import Path
 from typing import Any
 
 from star_elastic.checkpoint import INDEX_NAME, SINGLE_NAME, digest_files
+from star_elastic.companions import BASIS, MANIFEST, ORDERS, ROUTER, reading_files
 from star_elastic.errors import RowError
-from star_elastic.manifest import FILE_NAME as MANIFEST
-from star_elastic.router.files import ROUTER
-from star_elastic.train.calibrate import BASIS, ORDERS
 from star_elastic.train.sources import Source
 
 SAMPLED_ROWS = 64
 MAY_CHANGE = 0.25
 """Share of the sampled rows that may differ when a run goes on; of few rows, one may."""
-TOKENIZER = (
-    "added_tokens.json", "chat_template.jinja", "chat_template.json", "merges.txt",
-    "special_tokens_map.json", "tokenizer.json", "tokenizer_config.json", "vocab.json", "vocab.txt",
-)  # fmt: skip
-TOKENIZER_PATTERNS = ("*.model", "*.tiktoken", "additional_chat_templates/*.jinja")
 FAMILY = (MANIFEST, ORDERS, BASIS, ROUTER)
 
 
 def model_files(directory: str | Path) -> list[Path]:
     """The files of a checkpoint that decide what it computes and how it reads text."""
     path = Path(directory)
-    names = ["config.json", *TOKENIZER, *FAMILY]
+    names = ["config.json", *FAMILY]
     # With both present, the single file is read.
     names += [SINGLE_NAME] if (path / SINGLE_NAME).is_file() else [INDEX_NAME, *_shards(path)]
-    matching = (file for pattern in TOKENIZER_PATTERNS for file in path.glob(pattern))
-    files = {path / name for name in names} | set(matching)
+    files = {path / name for name in names} | set(reading_files(path))
     return sorted(file for file in files if file.is_file())
 
 
