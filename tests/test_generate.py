@@ -1,6 +1,7 @@
 """Elastic budget control: budgets to the token, exact hand-over, batches that change nothing."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -474,6 +475,7 @@ def test_mistakes_of_loading(tiny_checkpoint, tmp_path):
     family = star_elastic.load(tiny_checkpoint)
     with pytest.raises(CheckpointError, match="size 'huge' is not in this family"):
         family["huge"]
+    shutil.copyfile(tiny_checkpoint / "config.json", tmp_path / "config.json")
     family.path = tmp_path
     with pytest.raises(CheckpointError, match="holds no usable tokenizer"):
         family.generate("1+2")

@@ -30,7 +30,7 @@ from star_elastic.router.budget import (
     describe,
 )
 from star_elastic.router.grid import Grid, default_choices, make_grid
-from star_elastic.stored import StoredModel
+from star_elastic.stored import StoredModel, most_common_dtype
 from star_elastic.train.config import RunConfig
 from star_elastic.train.state import has_state
 from star_elastic.widths import Widths, parse_widths
@@ -49,6 +49,11 @@ class Checked:
     fixed: Mapping[str, Commitment]
     dtypes: Mapping[str, torch.dtype]
     scheme: Scheme | None = None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype that most of the parent's weights are stored in, and the family's will be."""
+        return most_common_dtype(self.dtypes, self.axis_map)
 
     def ranked_grid(self, depth: tuple[int, ...]) -> Grid:
         """The router's grid, once the layers are ranked. Raises BudgetError for budgets that this
