@@ -327,7 +327,7 @@ def make_report(
             "flops_per_token": counted.flops_per_token,
             "budget_shares": {m: counted.metric(m) / full.metric(m) for m in size.budgets},
             "accuracy": by_label[name].accuracy,
-            "standard_error": by_label[name].standard_error,
+            "interval": by_label[name].interval,
             "share_of_parent": by_label[name].accuracy / max(parent.accuracy, 1e-9),
             "untrained_accuracy": untrained.accuracy if untrained else None,
             "kl_to_parent": divergence_from_parent(generator, name, solved),
@@ -353,7 +353,7 @@ def make_report(
         },
         "parent": {
             "accuracy": parent.accuracy,
-            "standard_error": parent.standard_error,
+            "interval": parent.interval,
             "total": full.total,
             "active": full.active,
         },

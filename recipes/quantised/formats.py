@@ -220,7 +220,6 @@ class Lab:
                 {
                     "widths": str(size.widths),
                     "accuracy": result.accuracy,
-                    "standard_error": result.standard_error,
                     "per_task": dict(result.per_task),
                     "kl": divergence_from_parent(generator, name, watched),
                     "bytes": sum(file.stat().st_size for file in cut.glob("*.safetensors")),
