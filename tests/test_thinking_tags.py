@@ -9,6 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from star_elastic.errors import ConfigError
+from star_elastic.evaluate.accuracy import solve
+from star_elastic.evaluate.tasks import Problem
 from star_elastic.generate.phases import (
     ANSWERING,
     MAX_REOPENED,
@@ -408,6 +410,25 @@ def test_generation_and_stream_of_a_model_that_goes_on(kind, switch):
             read = sum(p.prefill_tokens + p.decode_steps for p in result.phases)
             assert read == sum(read.tokens for read in result.reads)
             assert sum(p.seconds for p in result.phases) > 0
+
+
+@pytest.mark.parametrize(
+    ("follow", "budget", "is_cut", "thinking_tokens"),
+    [
+        ({"b": "c", "c": CLOSE, CLOSE: "!"}, None, False, 3),
+        ({"b": "c", "c": CLOSE, CLOSE: "!"}, 2, True, 5),  # a, b, cut, a, b, c
+        ({"b": CLOSE, CLOSE: "!", "!": OPEN}, 2, False, 6),  # what is opened again is cut at once
+    ],
+)
+def test_an_evaluation_counts_tokens_as_what_they_turned_out_to_be(
+    follow, budget, is_cut, thinking_tokens
+):
+    generator = table_generator({"\n": "a", "a": "b"} | follow)
+    plan = think_and_answer("small", "large", thinking_budget=budget, grace=0, max_new_tokens=30)
+    ((outcome,), _) = solve(generator, [Problem("any", "q", (), "!")], plan)
+    assert (outcome.is_cut, outcome.thinking_tokens) == (is_cut, thinking_tokens)
+    if OPEN not in follow.values():
+        assert outcome.is_right and outcome.answer_tokens == 2
 
 
 @pytest.mark.parametrize("end", ["done", "\n", "</>"])

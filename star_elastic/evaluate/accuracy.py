@@ -27,10 +27,9 @@ from star_elastic.evaluate.wilson import effective_count, wilson_interval
 from star_elastic.families import family_of
 from star_elastic.generate.family import ElasticFamily
 from star_elastic.generate.phased import DEFAULT_BATCH_SIZE, PhasedGenerator
-from star_elastic.generate.phases import ANSWERING, THINKING, ByDifficulty, Generation, Plan
+from star_elastic.generate.phases import ANSWERING, TAG, THINKING, ByDifficulty, Generation, Plan
 from star_elastic.widths import Widths
 
-CUT = ("cut", "cut_at_newline", "length")
 MAX_TEXT, LEFT_OUT = 1_000, " [...] "
 """Characters that are kept of a text, and what stands for its middle where it is longer."""
 
@@ -295,10 +294,12 @@ def _score(problems: Sequence[Problem], outcomes: Sequence[Outcome]) -> dict[str
 
 
 def _was_cut(generation: Generation) -> bool:
-    """Whether a budget has ended the trace, or the limit of all tokens."""
-    trace = [phase for phase in generation.phases if phase.name == THINKING]
-    is_injected = None in generation.token_sizes
-    return bool(trace) and (is_injected or trace[-1].ended in CUT)
+    """Whether the trace was ended by its budget, or by the limit of all tokens."""
+    parts = generation.token_parts
+    if TAG in parts:
+        end = parts.index(TAG)
+        return end > 0 and generation.token_sizes[end] is None
+    return THINKING in parts and generation.phases[-1].ended == "length"
 
 
 def _num_tokens(generation: Generation, name: str) -> int:
