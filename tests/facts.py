@@ -16,9 +16,17 @@ def results_tables() -> dict[str, list[Rows]]:
     nano_formats = ["true Nano v3, 30B / 23B / 12B (counted)"]
     return {
         "The demo": [figures.sizes_of_recipe("demo"), figures.widths_of_recipe("demo")],
-        "The hour": [figures.sizes_of_recipe("hour"), figures.widths_of_recipe("hour"), figures.plans_of_recipe("hour")],
+        "The hour": [
+            figures.sizes_of_recipe("hour"),
+            figures.widths_of_recipe("hour"),
+            figures.plans_of_recipe("hour"),
+        ],
         "Budget control": [figures.budget_control(), figures.who_answers(), figures.handed_over()],
-        "Nested against separate": [figures.nested_accuracy(), figures.nested_kl(), figures.nested_minus()],
+        "Nested against separate": [
+            figures.nested_accuracy(),
+            figures.nested_kl(),
+            figures.nested_minus(),
+        ],
         "The papers' ablations": [figures.ablations()],
         "Memory of the divergence": [measured.kl_memory()],
         "Latency tables": [measured.latency_table()],
@@ -28,9 +36,16 @@ def results_tables() -> dict[str, list[Rows]]:
         "Switching": [measured.switching()],
         "What a training step costs": [measured.training_cost()],
         # Of the second table's last row the sizes are counted, not measured: no file has them.
-        "Quantised sizes": [measured.quantised(), [measured.quantised_bytes(), nano_formats], measured.quantising()],
+        "Quantised sizes": [
+            measured.quantised(),
+            [measured.quantised_bytes(), nano_formats],
+            measured.quantising(),
+        ],
         "On a GPU: the true Nano v3 shape": [
-            measured.nano_bytes(), measured.nano_times(), measured.nano_switches(), measured.fp8_products(),
+            measured.nano_bytes(),
+            measured.nano_times(),
+            measured.nano_switches(),
+            measured.fp8_products(),
         ],
         "On a GPU: training": [measured.gpu_training(), measured.gpu_training_by_size()],
         "SmolLM2-135M, real weights": [measured.smollm2()],
@@ -71,8 +86,8 @@ def readme_facts() -> list[str]:
         "nested beats three separate runs by "
         f"{nested[0]:.0f}, {nested[1]:.0f} and {nested[2]:.0f} points (70, 50 and 35 % of",
         f"{behind:.0f} points behind at 35 %.",
-        f"A step with a shared teacher costs {shared['time_ratio']:.2f} of one with full-width masks "
-        f"on CPU, {gpu_shared['time_ratio']:.2f} on an H200",
+        f"A step with a shared teacher costs {shared['time_ratio']:.2f} of one with full-width "
+        f"masks on CPU, {gpu_shared['time_ratio']:.2f} on an H200",
         f"{tests['large']['num_problems']:,} problems are solved as well as by the large size "
         f"alone ({100 * tests['small~medium 5%']['accuracy']:.1f} against "
         f"{pct(tests['large']['accuracy'])}) for {less(mixed['operations'])} fewer operations and "

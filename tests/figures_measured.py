@@ -1,4 +1,4 @@
-"""Tables of docs/results.md, made from the files in results/: benchmarks, formats, GPUs, SmolLM2."""
+"""Tables of docs/results.md made from the files in results/: benchmarks, formats, GPUs, SmolLM2."""
 
 from __future__ import annotations
 
