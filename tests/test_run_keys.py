@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from star_elastic.axes import axis_keys
+from star_elastic.errors import RowError
 from star_elastic.importance.files import ScoreInfo, load_scores, save_scores
 from star_elastic.latency import save_table
 from star_elastic.nesting.gate import Mixture
@@ -123,7 +124,7 @@ def test_the_task_is_the_next_token(watch):
     task = watch(**FIXED, **{'parent = "parent"': 'parent = "parent"\nobjective = "task"'})
     before = watch(steps=0, **FIXED)
     (batch,) = task.batches
-    labels = next_token_targets(batch.input_ids.roll(-1, 1)[batch.predicts])
+    labels = next_token_targets(batch.targets[batch.predicts])
     size = before.trainer.committed["small"].widths
     with torch.no_grad():
         states, head = before.trainer.student.hidden_states(size, **batch.inputs)
@@ -154,6 +155,17 @@ def test_rows_are_those_of_the_files(run_folder, watch):
         for row, documents in enumerate(answers.documents)
         for placed in documents
     )
+
+
+@hears("data.bad_rows")
+def test_bad_rows_stop_or_are_left_out(run_folder, watch):
+    rows = (run_folder / "rows.jsonl").read_text().splitlines(keepends=True)
+    (run_folder / "bad.jsonl").write_text("".join(rows[:3]) + "{\n")
+    bad = {'"rows.jsonl"]': '"bad.jsonl"]'}
+    with pytest.raises(RowError, match="line 4 is not valid JSON"):
+        watch(**bad)
+    skipped = watch(**{'"rows.jsonl"]': '"bad.jsonl"]\nbad_rows = "skip"'})
+    assert skipped.reports[0].rows_skipped > 0
 
 
 @hears("data.weight")

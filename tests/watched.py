@@ -139,7 +139,7 @@ def watch(run_folder, scores, tmp_path, monkeypatch) -> Watch:
 
 def _spy(patch: pytest.MonkeyPatch, seen: Watched) -> None:
     hidden_states, recompute = ElasticModel.hidden_states, elastic.checkpoint
-    batch, decide = Trainer._batch, Router.decide
+    read, decide = Trainer._read, Router.decide
     teachers = {id(learner.teacher) for learner in seen.trainer.workers.learners}
 
     def forward(model: ElasticModel, size: Any, **inputs: Any):
@@ -158,8 +158,9 @@ def _spy(patch: pytest.MonkeyPatch, seen: Watched) -> None:
         return recompute(*args, **options)
 
     def take(trainer: Trainer):
-        seen.batches.append(batch(trainer))
-        return seen.batches[-1]
+        batch, counts = read(trainer)
+        seen.batches.append(batch)
+        return batch, counts
 
     def choose(router: Router, budget: Any, temperature: Any, **options: Any):
         decision = decide(router, budget, temperature, **options)
@@ -169,5 +170,5 @@ def _spy(patch: pytest.MonkeyPatch, seen: Watched) -> None:
 
     patch.setattr(ElasticModel, "hidden_states", forward)
     patch.setattr(elastic, "checkpoint", again)
-    patch.setattr(Trainer, "_batch", take)
+    patch.setattr(Trainer, "_read", take)
     patch.setattr(Router, "decide", choose)

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from star_elastic.checkpoint import write_json
+from star_elastic.checkpoint import read_json, write_json
 from star_elastic.companions import BASIS, LATENCY
 from star_elastic.errors import CheckpointError, ConfigError, reason
 from star_elastic.quant.fake import FILE_NAME as FAKE
@@ -73,7 +73,9 @@ def begin(run: Path, config: RunConfig, sources: Sequence[Source]) -> None:
     """Makes the directory with the resolved config and what parent and data are, and a copy of the
     latency table in use."""
     run.mkdir(parents=True, exist_ok=True)
-    write_json(run / RUN, _written(config, sources))
+    written = _written(config, sources)
+    if not (run / RUN).is_file() or read_json(run / RUN) != written:
+        write_json(run / RUN, written)
     if config.latency and latency_file(config) != run / LATENCY:
         shutil.copyfile(config.latency, run / LATENCY)
 
