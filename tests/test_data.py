@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import collections
-import importlib.util
 import json
 import math
+import sys
 from dataclasses import dataclass, field
 
 import pytest
@@ -384,15 +384,16 @@ def test_calibration_batches_are_padded_on_the_right(tmp_path, tokenizer):
     assert sum(len(batch.input_ids) for batch in batches(99)) == 5
 
 
-@pytest.mark.skipif(importlib.util.find_spec("datasets") is not None, reason="datasets is there")
-def test_datasets_need_their_package(tmp_path):
+def test_datasets_need_their_package(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "datasets", None)  # as if it were not installed
     (tmp_path / "state.json").write_text("{}")
     with pytest.raises(ConfigError, match=r"needs the package datasets; run pip install 'star-el"):
         open_rows(tmp_path)
 
 
 def test_saved_datasets_and_parquet_files(tmp_path, tokenizer, monkeypatch):
-    datasets = pytest.importorskip("datasets", reason="needs the extra star-elastic[datasets]")
+    import datasets
+
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     turns = [{"role": "user", "content": "add 1 2"}, {"role": "assistant", "content": "3"}]
     table = datasets.Dataset.from_list([{"text": "one", "messages": None},
