@@ -33,11 +33,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seconds", type=float, default=75.0, help="of measuring per workload")
     parser.add_argument("--checks", type=int, default=12, help="random widths per workload")
-    parser.add_argument("--smoke", action="store_true", help="tiny model, fewest rounds")
+    parser.add_argument("--smoke", action="store_true", help="tiny model, one axis, fewest rounds")
     parser.add_argument("--out", type=Path, help="write the result as JSON")
     options = parser.parse_args()
+    workloads, choices = WORKLOADS, None
     if options.smoke:
         options.seconds, options.checks = 0.0, 2
+        workloads, choices = (WORKLOADS[0], WORKLOADS[-1]), {"hidden": (64, 32)}
     config = dict(TINY if options.smoke else LARGE)
     threads = torch.get_num_threads()
     command = f"OMP_NUM_THREADS={threads} python benchmarks/latency_table.py"
@@ -46,11 +48,11 @@ def main() -> None:
         "machine": {"cpus": os.cpu_count(), "threads": threads},
         "workloads": [],
     }
-    for workload in WORKLOADS:
+    for workload in workloads:
         if options.smoke:
-            workload = {**workload, "context": 32}
+            workload = {**workload, "context": 8}
         setting = Setting(**workload, seconds=options.seconds)
-        table, checks = measure(config, setting, num_checks=options.checks)
+        table, checks = measure(config, setting, choices=choices, num_checks=options.checks)
         points = sum(len(grid.milliseconds) for grid in table.parts.values())
         result["workloads"].append({**workload, "grid_points": points, **summary(checks)})
         show(result["workloads"][-1])

@@ -95,8 +95,8 @@ def main() -> None:
     config, sizes = NANO_V3, SIZES
     if options.smoke:
         config, sizes = SMALL, SMALL_SIZES
-        options.batches, options.prompt, options.steps = [1, 4], 48, 4
-        options.context, options.missed, options.repeats = 96, [1, 16], 2
+        options.batches, options.prompt, options.steps = [2], 8, 2
+        options.context, options.missed, options.repeats = 32, [1, 8], 1
     device = "cuda" if torch.cuda.is_available() else "cpu"
     bench = Bench(config, sizes, device, options)
     result = bench.describe()

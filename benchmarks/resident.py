@@ -1,7 +1,7 @@
 """What do three sizes of one family hold in memory, and does one copy cost time?
 
     python benchmarks/resident.py --out FILE    # three families of 600 MB, half an hour
-    python benchmarks/resident.py --smoke       # the same on tiny models, two minutes
+    python benchmarks/resident.py --smoke       # the same on one tiny model, seconds
 
 For each of three families with random weights (a hybrid with all axes cut, the same hybrid with
 only those cut that no cache knows, a llama):
@@ -86,7 +86,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--decode-steps", type=int, default=24)
     parser.add_argument("--only", choices=["memory", "times"], help="half of the work")
-    parser.add_argument("--smoke", action="store_true", help="tiny models, two rounds")
+    parser.add_argument("--smoke", action="store_true", help="one tiny model, two rounds")
     parser.add_argument("--out", type=Path, help="write the result as JSON")
     parser.add_argument("--hold", choices=HOLDERS, help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
@@ -95,20 +95,22 @@ def main() -> None:
     if options.hold:
         print(json.dumps(hold(options.hold, options.folder, options.wait)))
         return
+    families, holders = dict(FAMILIES), HOLDERS
     if options.smoke:
-        options.rounds, options.decode_steps = 2, 4
+        options.rounds, options.decode_steps = 2, 2
+        families, holders = {"hybrid": FAMILIES["hybrid"]}, ("parent", "family")
     result: dict[str, Any] = {
         "command": command_line("benchmarks/resident.py"),
         "machine": {"cpus": os.cpu_count(), "threads": torch.get_num_threads()},
         "families": {},
     }
-    for name, (config, axes) in FAMILIES.items():
+    for name, (config, axes) in families.items():
         config = TINY[config["model_type"]] if options.smoke else config
         with tempfile.TemporaryDirectory() as scratch:
             folder = Path(scratch)
             row = result["families"][name] = make_checkpoints(folder, config, axes)
             if options.only != "times":
-                row["memory"] = {holder: measure_memory(folder, holder) for holder in HOLDERS}
+                row["memory"] = {holder: measure_memory(folder, holder) for holder in holders}
                 row["memory"]["two processes"] = measure_together(folder)
                 row["limit"] = LIMITS[name]
             if options.only != "memory":

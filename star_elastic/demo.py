@@ -68,7 +68,8 @@ class Recipe:
     """A run of the whole road.
 
     `sizes` from the largest, each with its budgets; `budgets` are the thinking budgets (tokens) to
-    try beside none at all; `pairs` the (thinks, answers) pairs; the rest as in the run config.
+    try beside none at all; `pairs` the (thinks, answers) pairs; `max_new_tokens` of a problem; the
+    rest as in the run config.
     """
 
     sizes: Mapping[str, Mapping[str, float]]
@@ -78,6 +79,7 @@ class Recipe:
     problems_per_task: int
     budgets: tuple[int, ...]
     pairs: tuple[tuple[str, str], ...]
+    max_new_tokens: int = MAX_NEW_TOKENS
     workload: Workload = field(default_factory=Workload)
     router: RouterConfig = field(default_factory=RouterConfig)
     seed: int = 0
@@ -251,7 +253,9 @@ def plans(recipe: Recipe) -> list[Plan]:
         if budget or think == answer
     ]
     return [
-        think_and_answer(think, answer, thinking_budget=budget, max_new_tokens=MAX_NEW_TOKENS)
+        think_and_answer(
+            think, answer, thinking_budget=budget, max_new_tokens=recipe.max_new_tokens
+        )
         for think, answer, budget in [*((t, a, None) for t, a in free), *budgeted]
     ]
 

@@ -244,7 +244,7 @@ def test_plans_are_replayed_by_a_larger_model(tmp_path):
     sizes = {name: Size(own) for name, own in widths.items()}
     save_manifest(Manifest("nemotron_h", {}, sizes), family)
     settings = Settings(
-        num_validation=1, num_test=1, budgets=(None,), dials=(0.05,), max_new_tokens=24
+        num_validation=1, num_test=1, budgets=(None,), dials=(0.05,), max_new_tokens=12
     )
     evaluate_family(family, settings, out)
     command = ["benchmarks/replay.py", "--evaluation", out, "--smoke", "--out", tmp_path / "r.json"]

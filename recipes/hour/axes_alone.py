@@ -28,7 +28,7 @@ from star_elastic.demo import (
 from star_elastic.evaluate.accuracy import evaluate_plan
 from star_elastic.evaluate.tasks import TASKS, sample_problems
 from star_elastic.generate.phased import PhasedGenerator
-from star_elastic.generate.phases import think_and_answer
+from star_elastic.generate.phases import DEFAULT_MAX_NEW_TOKENS, think_and_answer
 from star_elastic.nesting.elastic import ElasticModel
 from star_elastic.nesting.submodel import build_submodel, load_parent, load_tokenizer, sort_in_place
 from star_elastic.router.budget import Commitment
@@ -90,9 +90,10 @@ def main() -> None:
     parser.add_argument("--problems", type=int, default=20, help="problems per task")
     parser.add_argument("--smoke", action="store_true", help="two steps, one problem per task")
     options = parser.parse_args()
+    max_new_tokens = DEFAULT_MAX_NEW_TOKENS
     if options.smoke:
-        options.steps, options.problems = 2, 1
-    report = measure(options.out, options.steps, options.problems)
+        options.steps, options.problems, max_new_tokens = 2, 1, 8
+    report = measure(options.out, options.steps, options.problems, max_new_tokens)
     columns = ["cut alone", "cost", "saved", "KL untrained", "KL trained",
                "accuracy untrained", "accuracy trained"]  # fmt: skip
     rows = [
@@ -103,7 +104,7 @@ def main() -> None:
     print_table(f"Each axis alone (parent {report['parent_accuracy']:.1%})", columns, rows)
 
 
-def measure(out: Path, steps: int, problems_per_task: int) -> dict:
+def measure(out: Path, steps: int, problems_per_task: int, max_new_tokens: int) -> dict:
     """Cuts, distils, evaluates; writes `axes_alone.json` and returns its content."""
     out.mkdir(parents=True, exist_ok=True)
     rows = out / "train.jsonl"
@@ -131,7 +132,8 @@ def measure(out: Path, steps: int, problems_per_task: int) -> dict:
             bars.stage("evaluate", len(models))
             found = {}
             for number, name in enumerate(models, start=1):
-                accuracy = evaluate_plan(generator, problems, think_and_answer(name, name))
+                plan = think_and_answer(name, name, max_new_tokens=max_new_tokens)
+                accuracy = evaluate_plan(generator, problems, plan)
                 found[name] = (
                     accuracy.accuracy, divergence_from_parent(generator, name, problems[::5])
                 )  # fmt: skip

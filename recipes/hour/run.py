@@ -1,7 +1,7 @@
 """The longer form of the demo: up to an hour on 2 CPU cores, budgets on several costs at once.
 
     python recipes/hour/run.py --out runs/hour
-    python recipes/hour/run.py --out runs/smoke --smoke      # the same code path, under a minute
+    python recipes/hour/run.py --out runs/smoke --smoke      # the same code path, seconds
 
 Active parameters hardly depend on the number of experts, so each size also has a budget on total
 parameters: only then does the router cut experts as well. And it gives up Mamba heads, the units
@@ -41,7 +41,8 @@ SMOKE: Recipe = replace(
     num_rows=200,
     stages=stages(2, 4, windows=2),
     problems_per_task=1,
-    budgets=(8,),
+    budgets=(2,),
+    max_new_tokens=40,
     pairs=HOUR.pairs[:1],
 )
 

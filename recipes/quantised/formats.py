@@ -87,12 +87,14 @@ def main() -> None:
     parser.add_argument("--heal-steps", type=int, default=240, help="of QAD and QAT, of 4 windows")
     parser.add_argument("--learning-rate", type=float, default=5e-4, help="of QAD and QAT")
     parser.add_argument("--problems", type=int, default=40, help="held-out, per task")
-    parser.add_argument("--smoke", action="store_true", help="one seed, a few steps and problems")
+    parser.add_argument("--smoke", action="store_true", help="one seed, three arms, a few steps")
     options = parser.parse_args()
     options.samples, options.watched, options.max_new_tokens = 256, 40, MAX_NEW_TOKENS
+    options.arms = list(ARMS)
     if options.smoke:
         options.seeds, options.router_steps, options.steps, options.heal_steps = 1, 2, 2, 2
         options.samples, options.watched, options.max_new_tokens, options.problems = 4, 2, 8, 1
+        options.arms = ["BF16", "FP8 PTQ", "NVFP4 QAD"]
     options.out.mkdir(parents=True, exist_ok=True)
     with Bars() as bars:
         seeds = [run_seed(seed, options, bars) for seed in range(options.seeds)]
@@ -102,7 +104,7 @@ def main() -> None:
         "problems": options.problems * len(TASKS),
         "heal_tokens": options.heal_steps * 4 * CONTEXT,
         "learning_rate": options.learning_rate,
-        "arms": {arm: summary([seed[arm] for seed in seeds]) for arm in ARMS},
+        "arms": {arm: summary([seed[arm] for seed in seeds]) for arm in options.arms},
     }
     for sizes in report["arms"].values():
         for name, size in sizes.items():
@@ -117,7 +119,7 @@ def run_seed(seed: int, options: argparse.Namespace, progress: Progress) -> dict
     lab = Lab(options.out / "work" / f"seed-{seed}", seed, options, progress)
     lab.require_same_options()
     family = lab.family()
-    return {arm: lab.measured(arm, lab.make_arm(family, arm)) for arm in ARMS}
+    return {arm: lab.measured(arm, lab.make_arm(family, arm)) for arm in options.arms}
 
 
 @dataclass(frozen=True)
