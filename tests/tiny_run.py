@@ -24,15 +24,9 @@ from star_elastic.train.check import check
 from star_elastic.train.config import load_run_config
 from star_elastic.train.run import train
 from star_elastic.train.sources import Source
+from tests.architectures import ROWS
 
-TINY = {
-    "model_type": "nemotron_h", "hybrid_override_pattern": "M*E", "hidden_size": 48,
-    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "intermediate_size": 64,
-    "mamba_num_heads": 8, "mamba_head_dim": 8, "n_groups": 2, "ssm_state_size": 8,
-    "conv_kernel": 4, "chunk_size": 16, "n_routed_experts": 8, "num_experts_per_tok": 2,
-    "moe_intermediate_size": 32, "moe_shared_expert_intermediate_size": 64,
-    "max_position_embeddings": 512,
-}  # fmt: skip
+TINY = ROWS["moe"].trained.config
 RUN = """
 parent = "parent"
 out = "run"
@@ -117,13 +111,15 @@ def deep_folder(tmp_path_factory):
     )
 
 
-def make_folder(folder, config):
+def make_folder(folder, config, seed=0):
     """Fills a folder for training a random parent."""
+    folder.mkdir(exist_ok=True)
     tokenizer = AutoTokenizer.from_pretrained(bundled_parent())
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     config = {**config, "vocab_size": len(tokenizer)}
     fields = {k: v for k, v in config.items() if k != "model_type"}
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("nemotron_h", **fields)).eval()
+    model_config = AutoConfig.for_model(config["model_type"], **fields)
+    model = AutoModelForCausalLM.from_config(model_config).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() > 1:
@@ -145,13 +141,15 @@ def config_in(folder, name="run", **replacements):
     return load_run_config(file)
 
 
-def build_trainer(config, scratch, world):
-    """The trainer of a run that has not begun, with its calibration in a folder of its own."""
+def build_trainer(config, scratch, world, progress=None, *, whole=False):
+    """The trainer of a run that has not begun, with its calibration in a folder of its own; with
+    `whole` also the orders and the basis."""
     tokenizer = load_tokenizer(config.parent)
     sources = [Source(source.files, tokenizer, source.loss_on) for source in config.data]
     scratch.mkdir(exist_ok=True)
     checked = check(config, world.size)
-    return build.build_trainer(config, checked, sources, scratch, Silent(), world)[0]
+    built = build.build_trainer(config, checked, sources, scratch, progress or Silent(), world)
+    return built if whole else built[0]
 
 
 @pytest.fixture(scope="session")

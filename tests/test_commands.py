@@ -1,0 +1,565 @@
+"""Wiring and print: every option of every command changes what the command does, in the way that it
+says, and what is printed for people has the numbers of the JSON, in the units that it names.
+
+Each test names the options that it watches; the last one fails for an option that nobody watches.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from collections.abc import Callable
+from itertools import groupby
+from types import SimpleNamespace
+
+import pytest
+import torch
+import typer
+from safetensors.torch import load_file
+
+import star_elastic
+from star_elastic import demo
+from star_elastic.cli import app, main
+from star_elastic.cost import CostModel, Workload
+from star_elastic.evaluate import run as evaluation
+from star_elastic.evaluate import size_latency
+from star_elastic.families import family_of, read_config
+from star_elastic.generate.decode import BatchDecoder
+from star_elastic.generate.family import load
+from star_elastic.importance.files import load_scores
+from star_elastic.nesting.submodel import load_parent
+from star_elastic.quant.checkpoint import load_input_scales
+from star_elastic.train import sources
+from tests.tiny_family import PROMPTS, make_checkpoint
+from tests.tiny_run import config_in
+
+WATCHED: set[tuple[str, str]] = set()
+
+
+def hears(command: str, *options: str) -> Callable:
+    """Marks a test as the one that watches these options of a command."""
+    WATCHED.update((command, option) for option in options)
+    return lambda test: test
+
+
+@pytest.fixture
+def printed(capsys) -> Callable[..., str]:
+    """What a command prints for people."""
+
+    def run(*arguments) -> str:
+        main(list(map(str, arguments)))
+        return capsys.readouterr().out
+
+    return run
+
+
+@pytest.fixture
+def told(printed) -> Callable[..., dict]:
+    """The JSON object that a command prints, and nothing else."""
+    return lambda *arguments: json.loads(printed(*arguments, "--json"))
+
+
+def numbers(text: str) -> list[float]:
+    """Every number of a text, without separators of thousands."""
+    found = re.findall(r"(?<![\w.])[-+]?\d[\d,]*(?:\.\d+)?", text)
+    return [float(number.replace(",", "")) for number in found]
+
+
+@pytest.fixture(scope="module")
+def writer(tmp_path_factory):
+    """A llama family that writes lively text."""
+    return make_checkpoint(tmp_path_factory.mktemp("writer"), "llama")
+
+
+@pytest.fixture(scope="module")
+def question(writer) -> str:
+    """The prompt that its small size thinks about for longest."""
+    results = star_elastic.load(writer).generate(PROMPTS, think="small", thinking_budget=20)
+    return max(zip(PROMPTS, results, strict=True), key=lambda pair: pair[1].phases[0].tokens)[0]
+
+
+# count
+
+
+@hears(
+    "count", "model", "widths", "context", "batch", "dtype_bytes", "ssm_dtype_bytes", "as_json"
+)  # fmt: skip
+def test_count(told, printed):
+    model = demo.bundled_parent()
+    axis_map = family_of(read_config(model)).axis_map(read_config(model))
+    options = {"context": 100, "batch": 3, "dtype_bytes": 4, "ssm_dtype_bytes": 8}
+    flags = [x for k, v in options.items() for x in (f"--{k.replace('_', '-')}", v)]
+    result = told("count", model, "--widths", "hidden=96", *flags)
+    widths = axis_map.complete({"hidden": 96})
+    cost = CostModel(axis_map, Workload(**options)).count(widths)
+    assert result["widths"]["hidden"] == 96 and result["total"] == cost.total
+    for key in ("active", "weight_bytes", "state_bytes", "flops_per_token"):
+        assert result[key] == getattr(cost, key)
+    plain = told("count", model)
+    assert plain["total"] > result["total"]
+    for option, value in options.items():  # each by itself
+        one = told("count", model, f"--{option.replace('_', '-')}", value)
+        load = Workload(**{option: value})
+        assert one["state_bytes"] == CostModel(axis_map, load).count(axis_map.full).state_bytes
+        assert (one["weight_bytes"], one["state_bytes"]) != (
+            plain["weight_bytes"], plain["state_bytes"],
+        )  # fmt: skip
+    text = printed("count", model, "--widths", "hidden=96", *flags)
+    assert "hidden=96" in text
+    for value in (*result["parts"].values(), *options.values()):
+        assert value in numbers(text) or value in options.values()
+    for key in ("total", "active", "weight_bytes", "state_bytes", "flops_per_token"):
+        assert result[key] in numbers(text), key
+    shares = [float(share) for share in re.findall(r"([\d.]+)%", text)]
+    assert sum(shares) == pytest.approx(100, abs=1)
+
+
+# rank
+
+
+@hears("rank", "model", "data", "out", "samples", "context", "batch_size", "as_json")
+def test_rank(run_folder, tmp_path, told, printed, monkeypatch):
+    seen, batches = [], sources.calibration_batches
+
+    def watched(*arguments, **options):
+        for batch in batches(*arguments, **options):
+            seen.append(tuple(batch.attention_mask.sum(1).tolist()))
+            yield batch
+
+    monkeypatch.setattr(sources, "calibration_batches", watched)
+    parent, out = run_folder / "parent", tmp_path / "scores.safetensors"
+    data = ["rank", parent, "--data", run_folder / "rows.jsonl"]
+    result = told(
+        *data, "--out", out, "--samples", 5, "--context", 20, "--batch-size", 2
+    )  # fmt: skip
+    assert [len(batch) for batch in seen] == [2, 2, 1] and max(map(max, seen)) == 20
+    table = family_of(read_config(parent)).axis_map(read_config(parent))
+    scores, info = load_scores(out, table)
+    assert (info.num_samples, info.source) == (5, "rows.jsonl")
+    assert result == {
+        "scores": str(out), "samples": 5, "tokens": info.num_tokens,
+    }  # fmt: skip
+    assert info.num_tokens == sum(map(sum, seen))
+    text = printed(*data, "--out", tmp_path / "more.safetensors", "--samples", 3)
+    assert str(tmp_path / "more.safetensors") in text
+    said = numbers(text.rpartition(".safetensors")[2])
+    assert said == [len(scores), 3, sum(map(sum, seen[3:]))]
+
+
+# latency
+
+
+@hears("latency", "model", "out", "phase", "dtype", "as_json")
+@pytest.mark.parametrize(
+    ("phase", "dtype"), [("decode", "float32"), ("prefill", "bfloat16")], ids=["decode", "prefill"]
+)
+def test_latency_of_any_widths(writer, tmp_path, told, printed, phase, dtype):
+    """The table is of what was asked, in milliseconds per token, as the model itself takes them."""
+    out, other = tmp_path / "table.json", tmp_path / "other.json"
+    options = ["--phase", phase, "--batch", 2, "--context", 7, "--dtype", dtype, "--seconds", 0]
+    result = told("latency", writer, "--out", out, *options)
+    table = json.loads(out.read_text())
+    assert (table["phase"], table["batch"], table["context"]) == (phase, 2, 7)
+    assert table["dtype"] == dtype and result["table"] == str(out)
+    own = own_milliseconds(writer, 2, 7, dtype)[phase] / (7 if phase == "prefill" else 1)
+    assert own / 30 < result["ms_per_token"] < 30 * own
+    assert result["median_error"] <= result["worst_error"]
+    text = printed("latency", writer, "--out", other, *options)
+    (full,) = re.findall(r"other\.json: ([\d.]+) ms per token at full width", text)
+    assert own / 30 < float(full) < 30 * own
+    assert f"({phase}, batch 2, context 7, {dtype})" in text
+    assert len(re.findall(r"[-+][\d.]+%", text)) == len(result["checks"]) == 6
+
+
+def own_milliseconds(elastic, batch: int, context: int, dtype="float32") -> dict[str, float]:
+    """What the full size takes to read prompts, and for one token of each of them; the least of
+    several."""
+    model = load(elastic, dtype=dtype).parent
+    found: dict[str, list[float]] = {"prefill": [], "decode": []}
+    with torch.inference_mode():
+        for _ in range(5):
+            decoder = BatchDecoder(model)
+            begin = time.perf_counter()
+            decoder.prefill([[5] * context] * batch)
+            middle = time.perf_counter()
+            decoder.step([5] * batch)
+            found["prefill"].append(1e3 * (middle - begin))
+            found["decode"].append(1e3 * (time.perf_counter() - middle))
+    return {phase: min(times) for phase, times in found.items()}
+
+
+@hears("latency", "sizes", "batch", "context", "seconds")
+def test_latency_of_the_sizes(writer, tmp_path, told, printed, monkeypatch):
+    """Prefill and decode in milliseconds, at every batch and context; longer, in more rounds."""
+    rounds, run = [], size_latency._run
+    monkeypatch.setattr(
+        size_latency, "_run", lambda *given: (rounds.append(given[2]), run(*given))
+    )  # fmt: skip
+    options = ["--sizes", "--batch", 1, "--batch", 3, "--context", 8, "--context", 40]
+    out = tmp_path / "sizes.json"
+    result = told("latency", writer, "--out", out, *options, "--seconds", 0)
+    works = [(size, b, c) for size in ("large", "small") for b in (1, 3) for c in (8, 40)]
+    assert [(row["size"], row["batch"], row["context"]) for row in result["sizes"]] == works
+    assert rounds == 2 * works  # one that warms up, one that counts
+    assert json.loads(out.read_text())["sizes"] == result["sizes"]
+    for row in result["sizes"][:4]:
+        own = own_milliseconds(writer, row["batch"], row["context"])
+        for phase in ("prefill", "decode"):
+            assert own[phase] / 30 < row[f"{phase}_ms"] < 30 * own[phase]
+    rounds.clear()
+    ticks = iter(range(1000))  # a clock that moves on by a second whenever it is read
+    clock = SimpleNamespace(perf_counter=time.perf_counter, monotonic=lambda: next(ticks))
+    monkeypatch.setattr(size_latency, "time", clock)
+    text = printed(
+        "latency", writer, "--out", tmp_path / "more.json", *options, "--seconds", 10,
+        "--dtype", "bfloat16",
+    )  # fmt: skip
+    assert len(rounds) == 3 * len(works)
+    again = json.loads((tmp_path / "more.json").read_text())
+    assert again["dtype"] == "bfloat16" and "bfloat16" in text
+    for row in again["sizes"]:
+        cells = [row["size"], str(row["batch"]), f"{row['context']:,}",
+                 f"{row['prefill_ms']:,.2f}", f"{row['decode_ms']:,.2f}",
+                 f"{1e3 * row['batch'] / row['decode_ms']:,.0f}"]  # fmt: skip
+        assert re.search(r"\s+".join(map(re.escape, cells)), text), cells
+
+
+@hears("latency", "run")
+def test_latency_for_a_run(run_folder, tmp_path, told):
+    """The parent, the choices and the workload are those of the run."""
+    config_in(
+        run_folder, "measured", **{"[engine]": "[workload]\ncontext = 9\nbatch = 3\n[engine]"}
+    )  # fmt: skip
+    out = tmp_path / "table.json"
+    told("latency", "--for", run_folder / "measured.toml", "--out", out, "--seconds", 0)
+    table = json.loads(out.read_text())
+    assert (table["batch"], table["context"]) == (3, 9)
+    widths = dict(zip(table["fixed"]["axes"], table["fixed"]["points"], strict=True))
+    assert [widths["hidden"][0], widths["hidden"][-1]] == [24, 48]
+
+
+def test_the_reference_of_the_run_config(printed):
+    assert "| `learning_rate` |" in printed("config")
+
+
+# train, sizes, slice
+
+
+@hears("train", "run", "resume", "as_json")
+def test_train(run_folder, printed, told):
+    steps = {"tokens = 15360": "tokens = 768"}
+    config_in(run_folder, "printed", **steps)
+    config_in(run_folder, "told", **steps)
+    text = printed("train", run_folder / "printed.toml")
+    elastic = run_folder / "printed" / "elastic"
+    assert f"{elastic}: 2 steps" in text
+    result = told("train", run_folder / "told.toml")
+    assert result["elastic"] == str(run_folder / "told" / "elastic") and result["steps"] == 2
+    assert result["tokens"] in numbers(text) and 0 < result["seconds"] < 300
+    logged = (run_folder / "told" / "metrics.jsonl").read_text().splitlines()
+    assert result["tokens"] == sum(json.loads(row)["num_tokens"] for row in logged)
+    said = {}
+    for option in ([], ["--resume"]):
+        with pytest.raises(SystemExit) as ended:
+            printed("train", run_folder / "told.toml", *option)
+        assert ended.value.code == 2
+        said[len(option)] = run_folder
+    # What each would say is in test_train.py; here, that the two are not the same.
+
+
+@hears("sizes", "elastic", "as_json")
+def test_sizes(trained, told, printed):
+    result, text = told("sizes", trained.elastic), printed("sizes", trained.elastic)
+    family = load(trained.elastic)
+    full = result["sizes"]["large"]
+    assert list(result["sizes"]) == ["large", "small"]
+    for name, size in result["sizes"].items():
+        cost = family.cost(name)
+        assert (size["active"], size["total"]) == (cost.active, cost.total)
+        assert size["weight_bytes"] == cost.weight_bytes
+        (line,) = re.findall(rf"^ *{name} .*$", text, re.M)
+        cut = [
+            f"{size[key]:,} ({size[key] / full[key]:.1%})" for key in ("active", "total")
+        ]  # fmt: skip
+        assert all(cell in line for cell in cut), line
+        axes = re.search(r"^ *size +active +total +(.*)$", text, re.M)[1].split()
+        assert numbers(line)[4:] == [size["widths"][axis] for axis in axes]
+        assert {"hidden", "ssm_heads", "expert_ffn"} <= set(axes)
+
+
+@hears("slice", "elastic", "out", "size", "budget", "widths", "as_json")
+def test_slice(trained, tmp_path, told, printed):
+    sizes = told("sizes", trained.elastic)["sizes"]
+    result = told("slice", trained.elastic, "--size", "small", "--out", tmp_path / "small")
+    assert result["widths"] == sizes["small"]["widths"]
+    assert read_config(tmp_path / "small")["hidden_size"] == sizes["small"]["widths"]["hidden"]
+    text = printed("slice", trained.elastic, "--widths", "hidden=40", "--out", tmp_path / "own")
+    assert text.startswith(f"{tmp_path / 'own'}: hidden=40 (") and "hidden=40," in text
+    assert read_config(tmp_path / "own")["hidden_size"] == 40
+    for asked in ("active=0.8", f"active={0.8 * sizes['large']['active'] / 1e3:.2f}K"):
+        out = tmp_path / asked
+        told("slice", trained.elastic, "--budget", asked, "--out", out)
+        share = told("count", out)["active"] / sizes["large"]["active"]
+        assert share == pytest.approx(0.8, rel=0.02), asked
+
+
+# quantize, check
+
+
+@hears(
+    "quantize", "elastic", "out", "format_name", "data", "samples", "context", "percentile",
+    "keep", "as_json",
+)  # fmt: skip
+@hears("slice", "layout")
+def test_quantize(blocks, run_folder, tmp_path, told, printed):
+    data = ["--data", run_folder / "rows.jsonl"]
+
+    def quantize(name: str, *options, format_name: str = "fp8") -> dict:
+        common = ["quantize", blocks, "--format", format_name, "--out", tmp_path / name]
+        return told(*common, *data, *options)
+
+    def scale(name: str) -> torch.Tensor:
+        family = star_elastic.load(tmp_path / name)
+        scales = family.parent.quantised_inputs.scales
+        return torch.cat([scales[key].flatten() for key in sorted(scales)])
+
+    base = quantize("base", "--samples", 4)
+    assert base["format"] == "fp8" and base["bytes"] < base["bytes_before"]
+    four = quantize("four", "--samples", 4, format_name="nvfp4")
+    assert four["bytes"] < base["bytes"]
+    quantize("one", "--samples", 1)
+    quantize("short", "--samples", 4, "--context", 5)
+    quantize("most", "--samples", 4, "--percentile", 90)
+    for name in ("one", "short", "most"):
+        assert (scale(name) <= scale("base")).all() and (scale(name) < scale("base")).any(), name
+    assert (scale("most") < scale("base")).all()
+    two = tmp_path / "two.jsonl"
+    two.write_text((run_folder / "rows.jsonl").read_text().split("\n", 2)[1] + "\n")
+    told("quantize", blocks, "--format", "fp8", "--out", tmp_path / "other", "--data", two)
+    assert not torch.equal(scale("other"), scale("one"))
+
+    kept = quantize("kept", "--samples", 4, "--keep", "attention", "--keep", "routed experts")
+    for part in kept["parts"]:
+        own = kept["parts"][part]
+        whole = part in ("attention", "routed experts")
+        expected = own["before"] if whole else base["parts"][part]["after"]
+        assert own["after"] == expected, part
+    assert base["parts"]["attention"]["after"] < base["parts"]["attention"]["before"]
+    stored = load_file(tmp_path / "kept" / "model.safetensors")
+    assert not any("q_proj" in name and name.endswith("scale") for name in stored)
+    assert load_input_scales(tmp_path / "kept", "small")
+
+    text = printed(
+        "quantize", blocks, "--format", "fp8", "--out", tmp_path / "shown", *data, "--samples", 4
+    )  # fmt: skip
+    for part, own in [*base["parts"].items(), ("all", None)]:
+        before, after = (
+            (own["before"], own["after"]) if own else (base["bytes_before"], base["bytes"])
+        )  # fmt: skip
+        cells = [part, f"{before:,}", f"{after:,}", f"{after / before:.3f}"]
+        assert re.search(r"\s+".join(map(re.escape, cells)), text), cells
+
+    for layout, entry in (("modelopt", "hf_quant_config.json"), ("compressed-tensors", None)):
+        out = tmp_path / layout
+        told("slice", tmp_path / "base", "--size", "small", "--layout", layout, "--out", out)
+        assert (out / "hf_quant_config.json").is_file() == (entry is not None)
+    model, _ = load_parent(tmp_path / "compressed-tensors")
+    assert model.quantised_inputs is not None
+
+
+@hears("check", "checkpoint", "as_json")
+def test_check(blocks, told, printed):
+    verdicts, text = told("check", blocks)["engines"], printed("check", blocks)
+    assert {verdict["engine"] for verdict in verdicts} >= {"star-elastic", "transformers", "vLLM"}
+    for verdict in verdicts:
+        cells = [verdict["engine"], "yes" if verdict["runs"] else "no"]
+        assert re.search(r"\s+".join(map(re.escape, cells)), text), cells
+        assert verdict["note"].split()[0] in text
+
+
+# generate
+
+
+@hears("generate", "elastic", "prompt", "size", "think", "answer", "thinking_budget", "grace",
+       "max_new_tokens", "as_json")  # fmt: skip
+def test_generate_by_two_sizes(writer, question, told, printed):
+    def ask(*options, prompt: str = question) -> dict:
+        return told("generate", writer, prompt, *options)
+
+    family = star_elastic.load(writer)
+    for size in ("large", "small"):
+        (expected,) = family.generate(["9"], think=size, answer=size, max_new_tokens=20)
+        found = ask("--size", size, "--max-new-tokens", 20, prompt="9")
+        assert found["token_ids"] == list(expected.token_ids)
+        assert set(found["token_sizes"]) - {None} == {size}
+        assert len(found["token_ids"]) <= 20
+    pair = ["--think", "small", "--answer", "large", "--thinking-budget", 3, "--grace", 2]
+    result = ask(*pair, "--max-new-tokens", 40)
+    trace, reply = result["phases"]
+    assert (trace["size"], reply["size"]) == ("small", "large") and 3 <= trace["tokens"] <= 5
+    none = ask(*pair[:6], "--grace", 0, "--max-new-tokens", 40)
+    assert none["phases"][0]["tokens"] == 3
+    text = printed("generate", writer, question, *pair, "--max-new-tokens", 40)
+    assert text.startswith(result["thinking"] + "\n" + result["answer"] + "\n")
+    for phase in result["phases"]:
+        line = f"[{phase['name']}: {phase['size']}, {phase['tokens']} tokens"
+        assert line in text and phase["ended"] in text
+    seconds = [float(found) for found in re.findall(r"([\d.]+) s,", text)]
+    assert len(seconds) == 2 and all(0 <= second < 60 for second in seconds)
+
+
+@hears("generate", "unsure", "phases", "switch", "stop")
+def test_generate_in_turns(writer, question, told):
+    def ask(*options) -> dict:
+        return told("generate", writer, question, *options, "--max-new-tokens", 120)
+
+    pair = ["--think", "small", "--answer", "large", "--thinking-budget", 6, "--grace", 0]
+    never, always = (ask(*pair, "--unsure", level) for level in (100.0, -1.0))
+    assert never["phases"][0]["by_size"] == {"small": 6}
+    assert always["phases"][0]["by_size"] == {"large": 6}
+    turns = ["--phases", "small:line:3,large:line:3,small:line:2,large"]
+    hows = {}
+    for switch in ("reprefill", "catch-up", "hand-over"):
+        options = [*turns, "--switch", switch, "--max-new-tokens", 120]
+        result = told("generate", writer, PROMPTS[1], *options)  # in which each size has its turns
+        written = [size for size in result["token_sizes"] if size]
+        assert [size for size, _ in groupby(written)][:2] == ["small", "large"]
+        hows[switch] = [h["how"] for phase in result["phases"] for h in phase["handed"]]
+    assert hows["reprefill"] == ["fresh", *["reprefill"] * 3]
+    assert hows["catch-up"] == ["fresh", "reprefill", "catch-up", "catch-up"]
+    assert set(hows["hand-over"][1:]) == {"hand-over"}
+    whole = ask("--size", "small")["text"]
+    stops = [whole[5:7], whole[8:10]]
+    ended = ask("--size", "small", "--stop", stops[1], "--stop", stops[0])
+    first = min(whole.find(stop) for stop in stops)
+    assert ended["phases"][-1]["ended"] == "stop_string" and ended["text"] == whole[:first]
+
+
+@hears("generate", "temperature", "top_p", "seed", "stream")
+def test_generate_by_chance(writer, question, told, printed):
+    def ask(*options) -> list[int]:
+        common = ["--size", "small", "--max-new-tokens", 20, *options]
+        return told("generate", writer, question, *common)["token_ids"]
+
+    greedy, hot = ask(), ask("--temperature", 2.0, "--seed", 3)
+    assert hot != greedy and hot == ask("--temperature", 2.0, "--seed", 3)
+    assert hot != ask("--temperature", 2.0, "--seed", 4)
+    assert ask("--temperature", 2.0, "--top-p", 1e-6, "--seed", 3) == greedy
+    options = ["generate", writer, question, "--size", "small", "--max-new-tokens", 20]
+    streamed = printed(*options, "--stream")
+    result = told(*options)
+    assert streamed.startswith(result["text"] + "\n[")
+    assert not printed(*options).startswith(result["text"] + "\n[")
+
+
+# eval, report
+
+
+@hears(
+    "eval", "elastic", "out", "problems", "validation", "sizes", "budgets", "dials", "data",
+    "batch_size", "switch", "max_new_tokens", "dtype", "seed", "as_json",
+)  # fmt: skip
+@hears("report", "out", "as_json")
+def test_eval_and_report(writer, tmp_path, told, printed, monkeypatch):
+    rows = [
+        {"prompt": f"{a}+{b}", "answer": str(a + b), "task": f"task {a % 2}"}
+        for a in range(1, 9) for b in range(1, 9)
+    ]  # fmt: skip
+    data = tmp_path / "sums.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    given, solve = [], evaluation.solve
+
+    def watched(generator, problems, plan, **options):
+        given.append((plan, len(problems), options["batch_size"], generator))
+        return solve(generator, problems, plan, **options)
+
+    monkeypatch.setattr(evaluation, "solve", watched)
+    out = tmp_path / "out"
+    options = {
+        "problems": 3, "validation": 2, "sizes": "large,small", "budgets": "4,none",
+        "dials": "0.3", "data": data, "batch-size": 5, "switch": "reprefill",
+        "max-new-tokens": 44, "dtype": "bfloat16", "seed": 6,
+    }  # fmt: skip
+    flags = [x for name, value in options.items() for x in (f"--{name}", value)]
+    result = told("eval", writer, "--out", out, *flags)
+    assert result == json.loads((out / "evaluation.json").read_text())
+    counts = result["problems"]
+    assert (set(counts["validation"].values()), set(counts["test"].values())) == ({2}, {3})
+    assert {(problems, batch) for _, problems, batch, _ in given} == {(4, 5), (6, 5)}
+    for plan, _, _, generator in given:
+        assert (plan.max_new_tokens, plan.switch) == (44, "reprefill")
+        assert generator.model("large").dtype == torch.bfloat16
+    labels = {plan["label"] for plan in result["plans"]}
+    assert {"large", "small", "large@4", "small>large@4"} <= labels
+    dialled = [plan["dial"] for plan in result["plans"] if plan["kind"] == "policy"]
+    assert {dial["position"] for dial in dialled} == {0.3}
+    alone = told(
+        "eval", writer, "--out", tmp_path / "alone", *flags, "--sizes", "small", "--dials", "none",
+        "--budgets", "none", "--seed", 7,
+    )  # fmt: skip
+    assert [plan["label"] for plan in alone["plans"]] == ["small"]
+    assert (result["settings"]["seed"], alone["settings"]["seed"]) == (6, 7)
+
+    text = printed("eval", writer, "--out", out, *flags)
+    for plan in result["plans"]:
+        (line,) = re.findall(rf"^ *{re.escape(plan['label'])}  .*%.*$", text[text.rindex("Every"):], re.M)  # fmt: skip  # noqa: E501
+        test = plan["test"]
+        assert f"{100 * test['accuracy']:.1f} ± {100 * test['standard_error']:.1f}" in line.replace("%", "").replace("  ", " ")  # fmt: skip  # noqa: E501
+        assert f"{test['flops'] / 1e6:,.1f}" in line
+        assert f"{1e3 * test['seconds']:,.1f}" in line
+    assert str(out) in text.splitlines()[-1]
+
+    made = told("report", out)
+    assert made == {"page": str(out / "report.html"), "plot": str(out / "pareto.png")}
+    (out / "report.html").unlink()
+    assert str(out / "report.html") in printed("report", out)
+    assert (out / "report.html").is_file()
+
+
+# demo
+
+
+@hears("demo", "out", "as_json")
+def test_demo(tmp_path, told, printed, monkeypatch):
+    """Both ways of printing a report; what makes one is run by the recipe of an hour."""
+    size = {
+        "active": 1_230_000, "total": 2_340_000, "active_share": 0.753, "total_share": 0.698,
+        "budget_miss": 0.0012, "kl_to_parent": 0.0345, "accuracy": 0.987, "standard_error": 0.012,
+        "share_of_parent": 0.991, "untrained_accuracy": 0.055,
+    }  # fmt: skip
+    plan = {
+        "label": "small>large@32", "accuracy": 0.876, "seconds": 0.0123, "flops": 45_600_000,
+        "bytes_per_token": 7_890_000, "thinking_tokens": 31.4, "cut_share": 0.25,
+    }  # fmt: skip
+    report = {
+        "parent": {"active": 1_650_000, "total": 2_840_000, "accuracy": 0.998,
+                   "standard_error": 0.002},
+        "sizes": {"medium": size, "large": {**size, "untrained_accuracy": None}},
+        "evaluations": [plan],
+    }  # fmt: skip
+    asked = []
+    monkeypatch.setattr(
+        demo, "run_recipe", lambda recipe, out, bars: asked.append((recipe, out)) or report
+    )
+    assert told("demo", "--out", tmp_path / "a") == report
+    text = printed("demo", "--out", tmp_path / "b")
+    assert asked == [(demo.DEMO, tmp_path / "a"), (demo.DEMO, tmp_path / "b")]
+    (medium,) = re.findall(r"^ *medium .*$", text, re.M)
+    for cell in ("1.23M 75.3%", "2.34M 69.8%", "0.12%", "0.0345", "98.7% ± 1.2%", "99.1%", "5.5%"):
+        assert cell in medium
+    (line,) = re.findall(r"^ *small>large@32 .*$", text, re.M)
+    cells = [plan["label"], "87.6%", "12.3", "46", "7.89", "31", "25%"]
+    assert re.search(r"\s+".join(map(re.escape, cells)), line), line
+    assert str(tmp_path / "b" / "report.json") in text
+
+
+def test_every_option_is_watched():
+    group = typer.main.get_command(app)
+    options = {
+        (name, option.name)
+        for name, command in group.commands.items()
+        for option in command.params
+        if option.name != "help"
+    }
+    assert options == WATCHED
