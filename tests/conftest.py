@@ -55,3 +55,4 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 from tests.processes import stop_server  # noqa: E402
 from tests.tiny_family import family, tiny_checkpoint  # noqa: E402, F401
 from tests.tiny_run import blocks, deep_folder, run_folder, short, trained  # noqa: E402, F401
+from tests.watched import scores, watch  # noqa: E402, F401

@@ -44,7 +44,7 @@ HEAVY = (
     "torch.distributed.fsdp",
     "tests.tiny_run",
 )
-PATIENCE_SECONDS = 300.0
+PATIENCE_SECONDS = 900.0
 
 
 def _server() -> Any:

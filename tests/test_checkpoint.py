@@ -31,18 +31,19 @@ from star_elastic.nesting.slice import slice_state
 from star_elastic.nesting.stream import slice_checkpoint, sort_checkpoint
 from star_elastic.nesting.submodel import load_parent
 from star_elastic.widths import Widths
-from tests.laws.parents import AXES, Parent, fixed_config, make_parent, reload
-
-WIDTHS = {
-    "dense": {"hidden": 8, "ffn": 4, "ssm_heads": 4, "heads": 4},
-    "moe": {"hidden": 8, "experts": 4, "expert_ffn": 4, "ssm_heads": 2},
-    "llama": {"hidden": 12, "ffn": 4, "heads": 2},
-}
+from tests.architectures import ROWS, fixed_config
+from tests.laws.parents import Parent, make_parent, reload
 
 
-@pytest.fixture(params=AXES)
+@pytest.fixture(params=ROWS)
 def kind(request) -> str:
     return request.param
+
+
+@pytest.fixture
+def embedding(kind) -> str:
+    """The table of embeddings on disk."""
+    return ROWS[kind].embedding
 
 
 @pytest.fixture
@@ -74,7 +75,7 @@ def nothing_changes_in(folder: Path) -> Iterator[None]:
 @pytest.mark.parametrize("max_shard_bytes", [1, 500, 10**9])
 def test_shards_of_any_size_reload_equal(kind, parent, saved, tmp_path, max_shard_bytes):
     out = tmp_path / "slice"
-    slice_checkpoint(saved, WIDTHS[kind], out, max_shard_bytes=max_shard_bytes)
+    slice_checkpoint(saved, ROWS[kind].cut, out, max_shard_bytes=max_shard_bytes)
     shards = sorted(out.glob("*.safetensors"))
     assert (len(shards) > 1) == (out / INDEX_NAME).is_file() == (max_shard_bytes < 10**9)
     if len(shards) > 1:
@@ -83,7 +84,7 @@ def test_shards_of_any_size_reload_equal(kind, parent, saved, tmp_path, max_shar
         stored = sum(t.numel() * t.itemsize for s in shards for t in load_file(s).values())
         assert index["metadata"]["total_size"] == stored
         assert shards[0].name == f"model-00001-of-{len(shards):05d}.safetensors"
-    expected = slice_state(parent.state, parent.axis_map, parent.axis_map.complete(WIDTHS[kind]))
+    expected = slice_state(parent.state, parent.axis_map, parent.axis_map.complete(ROWS[kind].cut))
     state = reload(out, torch.float32).state_dict()
     for name, value in expected.items():
         assert torch.equal(state[name], value), name
@@ -244,17 +245,13 @@ def refuse_slice(saved: Path, tmp_path: Path, reason: str) -> None:
         slice_checkpoint(saved, {}, tmp_path / "slice")
 
 
-EMBEDDING = {"dense": "backbone.embeddings.weight", "moe": "backbone.embeddings.weight",
-             "llama": "model.embed_tokens.weight"}  # fmt: skip
+def test_a_missing_tensor_is_named(embedding, saved, tmp_path):
+    rewrite(saved, lambda tensors: tensors.pop(embedding))
+    refuse_slice(saved, tmp_path, f"lacks the tensor {embedding}; it is not a checkpoint of")
 
 
-def test_a_missing_tensor_is_named(kind, saved, tmp_path):
-    rewrite(saved, lambda tensors: tensors.pop(EMBEDDING[kind]))
-    refuse_slice(saved, tmp_path, f"lacks the tensor {EMBEDDING[kind]}; it is not a checkpoint of")
-
-
-def test_a_wrong_shape_is_named(kind, saved, tmp_path):
-    rewrite(saved, lambda tensors: tensors.update({EMBEDDING[kind]: torch.ones(19, 12)}))
+def test_a_wrong_shape_is_named(embedding, saved, tmp_path):
+    rewrite(saved, lambda tensors: tensors.update({embedding: torch.ones(19, 12)}))
     refuse_slice(saved, tmp_path, r"has shape \(19, 12\) but config.json says \(20, ")
 
 
@@ -263,12 +260,12 @@ def test_an_unknown_tensor_is_named(saved, tmp_path):
     refuse_slice(saved, tmp_path, r"holds the tensor model.extra.weight \(1 such\), which the")
 
 
-def test_an_unknown_dtype_is_named(kind, saved, tmp_path):
+def test_an_unknown_dtype_is_named(embedding, saved, tmp_path):
     rewrite(
         saved,
-        lambda t: t.update({EMBEDDING[kind]: t[EMBEDDING[kind]].to(torch.float8_e5m2)}),
+        lambda t: t.update({embedding: t[embedding].to(torch.float8_e5m2)}),
     )
-    refuse_slice(saved, tmp_path, f"{EMBEDDING[kind]} has dtype F8_E5M2, which is not supported")
+    refuse_slice(saved, tmp_path, f"{embedding} has dtype F8_E5M2, which is not supported")
 
 
 @pytest.mark.parametrize("keep", [0, 5, 100, -1])
@@ -322,13 +319,13 @@ def test_an_index_that_promises_too_much_is_refused(kind, saved, tmp_path):
 
 
 @pytest.mark.parametrize("damage", ["missing", "extra", "shape", "truncated", "config"])
-def test_loading_a_damaged_parent_says_so_in_one_line(kind, saved, damage):
+def test_loading_a_damaged_parent_says_so_in_one_line(embedding, saved, damage):
     if damage == "missing":
-        rewrite(saved, lambda tensors: tensors.pop(EMBEDDING[kind]))
+        rewrite(saved, lambda tensors: tensors.pop(embedding))
     elif damage == "extra":
         rewrite(saved, lambda tensors: tensors.update({"model.extra.weight": torch.ones(2)}))
     elif damage == "shape":
-        rewrite(saved, lambda tensors: tensors.update({EMBEDDING[kind]: torch.ones(19, 12)}))
+        rewrite(saved, lambda tensors: tensors.update({embedding: torch.ones(19, 12)}))
     elif damage == "truncated":
         (saved / SINGLE_NAME).write_bytes(b"\0" * 20)
     else:
@@ -404,7 +401,7 @@ def manifest_of(parent: Parent, widths: dict) -> Manifest:
 
 def test_the_manifest_comes_back(tmp_path):
     parent = make_parent(fixed_config("dense"), 0, torch.float32)
-    manifest = manifest_of(parent, WIDTHS["dense"])
+    manifest = manifest_of(parent, ROWS["dense"].cut)
     save_manifest(manifest, tmp_path)
     loaded = load_manifest(tmp_path, parent.axis_map)
     assert loaded == manifest and list(loaded.sizes) == ["large", "small"]
@@ -433,7 +430,7 @@ def test_the_manifest_comes_back(tmp_path):
 )
 def test_a_damaged_manifest_is_refused(tmp_path, change, kind, reason):
     parent = make_parent(fixed_config("dense"), 0, torch.float32)
-    save_manifest(manifest_of(parent, WIDTHS["dense"]), tmp_path)
+    save_manifest(manifest_of(parent, ROWS["dense"].cut), tmp_path)
     file = tmp_path / FILE_NAME
     changed = change(json.loads(file.read_text()))
     if changed is None:

@@ -21,15 +21,8 @@ from star_elastic.nesting.skeleton import build_skeleton
 from star_elastic.nesting.stream import save_model, slice_checkpoint
 from star_elastic.nesting.submodel import build_submodel
 from star_elastic.widths import Widths
-from tests.laws.parents import (
-    AXES,
-    configs,
-    examples,
-    fixed_config,
-    legal_widths,
-    parents,
-    some_widths,
-)
+from tests.architectures import ROWS, configs, fixed_config
+from tests.laws.parents import examples, legal_widths, parents, some_widths
 
 METRICS = tuple(metric for metric in ALL_METRICS if metric != "ms")
 """What is counted; milliseconds are measured (test_latency.py)."""
@@ -60,7 +53,7 @@ def table(config: dict) -> AxisMap:
     return family_of(config).axis_map(config)
 
 
-@pytest.mark.parametrize("kind", AXES)
+@pytest.mark.parametrize("kind", ROWS)
 @given(data=st.data())
 @examples(20)
 def test_counted_is_built(kind, data):
@@ -81,7 +74,7 @@ def test_counted_is_built(kind, data):
     assert all(isinstance(value, int) for value in (cost.total, cost.active, cost.bytes))
 
 
-@pytest.mark.parametrize("kind", AXES)
+@pytest.mark.parametrize("kind", ROWS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bfloat16", "float32"])
 @given(data=st.data())
 @examples(6)
@@ -101,7 +94,7 @@ def test_counted_bytes_are_stored_bytes(kind, dtype, data):
     assert CostModel(parent.axis_map, load).count(complete).weight_bytes == stored
 
 
-@pytest.mark.parametrize("kind", AXES)
+@pytest.mark.parametrize("kind", ROWS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bfloat16", "float32"])
 @given(data=st.data())
 @examples(6)
@@ -123,7 +116,7 @@ def test_counted_state_is_the_cache_after_a_prefill(kind, dtype, data):
     assert CostModel(parent.axis_map, load).count(widths).state_bytes == held
 
 
-@pytest.mark.parametrize("kind", AXES)
+@pytest.mark.parametrize("kind", ROWS)
 @given(data=st.data())
 @examples(20)
 def test_cost_is_monotone_in_every_axis(kind, data):
@@ -149,7 +142,7 @@ def test_cost_is_monotone_in_every_axis(kind, data):
         assert len(set(totals)) == len(totals), axis
 
 
-@pytest.mark.parametrize("kind", AXES)
+@pytest.mark.parametrize("kind", ROWS)
 @given(data=st.data())
 @examples(20)
 def test_expected_cost_is_exact_and_differentiable(kind, data):
@@ -188,7 +181,7 @@ def test_expected_cost_is_exact_and_differentiable(kind, data):
             assert (0.0 if grad is None else grad.item()) == pytest.approx((up - down) / 2), name
 
 
-@pytest.mark.parametrize("kind", AXES)
+@pytest.mark.parametrize("kind", ROWS)
 @given(data=st.data())
 def test_one_width_per_layer_counts_layer_by_layer(kind, data):
     axis_map = table(data.draw(configs(kind)))

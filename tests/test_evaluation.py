@@ -310,9 +310,8 @@ def test_likeness_is_that_of_states_after_the_same_tokens(family):
     problems = [Problem("sums", prompt, (), "1") for prompt in PROMPTS[:3]]
     found = study_reuse(family, problems, "small", "large", budget=4, max_new_tokens=50)
     states = {(like.layer, like.state) for like in found.likeness}
-    kinds = {"nemotron_h": "M-*M", "llama": "**"}[family.manifest.family]
-    names = {"M": ("conv", "recurrent"), "*": ("keys", "values"), "-": ()}
-    assert states == {(i, state) for i, kind in enumerate(kinds) for state in names[kind]}
+    names = {"conv": ["conv"], "ssm": ["recurrent"], "key_value": ["keys", "values"]}
+    assert states == {(s.layer, name) for s in family.axis_map.states for name in names[s.name]}
 
 
 def test_cosines_by_hand():

@@ -14,7 +14,7 @@ from star_elastic.errors import ConfigError, ShapeError
 from star_elastic.families import FAMILIES, family_of, read_config
 from star_elastic.nesting.skeleton import build_skeleton
 from star_elastic.widths import Widths, default_step, parse_widths
-from tests.laws.parents import AXES, fixed_config
+from tests.architectures import ROWS, fixed_config
 
 
 def table(config: dict) -> AxisMap:
@@ -24,19 +24,17 @@ def table(config: dict) -> AxisMap:
 # Reading configs
 
 
-@pytest.mark.parametrize("kind", AXES)
+@pytest.mark.parametrize("kind", ROWS)
 def test_defaults_are_those_of_transformers(kind):
     """A config that names nothing but its layers counts as the model transformers builds."""
-    config = {"model_type": "llama"} if kind == "llama" else {"model_type": "nemotron_h"}
-    if kind != "llama":
-        config["hybrid_override_pattern"] = "ME*" if kind == "moe" else "M*-"
+    config = dict(ROWS[kind].bare)
     model = build_skeleton(config)
     axis_map = table(config)
     built = sum(parameter.numel() for parameter in model.parameters())
     assert CostModel(axis_map).count(axis_map.full).total == built
 
 
-@pytest.mark.parametrize("kind", AXES)
+@pytest.mark.parametrize("kind", ROWS)
 def test_the_table_names_every_parameter_and_buffer(kind):
     config = fixed_config(kind)
     model = build_skeleton(config)
@@ -64,7 +62,7 @@ def test_every_spelling_of_the_layers_is_read(layers):
 
 
 def test_a_config_saved_by_transformers_is_read(tmp_path):
-    for kind in AXES:
+    for kind in ROWS:
         config = fixed_config(kind)
         fields = {name: value for name, value in config.items() if name != "model_type"}
         AutoConfig.for_model(config["model_type"], **fields).save_pretrained(tmp_path / kind)
@@ -151,7 +149,7 @@ def test_head_size_is_written_out_or_it_would_follow_the_hidden_size():
     assert FAMILIES["llama"].config_at(config, {"hidden": 12})["num_key_value_heads"] == 4
 
 
-@pytest.mark.parametrize("kind", AXES)
+@pytest.mark.parametrize("kind", ROWS)
 def test_every_other_field_is_carried_over(kind):
     config = {**fixed_config(kind), "initializer_range": 0.5, "of_a_later_version": [1]}
     written = family_of(config).config_at(config, {})

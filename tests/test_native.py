@@ -11,30 +11,18 @@ from star_elastic.quant.checkpoint import quantise_checkpoint
 from star_elastic.quant.formats import E4M3
 from star_elastic.quant.inputs import calibrate_inputs
 from star_elastic.quant.layout import make_scheme
-from tests.laws.parents import fixed_config, make_parent, relative_error
+from tests.architectures import ROWS
+from tests.laws.parents import make_parent, relative_error
 
-LARGE = {
-    "hidden_size": 64, "head_dim": 16, "mamba_head_dim": 16, "intermediate_size": 48,
-    "moe_intermediate_size": 32, "moe_shared_expert_intermediate_size": 32, "ssm_state_size": 16,
-}  # fmt: skip
-WIDTHS = {
-    "moe": {"hidden": 48, "experts": 6, "expert_ffn": 16, "ssm_heads": 4, "heads": 4},
-    "dense": {"hidden": 32, "ffn": 32, "ssm_heads": 4, "heads": 4},
-    "llama": {"hidden": 48, "ffn": 32, "heads": 2},
-}
 DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
 
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("name", ["fp8", "fp8-channel"])
-@pytest.mark.parametrize("kind", WIDTHS)
+@pytest.mark.parametrize("kind", ROWS)
 def test_codes_are_multiplied_as_what_they_stand_for(kind, name, device, tmp_path):
     """Whole and cut inside groups, nested in one copy or not, against the dequantised model."""
-    config = {**fixed_config(kind), **LARGE}
-    if kind == "llama":
-        config = {k: v for k, v in config.items() if k in fixed_config(kind) or k == "head_dim"}
-        config |= {"hidden_size": 96, "intermediate_size": 48, "tie_word_embeddings": False}
-    parent = make_parent(config, 3, torch.float32)
+    parent = make_parent(dict(ROWS[kind].wide), 3, torch.float32)
     scheme = make_scheme(parent.axis_map, name)
     batches = [{"input_ids": parent.ids}]
     scales = calibrate_inputs(parent.model, parent.axis_map, scheme, batches)
@@ -43,7 +31,7 @@ def test_codes_are_multiplied_as_what_they_stand_for(kind, name, device, tmp_pat
     dtype, tolerance = (torch.float32, 1e-4) if device == "cpu" else (torch.bfloat16, 0.1)
     native, stored = load_parent(tmp_path / "q", dtype, device, native=True)
     dense, _ = load_parent(tmp_path / "q", dtype, device, native=False)
-    full, widths = parent.axis_map.full, parent.axis_map.complete(WIDTHS[kind])
+    full, widths = parent.axis_map.full, parent.axis_map.complete(ROWS[kind].wide_cut)
     codes = [p for p in native.parameters() if p.dtype == E4M3]
     assert len(codes) == len(scheme.quantised(parent.axis_map))
     ids = parent.ids.to(device)
@@ -68,8 +56,7 @@ def test_codes_are_multiplied_as_what_they_stand_for(kind, name, device, tmp_pat
 
 
 def test_widths_that_the_products_do_not_take_are_unpacked(tmp_path):
-    config = {**fixed_config("moe"), **LARGE}
-    parent = make_parent(config, 4, torch.float32)
+    parent = make_parent(dict(ROWS["moe"].wide), 4, torch.float32)
     scheme = make_scheme(parent.axis_map, "fp8")
     scales = calibrate_inputs(parent.model, parent.axis_map, scheme, [{"input_ids": parent.ids}])
     quantise_checkpoint(parent.save(tmp_path), scheme, tmp_path / "q", input_scales=scales)

@@ -16,7 +16,7 @@ from star_elastic.families import family_of
 from star_elastic.generate.decode import BatchDecoder
 from star_elastic.train.config import RunConfig
 from star_elastic.train.strict import parse
-from tests.laws.parents import fixed_config
+from tests.architectures import fixed_config
 
 ROWS = ([5, 6, 7, 8, 9, 10, 11], [6, 7, 8], [9, 10, 11, 5, 6])
 

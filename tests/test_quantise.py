@@ -23,7 +23,8 @@ from star_elastic.quant.inputs import FakeInput, calibrate_inputs
 from star_elastic.quant.layout import BEFORE_ATTENTION, make_scheme, read_scheme
 from star_elastic.train.quantise import quantise_family
 from star_elastic.train.run import train
-from tests.laws.parents import fixed_config, make_parent
+from tests.architectures import fixed_config
+from tests.laws.parents import make_parent
 from tests.tiny_run import BLOCKS, config_in
 
 

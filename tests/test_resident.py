@@ -34,15 +34,12 @@ from star_elastic.nesting.submodel import build_submodel, load_parent
 from star_elastic.router.grid import make_grid
 from star_elastic.router.router import Router
 from star_elastic.widths import Widths
+from tests.architectures import AXIS_CASES, ROWS, configs, fixed_config
 from tests.laws.parents import (
-    AXES,
-    AXIS_CASES,
     Parent,
     assert_equal,
-    configs,
     each,
     examples,
-    fixed_config,
     grids,
     make_parent,
     parents,
@@ -51,13 +48,6 @@ from tests.laws.parents import (
     reload,
 )
 
-CUT = {
-    "dense": {"hidden": 8, "ffn": 4, "ssm_heads": 4, "heads": 4},
-    "moe": {
-        "hidden": 8, "experts": 4, "expert_ffn": 4, "shared_ffn": 3, "ssm_heads": 2, "heads": 2,
-    },
-    "llama": {"hidden": 16, "ffn": 4, "heads": 2},
-}  # fmt: skip
 STATELESS = ("hidden", "ffn", "expert_ffn", "shared_ffn", "heads", "top_k")
 """Axes that no decoding state knows."""
 
@@ -197,7 +187,7 @@ def test_every_size_equals_its_saved_slice(kind, case, data):
             assert greedy(family[name], parent.ids) == greedy(expected, parent.ids), name
 
 
-@pytest.mark.parametrize("kind", AXES)
+@pytest.mark.parametrize("kind", ROWS)
 @given(data=st.data())
 @examples(6)
 def test_nested_order_changes_rounding_alone(kind, data):
@@ -217,10 +207,10 @@ def test_nested_order_changes_rounding_alone(kind, data):
         assert_equal(logits, expected)
 
 
-@pytest.mark.parametrize("kind", AXES)
+@pytest.mark.parametrize("kind", ROWS)
 def test_the_nested_parent_is_the_parent(kind, tmp_path):
     parent = make_parent(fixed_config(kind), 0, torch.float32)
-    family = load_family(save_family(tmp_path, parent, {"full": {}, "small": CUT[kind]}))
+    family = load_family(save_family(tmp_path, parent, {"full": {}, "small": ROWS[kind].cut}))
     assert nested_names(family.parent)
     plain = reload(family.path, torch.float32)
     with torch.no_grad():
@@ -234,11 +224,11 @@ def test_the_nested_parent_is_the_parent(kind, tmp_path):
     assert all(torch.equal(v, changed[name]) for name, v in family.parent.state_dict().items())
 
 
-@pytest.mark.parametrize("kind", AXES)
+@pytest.mark.parametrize("kind", ROWS)
 def test_a_size_in_bfloat16(kind, tmp_path):
     """Equal to the saved slice in the same dtype, and rounded like it."""
     parent = make_parent(fixed_config(kind), 1, torch.float32)
-    path = save_family(tmp_path, parent, {"full": {}, "small": CUT[kind]})
+    path = save_family(tmp_path, parent, {"full": {}, "small": ROWS[kind].cut})
     family = load_family(path, torch.bfloat16)
     slice_checkpoint(path, family.sizes["small"].widths, tmp_path / "small")
     expected = reload(tmp_path / "small", torch.bfloat16)
@@ -266,11 +256,11 @@ def test_grouped_products_over_experts_in_nested_order(tmp_path):
             assert_equal(logits, expected(input_ids=parent.ids).logits, what=name)
 
 
-@pytest.mark.parametrize("kind", AXES)
+@pytest.mark.parametrize("kind", ROWS)
 def test_a_size_saves_as_a_plain_checkpoint(kind, tmp_path):
     config = {**fixed_config(kind), "tie_word_embeddings": False}
     parent = make_parent(config, 2, torch.float32)
-    family = load_family(save_family(tmp_path, parent, {"full": {}, "small": CUT[kind]}))
+    family = load_family(save_family(tmp_path, parent, {"full": {}, "small": ROWS[kind].cut}))
     family["small"].save_pretrained(tmp_path / "saved")
     saved = reload(tmp_path / "saved", torch.float32)
     with torch.no_grad():
@@ -286,7 +276,7 @@ def is_small(name: str) -> bool:
     return name.endswith(("conv1d.weight", "gate.weight"))
 
 
-@pytest.mark.parametrize("kind", AXES)
+@pytest.mark.parametrize("kind", ROWS)
 @given(data=st.data())
 @examples(20)
 def test_weights_of_every_size_lie_inside_the_parents(kind, data):
@@ -316,10 +306,11 @@ def test_weights_of_every_size_lie_inside_the_parents(kind, data):
             assert weight.data_ptr() == low and end <= high, name
 
 
-@pytest.mark.parametrize("kind", AXES)
+@pytest.mark.parametrize("kind", ROWS)
 def test_nothing_is_nested_where_no_size_cuts_in_groups(kind, tmp_path):
     parent = make_parent(fixed_config(kind), 3, torch.float32)
-    widths = {name: w for name, w in CUT[kind].items() if name in ("hidden", "ffn", "expert_ffn")}
+    whole = ("hidden", "ffn", "expert_ffn")
+    widths = {name: width for name, width in ROWS[kind].cut.items() if name in whole}
     family = load_family(save_family(tmp_path, parent, {"full": {}, "small": widths}))
     assert not nested_names(family.parent)
     kinds = {type(module) for size in family for module in family[size].modules()}
@@ -338,7 +329,7 @@ def test_widths_nobody_planned_for_are_gathered():
     parent = make_parent(fixed_config("moe"), 4, torch.float32)
     plain = make_parent(fixed_config("moe"), 4, torch.float32)
     nest_in_place(parent.model, parent.axis_map, [parent.axis_map.complete({"heads": 4})])
-    for widths in (CUT["moe"], {"ssm_heads": 4}, {"experts": 4}, {"heads": 2}, {}):
+    for widths in (ROWS["moe"].cut, {"ssm_heads": 4}, {"experts": 4}, {"heads": 2}, {}):
         submodel = build_submodel(parent.model, parent.config, widths)
         expected = build_submodel(plain.model, plain.config, widths)
         with torch.no_grad():
@@ -387,12 +378,12 @@ def test_sizes_between_the_trained_ones(tmp_path):
 # --- counts ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", AXES)
+@pytest.mark.parametrize("kind", ROWS)
 def test_resident_bytes(kind, tmp_path):
     """The shared copy is the checkpoint; a size adds its vectors and small tensors cut in groups,
     positions of experts, and the rotary frequencies that no checkpoint holds."""
     parent = make_parent(fixed_config(kind), 6, torch.float32)
-    family = load_family(save_family(tmp_path, parent, {"full": {}, "small": CUT[kind]}))
+    family = load_family(save_family(tmp_path, parent, {"full": {}, "small": ROWS[kind].cut}))
     before = family.resident_bytes()
     stored = load_file(family.path / "model.safetensors")
     rotary = sum(b.nbytes for n, b in family.parent.named_buffers() if "inv_freq" in n)
@@ -412,27 +403,35 @@ def test_resident_bytes(kind, tmp_path):
     own = sum(b.nbytes for n, b in small.named_buffers() if "inv_freq" in n or "nested_" in n)
     after = family.resident_bytes()
     assert after.copies == {"full": 0, "small": copied + own}
-    assert (copied > 0) == (kind != "llama")
+    assert (copied > 0) == ROWS[kind].scatters
     assert after.total == before.shared + copied + own
 
 
-@pytest.mark.parametrize("kind", AXES)
+@pytest.mark.parametrize("kind", ROWS)
 def test_cache_compatibility(kind, tmp_path):
     parent = make_parent(fixed_config(kind), 7, torch.float32)
-    num_layers = len(parent.axis_map.axes["layers"].layers)
-    stateless = {name: w for name, w in CUT[kind].items() if name in STATELESS}
-    sizes = {"full": {}, "narrow": stateless, "short": {"layers": (0, *[1] * (num_layers - 1))}}
-    if kind != "llama":
-        sizes["states"] = {"ssm_heads": 4}
-    if kind == "dense":
-        sizes["no mlp"] = {"layers": (1, 0, 1, 1)}
+    layers, cut = parent.axis_map.axes["layers"].layers, ROWS[kind].cut
+
+    def without(gone: int) -> dict:
+        return {"layers": tuple(int(layer != gone) for layer in layers)}
+
+    remembering = {state.layer for state in parent.axis_map.states}
+    forgetting = [layer for layer in layers if layer not in remembering]
+    stateless = {name: w for name, w in cut.items() if name in STATELESS}
+    states = {name: w for name, w in cut.items() if name not in (*STATELESS, "experts")}
+    sizes = {"full": {}, "narrow": stateless, "short": without(min(remembering))}
+    if states:
+        sizes["states"] = states
+    if forgetting:
+        sizes["as deep"] = without(forgetting[0])
     family = load_family(save_family(tmp_path, parent, sizes))
     compatible = [name for name in sizes if family.is_cache_compatible("full", name)]
-    assert compatible == [name for name in sizes if name in ("full", "narrow", "no mlp")]
+    assert compatible == [name for name in sizes if name in ("full", "narrow", "as deep")]
     assert family.is_cache_compatible(*compatible)
     assert not family.is_cache_compatible()
     assert family.is_cache_compatible("short")
-    if kind != "llama":
+    assert bool(states) == ROWS[kind].is_recurrent
+    if states:
         assert not family.is_cache_compatible("narrow", "states")
 
 
@@ -452,7 +451,7 @@ linux = pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="/proc t
 
 
 @linux
-@pytest.mark.parametrize("kind", AXES)
+@pytest.mark.parametrize("kind", ROWS)
 def test_parameters_stay_in_the_file(kind, tmp_path):
     parent = make_parent(fixed_config(kind), 8, torch.float32)
     path = parent.save(tmp_path)
@@ -484,11 +483,11 @@ def test_experts_in_another_order_are_copied(shards, tmp_path):
 def test_a_file_replaced_by_another_changes_nothing(tmp_path):
     """Checkpoints are written under another name and renamed: the mapped file stays what it was."""
     parent = make_parent(fixed_config("dense"), 9, torch.float32)
-    path = save_family(tmp_path, parent, {"full": {}, "small": CUT["dense"]})
+    path = save_family(tmp_path, parent, {"full": {}, "small": ROWS["dense"].cut})
     family = load_family(path)
     (tmp_path / "shorter").write_bytes(b"\0" * 64)
     os.replace(tmp_path / "shorter", path / "model.safetensors")
-    expected = build_submodel(parent.model, parent.config, CUT["dense"])
+    expected = build_submodel(parent.model, parent.config, ROWS["dense"].cut)
     with torch.no_grad():
         logits = family["small"](input_ids=parent.ids).logits
         assert_equal(logits, expected(input_ids=parent.ids).logits)
@@ -498,13 +497,13 @@ def test_a_file_replaced_by_another_changes_nothing(tmp_path):
 
 def test_nesting_writes_nothing_to_the_file(tmp_path):
     parent = make_parent(fixed_config("moe"), 10, torch.float32)
-    path = save_family(tmp_path, parent, {"full": {}, "small": CUT["moe"]})
+    path = save_family(tmp_path, parent, {"full": {}, "small": ROWS["moe"].cut})
     before = (path / "model.safetensors").read_bytes()
     assert nested_names(load_family(path).parent)
     assert (path / "model.safetensors").read_bytes() == before
 
 
-@pytest.mark.parametrize("kind", AXES)
+@pytest.mark.parametrize("kind", ROWS)
 @given(data=st.data())
 @examples(10)
 def test_loading_equals_plain_transformers(kind, data):

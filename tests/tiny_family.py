@@ -5,12 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-from transformers import (
-    AutoModelForCausalLM,
-    LlamaConfig,
-    NemotronHConfig,
-    PreTrainedTokenizerFast,
-)
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import star_elastic
 from star_elastic.families import family_of, read_config
@@ -19,6 +14,7 @@ from star_elastic.generate.prompts import ThinkingTags
 from star_elastic.generate.sequence import Rules, Sequence
 from star_elastic.manifest import Manifest, Size, save_manifest
 from star_elastic.widths import Widths
+from tests.architectures import LIVELY
 
 END = "\n</think>\n"
 TEMPLATE = (
@@ -30,12 +26,8 @@ ALWAYS_THINKS = TEMPLATE.replace("'<think></think>'", "'<think>\n'")
 LEAVES_TAG_TO_MODEL = TEMPLATE.replace("'<think>\n'", "''")
 NEVER_THINKS = LEAVES_TAG_TO_MODEL.replace("'<think></think>'", "''")
 PROMPTS = ["1+2", "30+41 =", "9", "5+5+5", "12+7+1", "8 8"]
-SEEDS = {"nemotron_h": 0, "llama": 2}
-"""Random models whose greedy traces end at different times."""
-WIDTHS = {
-    "nemotron_h": {"hidden": 16, "experts": 4, "expert_ffn": 16, "ssm_heads": 2},
-    "llama": {"hidden": 16, "ffn": 16, "heads": 2},
-}
+WIDTHS = {model_type: row.cut for model_type, row in LIVELY.items()}
+"""Of the small size."""
 
 
 def make_tokenizer(template: str | None = TEMPLATE, *, tags: bool = True):
@@ -70,46 +62,33 @@ def make_config(model_type: str, vocab_size: int, **changes):
         "tie_word_embeddings": False,
         "eos_token_id": 2,
     }
-    if model_type == "llama":
-        return LlamaConfig(**shared, intermediate_size=32, num_hidden_layers=2, **changes)
-    return NemotronHConfig(
-        **shared,
-        layers_block_type=["mamba", "moe", "attention", "mamba"],
-        intermediate_size=32,
-        mamba_num_heads=4,
-        mamba_head_dim=8,
-        n_groups=2,
-        ssm_state_size=8,
-        chunk_size=16,
-        n_routed_experts=8,
-        num_experts_per_tok=2,
-        moe_intermediate_size=32,
-        moe_shared_expert_intermediate_size=32,
-        rescale_prenorm_residual=False,
-        # transformers clamps time steps to this in prefill and not in decoding: out of the way
-        time_step_min=1e-9,
-        **changes,
-    )
+    own = {k: v for k, v in LIVELY[model_type].config.items() if k != "model_type"}
+    return AutoConfig.for_model(model_type, **shared, **own, **changes)
 
 
 def make_model(config):
     with torch.random.fork_rng():
-        torch.manual_seed(SEEDS[config.model_type])
+        torch.manual_seed(LIVELY[config.model_type].seed)
         return AutoModelForCausalLM.from_config(config).eval()
+
+
+def make_checkpoint(path, model_type: str):
+    """Writes an elastic checkpoint with the sizes large and small; returns its path."""
+    tokenizer = make_tokenizer()
+    make_model(make_config(model_type, len(tokenizer))).save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    axis_map = family_of(read_config(path)).axis_map(read_config(path))
+    small = axis_map.complete(Widths(WIDTHS[model_type]))
+    save_manifest(
+        Manifest(model_type, {}, {"large": Size(axis_map.full), "small": Size(small)}), path
+    )
+    return path
 
 
 @pytest.fixture(scope="module", params=list(WIDTHS))
 def tiny_checkpoint(request, tmp_path_factory):
     """An elastic checkpoint with two sizes."""
-    path = tmp_path_factory.mktemp(request.param)
-    tokenizer = make_tokenizer()
-    make_model(make_config(request.param, len(tokenizer))).save_pretrained(path)
-    tokenizer.save_pretrained(path)
-    axis_map = family_of(read_config(path)).axis_map(read_config(path))
-    small = axis_map.complete(Widths(WIDTHS[request.param]))
-    sizes = {"large": Size(axis_map.full), "small": Size(small)}
-    save_manifest(Manifest(request.param, {}, sizes), path)
-    return path
+    return make_checkpoint(tmp_path_factory.mktemp(request.param), request.param)
 
 
 @pytest.fixture(scope="module")

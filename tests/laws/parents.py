@@ -26,24 +26,18 @@ from star_elastic.families import Family, family_of
 from star_elastic.nesting.gate import Mixture
 from star_elastic.nesting.slice import axis_keys
 from star_elastic.nesting.stream import save_model
+from tests.architectures import (  # noqa: F401
+    AXIS_CASES,
+    ROWS,
+    SHARED_CASES,
+    configs,
+    fixed_config,
+    hybrids,
+)
 
+AXES = ROWS
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5}
 """Allowed difference, relative to the largest logit."""
-
-AXES = {
-    "dense": ("hidden", "ffn", "ssm_heads", "heads", "layers"),
-    "moe": (
-        "hidden", "experts", "expert_ffn", "shared_ffn", "ssm_heads", "heads", "layers", "top_k",
-    ),
-    "llama": ("hidden", "ffn", "heads", "layers"),
-}  # fmt: skip
-"""Elastic axes of each kind of parent."""
-
-SHARED_CASES = [(kind, axis) for kind, axes in AXES.items() for axis in (*axes, "all")]
-"""Every axis of every kind alone, and all together, with one width for all layers."""
-
-AXIS_CASES = [*SHARED_CASES, *((kind, "per layer") for kind in AXES)]
-"""The same, and all together with widths of their own in every layer."""
 
 
 def examples(count: int) -> settings:
@@ -153,111 +147,6 @@ def randomise(model: PreTrainedModel, generator: torch.Generator) -> None:
             value = normal / math.sqrt(tensor.shape[-1])
         with torch.no_grad():
             tensor.copy_(value)
-
-
-@st.composite
-def hybrids(draw, *, moe: bool) -> dict[str, Any]:
-    """A config of the nemotron_h family: Mamba, attention, and experts or a dense MLP."""
-    patterns = ("ME*", "*EM", "MEM*E") if moe else ("M*-", "-M*", "M-M*")
-    groups, kv_heads = draw(st.sampled_from([(1, 2), (2, 1), (2, 2)]))
-    routing_groups = draw(st.sampled_from([1, 2]))
-    selected = draw(st.integers(1, routing_groups))
-    per_group = draw(st.integers(3, 4))
-    return {
-        "model_type": "nemotron_h",
-        "hybrid_override_pattern": (pattern := draw(st.sampled_from(patterns))),
-        "num_hidden_layers": len(pattern),
-        "vocab_size": 20,
-        "hidden_size": draw(st.sampled_from([10, 12, 16])),
-        "layer_norm_epsilon": draw(st.sampled_from([1e-5, 0.1])),
-        "num_attention_heads": kv_heads * draw(st.integers(2, 3)),
-        "num_key_value_heads": kv_heads,
-        "head_dim": draw(st.sampled_from([3, 4])),
-        "intermediate_size": draw(st.integers(5, 9)),
-        "mamba_num_heads": groups * draw(st.integers(2, 3)),
-        "mamba_head_dim": draw(st.integers(2, 3)),
-        "n_groups": groups,
-        "ssm_state_size": draw(st.integers(2, 4)),
-        "conv_kernel": draw(st.integers(2, 4)),
-        "chunk_size": draw(st.sampled_from([3, 8])),
-        "n_routed_experts": routing_groups * per_group,
-        "num_experts_per_tok": draw(st.integers(1, min(3, selected * (per_group - 1)))),
-        "n_group": routing_groups,
-        "topk_group": selected,
-        "norm_topk_prob": draw(st.booleans()),
-        "routed_scaling_factor": draw(st.sampled_from([1.0, 2.5])),
-        "moe_intermediate_size": draw(st.integers(4, 7)),
-        "moe_shared_expert_intermediate_size": draw(st.integers(4, 7)),
-        "moe_latent_size": draw(st.sampled_from([None, 5])),
-        "mlp_bias": draw(st.booleans()),
-        "use_bias": draw(st.booleans()),
-        "use_conv_bias": draw(st.booleans()),
-    }
-
-
-@st.composite
-def llamas(draw) -> dict[str, Any]:
-    """A config of the llama family; hidden is a multiple of every number of heads."""
-    kv_heads = draw(st.integers(1, 2))
-    config = {
-        "model_type": "llama",
-        "num_hidden_layers": 2,
-        "vocab_size": 20,
-        "hidden_size": draw(st.sampled_from([24, 48])),
-        "rms_norm_eps": draw(st.sampled_from([1e-5, 0.1])),
-        "num_attention_heads": kv_heads * draw(st.integers(2, 3)),
-        "num_key_value_heads": kv_heads,
-        "intermediate_size": draw(st.integers(5, 9)),
-        "tie_word_embeddings": draw(st.booleans()),
-        "attention_bias": draw(st.booleans()),
-        "mlp_bias": draw(st.booleans()),
-    }
-    return {**config, "head_dim": 4} if draw(st.booleans()) else config
-
-
-def configs(kind: str) -> st.SearchStrategy[dict[str, Any]]:
-    """Configs of one of the kinds in `AXES`."""
-    return llamas() if kind == "llama" else hybrids(moe=kind == "moe")
-
-
-def fixed_config(kind: str) -> dict[str, Any]:
-    """One config of a kind, for tests that need a case and not a law."""
-    if kind == "llama":
-        return {
-            "model_type": "llama",
-            "num_hidden_layers": 2,
-            "vocab_size": 20,
-            "hidden_size": 24,
-            "rms_norm_eps": 1e-5,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "intermediate_size": 7,
-            "tie_word_embeddings": True,
-        }
-    pattern = "MEM*E" if kind == "moe" else "M-M*"
-    return {
-        "model_type": "nemotron_h",
-        "hybrid_override_pattern": pattern,
-        "num_hidden_layers": len(pattern),
-        "vocab_size": 20,
-        "hidden_size": 12,
-        "num_attention_heads": 6,
-        "num_key_value_heads": 2,
-        "head_dim": 4,
-        "intermediate_size": 7,
-        "mamba_num_heads": 6,
-        "mamba_head_dim": 2,
-        "n_groups": 2,
-        "ssm_state_size": 4,
-        "conv_kernel": 3,
-        "chunk_size": 4,
-        "n_routed_experts": 8,
-        "num_experts_per_tok": 2,
-        "n_group": 2,
-        "topk_group": 2,
-        "moe_intermediate_size": 6,
-        "moe_shared_expert_intermediate_size": 5,
-    }
 
 
 def make_parent(config: dict[str, Any], seed: int, dtype: torch.dtype) -> Parent:

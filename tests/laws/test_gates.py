@@ -16,9 +16,8 @@ from hypothesis import strategies as st
 from star_elastic.nesting.elastic import ElasticModel
 from star_elastic.nesting.gate import NEGLIGIBLE, Mixture, widest_slice
 from star_elastic.nesting.slice import slice_tensor
+from tests.architectures import AXIS_CASES, ROWS
 from tests.laws.parents import (
-    AXES,
-    AXIS_CASES,
     Parent,
     assert_equal,
     each,
@@ -119,7 +118,7 @@ def test_gradients_of_probabilities_equal_finite_differences(kind, case, data):
 
 
 @pytest.mark.parametrize("gated", [False, True], ids=["sliced", "gated"])
-@pytest.mark.parametrize("kind", AXES)
+@pytest.mark.parametrize("kind", ROWS)
 @given(data=st.data())
 @examples(6)
 def test_gradients_reach_the_whole_parent(kind, gated, data):
@@ -154,7 +153,7 @@ def test_gradients_reach_the_whole_parent(kind, gated, data):
 
 
 @pytest.mark.parametrize("gated", [False, True], ids=["sliced", "gated"])
-@pytest.mark.parametrize("kind", AXES)
+@pytest.mark.parametrize("kind", ROWS)
 @given(data=st.data())
 @examples(4)
 def test_recomputing_changes_no_bit_of_a_gradient(kind, gated, data):
@@ -174,7 +173,7 @@ def test_recomputing_changes_no_bit_of_a_gradient(kind, gated, data):
     assert any(gradient.abs().max() > 0 for gradient in found[0])
 
 
-@pytest.mark.parametrize("kind", AXES)
+@pytest.mark.parametrize("kind", ROWS)
 @given(data=st.data())
 def test_what_is_cut_off_gets_no_gradient(kind, data):
     parent = data.draw(parents(kind))

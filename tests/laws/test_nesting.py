@@ -20,15 +20,12 @@ from star_elastic.nesting.gate import Mixture
 from star_elastic.nesting.slice import slice_tensor
 from star_elastic.nesting.stream import slice_checkpoint
 from star_elastic.nesting.submodel import build_submodel
+from tests.architectures import AXIS_CASES, ROWS, configs, fixed_config
 from tests.laws.parents import (
-    AXES,
-    AXIS_CASES,
     Parent,
     assert_equal,
-    configs,
     each,
     examples,
-    fixed_config,
     grids,
     make_parent,
     one_hot,
@@ -88,7 +85,7 @@ def test_all_roads_to_a_size_agree(kind, case, dtype, data):
 
 
 @pytest.mark.parametrize(
-    ("kind", "case"), [(kind, case) for kind in AXES for case in ("all", "per layer")]
+    ("kind", "case"), [(kind, case) for kind in ROWS for case in ("all", "per layer")]
 )
 @given(data=st.data())
 @examples(6)
@@ -110,7 +107,7 @@ def test_decoding_with_a_cache_equals_computing_anew(kind, case, data):
     assert_equal(torch.cat(cached, dim=1), expected, what="cached")
 
 
-@pytest.mark.parametrize("kind", AXES)
+@pytest.mark.parametrize("kind", ROWS)
 @given(data=st.data())
 def test_full_widths_are_the_parent_bit_for_bit(kind, data):
     parent = data.draw(parents(kind))
@@ -167,7 +164,7 @@ def narrower(axis_map: AxisMap, wide, other) -> tuple[dict, dict]:
     return narrow, inner
 
 
-@pytest.mark.parametrize("kind", AXES)
+@pytest.mark.parametrize("kind", ROWS)
 @given(data=st.data())
 @examples(40)
 def test_slices_nest_and_tables_agree(kind, data):
@@ -195,7 +192,7 @@ def test_slices_nest_and_tables_agree(kind, data):
             assert torch.equal(twice, slice_tensor(tensor, spec, axis_map, direct)), name
 
 
-@pytest.mark.parametrize("kind", AXES)
+@pytest.mark.parametrize("kind", ROWS)
 @given(data=st.data())
 def test_slices_nest_on_disk(kind, data):
     parent = data.draw(parents(kind))
@@ -274,7 +271,7 @@ def test_an_uncorrected_norm_breaks_the_law(kind, axis):
     assert gap(parent, elastic, wrong, {axis: width}) > 1e-3
 
 
-@pytest.mark.parametrize("kind", AXES)
+@pytest.mark.parametrize("kind", ROWS)
 def test_an_unmasked_final_norm_breaks_the_law(kind):
     parent = make_parent(fixed_config(kind), 3, torch.float64)
     elastic = ElasticModel(parent.model, parent.config).eval()

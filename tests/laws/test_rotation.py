@@ -16,12 +16,11 @@ from star_elastic.importance.basis import principal_basis
 from star_elastic.nesting.rotate import check_rotatable, readers, rotate_state
 from star_elastic.nesting.stream import slice_checkpoint
 from star_elastic.nesting.submodel import build_submodel, sort_in_place
+from tests.architectures import ROWS, fixed_config
 from tests.laws.parents import (
-    AXES,
     Parent,
     assert_equal,
     build,
-    fixed_config,
     make_parent,
     parents,
     precision,
@@ -44,7 +43,7 @@ def rotated(parent: Parent, seed: int) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
-@pytest.mark.parametrize("kind", AXES)
+@pytest.mark.parametrize("kind", ROWS)
 @given(data=st.data(), seed=SEEDS)
 def test_rotated_parent_computes_the_same(kind, dtype, data, seed):
     parent = data.draw(parents(kind, dtype))
@@ -58,7 +57,7 @@ def test_rotated_parent_computes_the_same(kind, dtype, data, seed):
         assert_equal(model(input_ids=parent.ids).logits, expected)
 
 
-@pytest.mark.parametrize("kind", AXES)
+@pytest.mark.parametrize("kind", ROWS)
 @given(data=st.data(), seed=SEEDS)
 def test_slice_of_a_rotated_parent_is_an_ordinary_checkpoint(kind, data, seed):
     parent = data.draw(parents(kind))
@@ -80,7 +79,7 @@ def test_slice_of_a_rotated_parent_is_an_ordinary_checkpoint(kind, data, seed):
 
 
 def test_every_norm_of_the_stream_has_readers():
-    for kind in AXES:
+    for kind in ROWS:
         config = {**fixed_config(kind), "tie_word_embeddings": False}
         axis_map = family_of(config).axis_map(config)
         for norm in axis_map.norms:

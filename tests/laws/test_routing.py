@@ -12,14 +12,8 @@ from star_elastic.families import family_of
 from star_elastic.nesting.elastic import ElasticModel
 from star_elastic.nesting.gate import Mixture
 from star_elastic.nesting.modules import ElasticSigmoidRouter
-from tests.laws.parents import (
-    examples,
-    hybrids,
-    legal_widths,
-    one_hot,
-    parents,
-    precision,
-)
+from tests.architectures import hybrids
+from tests.laws.parents import examples, legal_widths, one_hot, parents, precision
 
 TOKENS = 12
 

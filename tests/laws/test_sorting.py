@@ -14,12 +14,10 @@ from star_elastic.errors import ShapeError
 from star_elastic.families import family_of
 from star_elastic.nesting.slice import check_orders, sort_state, sort_tensor
 from star_elastic.nesting.stream import sort_checkpoint
+from tests.architectures import ROWS, SHARED_CASES, fixed_config
 from tests.laws.parents import (
-    AXES,
-    SHARED_CASES,
     assert_equal,
     build,
-    fixed_config,
     make_parent,
     parents,
     precision,
@@ -48,7 +46,7 @@ def test_sorted_parent_computes_the_same(kind, case, dtype, data, seed):
         assert_equal(model(input_ids=parent.ids).logits, expected)
 
 
-@pytest.mark.parametrize("kind", AXES)
+@pytest.mark.parametrize("kind", ROWS)
 @given(data=st.data(), seed=SEEDS)
 def test_sorted_checkpoint_computes_the_same(kind, data, seed):
     parent = data.draw(parents(kind))
@@ -61,7 +59,7 @@ def test_sorted_checkpoint_computes_the_same(kind, data, seed):
         assert_equal(model(input_ids=parent.ids).logits, expected)
 
 
-@pytest.mark.parametrize("kind", AXES)
+@pytest.mark.parametrize("kind", ROWS)
 @given(data=st.data(), seed=SEEDS)
 def test_inverse_order_restores_every_bit(kind, data, seed):
     parent = data.draw(parents(kind))

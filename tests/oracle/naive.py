@@ -6,10 +6,13 @@ transformers documents for the family; nothing of the package is used.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+
+Keeps = Callable[[str, Mapping[str, Any], Mapping[str, int]], list[list[int]]]
+"""Kept elements of every dimension of a tensor, by its name, the parent's config and widths."""
 
 
 def first_of_each_group(size: int, kept: int, groups: int, unit: int = 1) -> list[int]:
@@ -134,15 +137,16 @@ def naive_name(name: str, there: Sequence[int]) -> str | None:
     return ".".join(words)
 
 
-KEEPS = {"nemotron_h": nemotron_h_keeps, "llama": llama_keeps}
-
-
 def naive_slice(
-    name: str, tensor: torch.Tensor, config: Mapping[str, Any], widths: Mapping[str, int]
+    name: str,
+    tensor: torch.Tensor,
+    keeps: Keeps,
+    config: Mapping[str, Any],
+    widths: Mapping[str, int],
 ) -> torch.Tensor:
     """A tensor cut element by element."""
-    keeps = KEEPS[config["model_type"]](name, config, widths)
-    assert len(keeps) == tensor.dim(), name
-    for dim, kept in enumerate(keeps):
+    every = keeps(name, config, widths)
+    assert len(every) == tensor.dim(), name
+    for dim, kept in enumerate(every):
         tensor = torch.stack([tensor.select(dim, index) for index in kept], dim)
     return tensor

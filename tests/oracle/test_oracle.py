@@ -14,11 +14,10 @@ from star_elastic.nesting.elastic import ElasticModel
 from star_elastic.nesting.slice import slice_state
 from star_elastic.nesting.stream import slice_checkpoint
 from star_elastic.nesting.submodel import build_submodel
+from tests.architectures import ROWS, fixed_config
 from tests.laws.parents import (
-    AXES,
     build,
     examples,
-    fixed_config,
     make_parent,
     one_hot,
     parents,
@@ -28,14 +27,8 @@ from tests.laws.parents import (
 )
 from tests.oracle.naive import naive_name, naive_slice
 
-WIDTHS = {
-    "dense": {"hidden": 8, "ffn": 4, "ssm_heads": 4, "heads": 4},
-    "moe": {"hidden": 8, "experts": 6, "expert_ffn": 4, "shared_ffn": 3, "ssm_heads": 4},
-    "llama": {"hidden": 12, "ffn": 4, "heads": 2},
-}
 
-
-@pytest.mark.parametrize("kind", AXES)
+@pytest.mark.parametrize("kind", ROWS)
 @given(data=st.data())
 @examples(15)
 def test_slices_are_those_written_out_by_hand(kind, data):
@@ -49,29 +42,24 @@ def test_slices_are_those_written_out_by_hand(kind, data):
         new = naive_name(name, there)
         if new is None:
             continue
-        assert torch.equal(sliced.pop(new), naive_slice(name, value, parent.config, widths))
+        expected = naive_slice(name, value, ROWS[kind].keeps, parent.config, widths)
+        assert torch.equal(sliced.pop(new), expected), name
     assert not sliced
 
 
-@pytest.mark.parametrize("kind", AXES)
+@pytest.mark.parametrize("kind", ROWS)
 def test_hand_made_slices_in_a_plain_model_give_our_logits(kind):
     """The whole road without any of our code but the names of the widths."""
     parent = make_parent(fixed_config(kind), 0, torch.float32)
-    widths = parent.axis_map.complete(WIDTHS[kind])
-    fields = {
-        "hidden": "hidden_size",
-        "ffn": "intermediate_size",
-        "experts": "n_routed_experts",
-        "expert_ffn": "moe_intermediate_size",
-        "shared_ffn": "moe_shared_expert_intermediate_size",
-        "ssm_heads": "mamba_num_heads",
-        "heads": "num_attention_heads",
-    }
-    config = {**parent.config, **{field: widths[a] for a, field in fields.items() if a in widths}}
-    config["head_dim"] = parent.config.get("head_dim", 24 // 4)
+    row = ROWS[kind]
+    widths = parent.axis_map.complete(row.cut)
+    config = {**parent.config, **{row.fields[axis]: width for axis, width in row.cut.items()}}
+    # Or it would follow from what is cut.
+    whole = parent.config["hidden_size"] // parent.config["num_attention_heads"]
+    config["head_dim"] = parent.config.get("head_dim", whole)
     plain = build(config, torch.float32)
     state = {
-        name: naive_slice(name, value, parent.config, widths)
+        name: naive_slice(name, value, row.keeps, parent.config, widths)
         for name, value in parent.model.state_dict().items()
     }
     plain.load_state_dict(state)
@@ -83,13 +71,13 @@ def test_hand_made_slices_in_a_plain_model_give_our_logits(kind):
         assert torch.equal(elastic(widths, input_ids=parent.ids).logits, expected)
 
 
-@pytest.mark.parametrize("kind", AXES)
+@pytest.mark.parametrize("kind", ROWS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 def test_exported_sizes_generate_the_same_tokens(kind, dtype, tmp_path):
     parent = make_parent(fixed_config(kind), 1, dtype)
     parent.model.generation_config.save_pretrained(tmp_path)
-    slice_checkpoint(parent.save(tmp_path), WIDTHS[kind], tmp_path / "slice")
-    submodel = build_submodel(parent.model, parent.config, WIDTHS[kind])
+    slice_checkpoint(parent.save(tmp_path), ROWS[kind].cut, tmp_path / "slice")
+    submodel = build_submodel(parent.model, parent.config, ROWS[kind].cut)
     exported = reload(tmp_path / "slice", dtype)
     ask = {"do_sample": False, "min_new_tokens": 8, "max_new_tokens": 8, "pad_token_id": 0}
     ask = {**ask, "input_ids": parent.ids, "attention_mask": torch.ones_like(parent.ids)}
@@ -99,13 +87,13 @@ def test_exported_sizes_generate_the_same_tokens(kind, dtype, tmp_path):
         assert torch.equal(submodel.generate(**ask), exported.generate(**ask))
 
 
-@pytest.mark.parametrize("kind", AXES)
+@pytest.mark.parametrize("kind", ROWS)
 def test_checkpoints_written_by_transformers_are_sources(kind, tmp_path):
     """Names and layer types as transformers writes them, and a slice written by it once more."""
     parent = make_parent(fixed_config(kind), 2, torch.float32)
     parent.model.save_pretrained(tmp_path / "theirs")
-    slice_checkpoint(tmp_path / "theirs", WIDTHS[kind], tmp_path / "slice")
-    submodel = build_submodel(parent.model, parent.config, WIDTHS[kind])
+    slice_checkpoint(tmp_path / "theirs", ROWS[kind].cut, tmp_path / "slice")
+    submodel = build_submodel(parent.model, parent.config, ROWS[kind].cut)
     model = reload(tmp_path / "slice", torch.float32)
     model.save_pretrained(tmp_path / "again")
     again = reload(tmp_path / "again", torch.float32)
@@ -135,7 +123,7 @@ def test_both_prefixes_of_names_on_disk_are_read(prefix, tmp_path):
 
 def test_config_json_serves_old_and_new_readers(tmp_path):
     parent = make_parent(fixed_config("moe"), 4, torch.float32)
-    slice_checkpoint(parent.save(tmp_path), WIDTHS["moe"], tmp_path / "slice")
+    slice_checkpoint(parent.save(tmp_path), ROWS["moe"].cut, tmp_path / "slice")
     file = tmp_path / "slice" / "config.json"
     config = json.loads(file.read_text())
     expected = reload(tmp_path / "slice", torch.float32)(input_ids=parent.ids).logits

@@ -1,0 +1,323 @@
+"""One row for each kind of parent: all that tests have to know about an architecture.
+
+A model type that the package serves needs at least one row (test_architectures.py says which are
+missing). Laws, oracle, checkpoints, counts, resident copies, switching and training run over the
+rows by themselves. To add an architecture, write a row: strategies and configs below, the elements
+that a slice keeps in `oracle/naive.py`, and nothing else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from hypothesis import strategies as st
+
+from star_elastic.axes import AxisMap
+from star_elastic.families import family_of
+from tests.oracle.naive import Keeps, llama_keeps, nemotron_h_keeps
+
+Config = dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lively:
+    """A model of random weights whose greedy text is lively: traces end at different times.
+
+    `config` without what the tokenizer gives; `cut` the widths of its small size; `seed` of the
+    weights.
+    """
+
+    config: Config
+    cut: Mapping[str, int]
+    seed: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trained:
+    """A parent that is trained in seconds.
+
+    `config` without the vocabulary; `choices` of widths, all of them ending on the edges of blocks
+    of 16; the small size's share of the `active` parameters.
+    """
+
+    config: Config
+    choices: Mapping[str, tuple[int, ...]]
+    active: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Architecture:
+    """What is known about one kind of parent.
+
+    `configs` draws any legal tiny config. `fixed` is one of them, for tests that need a case and
+    not a law, and `cut` widths of it that cut every ranked axis; `fields` names the config's field
+    of each axis. `bare` names no more than a config must. `wide` is large enough for products of
+    FP8 codes, at `wide_cut`. `keeps` lists what a slice keeps, without our tables. `alone` are the
+    axes whose laws run one by one on this kind of parent; on the others' they run all together.
+    `kinds` are its kinds of layers as a latency table names them, `embedding` the table of
+    embeddings on disk; `scatters`: a size has vectors that are cut inside groups.
+    """
+
+    configs: Callable[[], st.SearchStrategy[Config]]
+    fixed: Config
+    cut: Mapping[str, int]
+    fields: Mapping[str, str]
+    bare: Config
+    wide: Config
+    wide_cut: Mapping[str, int]
+    keeps: Keeps
+    alone: tuple[str, ...]
+    kinds: tuple[str, ...]
+    embedding: str
+    scatters: bool = False
+    lively: Lively | None = None
+    trained: Trained | None = field(default=None)
+
+    @property
+    def model_type(self) -> str:
+        """As in config.json."""
+        return self.fixed["model_type"]
+
+    @property
+    def axis_map(self) -> AxisMap:
+        """The table of `fixed`."""
+        return family_of(self.fixed).axis_map(self.fixed)
+
+    @property
+    def axes(self) -> tuple[str, ...]:
+        """Every elastic axis."""
+        return tuple(self.axis_map.axes)
+
+    @property
+    def is_recurrent(self) -> bool:
+        """Whether some layers carry a state that does not grow with the text."""
+        return any(not state.per_token for state in self.axis_map.states)
+
+
+# Mamba hybrids
+
+
+@st.composite
+def hybrids(draw, *, moe: bool) -> Config:
+    """A config of nemotron_h: Mamba, attention, and experts or a dense MLP."""
+    patterns = ("ME*", "*EM", "MEM*E") if moe else ("M*-", "-M*", "M-M*")
+    groups, kv_heads = draw(st.sampled_from([(1, 2), (2, 1), (2, 2)]))
+    routing_groups = draw(st.sampled_from([1, 2]))
+    selected = draw(st.integers(1, routing_groups))
+    per_group = draw(st.integers(3, 4))
+    return {
+        "model_type": "nemotron_h",
+        "hybrid_override_pattern": (pattern := draw(st.sampled_from(patterns))),
+        "num_hidden_layers": len(pattern),
+        "vocab_size": 20,
+        "hidden_size": draw(st.sampled_from([10, 12, 16])),
+        "layer_norm_epsilon": draw(st.sampled_from([1e-5, 0.1])),
+        "num_attention_heads": kv_heads * draw(st.integers(2, 3)),
+        "num_key_value_heads": kv_heads,
+        "head_dim": draw(st.sampled_from([3, 4])),
+        "intermediate_size": draw(st.integers(5, 9)),
+        "mamba_num_heads": groups * draw(st.integers(2, 3)),
+        "mamba_head_dim": draw(st.integers(2, 3)),
+        "n_groups": groups,
+        "ssm_state_size": draw(st.integers(2, 4)),
+        "conv_kernel": draw(st.integers(2, 4)),
+        "chunk_size": draw(st.sampled_from([3, 8])),
+        "n_routed_experts": routing_groups * per_group,
+        "num_experts_per_tok": draw(st.integers(1, min(3, selected * (per_group - 1)))),
+        "n_group": routing_groups,
+        "topk_group": selected,
+        "norm_topk_prob": draw(st.booleans()),
+        "routed_scaling_factor": draw(st.sampled_from([1.0, 2.5])),
+        "moe_intermediate_size": draw(st.integers(4, 7)),
+        "moe_shared_expert_intermediate_size": draw(st.integers(4, 7)),
+        "moe_latent_size": draw(st.sampled_from([None, 5])),
+        "mlp_bias": draw(st.booleans()),
+        "use_bias": draw(st.booleans()),
+        "use_conv_bias": draw(st.booleans()),
+    }
+
+
+def hybrid(pattern: str) -> Config:
+    """One config of nemotron_h."""
+    return {
+        "model_type": "nemotron_h",
+        "hybrid_override_pattern": pattern,
+        "num_hidden_layers": len(pattern),
+        "vocab_size": 20,
+        "hidden_size": 12,
+        "num_attention_heads": 6,
+        "num_key_value_heads": 2,
+        "head_dim": 4,
+        "intermediate_size": 7,
+        "mamba_num_heads": 6,
+        "mamba_head_dim": 2,
+        "n_groups": 2,
+        "ssm_state_size": 4,
+        "conv_kernel": 3,
+        "chunk_size": 4,
+        "n_routed_experts": 8,
+        "num_experts_per_tok": 2,
+        "n_group": 2,
+        "topk_group": 2,
+        "moe_intermediate_size": 6,
+        "moe_shared_expert_intermediate_size": 5,
+    }
+
+
+HYBRID_FIELDS = {
+    "hidden": "hidden_size", "ffn": "intermediate_size", "ssm_heads": "mamba_num_heads",
+    "heads": "num_attention_heads", "experts": "n_routed_experts",
+    "expert_ffn": "moe_intermediate_size", "shared_ffn": "moe_shared_expert_intermediate_size",
+}  # fmt: skip
+HYBRID_WIDE = {
+    "hidden_size": 64, "head_dim": 16, "mamba_head_dim": 16, "intermediate_size": 48,
+    "moe_intermediate_size": 32, "moe_shared_expert_intermediate_size": 32, "ssm_state_size": 16,
+}  # fmt: skip
+DENSE = Architecture(
+    configs=lambda: hybrids(moe=False),
+    fixed=hybrid("M-M*"),
+    cut={"hidden": 8, "ffn": 4, "ssm_heads": 4, "heads": 4},
+    fields=HYBRID_FIELDS,
+    bare={"model_type": "nemotron_h", "hybrid_override_pattern": "M*-"},
+    wide={**hybrid("M-M*"), **HYBRID_WIDE},
+    wide_cut={"hidden": 32, "ffn": 32, "ssm_heads": 4, "heads": 4},
+    keeps=nemotron_h_keeps,
+    alone=("ffn",),
+    kinds=("mamba", "mlp", "attention"),
+    embedding="backbone.embeddings.weight",
+    scatters=True,
+)
+MOE = Architecture(
+    configs=lambda: hybrids(moe=True),
+    fixed=hybrid("MEM*E"),
+    cut={
+        "hidden": 8, "experts": 4, "expert_ffn": 4, "shared_ffn": 3, "ssm_heads": 2, "heads": 2,
+    },
+    fields=HYBRID_FIELDS,
+    bare={"model_type": "nemotron_h", "hybrid_override_pattern": "ME*"},
+    wide={**hybrid("MEM*E"), **HYBRID_WIDE},
+    wide_cut={"hidden": 48, "experts": 6, "expert_ffn": 16, "ssm_heads": 4, "heads": 4},
+    keeps=nemotron_h_keeps,
+    alone=("hidden", "experts", "expert_ffn", "shared_ffn", "ssm_heads", "layers", "top_k"),
+    kinds=("mamba", "routers + routed experts + shared experts", "attention"),
+    embedding="backbone.embeddings.weight",
+    scatters=True,
+    lively=Lively(
+        config={
+            "model_type": "nemotron_h", "layers_block_type": ["mamba", "moe", "attention", "mamba"],
+            "intermediate_size": 32, "mamba_num_heads": 4, "mamba_head_dim": 8, "n_groups": 2,
+            "ssm_state_size": 8, "chunk_size": 16, "n_routed_experts": 8, "num_experts_per_tok": 2,
+            "moe_intermediate_size": 32, "moe_shared_expert_intermediate_size": 32,
+            "rescale_prenorm_residual": False,
+            # transformers clamps time steps to this in prefill and not in decoding: out of the way
+            "time_step_min": 1e-9,
+        },
+        cut={"hidden": 16, "experts": 4, "expert_ffn": 16, "ssm_heads": 2},
+        seed=0,
+    ),
+    trained=Trained(
+        config={
+            "model_type": "nemotron_h", "hybrid_override_pattern": "M*E", "hidden_size": 48,
+            "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8,
+            "intermediate_size": 64, "mamba_num_heads": 8, "mamba_head_dim": 8, "n_groups": 2,
+            "ssm_state_size": 8, "conv_kernel": 4, "chunk_size": 16, "n_routed_experts": 8,
+            "num_experts_per_tok": 2, "moe_intermediate_size": 32,
+            "moe_shared_expert_intermediate_size": 64, "max_position_embeddings": 512,
+        },
+        choices={
+            "hidden": (48, 32), "expert_ffn": (32, 16), "shared_ffn": (64, 48, 32),
+            "ssm_heads": (8, 6, 4),
+        },
+        active=0.6,
+    ),
+)  # fmt: skip
+
+
+# Decoders of attention and a gated MLP
+
+
+@st.composite
+def llamas(draw) -> Config:
+    """A config of llama; hidden is a multiple of every number of heads."""
+    kv_heads = draw(st.integers(1, 2))
+    config = {
+        "model_type": "llama",
+        "num_hidden_layers": 2,
+        "vocab_size": 20,
+        "hidden_size": draw(st.sampled_from([24, 48])),
+        "rms_norm_eps": draw(st.sampled_from([1e-5, 0.1])),
+        "num_attention_heads": kv_heads * draw(st.integers(2, 3)),
+        "num_key_value_heads": kv_heads,
+        "intermediate_size": draw(st.integers(5, 9)),
+        "tie_word_embeddings": draw(st.booleans()),
+        "attention_bias": draw(st.booleans()),
+        "mlp_bias": draw(st.booleans()),
+    }
+    return {**config, "head_dim": 4} if draw(st.booleans()) else config
+
+
+LLAMA_FIXED = {
+    "model_type": "llama",
+    "num_hidden_layers": 2,
+    "vocab_size": 20,
+    "hidden_size": 24,
+    "rms_norm_eps": 1e-5,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 7,
+    "tie_word_embeddings": True,
+}
+LLAMA = Architecture(
+    configs=llamas,
+    fixed=LLAMA_FIXED,
+    cut={"hidden": 16, "ffn": 4, "heads": 2},
+    fields={"hidden": "hidden_size", "ffn": "intermediate_size", "heads": "num_attention_heads"},
+    bare={"model_type": "llama"},
+    wide={
+        **LLAMA_FIXED, "hidden_size": 96, "head_dim": 16, "intermediate_size": 48,
+        "tie_word_embeddings": False,
+    },
+    wide_cut={"hidden": 48, "ffn": 32, "heads": 2},
+    keeps=llama_keeps,
+    alone=("hidden", "ffn", "heads"),
+    kinds=("attention + mlp",),
+    embedding="model.embed_tokens.weight",
+    lively=Lively(
+        config={"model_type": "llama", "intermediate_size": 32, "num_hidden_layers": 2},
+        cut={"hidden": 16, "ffn": 16, "heads": 2},
+        seed=2,
+    ),
+    trained=Trained(
+        config={
+            "model_type": "llama", "num_hidden_layers": 2, "hidden_size": 48,
+            "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16,
+            "intermediate_size": 96, "rms_norm_eps": 1e-5, "tie_word_embeddings": False,
+            "max_position_embeddings": 512,
+        },
+        choices={"hidden": (48, 32), "ffn": (96, 80, 64, 48, 32), "heads": (4, 2)},
+        active=0.6,
+    ),
+)  # fmt: skip
+
+
+ROWS: Mapping[str, Architecture] = {"dense": DENSE, "moe": MOE, "llama": LLAMA}
+"""Every kind of parent, by the name that tests have in their ids."""
+LIVELY = {row.model_type: row.lively for row in ROWS.values() if row.lively is not None}
+"""One lively model for each model type."""
+SHARED_CASES = [(kind, axis) for kind, row in ROWS.items() for axis in (*row.alone, "all")]
+"""Axes one by one on the kind of parent that stands for them, all together on every kind; with one
+width for all layers."""
+AXIS_CASES = [*SHARED_CASES, *((kind, "per layer") for kind in ROWS)]
+"""The same, and all together with widths of their own in every layer."""
+
+
+def configs(kind: str) -> st.SearchStrategy[Config]:
+    """Any config of one kind of parent."""
+    return ROWS[kind].configs()
+
+
+def fixed_config(kind: str) -> Config:
+    """One config of a kind, for tests that need a case and not a law."""
+    return dict(ROWS[kind].fixed)
