@@ -18,6 +18,7 @@ from star_elastic.latency import save_table
 from star_elastic.nesting.gate import Mixture
 from star_elastic.train import run as run_module
 from star_elastic.train.config import RunConfig, load_run_config
+from star_elastic.train.distributed import multiplies_bf16
 from star_elastic.train.losses import next_token_targets, sampled_kl
 from star_elastic.train.run import train
 from star_elastic.widths import Widths
@@ -395,10 +396,12 @@ def test_how_a_step_is_computed_shows_and_changes_nothing(watch):
 
 @hears("engine.autocast")
 def test_products_are_in_bf16_where_autocast_is_on(watch):
-    """By default; weights and their gradients stay in fp32."""
+    """Weights and their gradients stay in fp32. Left out: where the device has units for it."""
     base = watch(**FIXED)
-    low = watch(**FIXED, **{"autocast = false": ""})
+    low = watch(**FIXED, **{"autocast = false": "autocast = true"})
     assert not any(f.autocast for f in base.forwards) and all(f.autocast for f in low.forwards)
+    left_out = watch(**FIXED, **{"autocast = false": ""})
+    assert {f.autocast for f in left_out.forwards} == {multiplies_bf16(torch.device("cpu"))}
     assert low.kd != base.kd
     assert low.kd[0]["small"] == pytest.approx(base.kd[0]["small"], rel=0.05)
     assert {g.dtype for g in low.gradients[0].values()} == {torch.float32}
