@@ -149,7 +149,7 @@ main(["train", sys.argv[1], "--resume"])
 """Resumes a run whose files may not grow beyond a size: what a full disk does to it."""
 
 
-@pytest.mark.parametrize("limit", [200, 20_000], ids=["log", "state"])
+@pytest.mark.parametrize("limit", [1_000, 20_000], ids=["log", "state"])
 def test_a_full_disk_leaves_the_last_state_intact(run_folder, short, limit):
     torch.set_num_threads(1)
     name = f"full-disk-{limit}"
