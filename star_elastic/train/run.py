@@ -25,12 +25,14 @@ from star_elastic.nesting.elastic import ElasticModel
 from star_elastic.nesting.stream import save_model
 from star_elastic.nesting.submodel import load_tokenizer
 from star_elastic.progress import Progress, Silent, staged
-from star_elastic.router.budget import AIM, Commitment
+from star_elastic.router.budget import AIM
+from star_elastic.router.commit import Commitment, router_warnings
 from star_elastic.signals import Stop, Stoppable, stop_on_signals
 from star_elastic.train.build import build_trainer
 from star_elastic.train.calibrate import SCORES
 from star_elastic.train.check import Checked, beyond_positions, check
 from star_elastic.train.config import RunConfig
+from star_elastic.train.curriculum import Curriculum
 from star_elastic.train.directory import ELASTIC, METRICS, QUANTISED, begin, require_ready
 from star_elastic.train.distributed import World, join_world
 from star_elastic.train.loop import StepReport, Trainer
@@ -97,6 +99,9 @@ def _train(config: RunConfig, resume: bool, shown: Progress, stop: Stop, world: 
     given = None
     if config.calibration.scores and not (run / SCORES).is_file():
         given = load_scores(Path(config.calibration.scores), checked.axis_map)
+    if not (checked.fixed or resume):
+        for line in router_warnings(config.router.num_steps(Curriculum(config.stages).num_steps)):
+            progress.say(line)
     for line in (*told, *beyond_positions(config, checked.model_config)):
         progress.say(line)
     world.wait()
@@ -276,7 +281,10 @@ def _manifest(config: RunConfig, checked: Checked, trainer: Trainer) -> Manifest
     sizes = {}
     for name in trainer.names:
         fixed = trainer.committed[name]
-        sizes[name] = Size(fixed.widths, checked.budgets[name], costs(fixed), fixed.repair)
+        sizes[name] = Size(
+            fixed.widths, checked.budgets[name], costs(fixed), fixed.repair, fixed.argmax,
+            fixed.data_free_steps, fixed.widths_from,
+        )  # fmt: skip
     return Manifest(
         family=trainer.student.family.model_type,
         choices=checked.grid.choices,
