@@ -145,22 +145,6 @@ def probs(decision: Decision) -> torch.Tensor:
     return torch.cat([pick.probs.detach() for pick in decision.picks])
 
 
-def test_every_step_group_and_size_draws_noise_of_its_own(planted_llama):
-    trainer = planted_llama.trainer("draws", hard_share=0.0)
-    quiet = trainer.router.decide(trainer.router.one_hot(1), trainer.temperature())
-    seen = [quiet]
-    for step in (0, 1):
-        for group in (0, 1):
-            trainer.step = step
-            seen.append(trainer.decide("small", trainer.router, group))
-    seen.append(trainer.decide("large", trainer.router, 0))
-    for number, one in enumerate(seen):
-        for other in seen[:number]:
-            assert not torch.allclose(probs(one), probs(other), atol=1e-3)
-    again = trainer.decide("small", trainer.router, 1)
-    assert torch.equal(probs(again), probs(seen[4]))
-
-
 @pytest.mark.parametrize("share", [0.0, 0.25, 1.0])
 def test_the_share_of_hard_draws_is_the_configs(planted_llama, share):
     trainer = planted_llama.trainer("hard", hard_share=share)
@@ -170,55 +154,6 @@ def test_the_share_of_hard_draws_is_the_configs(planted_llama, share):
         drawn = probs(trainer.decide("small", trainer.router, 0))
         hard += bool(torch.all((drawn == 0) | (drawn == 1)))
     assert hard / 200 == pytest.approx(share, abs=0.08)
-
-
-@pytest.mark.parametrize("share", [0.0, 1.0])
-def test_a_step_runs_what_was_drawn(planted_hybrid, share):
-    """Its divergence is that of the drawn mixture: hard or soft, noise and temperature included."""
-    router = {"hard_share": share, "annealing": Annealing(scale_start=1e-6)}
-    peeked, run = (planted_hybrid.trainer("drawn", **router) for _ in range(2))
-    batch = peeked._batch()
-    with torch.no_grad():
-        decision = peeked.decide("small", peeked.router, 0)
-        teacher, student = (
-            states[batch.predicts] @ head.T
-            for states, head in (
-                peeked.student.hidden_states(size, **batch.inputs)
-                for size in (peeked.student.axis_map.full, decision.mixtures)
-            )
-        )
-    report = run.train_step()
-    wanted = float(distillation_loss(teacher, student))
-    assert wanted > 0.01 and report.kd["small"] == pytest.approx(wanted, rel=1e-4)
-
-
-# Its two signals
-
-
-def first_move(trainer) -> torch.Tensor:
-    """What a step changes in the router."""
-    before = torch.cat([p.detach().clone().flatten() for p in trainer.router.parameters()])
-    trainer.train_step()
-    after = torch.cat([p.detach().flatten() for p in trainer.router.parameters()])
-    return after - before
-
-
-def test_both_signals_reach_the_router(planted_llama):
-    """The divergence alone moves it, and so does the budget; a step of both is neither's."""
-    kd = first_move(planted_llama.trainer("kd", weight=0.0))
-    assert kd.abs().max() > 1e-3
-    trainer = planted_llama.trainer("budget", weight=1e6)
-    pulls = [
-        0.5 * budget_loss(trainer.decide(n, trainer.router, 0), trainer.budgets[n], trainer.cost)
-        for n in trainer.names
-    ]
-    torch.stack(pulls).sum().backward()
-    downhill = -torch.cat([p.grad.flatten() for p in trainer.router.parameters()])
-    budget = first_move(trainer)
-    assert torch.cosine_similarity(budget, downhill, 0) > 0.999
-    both = first_move(planted_llama.trainer("both"))
-    assert torch.cosine_similarity(both, kd, 0) < 0.999
-    assert torch.cosine_similarity(both, budget, 0) < 0.999
 
 
 # What is fixed in the end
