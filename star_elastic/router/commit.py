@@ -21,7 +21,7 @@ from star_elastic.router.search import Search
 from star_elastic.widths import Widths
 
 LEARNED = 80
-"""Router steps from which its own choice is to be trusted (docs/results.md, planted axes)."""
+"""Router steps from which its own choice is to be trusted (`benchmarks/planted_axes.py`)."""
 ASKED = Temperature(tau=1.0, scale=1.0)
 """Neither changes which widths are likelier than others."""
 
