@@ -161,10 +161,11 @@ def gumbel(count: int, *key: int | str) -> torch.Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class Annealing:
-    """The temperature step by step, whatever the length of the run. tau falls from `tau_start` by the factor `tau_decay` a step, not below `tau_end`; the scale of
-    the logits grows from `scale_start` by `scale_growth` a step, not above `scale_end`. The
-    defaults are the papers', whose ends are reached after about 10,000 steps. A run of fewer stays
-    soft: ends that are squeezed into it freeze the router before it has learned anything.
+    """The temperature step by step, whatever the length of the run. tau falls from `tau_start` by
+    the factor `tau_decay` a step, not below `tau_end`; the scale of the logits grows from
+    `scale_start` by `scale_growth` a step, not above `scale_end`. The defaults are the papers',
+    whose ends are reached after about 10,000 steps. A run of fewer stays soft: ends that are
+    squeezed into it freeze the router before it has learned anything.
     """
 
     tau_start: float = 1.0
