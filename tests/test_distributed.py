@@ -72,6 +72,7 @@ def torchrun(*arguments) -> str:
     return done.stdout
 
 
+@pytest.mark.long
 def test_states_load_on_another_number_of_ranks(run_folder, short):
     """From two ranks to one, and back to two from the command line, which ends the run."""
     torch.set_num_threads(1)
