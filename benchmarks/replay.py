@@ -109,7 +109,7 @@ def solve(
 ) -> dict[str, list[Generation]]:
     """What the family itself makes of the evaluation's first test problems of each task."""
     settings = evaluation["settings"]
-    family = load(evaluation["elastic"], settings["dtype"])
+    family = load(evaluation["elastic"], settings["dtype"], "cpu")
     counts = (
         DEFAULT_PROBLEMS if settings[name] is None else settings[name]
         for name in ("num_validation", "num_test")

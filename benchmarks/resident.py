@@ -160,7 +160,7 @@ def hold(holder: str, folder: Path, wait: bool) -> dict:
     if holder == "slices":
         held = {name: load_parent(folder / name)[0] for name in SHARES}
     elif holder == "family":
-        held = load(folder / "elastic")
+        held = load(folder / "elastic", "float32", "cpu")
     else:
         parent, config = load_parent(folder / "elastic")
         held = {"parent": parent}
@@ -261,7 +261,7 @@ def measure_together(folder: Path) -> dict:
 
 def compare_sizes(folder: Path, rounds: int, steps: int) -> dict:
     """Every size against its saved slice: times, and how far outputs are apart."""
-    family = load(folder / "elastic")
+    family = load(folder / "elastic", "float32", "cpu")
     result = {}
     for name in family:
         models = {

@@ -586,29 +586,47 @@ def evaluate(
         str, typer.Option(help="Shares of tokens that the larger of two sizes writes, or none.")
     ] = "0.1,0.25,0.5",
     data: Annotated[
-        Path | None, typer.Option(help='Your own problems: JSONL rows {"prompt", "answer"}.')
+        Path | None,
+        typer.Option(help='Your own problems: JSONL rows {"prompt": ..., "answer": ...}.'),
+    ] = None,
+    match: Annotated[
+        str | None,
+        typer.Option(
+            help="When an answer to --data is right. auto (the default): a number must equal the "
+            "last number of the reply, a text must be the whole reply. Or for all: exact (the "
+            "whole reply), last-number, contains (anywhere, as whole words, in upper or lower "
+            "case), regex:PATTERN (what the pattern's group finds last). The bundled tasks have "
+            "their own check: the whole reply. A reply is what follows the trace; white space "
+            "around it does not count."
+        ),
     ] = None,
     batch_size: Annotated[int, typer.Option(help="Sequences at once.", min=1)] = 64,
     switch: Annotated[str, typer.Option(help="catch-up, reprefill or hand-over.")] = "catch-up",
     max_new_tokens: Annotated[int, typer.Option(help="Tokens per problem in all.", min=1)] = 256,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+    device: Annotated[str, typer.Option(help="cpu or cuda (default: cuda where it is).")] = "",
     seed: Annotated[int, typer.Option(help="Seed of the problems and the intervals.")] = 0,
     as_json: AsJson = False,
 ) -> None:
-    """What elastic budget control gives against the largest size alone: all plans, compared."""
+    """What elastic budget control gives against the largest size alone: all plans, compared.
+
+    Plans with thinking are tried where the chat template opens a trace; otherwise every size
+    answers at once. DIR gets evaluation.json and answers.jsonl, what every plan wrote.
+    """
     import torch
 
     from star_elastic.evaluate.grid import parse_budgets, parse_dials
     from star_elastic.evaluate.run import RESULT, Settings, evaluate_family
-    from star_elastic.evaluate.tables import evaluation_tables
+    from star_elastic.evaluate.tables import evaluation_notes, evaluation_tables
 
     options: dict[str, Any] = {
         "sizes": tuple(size.strip() for size in sizes.split(",") if size.strip()),
         "budgets": parse_budgets(budgets) if budgets else None,
         "dials": parse_dials(dials),
-        "data": data, "num_validation": validation, "num_test": problems, "switch": switch,
-        "batch_size": batch_size, "max_new_tokens": max_new_tokens, "dtype": dtype, "seed": seed,
-        "device": "cuda" if torch.cuda.is_available() else "cpu",
+        "data": data, "match": match, "num_validation": validation, "num_test": problems,
+        "switch": switch, "batch_size": batch_size, "max_new_tokens": max_new_tokens,
+        "dtype": dtype, "seed": seed,
+        "device": device or ("cuda" if torch.cuda.is_available() else "cpu"),
     }  # fmt: skip
     settings = Settings(**options)
     command = shlex.join(["star-elastic", *sys.argv[1:]])
@@ -618,8 +636,10 @@ def evaluate(
         print_json(result)
         return
     for table in evaluation_tables(result):
-        print_table(table.title, table.columns, table.rows)
-    print(f"{out / RESULT}; as a page: star-elastic report {out}")
+        print_table(table.title, table.columns, table.rows, text=table.num_text)
+    for line in evaluation_notes(result):
+        print(line)
+    print(f"{out / RESULT}; as a page: star-elastic report {shlex.quote(str(out))}")
 
 
 @app.command()

@@ -157,7 +157,7 @@ def run_recipe(recipe: Recipe, out: str | Path, progress: Progress | None = None
             train(run_config(recipe, rows_file, run), resume=has_state(run), progress=progress)
         except Interrupted:
             raise Interrupted(f"stopped; the same command goes on where {run} stands") from None
-    family = load(elastic)
+    family = load(elastic, "float32", "cpu")
     cut_slices(family, out / "slices", progress)
     problems = sample_problems(TASKS, "test", recipe.problems_per_task, recipe.seed)
     generator = PhasedGenerator(
@@ -327,7 +327,7 @@ def make_report(
             "flops_per_token": counted.flops_per_token,
             "budget_shares": {m: counted.metric(m) / full.metric(m) for m in size.budgets},
             "accuracy": by_label[name].accuracy,
-            "standard_error": by_label[name].standard_error,
+            "interval": by_label[name].interval,
             "share_of_parent": by_label[name].accuracy / max(parent.accuracy, 1e-9),
             "untrained_accuracy": untrained.accuracy if untrained else None,
             "kl_to_parent": divergence_from_parent(generator, name, solved),
@@ -353,7 +353,7 @@ def make_report(
         },
         "parent": {
             "accuracy": parent.accuracy,
-            "standard_error": parent.standard_error,
+            "interval": parent.interval,
             "total": full.total,
             "active": full.active,
         },

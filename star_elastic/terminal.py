@@ -19,6 +19,7 @@ from rich.table import Table
 
 from star_elastic.bars import Bars
 from star_elastic.errors import Interrupted, StarElasticError
+from star_elastic.evaluate.findings import with_interval
 from star_elastic.generate.phases import THINKING, Generation, Token
 
 
@@ -59,7 +60,7 @@ def show_report(report: Mapping[str, Any]) -> None:
     parent = report["parent"]
     rows = [
         ["parent", millions(parent["active"]), millions(parent["total"]), "", "",
-         f"{parent['accuracy']:.1%} ± {parent['standard_error']:.1%}", "", ""]
+         with_interval(parent), "", ""]
     ]  # fmt: skip
     for name, size in report["sizes"].items():
         untrained = size["untrained_accuracy"]
@@ -69,12 +70,12 @@ def show_report(report: Mapping[str, Any]) -> None:
             f"{millions(size['total'])} {size['total_share']:.1%}",
             f"{size['budget_miss']:.2%}",
             f"{size['kl_to_parent']:.4f}",
-            f"{size['accuracy']:.1%} ± {size['standard_error']:.1%}",
+            with_interval(size),
             f"{size['share_of_parent']:.1%}",
             "" if untrained is None else f"{untrained:.1%}",
         ])  # fmt: skip
-    columns = ["size", "active params", "total params", "off budget", "KL", "accuracy",
-               "of parent", "untrained"]  # fmt: skip
+    columns = ["size", "active params", "total params", "off budget", "KL",
+               "accuracy (95%)", "of parent", "untrained"]  # fmt: skip
     print_table("Sizes: thinking, held-out problems", columns, rows)
     plans = [
         [e["label"], f"{e['accuracy']:.1%}", f"{1e3 * e['seconds']:.1f}",

@@ -91,7 +91,8 @@ def generator(problems):
 def test_what_was_learnt_is_scored_right(generator, problems):
     result = evaluate_plan(generator, problems, think_and_answer("trained", "trained"))
     assert result.per_task == {"sort": 1.0, "modulo": 1.0}
-    assert (result.accuracy, result.standard_error, result.cut_share) == (1.0, 0.0, 0.0)
+    assert (result.accuracy, result.cut_share, result.no_answer_share) == (1.0, 0.0, 0.0)
+    assert result.interval == (pytest.approx(4 / (4 + 1.959964**2)), 1.0)
     count = [len(generator.tags.encode("\n".join(p.steps) + "\n")) for p in problems]
     assert result.thinking_tokens == sum(count) / len(count)
     assert result.seconds > 0
@@ -131,13 +132,13 @@ def test_cut_traces_are_scored_by_themselves(generator, problems):
     assert (found.cut_share, found.cut_accuracy) == (0.75, pytest.approx(1 / 3))
 
 
-def test_standard_error_is_that_of_the_mean_over_tasks(generator, problems):
+def test_an_interval_is_that_of_the_mean_over_tasks(generator, problems):
     """One of two right in one task, both right in the other."""
     wrong = [problems[0], *sample_problems(["sort"], "test", 1, 0), *problems[2:]]
     result = evaluate_plan(generator, wrong, think_and_answer("trained", "trained"))
     assert result.per_task == {"sort": 0.5, "modulo": 1.0}
     assert result.accuracy == 0.75
-    assert result.standard_error == pytest.approx((0.25 / 2) ** 0.5 / 2)
+    assert result.interval == (pytest.approx(0.3006, abs=1e-4), pytest.approx(0.9544, abs=1e-4))
 
 
 @pytest.mark.parametrize(("think", "answer"), [("hybrid", "hybrid"), ("hybrid", "trained")])
@@ -219,7 +220,7 @@ def make_evaluation(label: str, seconds: float, accuracy: float) -> Evaluation:
         thinking_budget=None,
         num_problems=10,
         accuracy=accuracy,
-        standard_error=0.02,
+        interval=(accuracy / 2, (1 + accuracy) / 2),
         per_task={"sort": accuracy},
         thinking_tokens=10.0,
         answer_tokens=3.0,

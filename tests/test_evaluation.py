@@ -19,6 +19,8 @@ from star_elastic.errors import ConfigError, Interrupted
 from star_elastic.evaluate import run as evaluation_run
 from star_elastic.evaluate import tasks
 from star_elastic.evaluate.accuracy import evaluate_plan
+from star_elastic.evaluate.budgets import natural_budgets
+from star_elastic.evaluate.matching import parse_match
 from star_elastic.evaluate.problems import bundled_problems, read_problems
 from star_elastic.evaluate.report import load_result, make_page, write_report
 from star_elastic.evaluate.reuse import _compare, study_reuse
@@ -130,7 +132,8 @@ def test_everything_is_there_and_agrees(elastic, evaluated, settings, data):
         )),
     ):  # fmt: skip
         for split in ("validation", "test"):
-            alone = evaluate_plan(family.generator, splits[split], plan).to_json()
+            match = parse_match("auto")
+            alone = evaluate_plan(family.generator, splits[split], plan, match=match).to_json()
             found = {**plans[label][split], "label": alone["label"]}
             assert without_time(found) == without_time(alone)
     assert 0 < plans[LARGE]["test"]["accuracy"] < 1
@@ -195,7 +198,8 @@ def test_natural_traces_give_budgets(elastic, data, tmp_path):
     settings = replace(SETTINGS, data=data, budgets=None, dials=(), max_new_tokens=100)
     splits = read_problems(data)
     kept = SimpleNamespace(settings={})
-    run = evaluation_run._Run(family, tuple(family), splits, settings, kept, Silent())
+    match = parse_match("auto")
+    run = evaluation_run._Run(family, tuple(family), splits, match, True, settings, kept, Silent())
     found = run.calibrate()
     lengths = sorted(
         generation.phases[0].tokens
@@ -208,8 +212,8 @@ def test_natural_traces_give_budgets(elastic, data, tmp_path):
     cuts = found["budgets"][:-1]
     assert cuts and all(lengths[0] <= cut <= lengths[-1] for cut in cuts)
     run.grid(found["budgets"], {})
-    assert run._budgets([0, 0, 5000]) == [75 - 32, None]
-    assert run._budgets([0, 0, 0]) == [None]
+    assert natural_budgets([0, 0, 5000], 100) == [75 - 32, None]
+    assert natural_budgets([0, 0, 0], 100) == [None]
 
 
 def test_a_family_that_knows_the_bundled_tasks_needs_no_data(tmp_path):
@@ -266,7 +270,9 @@ def test_rows_fall_into_a_split_by_their_prompt(tmp_path, monkeypatch):
             '{"prompt": "2+2", "answer": "4"}\n{"prompt": " ", "answer": "4"}\n',
             "line 2 has no prompt",
         ),
-        ('{"prompt": "2+2", "answer": 4}\n', "line 1 has no answer"),
+        ('{"prompt": "2+2", "answer": true}\n', "line 1 has no answer"),
+        ('{"prompt": 4, "answer": 4}\n', "line 1 has no prompt"),
+        ('{"prompt": "2+2", "answer": NaN}\n', "line 1 has no answer"),
         ('{"prompt": "2+2", "answer": "4", "task": 3}\n', "line 1 has a task that is no text"),
         ('{"prompt": "2", "answer": "4"}\n{"prompt": "2", "answer": "5"}', "line 2 has another"),
         ('{"prompt": "2+2", "answer": "4"}\n', "none falls into the"),
@@ -387,7 +393,7 @@ def test_the_page_stands_alone_and_escapes_everything(evaluated):
     assert not re.search(r"http|@import|url\(|javascript:", text)
     assert {"svg", "table", "details", "title"} <= page.tags
     assert "prefers-color-scheme: dark" in text and "width=device-width" in text
-    assert shown.count("Operations, at equal accuracy") == 1
+    assert shown.lower().count("operations at equal accuracy") == 2  # a card and a column
     for plan in load_result(evaluated)["plans"]:
         assert plan["label"] in page.text
 

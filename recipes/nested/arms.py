@@ -68,7 +68,6 @@ class Outcome:
     widths: Widths
     active: float
     accuracy: float
-    standard_error: float
     kl: float
     tokens: int
     flops: float
@@ -202,10 +201,10 @@ class Lab:
             Outcome(
                 arm=arm, size=name, widths=trainer.committed[name].widths, kl=kl,
                 active=self.active(trainer.committed[name].widths),
-                accuracy=accuracy, standard_error=error, tokens=trainer.tokens, flops=flops,
+                accuracy=accuracy, tokens=trainer.tokens, flops=flops,
                 seconds=seconds, curve=curves[name],
             )
-            for name, (accuracy, error, kl) in measured.items()
+            for name, (accuracy, kl) in measured.items()
         ]  # fmt: skip
 
     def active(self, widths: Widths) -> float:
@@ -225,15 +224,15 @@ class Lab:
         ]
         return num_tokens * (full + 3 * sum(each))
 
-    def measure(self, trainer: Trainer) -> dict[str, tuple[float, float, float]]:
-        """Accuracy with thinking, its standard error, and KL to the parent of every size."""
+    def measure(self, trainer: Trainer) -> dict[str, tuple[float, float]]:
+        """Accuracy with thinking, and KL to the parent, of every size."""
         generator = self._generator(trainer)
         found = {}
         for name in trainer.names:
             plan = think_and_answer(name, name, max_new_tokens=self._max_new_tokens)
             result = evaluate_plan(generator, self.problems, plan, batch_size=200)
             kl = divergence_from_parent(generator, name, self.watched)
-            found[name] = (result.accuracy, result.standard_error, kl)
+            found[name] = (result.accuracy, kl)
         return found
 
     def divergences(self, trainer: Trainer, problems: Sequence[Problem]) -> dict[str, float]:

@@ -72,11 +72,11 @@ def arms(lab: Lab, options: argparse.Namespace) -> list[Outcome]:
             for o in lab.run("scratch T", trainer)
         ]
     untrained = lab.trainer(lab.student(), SIZES, learning, widths=widths)
-    for name, (accuracy, error, kl) in lab.measure(untrained).items():
+    for name, (accuracy, kl) in lab.measure(untrained).items():
         outcomes.append(Outcome(
             arm="untrained", size=name, widths=widths[name], accuracy=accuracy,
             active=lab.active(widths[name]),
-            standard_error=error, kl=kl, tokens=0, flops=0, seconds=0,
+            kl=kl, tokens=0, flops=0, seconds=0,
         ))  # fmt: skip
     return outcomes
 

@@ -202,7 +202,7 @@ class Lab:
     def measure(self, path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         """Accuracy, KL to the parent and bytes of every size."""
         options = self.options
-        family = load(path)
+        family = load(path, "float32", "cpu")
         parent, _ = load_parent(bundled_parent())
         models = {PARENT: parent, **{name: family[name] for name in family}}
         generator = PhasedGenerator(models, family.tokenizer, family.table.end_of_thinking)
@@ -220,7 +220,6 @@ class Lab:
                 {
                     "widths": str(size.widths),
                     "accuracy": result.accuracy,
-                    "standard_error": result.standard_error,
                     "per_task": dict(result.per_task),
                     "kl": divergence_from_parent(generator, name, watched),
                     "bytes": sum(file.stat().st_size for file in cut.glob("*.safetensors")),

@@ -21,7 +21,9 @@ from transformers import PreTrainedModel
 from star_elastic.axes import AxisMap
 from star_elastic.cost import Cost, CostModel, Workload
 from star_elastic.errors import ConfigError
-from star_elastic.evaluate.tasks import Problem, is_correct
+from star_elastic.evaluate.matching import BY_TASK, Match
+from star_elastic.evaluate.tasks import Problem
+from star_elastic.evaluate.wilson import effective_count, wilson_interval
 from star_elastic.families import family_of
 from star_elastic.generate.family import ElasticFamily
 from star_elastic.generate.phased import DEFAULT_BATCH_SIZE, PhasedGenerator
@@ -29,6 +31,8 @@ from star_elastic.generate.phases import ANSWERING, THINKING, ByDifficulty, Gene
 from star_elastic.widths import Widths
 
 CUT = ("cut", "cut_at_newline", "length")
+MAX_TEXT, LEFT_OUT = 1_000, " [...] "
+"""Characters that are kept of a text, and what stands for its middle where it is longer."""
 
 Kind = Literal["single", "pair", "policy"]
 """One size alone; one thinks and another answers; two share the work by difficulty."""
@@ -38,13 +42,16 @@ Kind = Literal["single", "pair", "policy"]
 class Outcome:
     """One problem as one plan solved it, counted as in `Evaluation`.
 
+    `text` is all that was written, its middle left out where it is longer than `MAX_TEXT`;
+    `extracted` what the matching rule took for the answer (None: it found none).
     `tokens_by_size` says who wrote what. `decoded_bytes` are the weights that the `decode_steps`
     tokens read one by one need; `weight_bytes` all that a batch of one must fetch from memory at
     the least: the same, and a token's weights for every stretch read at once.
     """
 
     is_right: bool
-    answer: str
+    extracted: str | None
+    text: str
     thinking_tokens: int
     answer_tokens: int
     tokens_by_size: Mapping[str, int]
@@ -59,9 +66,10 @@ class Outcome:
 class Evaluation:
     """What one plan reached on a set of problems. Means are per problem.
 
-    `accuracy` is the mean over tasks of the share of right answers, `standard_error` that of this
-    mean by the problems drawn. `cut_share` is the share of problems whose trace the model did not
-    end itself, `cut_accuracy` that of right answers among them (None: there are none). `seconds` is
+    `accuracy` is the mean over tasks of the share of right answers, `interval` its 95 % interval
+    (Wilson's), `no_answer_share` the share of problems in whose reply the matching rule found no
+    answer. `cut_share` is the share of problems whose trace the model did not end itself,
+    `cut_accuracy` that of right answers among them (None: there are none). `seconds` is
     wall time of batched generation; `flops` counts every token that a size read, with attention at
     its own context, and the LM head where a token is predicted (once for a text that is read at
     once); `bytes_per_token` the weights that a decoded token reads at batch 1 (embedding rows
@@ -74,7 +82,7 @@ class Evaluation:
     thinking_budget: int | None
     num_problems: int
     accuracy: float
-    standard_error: float
+    interval: tuple[float, float]
     per_task: Mapping[str, float]
     thinking_tokens: float
     answer_tokens: float
@@ -85,6 +93,7 @@ class Evaluation:
     bytes_per_token: float
     weight_bytes: float = 0.0
     cut_accuracy: float | None = None
+    no_answer_share: float = 0.0
     by_difficulty: bool = False
 
     @property
@@ -96,7 +105,7 @@ class Evaluation:
 
     def to_json(self) -> dict[str, Any]:
         """Everything as plain JSON data."""
-        return asdict(self)
+        return {**asdict(self), "interval": list(self.interval)}
 
 
 class SizeCost:
@@ -163,13 +172,14 @@ def evaluate_plan(
     problems: Sequence[Problem],
     plan: Plan,
     *,
+    match: Match = BY_TASK,
     temperature: float = 0.0,
     seed: int = 0,
     batch_size: int = DEFAULT_BATCH_SIZE,
 ) -> Evaluation:
     """Solves the problems by one plan. Raises what `PhasedGenerator.generate` raises."""
     options = {"temperature": temperature, "seed": seed, "batch_size": batch_size}
-    outcomes, seconds = solve(generator, problems, plan, **options)
+    outcomes, seconds = solve(generator, problems, plan, match=match, **options)
     return summarise(plan, problems, outcomes, seconds, batch_size)
 
 
@@ -178,11 +188,12 @@ def solve(
     problems: Sequence[Problem],
     plan: Plan,
     *,
+    match: Match = BY_TASK,
     temperature: float = 0.0,
     seed: int = 0,
     batch_size: int = DEFAULT_BATCH_SIZE,
 ) -> tuple[list[Outcome], float]:
-    """What became of every problem, and the wall seconds of all together."""
+    """What became of every problem by a matching rule, and the wall seconds of all together."""
     if not problems:
         raise ConfigError("there is no problem to evaluate; draw at least one")
     prompts = [problem.question for problem in problems]
@@ -194,17 +205,21 @@ def solve(
     seconds = time.perf_counter() - start
     costs = {size: SizeCost.of(generator.models, size) for size in plan.sizes}
     solved = zip(problems, generations, strict=True)
-    return [_outcome(problem, generation, costs) for problem, generation in solved], seconds
+    return [_outcome(*each, match, costs) for each in solved], seconds
 
 
-def _outcome(problem: Problem, generation: Generation, costs: Mapping[str, SizeCost]) -> Outcome:
+def _outcome(
+    problem: Problem, generation: Generation, match: Match, costs: Mapping[str, SizeCost]
+) -> Outcome:
+    verdict = match.judge(problem, generation.answer)
     by_size: Counter[str] = Counter()
     for phase in generation.phases:
         by_size.update(phase.by_size)
     work = count_work(generation, costs)
     return Outcome(
-        is_right=is_correct(problem, generation.answer),
-        answer=generation.answer,
+        is_right=verdict.is_right,
+        extracted=verdict.extracted,
+        text=_shorten(generation.text),
         thinking_tokens=_num_tokens(generation, THINKING),
         answer_tokens=_num_tokens(generation, ANSWERING),
         tokens_by_size=dict(by_size),
@@ -214,6 +229,14 @@ def _outcome(problem: Problem, generation: Generation, costs: Mapping[str, SizeC
         decoded_bytes=work.decoded_bytes,
         weight_bytes=work.weight_bytes,
     )
+
+
+def _shorten(text: str) -> str:
+    """A text of at most `MAX_TEXT` characters: its beginning and its end."""
+    if len(text) <= MAX_TEXT:
+        return text
+    half = (MAX_TEXT - len(LEFT_OUT)) // 2
+    return text[:half] + LEFT_OUT + text[-half:]
 
 
 def summarise(
@@ -245,6 +268,7 @@ def summarise(
         bytes_per_token=mean("decoded_bytes") / max(mean("decode_steps"), 1 / len(problems)),
         weight_bytes=mean("weight_bytes"),
         cut_accuracy=sum(after_cut) / len(after_cut) if after_cut else None,
+        no_answer_share=sum(o.extracted is None for o in outcomes) / len(outcomes),
         by_difficulty=any(isinstance(phase.size, ByDifficulty) for phase in plan.phases),
     )
 
@@ -256,16 +280,17 @@ def _warm_up(model: PreTrainedModel) -> None:
 
 
 def _score(problems: Sequence[Problem], outcomes: Sequence[Outcome]) -> dict[str, Any]:
-    """Accuracy per task, its mean over tasks, and the standard error of that mean."""
+    """Accuracy per task, its mean over tasks, and the interval of that mean."""
     right: dict[str, list[bool]] = defaultdict(list)
     for problem, outcome in zip(problems, outcomes, strict=True):
         right[problem.task].append(outcome.is_right)
     per_task = {task: sum(marks) / len(marks) for task, marks in right.items()}
-    variance = sum(p * (1 - p) / len(right[task]) for task, p in per_task.items())
+    accuracy = sum(per_task.values()) / len(per_task)
+    count = effective_count([len(marks) for marks in right.values()])
     return {
         "per_task": per_task,
-        "accuracy": sum(per_task.values()) / len(per_task),
-        "standard_error": math.sqrt(variance) / len(per_task),
+        "accuracy": accuracy,
+        "interval": wilson_interval(accuracy, count),
     }
 
 

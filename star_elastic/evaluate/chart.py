@@ -19,11 +19,12 @@ LOG_RATIO = 4
 
 @dataclass(frozen=True, slots=True)
 class Point:
-    """One plan: cost, accuracy and its standard error (both shares), and what it is."""
+    """One plan: cost, accuracy and the ends of its interval (all shares), and what it is."""
 
     x: float
     y: float
-    error: float
+    low: float
+    high: float
     kind: Kind
     label: str
 
@@ -104,8 +105,7 @@ def _frame_of(points: Sequence[Point]) -> Frame:
     else:
         margin = 0.06 * (max(costs) - min(costs)) or 0.1 * max(costs) or 1.0
         x_range = min(costs) - margin, max(costs) + margin
-    low = min(point.y - point.error for point in points)
-    high = max(point.y + point.error for point in points)
+    low, high = min(point.low for point in points), max(point.high for point in points)
     margin = max(0.05 * (high - low), 0.01)
     return Frame(560, 400, x_range, (low - margin, high + margin), log)
 
@@ -204,8 +204,9 @@ SHAPES: dict[Kind, Callable[[float, float], str]] = {
 
 def _marker(frame: Frame, point: Point) -> str:
     x, y = frame.x(point.x), frame.y(point.y)
-    high, low = frame.y(point.y + point.error), frame.y(point.y - point.error)
-    told = f"{point.label}: {point.y:.1%} ± {point.error:.1%} at {point.x:,.4g}"
+    high, low = frame.y(point.high), frame.y(point.low)
+    told = f"{point.label}: {point.y:.1%} ({100 * point.low:.1f} to {100 * point.high:.1f})"
+    told += f" at {point.x:,.4g}"
     return (
         f'<g class="{point.kind}"><title>{escape(told)}</title>'
         f'<path class="bar" d="M{x:.1f} {high:.1f}V{low:.1f}"/>{SHAPES[point.kind](x, y)}</g>'
@@ -240,7 +241,7 @@ def _labels(frame: Frame, points: Sequence[Point], labels: Sequence[str]) -> lis
     taken: list[Box] = []
     for point in points:
         x, y = frame.x(point.x), frame.y(point.y)
-        high, low = frame.y(point.y + point.error), frame.y(point.y - point.error)
+        high, low = frame.y(point.high), frame.y(point.low)
         taken += [(x - 6, y - 6, x + 6, y + 6), (x - 1, high, x + 1, low)]
     by_label = {point.label: point for point in points}
     written = []

@@ -45,6 +45,12 @@ class Text:
     turns: frozenset[int]
     num_trace: int
 
+    @property
+    def trace(self) -> tuple[int, ...]:
+        """The ids of the trace."""
+        start = min(self.turns)
+        return self.ids[start : start + self.num_trace]
+
 
 @dataclass(frozen=True, slots=True)
 class Readings:
@@ -155,14 +161,16 @@ def write_texts(
     size: str,
     *,
     max_new_tokens: int,
+    thinks: bool = True,
     batch_size: int = DEFAULT_BATCH_SIZE,
 ) -> list[Text]:
-    """Greedy traces and answers of one size, which ends its traces itself."""
-    plan = think_and_answer(size, size, max_new_tokens=max_new_tokens)
+    """Greedy traces (ended by the size itself; none without `thinks`) and answers of one size."""
+    tokens = None if thinks else 0
+    plan = think_and_answer(size, size, thinking_budget=tokens, max_new_tokens=max_new_tokens)
     prompts = [problem.question for problem in problems]
     generations = generator.generate(prompts, plan, batch_size=batch_size)
     return [
-        _text(generator.tags.encode_prompt(prompt, thinking=True).ids, generation)
+        _text(generator.tags.encode_prompt(prompt, thinking=thinks).ids, generation)
         for prompt, generation in zip(prompts, generations, strict=True)
     ]
 

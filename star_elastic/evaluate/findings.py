@@ -6,9 +6,11 @@ the difference excludes zero, equal if it excludes a loss of more than `TOLERANC
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
+
+NO_BUDGET = "none"
 
 Tone = Literal["gain", "none", "loss"]
 Data = Mapping[str, Any]
@@ -52,6 +54,13 @@ def judge(comparison: Data) -> Finding:
     if chosen == comparison["reference"]:
         text = f"Nothing was better than {chosen} itself on the validation problems: no gain."
         return Finding("none", "no gain", text)
+    if comparison["test"]["accuracy"] == comparison["test"]["reference_accuracy"] == 0:
+        return Finding(
+            "none",
+            "none right",
+            f"Neither {chosen} nor {comparison['reference']} has one test problem right: there is "
+            "nothing to compare.",
+        )
     if question == "equal accuracy":
         return _judge_saving(comparison)
     return _judge_accuracy(comparison)
@@ -123,6 +132,28 @@ def headline(result: Data, question: str, group: str, cost: str) -> Data | None:
 def percent(share: float) -> str:
     """`99.5%`."""
     return f"{share:.1%}"
+
+
+def with_interval(measured: Data) -> str:
+    """`99.4% (98.3 to 99.8)`: an `accuracy` with its `interval`."""
+    low, high = measured["interval"]
+    return f"{percent(measured['accuracy'])} ({100 * low:.1f} to {100 * high:.1f})"
+
+
+def listed(names: Iterable[str]) -> str:
+    """`a, b and c`."""
+    *first, last = names
+    return f"{', '.join(first)} and {last}" if first else last
+
+
+def budget_names(budgets: Iterable[int | None]) -> str:
+    """`16, 32 and none`."""
+    return listed(NO_BUDGET if budget is None else str(budget) for budget in budgets)
+
+
+def counted(number: int, noun: str) -> str:
+    """`1 way`, `1,200 ways`."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def times(ratio: float) -> str:

@@ -10,15 +10,14 @@ from typing import Any
 
 from star_elastic.errors import BudgetError, ConfigError
 from star_elastic.evaluate.accuracy import Kind
-from star_elastic.evaluate.difficulty import Dial
+from star_elastic.evaluate.difficulty import ALWAYS_SMALL, Dial
+from star_elastic.evaluate.findings import NO_BUDGET
 from star_elastic.generate.phases import (
     ByDifficulty,
     Plan,
     Switch,
     think_and_answer,
 )
-
-NO_BUDGET = "none"
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,26 +49,37 @@ def make_grid(
     *,
     max_new_tokens: int,
     switch: Switch = "catch-up",
+    thinks: bool = True,
 ) -> list[Entry]:
     """All plans of `sizes` (from the largest), each under its own label, the largest alone first.
 
-    `dials` holds the positions to try for each (small, large) pair. A pair with a budget of 0 would
-    be its answering size alone, and is left out. Raises ConfigError and BudgetError for plans that
-    cannot be.
+    `dials` holds the positions to try for each (small, large) pair. What would be another plan once
+    more is left out: a pair with a budget of 0 (its answering size alone), a dial at which the
+    small size writes everything, one with the threshold of another. Where no trace is opened
+    (`thinks`), `budgets` is (None,), every plan answers at once, and there are no pairs. Raises
+    ConfigError and BudgetError for plans that cannot be.
     """
+    assert thinks or tuple(budgets) == (None,), budgets
     options = {"max_new_tokens": max_new_tokens, "switch": switch}
     entries: list[Entry] = []
     taken: set[str] = set()
+    plans: set[Plan] = set()
     for label, kind, names, budget, dial in _describe(sizes, budgets, dials):
-        # Names of sizes may hold anything, and so may look like a label of others.
-        label = next(own for own in _variants(label) if own not in taken)
-        taken.add(label)
+        if (not thinks and kind == "pair") or (dial and dial.threshold == ALWAYS_SMALL):
+            continue
         think, answer = names[0], names[-1]
         if dial:
             think = answer = ByDifficulty(
                 small=names[0], large=names[1], threshold=dial.threshold, look=dial.look
             )
-        plan = think_and_answer(think, answer, thinking_budget=budget, **options)
+        tokens = budget if thinks else 0
+        plan = think_and_answer(think, answer, thinking_budget=tokens, **options)
+        if plan in plans:
+            continue
+        plans.add(plan)
+        # Names of sizes may hold anything, and so may look like a label of others.
+        label = next(own for own in _variants(label) if own not in taken)
+        taken.add(label)
         entries.append(Entry(label, kind, names, budget, dial, plan))
     return entries
 

@@ -128,7 +128,7 @@ def _draw_panel(
             panel.errorbar(
                 [points[i][0] for i in chosen],
                 [points[i][1] for i in chosen],
-                yerr=[100 * results[i].standard_error for i in chosen],
+                yerr=list(zip(*(_reach(results[i]) for i in chosen), strict=True)),
                 fmt=marker,
                 color=colour,
                 ecolor=colour,
@@ -144,6 +144,12 @@ def _draw_panel(
         panel.xaxis.set_minor_formatter(NullFormatter())
     panel.margins(x=0.14, y=0.1)
     panel.grid(alpha=0.25)
+
+
+def _reach(result: Evaluation) -> tuple[float, float]:
+    """How far the interval of an accuracy reaches down and up, in points."""
+    low, high = result.interval
+    return max(100 * (result.accuracy - low), 0.0), max(100 * (high - result.accuracy), 0.0)
 
 
 def _reference_front(
@@ -170,7 +176,7 @@ def _place_labels(
     """
     points = [(x, 100 * r.accuracy) for x, r in zip(costs, results, strict=True)]
     front = pareto_front(points)
-    taken = _obstacles(panel, points, [100 * r.standard_error for r in results], front)
+    taken = _obstacles(panel, points, [_reach(result) for result in results], front)
     frame = panel.get_window_extent(renderer)
     alone = _reference_front(results, points, reference)
     others = range(len(results)) if len(results) <= MAX_LABELLED else ()
@@ -207,14 +213,14 @@ def _place_labels(
 def _obstacles(
     panel: Axes,
     points: Sequence[tuple[float, float]],
-    errors: Sequence[float],
+    reaches: Sequence[tuple[float, float]],
     front: Sequence[int],
 ) -> list[Bbox]:
     """What labels must not hide, in pixels: markers, error bars, the steps of the front."""
     boxes = []
-    for (x, y), error in zip(points, errors, strict=True):
+    for (x, y), (below, above) in zip(points, reaches, strict=True):
         boxes.append(_box(panel, (x, y), (x, y), margin=5))
-        boxes.append(_box(panel, (x, y - error), (x, y + error), margin=1))
+        boxes.append(_box(panel, (x, y - below), (x, y + above), margin=1))
     for (x0, y0), (x1, y1) in pairwise(points[i] for i in front):
         boxes.append(_box(panel, (x0, y0), (x1, y0), margin=1))
         boxes.append(_box(panel, (x1, y0), (x1, y1), margin=1))

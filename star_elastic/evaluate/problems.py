@@ -7,6 +7,8 @@ prompt, so that a prompt is in the same split in every file and every run.
 from __future__ import annotations
 
 import hashlib
+import json
+import math
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -66,8 +68,9 @@ def read_problems(
 ) -> Splits:
     """Rows `{"prompt": ..., "answer": ...}` of a JSONL file, the first so many of each task.
 
-    A row may name its `task`; accuracies are means over tasks. Raises ConfigError for a file that
-    gives no problems, CheckpointError for a line that is no JSON.
+    An answer is a text or a number. A row may name its `task`; accuracies are means over tasks.
+    Raises ConfigError for a file that gives no problems, CheckpointError for a line that is no
+    JSON.
     """
     file = Path(file)
     if not file.is_file():
@@ -102,16 +105,19 @@ def read_problems(
 
 
 def _problem(row: Mapping[str, Any], task: str, where: Any, number: int) -> Problem:
-    for field in ("prompt", "answer"):
-        value = row.get(field)
+    prompt, answer = row.get("prompt"), row.get("answer")
+    if isinstance(answer, (int, float)) and not isinstance(answer, bool) and math.isfinite(answer):
+        answer = json.dumps(answer)
+    for field, value in (("prompt", prompt), ("answer", answer)):
         if not isinstance(value, str) or not value.strip():
             raise ConfigError(
-                f"{where(number)} has no {field}; each row needs a prompt and an answer, both text"
+                f"{where(number)} has no {field}; each row needs a prompt, a text, and an answer, "
+                "a text or a number"
             )
     task = row.get("task", task)
     if not isinstance(task, str):
         raise ConfigError(f"{where(number)} has a task that is no text; name it by one, or by none")
-    return Problem(task, row["prompt"].strip(), (), row["answer"].strip())
+    return Problem(task, str(prompt).strip(), (), str(answer).strip())
 
 
 def _percent(problem: Problem) -> int:

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 
 from star_elastic.evaluate.bootstrap import Interval, PairedBootstrap
-from star_elastic.evaluate.tasks import Problem, is_correct
+from star_elastic.evaluate.matching import BY_TASK, Match
+from star_elastic.evaluate.tasks import Problem
 from star_elastic.generate.caches import ATTENTION, MAMBA, HandOver, RowCache
 from star_elastic.generate.decode import BatchDecoder, pads_exactly
 from star_elastic.generate.family import ElasticFamily
@@ -73,6 +74,7 @@ def study_reuse(
     *,
     budget: int | None = None,
     max_new_tokens: int,
+    match: Match = BY_TASK,
     batch_size: int = DEFAULT_BATCH_SIZE,
     seed: int = 0,
 ) -> Reuse:
@@ -96,7 +98,7 @@ def study_reuse(
         for switch in ("reprefill", "hand-over")
     )
     right = [
-        [is_correct(problem, g.answer) for problem, g in zip(problems, generations, strict=True)]
+        [match.judge(p, g.answer).is_right for p, g in zip(problems, generations, strict=True)]
         for generations in (handed, exact)
     ]
     bootstrap = PairedBootstrap([problem.task for problem in problems], seed)

@@ -1,7 +1,8 @@
 """An evaluation, readable top to bottom: check, calibrate, solve by every plan, compare, write.
 
 The directory `out` holds `settings.json`, what was found so far (`kept/`), and in the end
-`evaluation.json`, which `report` reads. A stopped evaluation goes on where it was.
+`evaluation.json`, which `report` reads, and `answers.jsonl`. A stopped evaluation goes on where it
+was.
 """
 
 from __future__ import annotations
@@ -21,7 +22,9 @@ import star_elastic
 from star_elastic.checkpoint import digest_files, write_json
 from star_elastic.errors import ConfigError, Interrupted
 from star_elastic.evaluate.accuracy import SizeCost, solve
+from star_elastic.evaluate.answers import choose_samples, write_answers
 from star_elastic.evaluate.assemble import assemble, keep
+from star_elastic.evaluate.budgets import merge_budgets, natural_budgets
 from star_elastic.evaluate.difficulty import (
     Dial,
     Text,
@@ -30,8 +33,10 @@ from star_elastic.evaluate.difficulty import (
     read_texts,
     write_texts,
 )
+from star_elastic.evaluate.findings import budget_names
 from star_elastic.evaluate.grid import Entry, make_grid
 from star_elastic.evaluate.kept import Kept
+from star_elastic.evaluate.matching import BY_TASK, Match, parse_match
 from star_elastic.evaluate.problems import (
     VALIDATION,
     Splits,
@@ -44,18 +49,16 @@ from star_elastic.evaluate.size_latency import describe_machine
 from star_elastic.generate.caches import HandOver
 from star_elastic.generate.family import ElasticFamily, load
 from star_elastic.generate.phased import DEFAULT_BATCH_SIZE
-from star_elastic.generate.phases import DEFAULT_GRACE, DEFAULT_MAX_NEW_TOKENS, Plan, Switch
+from star_elastic.generate.phases import DEFAULT_MAX_NEW_TOKENS, Plan, Switch
 from star_elastic.progress import Progress, Silent
+from star_elastic.widths import Widths
 
 RESULT = "evaluation.json"
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 DEFAULT_DIALS = (0.1, 0.25, 0.5)
+DEFAULT_MATCH = "auto"
 DEFAULT_PROBLEMS = 20
 """Of each bundled task, in each split; of the user's own data all are taken."""
-TRACE_QUANTILES = (0.25, 0.5, 0.75)
-"""Of the lengths of the largest size's traces: the budgets that are tried if none are named."""
-TRACE_SHARE = 0.75
-"""Of all new tokens that such a budget, with its grace, may leave to the trace."""
 CURVE = tuple(position / 10 for position in range(11))
 LOOKS = ("token", "line")
 
@@ -65,14 +68,15 @@ class Settings:
     """What is evaluated, and how. Raises ConfigError.
 
     No `sizes`: all of the family; no `budgets`: from the lengths of natural traces, and none.
-    `data` is a JSONL file of the user's own, instead of the bundled tasks; `num_validation` and
-    `num_test` are problems of each task at most.
+    `data` is a JSONL file of the user's own, instead of the bundled tasks, and `match` the rule for
+    its answers (`parse_match`); `num_validation` and `num_test` are problems of each task at most.
     """
 
     sizes: tuple[str, ...] = ()
     budgets: tuple[int | None, ...] | None = None
     dials: tuple[float, ...] = DEFAULT_DIALS
     data: Path | None = None
+    match: str | None = None
     num_validation: int | None = None
     num_test: int | None = None
     batch_size: int = DEFAULT_BATCH_SIZE
@@ -88,6 +92,16 @@ class Settings:
                 "switch='hand-over' leaves no choice by difficulty, which looks at a token before "
                 "it is written; use --dials none, or --switch catch-up"
             )
+        if self.match is not None and self.data is None:
+            raise ConfigError(
+                f"match={self.match!r} is for problems of your own, and the bundled tasks have "
+                "a check of their own; leave it out, or name problems with --data"
+            )
+
+    @property
+    def rule(self) -> Match:
+        """When an answer counts as right. Raises ConfigError."""
+        return BY_TASK if self.data is None else parse_match(self.match or DEFAULT_MATCH)
 
 
 def evaluate_family(
@@ -103,11 +117,14 @@ def evaluate_family(
     Mistakes are found before anything is written. Raises ConfigError, BudgetError, CheckpointError
     with one line each, Interrupted when the user stops it.
     """
+    progress = progress or Silent()
+    match = settings.rule
     family = load(elastic, settings.dtype, settings.device)
-    sizes = _sizes(family, settings)
+    sizes = _sizes(family, settings, progress)
     splits = _problems(family, settings)
+    thinks = _thinks(family, splits, settings, progress)
     kept = Kept(out, _lasting(family, sizes, splits, settings))
-    run = _Run(family, sizes, splits, settings, kept, progress or Silent())
+    run = _Run(family, sizes, splits, match, thinks, settings, kept, progress)
     run.check()
     try:
         result = run.result(command)
@@ -117,11 +134,38 @@ def evaluate_family(
     return result
 
 
-def _sizes(family: ElasticFamily, settings: Settings) -> tuple[str, ...]:
-    """The sizes to evaluate, from the largest."""
+def _sizes(family: ElasticFamily, settings: Settings, progress: Progress) -> tuple[str, ...]:
+    """The sizes to evaluate, from the largest; of those with equal widths the first."""
     for size in settings.sizes:
         family.manifest.size(size)
-    return tuple(size for size in family.sizes if not settings.sizes or size in settings.sizes)
+    chosen: dict[Widths, str] = {}
+    for size in family.sizes:
+        if settings.sizes and size not in settings.sizes:
+            continue
+        first = chosen.setdefault(family.sizes[size].widths, size)
+        if first != size:
+            progress.say(f"{size} has the widths of {first}: what {first} does holds for both")
+    return tuple(chosen.values())
+
+
+def _thinks(family: ElasticFamily, splits: Splits, settings: Settings, progress: Progress) -> bool:
+    """Whether prompts open a trace, which the chat template decides; says so if they do not.
+
+    Raises ConfigError for budgets of thinking where there is none.
+    """
+    tags = family.generator.tags
+    prompts = [p.question for p in (*splits.validation, *splits.test)]
+    if all(tags.encode_prompt(prompt, thinking=True).in_thinking for prompt in prompts):
+        return True
+    opens = f"the prompts of this family do not open {tags.open}"
+    if any(settings.budgets or ()):
+        named = ",".join(str(budget) for budget in settings.budgets or () if budget)
+        raise ConfigError(
+            f"budgets={named} are of tokens of thinking, but {opens}; use --budgets none, which "
+            "evaluates plans without thinking"
+        )
+    progress.say(f"{opens}, so every plan answers at once: no thinking budgets, no pairs")
+    return False
 
 
 def _problems(family: ElasticFamily, settings: Settings) -> Splits:
@@ -145,6 +189,7 @@ def _lasting(
     lasting = {**asdict(settings), "sizes": sizes, "data": splits.name}
     return {
         "package_version": star_elastic.__version__,
+        "format_version": FORMAT_VERSION,
         "checkpoint": digest_files(files),
         "problems": hashlib.sha256(repr(splits).encode()).hexdigest()[:16],
         **lasting,
@@ -158,13 +203,16 @@ class _Run:
     family: ElasticFamily
     sizes: tuple[str, ...]
     splits: Splits
+    match: Match
+    thinks: bool
     settings: Settings
     kept: Kept
     progress: Progress
 
     def check(self) -> None:
         """Raises what any plan of the grid would, before any work."""
-        plans = [entry.plan for entry in self.grid(self.settings.budgets or (None,), {})]
+        budgets = self.settings.budgets if self.thinks else None
+        plans = [entry.plan for entry in self.grid(budgets or (None,), {})]
         kinds = {(len(plan.sizes), plan.thinking_budget): plan for plan in plans}
         prompts = [p.question for p in (*self.splits.validation, *self.splits.test)]
         for plan in kinds.values():
@@ -186,31 +234,34 @@ class _Run:
             dials,
             max_new_tokens=self.settings.max_new_tokens,
             switch=self.settings.switch,
+            thinks=self.thinks,
         )
 
     def calibrate(self) -> dict[str, Any]:
-        """Budgets from natural traces, and the dial of every pair of sizes, on validation."""
+        """On validation: natural traces, the budgets that cut them, the dial of every pair."""
         pairs = [*itertools.combinations(self.sizes, 2)] if self.settings.dials else []
-        writers = list(dict.fromkeys([self.sizes[0], *(large for large, _ in pairs)]))
-        self.progress.stage("calibrate", len(writers) + len(pairs))
+        self.progress.stage("calibrate", len(self.sizes) + len(pairs))
         texts: dict[str, list[Text]] = {}
-        for number, size in enumerate(writers, start=1):
+        for number, size in enumerate(self.sizes, start=1):
             texts[size] = write_texts(
                 self.family.generator,
                 self.splits.validation,
                 size,
                 max_new_tokens=self.settings.max_new_tokens,
+                thinks=self.thinks,
                 batch_size=self.settings.batch_size,
             )
             self.progress.advance(number, f"{size} writes")
         policies = []
-        for number, (large, small) in enumerate(pairs, start=len(writers) + 1):
+        for number, (large, small) in enumerate(pairs, start=len(self.sizes) + 1):
             policies.append(self._policies(texts[large], small, large))
             self.progress.advance(number, f"{small} and {large} read")
         lengths = [text.num_trace for text in texts[self.sizes[0]]]
+        budgets = self._budgets(lengths, [text.trace for own in texts.values() for text in own])
         return {
             "trace_tokens": {"mean": float(np.mean(lengths)), "longest": max(lengths)},
-            "budgets": self._budgets(lengths),
+            "budgets": list(budgets),
+            "coinciding": [own for own in budgets.values() if len(own) > 1],
             "policies": policies,
         }
 
@@ -233,13 +284,25 @@ class _Run:
             "curve": curve,
         }
 
-    def _budgets(self, lengths: Sequence[int]) -> list[int | None]:
-        """The budgets that are asked for, or else those that cut a part of the natural traces."""
-        if self.settings.budgets is not None:
-            return list(self.settings.budgets)
-        room = int(TRACE_SHARE * self.settings.max_new_tokens) - DEFAULT_GRACE
-        cuts = {min(int(cut), room) for cut in np.quantile(lengths, TRACE_QUANTILES)}
-        return [*sorted(cut for cut in cuts if cut > 0), None]
+    def _budgets(
+        self, lengths: Sequence[int], traces: Sequence[Sequence[int]]
+    ) -> dict[int | None, list[int | None]]:
+        """The budgets that are asked for, or else those that cut a part of the natural traces; of
+        those that come to the same on all traces one, with the others."""
+        if not self.thinks:
+            return {None: [None]}
+        asked = self.settings.budgets
+        if asked is None:
+            asked = natural_budgets(lengths, self.settings.max_new_tokens)
+        return merge_budgets(asked, traces, self.family.generator.tags.ends_line)
+
+    def _say_coinciding(self, calibration: Mapping[str, Any]) -> None:
+        """Tells of budgets that the user named and that are tried once."""
+        for budgets in calibration["coinciding"] if self.settings.budgets else ():
+            self.progress.say(
+                f"thinking budgets {budget_names(budgets)} cut the same of every validation trace: "
+                "tried once"
+            )
 
     def solve(self, entries: Sequence[Entry]) -> list[dict[str, Any]]:
         """What became of every problem under every plan, by split."""
@@ -256,13 +319,17 @@ class _Run:
     def _solve_one(self, plan: Plan) -> dict[str, Any]:
         batch_size = self.settings.batch_size
         return {
-            split: keep(*solve(self.family.generator, problems, plan, batch_size=batch_size))
+            split: keep(
+                *solve(
+                    self.family.generator, problems, plan, match=self.match, batch_size=batch_size
+                )
+            )
             for split, problems in self.splits.items()
         }
 
     def study_reuse(self, budgets: Sequence[int | None]) -> list[dict[str, Any]]:
-        """Every pair with its caches handed over, on the test problems."""
-        pairs = itertools.permutations(self.sizes, 2)
+        """Every pair with its caches handed over, on the test problems; none without thinking."""
+        pairs = itertools.permutations(self.sizes, 2) if self.thinks else ()
         cases = [*itertools.product(pairs, (budget for budget in budgets if budget != 0))]
         if cases:
             self.progress.stage("reuse", len(cases))
@@ -283,6 +350,7 @@ class _Run:
                 answer,
                 budget=budget,
                 max_new_tokens=self.settings.max_new_tokens,
+                match=self.match,
                 batch_size=self.settings.batch_size,
                 seed=self.settings.seed,
             )
@@ -293,6 +361,7 @@ class _Run:
     def result(self, command: str) -> dict[str, Any]:
         """Everything that was found, as plain data."""
         calibration = self.kept.fetch("calibration", self.calibrate)
+        self._say_coinciding(calibration)
         entries = self.grid(calibration["budgets"], dials_by_pair(calibration["policies"]))
         solved = self.solve(entries)
         reuse = self.study_reuse(calibration["budgets"])
@@ -308,12 +377,16 @@ class _Run:
                 "source": self.splits.name,
                 **{split: Counter(p.task for p in own) for split, own in self.splits.items()},
             },
+            "thinks": self.thinks,
+            "match": {"name": self.match.name, "words": self.match.words},
             "sizes": self._size_costs(),
             "calibration": calibration,
             **assemble(
                 entries, self.splits, solved, batch_size=settings.batch_size, seed=settings.seed
             ),
             "reuse": reuse,
+            "answers": write_answers(self.kept.out, entries, self.splits, solved),
+            "samples": choose_samples(entries, self.splits, solved),
         }
 
     def _size_costs(self) -> dict[str, Any]:

@@ -19,7 +19,7 @@ body {
   margin: 0; background: var(--page); color: var(--text);
   font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, "Noto Sans", sans-serif;
 }
-main { max-width: 1080px; margin: 0 auto; padding: 28px 20px 64px; }
+main { max-width: 1200px; margin: 0 auto; padding: 28px 20px 64px; }
 h1 { font-size: 1.9rem; line-height: 1.2; margin: 0; }
 h2 { font-size: 1.3rem; margin: 2.4em 0 .6em; padding-top: .8em;
   border-top: 1px solid var(--line); }
@@ -77,14 +77,35 @@ summary { cursor: pointer; font-weight: 600; padding: .25em 0; }
   border-radius: 10px; }
 table { border-collapse: collapse; width: 100%; font-size: .84rem;
   font-variant-numeric: tabular-nums; }
-th, td { padding: 5px 9px; text-align: right; white-space: nowrap; }
+th, td { padding: 5px 8px; text-align: right; vertical-align: top; }
 th { color: var(--soft); font-weight: 600; border-bottom: 1px solid var(--line);
-  vertical-align: bottom; white-space: normal; }
+  vertical-align: bottom; }
 tbody tr + tr td { border-top: 1px solid color-mix(in srgb, var(--line) 55%, transparent); }
-th.text, td.text { text-align: left; }
+th.text, td.text { text-align: left; min-width: 9ch; }
+td.text { overflow-wrap: anywhere; }
+td small { display: block; color: var(--soft); font-weight: 400; font-size: .92em; }
+.sample { margin: 1.2em 0; padding-left: 14px; border-left: 3px solid var(--line); }
+.sample p { margin: .2em 0; } .sample details { margin: .2em 0; }
+.sample summary { font-weight: 400; font-size: .9rem; overflow-wrap: anywhere; }
+.sample span { color: var(--tone); font-weight: 600; }
+.said, code { font-family: ui-monospace, "SF Mono", Menlo, Consolas, monospace; font-size: .82rem; }
+.said { white-space: pre-wrap; overflow-wrap: anywhere; max-width: none; }
+.sample details .said { background: var(--card); border: 1px solid var(--line);
+  border-radius: 8px; padding: 8px 10px; }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: .25em 1em; font-size: .9rem; }
 dt { font-weight: 600; } dd { margin: 0; overflow-wrap: anywhere; }
 .facts dd { font-family: ui-monospace, "SF Mono", Menlo, Consolas, monospace; font-size: .82rem; }
+@media (max-width: 760px) {
+  /* Rows as cards: no column is cut, however narrow the page. */
+  thead { display: none; }
+  table, tbody, tr, td { display: block; }
+  tr { padding: 6px 10px; }
+  tbody tr + tr { border-top: 2px solid var(--line); }
+  tbody tr + tr td { border-top: 0; }
+  th, td, th.text, td.text { padding: 2px 0; text-align: left; min-width: 0; }
+  td::before { content: attr(data-label) ": "; color: var(--soft); font-weight: 400; }
+  td:empty { display: none; }
+}
 @media (max-width: 560px) {
   main { padding: 18px 14px 48px; }
   h1 { font-size: 1.55rem; }

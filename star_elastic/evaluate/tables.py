@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean
-from typing import Any
 
 from star_elastic.evaluate.findings import (
     COST_NAMES,
+    NO_BUDGET,
     SHORT_NAMES,
     Data,
     Tone,
+    counted,
     judge,
     percent,
     points,
+    with_interval,
 )
 
-NONE = "none"
 NO_VALUE = "–"
 
 
@@ -88,7 +89,7 @@ def plans_table(result: Data) -> Table:
     rows = [
         [
             plan["label"],
-            f"{percent(plan['test']['accuracy'])} ± {percent(plan['test']['standard_error'])}",
+            with_interval(plan["test"]),
             points(plan["difference"]),
             percent(plan["validation"]["accuracy"]),
             f"{plan['test']['flops'] / 1e6:,.1f}",
@@ -101,7 +102,7 @@ def plans_table(result: Data) -> Table:
         for plan in sorted(result["plans"], key=lambda plan: plan["test"]["flops"])
     ]
     columns = [
-        "plan", "accuracy", "difference (95%)", "on validation", "MFLOP", "ms", "MB",
+        "plan", "accuracy (95%)", "difference (95%)", "on validation", "MFLOP", "ms", "MB",
         "thinking tokens", "by the second size", "cut short",
     ]  # fmt: skip
     return Table("Every plan, per problem, the cheapest first", columns, rows)
@@ -124,7 +125,7 @@ def answers_table(result: Data) -> Table:
         after = [test["cut_accuracy"] if test and budget is not None else None for test in own]
         rows.append([
             think,
-            NONE if budget is None else str(budget),
+            NO_BUDGET if budget is None else str(budget),
             *(percent(test["accuracy"]) if test else NO_VALUE for test in own),
             percent(cut),
             *(NO_VALUE if share is None else percent(share) for share in after),
@@ -161,7 +162,7 @@ def calibration_table(result: Data) -> Table:
             f"{policy['small']} ~ {policy['large']}",
             f"every {dial['look']}",
             percent(dial["position"]),
-            NONE if dial["threshold"] is None else f"{dial['threshold']:.3g}",
+            NO_BUDGET if dial["threshold"] is None else f"{dial['threshold']:.3g}",
             percent(dial["token_share"]),
             percent(dial["line_share"]),
             NO_VALUE if dial["recall"] is None else percent(dial["recall"]),
@@ -179,7 +180,7 @@ def reuse_table(result: Data) -> Table:
     rows = []
     for study in result["reuse"]:
         name = f"{study['think']} > {study['answer']}"
-        budget = NONE if study["budget"] is None else str(study["budget"])
+        budget = NO_BUDGET if study["budget"] is None else str(study["budget"])
         if "refused" in study:
             rows.append([name, budget, *[NO_VALUE] * 6])
             continue
@@ -198,22 +199,63 @@ def _number(value: float | None) -> str:
 
 
 def likeness_table(result: Data) -> Table:
-    """Cosine of every state that is handed over, means over budgets, by layer."""
-    studies = [study for study in result["reuse"] if "refused" not in study]
-    pairs = list(dict.fromkeys((study["think"], study["answer"]) for study in studies))
-    cosines: dict[tuple[int, str], dict[tuple[str, str], list[float]]] = {}
-    for study in studies:
-        for like in study["likeness"]:
-            by_pair = cosines.setdefault((like["layer"], like["state"]), {})
-            by_pair.setdefault((study["think"], study["answer"]), []).append(like["cosine"])
+    """Cosine of every kind of state that is handed over, over the layers that have it and over
+    budgets."""
+    cosines: dict[tuple[str, str], list[tuple[float, int]]] = {}
+    for study in result["reuse"]:
+        for like in study.get("likeness", ()):
+            pair = f"{study['think']} > {study['answer']}"
+            own = cosines.setdefault((pair, like["state"]), [])
+            own.append((like["cosine"], like["layer"]))
     rows = [
-        [f"layer {layer}, {state}", *(_mean(by_pair.get(pair, ())) for pair in pairs)]
-        for (layer, state), by_pair in sorted(cosines.items(), key=lambda item: item[0][0])
-    ]
-    columns = ["state", *(f"{think} > {answer}" for think, answer in pairs)]
-    return Table("Cosine of the states, handed over and made by the answering size", columns, rows)
+        [pair, state, f"{fmean(cosine for cosine, _ in own):.3f}", f"{min(own)[0]:.3f}",
+         str(min(own)[1])]
+        for (pair, state), own in cosines.items()
+    ]  # fmt: skip
+    columns = ["thinks > answers", "state", "mean cosine", "least", "in layer"]
+    title = "Cosine of the states, handed over and made by the answering size"
+    return Table(title, columns, rows, num_text=2)
 
 
-def _mean(values: Iterable[float]) -> str:
-    found: list[Any] = list(values)
-    return f"{fmean(found):.3f}" if found else NO_VALUE
+def evaluation_notes(result: Data) -> list[str]:
+    """What has to be said beside the tables: the matching rule, and where the answers are."""
+    return [note for note in (_thinking(result), _rule(result), _nothing_right(result),
+                              _kept_answers(result)) if note]  # fmt: skip
+
+
+def _thinking(result: Data) -> str:
+    if result["thinks"]:
+        return ""
+    return "The prompts open no trace, so every plan answers at once."
+
+
+def _rule(result: Data) -> str:
+    told = f"Answers are matched {result['match']['words']}."
+    missing = result["plans"][0]["test"]["no_answer_share"]
+    if missing:
+        told += (
+            f" In {percent(missing)} of the replies of {result['plans'][0]['label']} it found none."
+        )
+    return told
+
+
+def _nothing_right(result: Data) -> str:
+    first = result["plans"][0]
+    if first["test"]["accuracy"] or first["validation"]["accuracy"]:
+        return ""
+    return (
+        f"{first['label']} has not one problem right, so savings at equal accuracy mean nothing; "
+        "see from its answers whether the matching rule suits them."
+    )
+
+
+def _kept_answers(result: Data) -> str:
+    kept = result["answers"]
+    problems = counted(kept["of_problems"], "test problem")
+    if kept["num_problems"] < kept["of_problems"]:
+        problems = f"{kept['num_problems']:,} of {problems}"
+    rows = counted(kept["num_rows"], "row")
+    return (
+        f"{kept['file']} has what every plan wrote on {problems} ({rows}; "
+        f"{kept['max_characters']:,} characters of longer texts)."
+    )
