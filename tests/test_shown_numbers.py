@@ -273,6 +273,10 @@ def test_nothing_right_is_no_saving(result):
     said = text_of(make_page(result))
     assert "large has not one problem right, so savings at equal accuracy mean nothing" in said
     assert "47% less" not in said and "none right" in said
+    for found in result["comparisons"]:
+        if found["test"]:
+            found["test"]["accuracy"] = 0.1
+    assert "47% less" not in text_of(make_page(result))
 
 
 def test_report_prints_where_its_files_are(result, tmp_path, capsys):

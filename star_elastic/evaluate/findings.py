@@ -54,13 +54,13 @@ def judge(comparison: Data) -> Finding:
     if chosen == comparison["reference"]:
         text = f"Nothing was better than {chosen} itself on the validation problems: no gain."
         return Finding("none", "no gain", text)
-    if comparison["test"]["accuracy"] == comparison["test"]["reference_accuracy"] == 0:
-        return Finding(
-            "none",
-            "none right",
-            f"Neither {chosen} nor {comparison['reference']} has one test problem right: there is "
-            "nothing to compare.",
-        )
+    reference, test = comparison["reference"], comparison["test"]
+    if test["accuracy"] == test["reference_accuracy"] == 0:
+        text = f"Neither {chosen} nor {reference} has one test problem right: nothing to compare."
+        return Finding("none", "none right", text)
+    if question == "equal accuracy" and test["reference_accuracy"] == 0:
+        text = f"{reference} has not one test problem right, and to be as accurate costs nothing."
+        return Finding("none", "none right", text)
     if question == "equal accuracy":
         return _judge_saving(comparison)
     return _judge_accuracy(comparison)
