@@ -12,7 +12,9 @@ import star_elastic
 from star_elastic.cli import main
 from star_elastic.evaluate import answers
 from star_elastic.evaluate.accuracy import LEFT_OUT, MAX_TEXT, _shorten
-from star_elastic.evaluate.budgets import cut_place, merge_budgets
+from star_elastic.evaluate.bootstrap import PairedBootstrap
+from star_elastic.evaluate.budgets import alike_budgets, common_groups, cut_place
+from star_elastic.evaluate.compare import COSTS, Scores, compare
 from star_elastic.evaluate.difficulty import ALWAYS_SMALL, Dial, Look, write_texts
 from star_elastic.evaluate.grid import make_grid
 from star_elastic.evaluate.matching import parse_match
@@ -192,13 +194,19 @@ def test_budgets_that_cut_alike_are_one():
     newline = 0
     traces = [[5] * 6 + [newline] + [5] * 3, [5, 5]]
 
-    def merge(*budgets):
-        return merge_budgets(budgets, traces, lambda token: token == newline)
+    def alike(*budgets):
+        return alike_budgets(budgets, traces, lambda token: token == newline)
 
-    assert merge(3, 4, 7, 20, None) == {3: [3, 4, 7], None: [20, None]}
-    assert merge(20, 30) == {20: [20, 30]}
-    assert merge(0, 8, None) == {0: [0], None: [8, None]}
-    assert merge(1, 2) == {1: [1, 2]}
+    assert alike(3, 4, 7, 20, None) == [[3, 4, 7], [20, None]]
+    assert alike(20, 30) == [[20, 30]]
+    assert alike(0, 8, None) == [[0], [8, None]]
+    assert alike(1, 2) == [[1, 2]]
+    budgets = (1, 2, 20, 30, None)
+    assert common_groups(budgets, []) == {b: (b,) for b in budgets}
+    one, other = [[1, 2], [20, 30, None]], [[1], [2, 20, 30, None]]
+    assert common_groups(budgets, [one]) == {1: (1, 2), None: (20, 30, None)}
+    assert common_groups(budgets, [one, other]) == {1: (1,), 2: (2,), None: (20, 30, None)}
+    assert common_groups((20, 30), [[[20, 30]]]) == {20: (20, 30)}
     assert cut_place([5] * 50, 3, lambda token: False) == 35
     assert cut_place([5, newline, 5, 5], 1, lambda token: token == newline) == 2
 
@@ -220,15 +228,48 @@ def test_coinciding_budgets_make_no_plans(thinking, tmp_path):
         num_validation=3, num_test=2,
     )  # fmt: skip
     result = evaluate_family(thinking, settings, tmp_path / "out", progress=listener)
-    assert result["calibration"]["budgets"] == [1, None]
-    assert result["calibration"]["coinciding"] == [[20, 30, None]]
-    kinds = [plan["kind"] for plan in result["plans"]]
-    assert (kinds.count("single"), kinds.count("pair")) == (4, 4)
-    assert listener.totals["evaluate"] == len(kinds) <= 4 + 4 + 4
+    assert result["calibration"]["alike"] == {s: [[1], [20, 30, None]] for s in family}
+    plans = {plan["label"]: plan for plan in result["plans"]}
+    assert [label for label in plans if "~" not in label] == [
+        "large@1", "large", "small@1", "small",
+        "large>small@1", "large>small", "small>large@1", "small>large",
+    ]  # fmt: skip
+    assert plans["small"]["budgets"] == [20, 30, None]
+    assert listener.totals["evaluate"] == len(plans) <= 4 + 4 + 4
+    assert listener.totals["reuse"] == 4
+    told = "20, 30 and none (of large and small)"
     assert listener.lines == [
-        "thinking budgets 20, 30 and none cut the same of every validation trace: tried once"
+        f"thinking budgets that cut the same of every validation trace: {told}; tried once"
     ]
-    assert "(20, 30 and none) were tried once" in make_page(result)
+    page = make_page(result)
+    assert f"cut the same of every validation trace were tried once: {told}." in page
+
+
+def test_budgets_coincide_size_by_size():
+    """What one size's traces reach is tried with it alone, and with plans in which it thinks."""
+    alike = {"a": [[4], [8], [None]], "b": [[4], [8, None]], "c": [[4, 8, None]]}
+    dial = Dial(position=0.1, look="token", threshold=1.0, token_share=0.1, line_share=0.1,
+                recall=None)  # fmt: skip
+    entries = make_grid(
+        ("a", "b", "c"), (4, 8, None), {("c", "a"): [dial], ("c", "b"): [dial]}, alike=alike,
+        max_new_tokens=100,
+    )  # fmt: skip
+    budgets = {}
+    for entry in entries:
+        budgets.setdefault((entry.kind, entry.sizes), []).append((entry.budget, entry.budgets))
+    whole = [(4, (4,)), (8, (8,)), (None, (None,))]
+    assert budgets["single", ("a",)] == budgets["pair", ("a", "c")] == whole
+    assert budgets["single", ("b",)] == [(4, (4,)), (None, (8, None))]
+    assert budgets["pair", ("c", "a")] == [(None, (4, 8, None))]
+    assert budgets["policy", ("c", "a")] == whole
+    assert budgets["policy", ("c", "b")] == [(4, (4,)), (None, (8, None))]
+    # With a budget of 8, what is compared with the largest size is what stands for 8.
+    scores = {e.label: Scores([True], 1.0, dict.fromkeys(COSTS, 1.0)) for e in entries}
+    found = compare(entries, scores, scores, PairedBootstrap(["t"]))
+    equal = {(c.group, c.budget): c.chosen for c in found if c.question == "equal tokens"}
+    assert equal["smaller", 8] in ("b", "c") and equal["pair", 4] in (
+        "a>b@4", "a>c@4", "b>a@4", "b>c@4", "c>a", "c>b"
+    )  # fmt: skip
 
 
 def test_equal_plans_are_one_plan():

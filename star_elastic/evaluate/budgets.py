@@ -7,7 +7,6 @@ trace is the same whatever its budget is (at temperature 0).
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
@@ -43,23 +42,34 @@ def cut_place(
     return place if place < len(trace) else None
 
 
-def merge_budgets(
+def alike_budgets(
     budgets: Sequence[Budget],
     traces: Iterable[Sequence[int]],
     ends_line: Callable[[int], bool],
-) -> dict[Budget, list[Budget]]:
-    """Budgets to try, each with those that cut the traces exactly where it does (itself included).
-
-    No budget stands for those that cut nothing if it is among them, else the smallest for all. A
-    budget of 0 opens no trace: it stands for itself. The order is that of `budgets`.
-    """
+) -> list[list[Budget]]:
+    """The budgets in groups that cut all these traces at the same places; 0, which opens no trace,
+    is by itself."""
     traces = list(traces)
     alike: dict[object, list[Budget]] = {}
     for budget in budgets:
         cuts = tuple(cut_place(trace, budget, ends_line) for trace in traces)
         alike.setdefault(0 if budget == 0 else cuts, []).append(budget)
-    chosen: dict[Budget, list[Budget]] = {}
-    for own in alike.values():
-        chosen[None if None in own else min(b for b in own if b is not None)] = own
-    order = sorted(chosen, key=lambda budget: math.inf if budget is None else budget)
-    return {budget: chosen[budget] for budget in order}
+    return list(alike.values())
+
+
+def common_groups(
+    budgets: Sequence[Budget], groupings: Sequence[Sequence[Sequence[Budget]]]
+) -> dict[Budget, tuple[Budget, ...]]:
+    """Groups of budgets that are alike in every grouping, each by the budget that stands for it:
+    none if it is among them, else the smallest. The order is that of `budgets`."""
+    alike: dict[object, list[Budget]] = {}
+    for budget in budgets:
+        places = [next(i for i, own in enumerate(g) if budget in own) for g in groupings]
+        alike.setdefault(tuple(places) if groupings else budget, []).append(budget)
+    groups = {_representative(own): tuple(own) for own in alike.values()}
+    order = [budget for budget in budgets if budget in groups]
+    return {budget: groups[budget] for budget in order}
+
+
+def _representative(group: Sequence[Budget]) -> Budget:
+    return None if None in group else min(b for b in group if b is not None)
