@@ -40,8 +40,8 @@ from star_elastic.generate.caches import RowCache
 from star_elastic.generate.decode import BatchDecoder
 from star_elastic.generate.family import load
 from star_elastic.generate.phases import Generation
-from star_elastic.nesting.skeleton import GROUPED_MM_MULTIPLE
 from star_elastic.nesting.submodel import build_submodel
+from star_elastic.quant.engines import GROUPED_MULTIPLE
 from star_elastic.terminal import at_the_command_line, command_line, print_table
 from star_elastic.widths import Widths
 
@@ -149,11 +149,11 @@ def widths_of_share(axis_map: AxisMap, share: float) -> Widths:
     low, high = 0.0, 1.0
     for _ in range(BISECTIONS):
         middle = (low + high) / 2
-        if count(widths_at(axis_map, middle, step=GROUPED_MM_MULTIPLE)).active < wanted:
+        if count(widths_at(axis_map, middle, step=GROUPED_MULTIPLE)).active < wanted:
             low = middle
         else:
             high = middle
-    return axis_map.full if share == 1 else widths_at(axis_map, high, step=GROUPED_MM_MULTIPLE)
+    return axis_map.full if share == 1 else widths_at(axis_map, high, step=GROUPED_MULTIPLE)
 
 
 def replayed(

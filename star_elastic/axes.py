@@ -110,7 +110,7 @@ class TensorSpec:
     gate multiplies the parameter while the router learns (the inputs of a projection that writes
     the residual stream); `routed` marks weights of which a token uses only `top_k` experts along
     dimension 0; `lookup` an embedding table, read one row per token; buffers count in bytes,
-    not in parameters.
+    not in parameters; `coded` tensors hold codes or scales of a format, in dtypes of their own.
     """
 
     name: str
@@ -123,6 +123,7 @@ class TensorSpec:
     lookup: bool = False
     is_buffer: bool = False
     keep_fp32: bool = False
+    coded: bool = False
 
     def axis_of(self, dim: int) -> str | None:
         """The axis of a dimension that one axis cuts (None if it is fixed)."""
@@ -425,11 +426,12 @@ class AxisMap:
                 label = "name" if isinstance(spec, TensorSpec) else "path"
                 changes[label] = _renumber(getattr(spec, label), spec.layer, places)
             if isinstance(spec, TensorSpec):
-                stacked = spec.pieces[0].index is not None
-                kept = [i for lo, hi in self.runs(spec, 0, widths) for i in range(lo, hi)]
+                pieces = spec.pieces
+                if pieces[0].index is not None:  # as many rows as are kept, whichever they are
+                    pieces = pieces[: sum(hi - lo for lo, hi in self.runs(spec, 0, widths))]
                 changes["pieces"] = tuple(
                     replace(piece, name=_renumber(piece.name, spec.layer, places))
-                    for piece in (spec.pieces[: len(kept)] if stacked else spec.pieces)
+                    for piece in pieces
                 )
             return replace(spec, **changes)
 

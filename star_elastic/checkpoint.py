@@ -12,15 +12,15 @@ import os
 import shutil
 import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 
-from star_elastic.errors import CheckpointError
+from star_elastic.errors import CheckpointError, library_boundary, reason
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
@@ -39,6 +39,7 @@ DTYPE_NAMES = {
 DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 
 
+MAKE_ROOM = "make room, or write elsewhere"
 READ_WHOLE = 64 * 1024**2
 READ_ENDS = 1024**2
 """Files up to the first size are digested whole, of larger ones so much of both ends."""
@@ -61,8 +62,17 @@ def _size_and_digest(file: Path) -> tuple[int, str]:
     return size, digest.hexdigest()
 
 
+def read_json(file: Path, remedy: str = "restore the file") -> Any:
+    """What a JSON file says. Raises CheckpointError for one that cannot be read, with a remedy."""
+    with library_boundary(f"{file} cannot be read", remedy):
+        return json.loads(file.read_text(encoding="utf-8"))
+
+
 class CheckpointReader:
-    """Reads tensors, or parts of them, from a safetensors directory without loading the rest."""
+    """Reads tensors, or parts of them, from a safetensors directory without loading the rest.
+
+    Raises CheckpointError for whatever is missing or damaged.
+    """
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
@@ -71,14 +81,16 @@ class CheckpointReader:
         index = self.path / INDEX_NAME
         single = self.path / SINGLE_NAME
         # With both present, transformers reads the single file: so do we.
-        if single.is_file():
+        if os.path.isfile(single):
             self._files = dict.fromkeys(self._handle(single).keys(), single)
-        elif index.is_file():
-            try:
+        elif os.path.isfile(index):
+            with library_boundary(f"{index} is damaged", "restore the file"):
                 weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
                 self._files = {name: self.path / file for name, file in weight_map.items()}
-            except (ValueError, KeyError, TypeError, AttributeError):
-                raise CheckpointError(f"{index} is damaged; restore the file") from None
+        elif os.path.isfile(self.path):
+            raise CheckpointError(
+                f"{self.path} is a file; name the checkpoint directory that it lies in"
+            )
         else:
             raise CheckpointError(
                 f"{self.path} holds no {SINGLE_NAME}; name a directory with safetensors weights"
@@ -86,12 +98,8 @@ class CheckpointReader:
 
     def _handle(self, file: Path):
         if file not in self._open:
-            try:
+            with library_boundary(f"{file} cannot be read", "restore the file"):
                 self._open[file] = safe_open(file, framework="pt")
-            except (SafetensorError, OSError) as error:
-                raise CheckpointError(
-                    f"{file} cannot be read ({error}); restore the file"
-                ) from None
         return self._open[file]
 
     @property
@@ -109,13 +117,12 @@ class CheckpointReader:
             raise CheckpointError(
                 f"{self.path} lacks the tensor {name}; it is not a checkpoint of its config.json"
             )
-        handle = self._handle(self._files[name])
-        try:
+        file = self._files[name]
+        handle = self._handle(file)
+        with library_boundary(
+            f"{file} lacks the tensor {name} that the index promises", "restore it"
+        ):
             return handle.get_slice(name)
-        except SafetensorError:
-            raise CheckpointError(
-                f"{self._files[name]} lacks the tensor {name} that the index promises; restore it"
-            ) from None
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a tensor, from the header alone."""
@@ -125,15 +132,20 @@ class CheckpointReader:
         """Dtype of a tensor, from the header alone."""
         stored = self._require(name).get_dtype()
         if stored not in DTYPES:
-            raise CheckpointError(f"{name} has dtype {stored}, which is not supported")
+            raise CheckpointError(
+                f"{name} has dtype {stored}, which is not supported; store the weights as BF16"
+            )
         return DTYPES[stored]
 
     def read(self, name: str, rows: tuple[int, int] | None = None) -> torch.Tensor:
         """A tensor, or rows [start, stop) of its first dimension."""
         part = self._require(name)
-        if rows is None:
-            return part[:] if part.get_shape() else self._handle(self._files[name]).get_tensor(name)
-        return part[rows[0] : rows[1]]
+        with library_boundary(f"{name} of {self._files[name]} cannot be read", "restore the file"):
+            if rows is not None:
+                return part[rows[0] : rows[1]]
+            if part.get_shape():
+                return part[:]
+            return self._handle(self._files[name]).get_tensor(name)
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,24 +222,35 @@ def _write_shard(file: Path, shard: list[Planned], value_of, on_tensor) -> None:
 
 
 def write_json(file: Path, content: object) -> None:
-    """Writes JSON under a temporary name, then renames it into place."""
+    """Writes JSON under a temporary name, then renames it into place. Raises CheckpointError if the
+    disk does not take it."""
     write_text(file, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
 
 def write_text(file: Path, text: str) -> None:
-    """Writes a text file under a temporary name, then renames it into place."""
+    """Writes a text file under a temporary name, then renames it into place. Raises CheckpointError
+    if the disk does not take it."""
+    with _replaced(file) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def _replaced(file: Path) -> Iterator[Path]:
+    """A temporary file that takes the place of `file` when the block ends well, else vanishes."""
     temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
     try:
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, file)
+        with library_boundary(f"{file} cannot be written", MAKE_ROOM):
+            yield temporary
+            os.replace(temporary, file)
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink()
 
 
 def require_free(out: str | Path) -> Path:
     """The output path, if nothing is there yet. Raises CheckpointError otherwise."""
     out = Path(out)
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+    if os.path.lexists(out) and not (out.is_dir() and not any(out.iterdir())):
         raise CheckpointError(f"{out} exists already; name a new directory or remove it first")
     return out
 
@@ -236,7 +259,7 @@ def require_free(out: str | Path) -> Path:
 def new_directory(out: str | Path) -> Iterator[Path]:
     """A temporary directory that becomes `out` when the block ends well, and vanishes otherwise.
 
-    Raises CheckpointError if `out` exists and is not empty.
+    Raises CheckpointError if `out` exists and is not empty, or cannot be written.
     """
     out = require_free(out)
     temporary = out.parent / f".{out.name}.{os.getpid()}.partial"
@@ -253,50 +276,28 @@ def new_directory(out: str | Path) -> Iterator[Path]:
             out.rmdir()
         os.replace(temporary, out)
     except OSError as error:
-        raise CheckpointError(f"{out} cannot be written ({error}); free space or move") from error
+        raise CheckpointError(
+            f"{out} cannot be written ({error.strerror or reason(error)}); {MAKE_ROOM}"
+        ) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-NOT_COPIED = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx", ".h5", ".msgpack")
-
-
-def copy_extras(source: Path, target: Path) -> None:
-    """Copies the small files beside the weights: tokenizer, templates, generation settings.
-
-    Remote code (`.py`) and the README stay behind.
-    """
-    left = {"config.json", INDEX_NAME, "elastic.json", "latency.json", "README.md"}
-    for file in sorted(source.iterdir()):
-        if not file.is_file() or file.name in left or file.name.startswith("."):
-            continue
-        if file.suffix in (*NOT_COPIED, ".py"):
-            continue
-        shutil.copyfile(file, target / file.name)
-
-
 def save_tensors(file: Path, tensors: Mapping[str, torch.Tensor], metadata=None) -> None:
-    """A small safetensors file, written under a temporary name and renamed into place."""
+    """A small safetensors file, written under a temporary name and renamed into place. Raises
+    CheckpointError if the disk does not take it."""
     from safetensors.torch import save_file
 
-    temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
-    try:
-        contiguous = {name: value.detach().contiguous() for name, value in tensors.items()}
+    contiguous = {name: value.detach().contiguous() for name, value in tensors.items()}
+    with _replaced(file) as temporary:
         save_file(contiguous, temporary, metadata=metadata)
-        os.replace(temporary, file)
-    except SafetensorError as error:
-        raise CheckpointError(f"{file} cannot be written ({error}); make room and go on") from None
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def load_tensors(file: Path) -> dict[str, torch.Tensor]:
     """All tensors of a small safetensors file. Raises CheckpointError."""
     from safetensors.torch import load_file
 
-    if not file.is_file():
+    if not os.path.isfile(file):
         raise CheckpointError(f"{file} does not exist; name an existing safetensors file")
-    try:
+    with library_boundary(f"{file} cannot be read", "restore the file"):
         return load_file(file)
-    except SafetensorError as error:
-        raise CheckpointError(f"{file} cannot be read ({error}); restore the file") from None

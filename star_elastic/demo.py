@@ -21,6 +21,7 @@ import transformers
 
 import star_elastic
 from star_elastic.checkpoint import load_tensors, write_json, write_text
+from star_elastic.companions import BASIS
 from star_elastic.cost import CostModel, Workload
 from star_elastic.errors import CheckpointError, Interrupted
 from star_elastic.evaluate.accuracy import Evaluation, evaluate_plan
@@ -35,7 +36,6 @@ from star_elastic.nesting.stream import slice_checkpoint
 from star_elastic.nesting.submodel import build_submodel, load_parent, sort_in_place
 from star_elastic.progress import Progress, Silent
 from star_elastic.router.router import Annealing
-from star_elastic.train.calibrate import BASIS
 from star_elastic.train.config import (
     CalibrationConfig,
     EngineConfig,

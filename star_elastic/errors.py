@@ -7,16 +7,24 @@ to mend, too, whatever its type: `library_boundary` tells it in one line.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+
+LONGEST_REASON = 300
+"""Characters of a library's message that are told."""
 
 
 def reason(error: BaseException, line: int = 0) -> str:
-    """One line (the first, or -1: the last) of what a library's error says, or else its name."""
-    lines = [text.strip() for text in str(error).splitlines() if text.strip()]
+    """One line (the first, or -1: the last) of what a library's error says, or else its name.
+
+    A first line that ends with a colon says nothing without the next one, which is added.
+    """
+    lines = [text.strip()[:LONGEST_REASON] for text in str(error).splitlines() if text.strip()]
     name = type(error).__name__
     if not lines:
         return name
+    if line == 0 and lines[0].endswith(":") and len(lines) > 1:
+        lines[0] = f"{lines[0]} {lines[1]}"
     # Their messages alone say nothing: a key, an attribute, an index.
     bare = (LookupError, AttributeError, TypeError, AssertionError, UnicodeError)
     return f"{name}: {lines[line]}" if isinstance(error, bare) else lines[line]
@@ -48,10 +56,11 @@ class BudgetError(StarElasticError):
 
 @contextmanager
 def library_boundary(
-    problem: str, remedy: str, kind: type[StarElasticError] = CheckpointError
+    problem: str, remedy: str | Callable[[], str], kind: type[StarElasticError] = CheckpointError
 ) -> Iterator[None]:
     """Whatever a library raises inside, of any type, becomes `kind` with one line:
-    "<problem> (<what the library says>); <remedy>".
+    "<problem> (<what the library says>); <remedy>". A remedy that is a function is asked for only
+    then.
 
     Keep the block small, around the library's call alone: a mistake of ours inside would be taken
     for the user's. Our own errors pass through. The library's exception stays attached as the
@@ -61,5 +70,9 @@ def library_boundary(
         yield
     except StarElasticError:
         raise
-    except Exception as error:
-        raise kind(f"{problem} ({reason(error)}); {remedy}") from error
+    except BaseException as error:
+        # Rust libraries (tokenizers, safetensors) panic with an exception that is no Exception.
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        advice = remedy if isinstance(remedy, str) else remedy()
+        raise kind(f"{problem} ({reason(error)}); {advice}") from error

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
@@ -18,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from star_elastic.axes import LAYERS, AxisMap, StateSpec, TensorSpec
-from star_elastic.errors import CheckpointError
+from star_elastic.errors import CheckpointError, library_boundary
 
 FORMAT_VERSION = 1
 PHASES = ("decode", "prefill")
@@ -273,29 +274,33 @@ def load_table(file: str | Path, axis_map: AxisMap) -> LatencyTable:
 
     Raises CheckpointError if it is missing, damaged, of another format version or model.
     """
+    from star_elastic.checkpoint import read_json
+
     file = Path(file)
-    if not file.is_file():
+    if not os.path.lexists(file):
         raise CheckpointError(f"{file} does not exist; {MEASURE}")
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-        version = content.pop("format_version")
-        if version != FORMAT_VERSION:
-            raise CheckpointError(
-                f"{file} has format version {version}, this package reads {FORMAT_VERSION}; "
-                + MEASURE
-            )
-        parts = {kind: _read_grid(grid) for kind, grid in content.pop("parts").items()}
-        fixed, machine = _read_grid(content.pop("fixed")), Machine(**content.pop("machine"))
-        layers = tuple(content.pop("layers"))
-        table = LatencyTable(parts=parts, fixed=fixed, machine=machine, layers=layers, **content)
-        unknown = set(layers) - set(parts)
-        if unknown:
-            raise ValueError(f"no times of {', '.join(sorted(unknown))}")
+    content = read_json(file, MEASURE)
+    with library_boundary(f"{file} is damaged", MEASURE):
+        table = _parse(content, file)
         problem = table.mismatch(axis_map)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{file} is damaged ({error!r}); {MEASURE}") from None
     if problem:
         raise CheckpointError(f"{file} is not of this model: {problem}; {MEASURE}")
+    return table
+
+
+def _parse(content: Any, file: Path) -> LatencyTable:
+    version = content.pop("format_version")
+    if version != FORMAT_VERSION:
+        raise CheckpointError(
+            f"{file} has format version {version}, this package reads {FORMAT_VERSION}; {MEASURE}"
+        )
+    parts = {kind: _read_grid(grid) for kind, grid in content.pop("parts").items()}
+    fixed, machine = _read_grid(content.pop("fixed")), Machine(**content.pop("machine"))
+    layers = tuple(content.pop("layers"))
+    table = LatencyTable(parts=parts, fixed=fixed, machine=machine, layers=layers, **content)
+    unknown = set(layers) - set(parts)
+    if unknown:
+        raise ValueError(f"no times of {', '.join(sorted(unknown))}")
     return table
 
 

@@ -6,18 +6,18 @@ as the parent, plus this file: the axes with their choices and the named sizes w
 
 from __future__ import annotations
 
-import json
+import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from star_elastic.axes import AxisMap
-from star_elastic.checkpoint import write_json
-from star_elastic.errors import CheckpointError
+from star_elastic.checkpoint import read_json, write_json
+from star_elastic.companions import MANIFEST as FILE_NAME
+from star_elastic.errors import CheckpointError, library_boundary
 from star_elastic.widths import Widths
 
-FILE_NAME = "elastic.json"
 FORMAT_VERSION = 1
 
 
@@ -75,36 +75,38 @@ def load_manifest(directory: str | Path, axis_map: AxisMap) -> Manifest:
     ShapeError if a size does not fit the model.
     """
     file = Path(directory) / FILE_NAME
-    if not file.is_file():
+    if not os.path.lexists(file):
         raise CheckpointError(
             f"{directory} holds no {FILE_NAME}, so it is not an elastic checkpoint; "
             "make one with star-elastic train"
         )
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-        version = content["format_version"]
-        if version != FORMAT_VERSION:
-            raise CheckpointError(
-                f"{file} has format version {version}, this package reads {FORMAT_VERSION}; "
-                "upgrade star-elastic"
-            )
-        sizes = {
-            name: Size(**{**size, "widths": axis_map.complete(Widths(size["widths"]))})
-            for name, size in content["sizes"].items()
-        }
-        manifest = Manifest(
-            family=content["family"],
-            choices={axis: tuple(grid) for axis, grid in content["choices"].items()},
-            sizes=sizes,
-            per_layer=tuple(content.get("per_layer", ())),
-            depth=tuple(content.get("depth", ())),
-            provenance=content.get("provenance", {}),
-        )
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{file} is damaged ({error!r}); restore the file") from None
+    content = read_json(file)
+    with library_boundary(f"{file} is damaged", "restore the file"):
+        manifest = _parse(content, axis_map, file)
     if manifest.family != axis_map.family or not manifest.sizes:
         raise CheckpointError(
             f"{file} describes {len(manifest.sizes)} sizes of a {manifest.family} model, but "
             f"config.json is {axis_map.family}; restore the matching pair"
         )
     return manifest
+
+
+def _parse(content: Any, axis_map: AxisMap, file: Path) -> Manifest:
+    version = content["format_version"]
+    if version != FORMAT_VERSION:
+        raise CheckpointError(
+            f"{file} has format version {version}, this package reads {FORMAT_VERSION}; "
+            "upgrade star-elastic"
+        )
+    sizes = {
+        name: Size(**{**size, "widths": axis_map.complete(Widths(size["widths"]))})
+        for name, size in content["sizes"].items()
+    }
+    return Manifest(
+        family=content["family"],
+        choices={axis: tuple(grid) for axis, grid in content["choices"].items()},
+        sizes=sizes,
+        per_layer=tuple(content.get("per_layer", ())),
+        depth=tuple(content.get("depth", ())),
+        provenance=content.get("provenance", {}),
+    )

@@ -14,9 +14,9 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "star_elastic"
 # Each may import what stands before it, and itself.
 RANKS = (
-    "errors", "progress", "signals", "widths", "amounts", "axes", "cost", "checkpoint", "latency",
-    "families", "manifest", "stored", "quant", "importance", "nesting", "router", "train",
-    "generate", "evaluate", "bars", "terminal", "demo", "cli",
+    "errors", "progress", "signals", "widths", "amounts", "axes", "cost", "checkpoint",
+    "companions", "latency", "families", "manifest", "stored", "quant", "importance", "nesting",
+    "router", "train", "generate", "evaluate", "bars", "terminal", "demo", "cli",
 )  # fmt: skip
 LAZY_FACADE = PACKAGE / "__init__.py"
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import os
 import platform
 import random
 import statistics
@@ -86,6 +87,13 @@ def _cpu_name() -> str:
     return platform.processor() or platform.machine()
 
 
+def _memory_bytes(setting: Setting) -> int:
+    """Memory of the device in all."""
+    if torch.device(setting.device).type == "cuda":
+        return torch.cuda.mem_get_info(setting.device)[1]
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
 class Bench:
     """Builds models of one config at any widths and visits them in shuffled rounds."""
 
@@ -104,14 +112,21 @@ class Bench:
         self._fill(self._first)
 
     def _kept_layers(self) -> tuple[int, ...]:
-        """All layers if their weights fit, else as many as do, at least one of each kind."""
+        """All layers if their weights fit, else as many as do, at least one of each kind. Raises
+        ConfigError if not even those fit into the memory of this machine."""
         size: dict[int | None, int] = defaultdict(int)
         for spec in self.axis_map.tensors.values():
             count = math.prod(self.axis_map.shape(spec, self.axis_map.full))
             size[spec.layer] += count * self.setting.dtype.itemsize
         layers = range(len(self.kinds))
         kept = [layer for layer in layers if self.kinds.index(self.kinds[layer]) == layer]
-        room = self.setting.max_bytes - size[None] - sum(size[layer] for layer in kept)
+        least, memory = size[None] + sum(size[layer] for layer in kept), _memory_bytes(self.setting)
+        if least > memory:
+            raise ConfigError(
+                f"the embeddings and one layer of each kind take {least:,} bytes, but there are "
+                f"{memory:,} here; measure on a larger machine, or correct config.json"
+            )
+        room = self.setting.max_bytes - least
         for layer in layers:
             if layer not in kept and size[layer] <= room:
                 kept.append(layer)

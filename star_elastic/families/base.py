@@ -3,15 +3,26 @@
 from __future__ import annotations
 
 import json
+import math
+import os
+import re
+import reprlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
 from star_elastic.axes import LAYERS, AxisMap
-from star_elastic.errors import ConfigError, ShapeError
+from star_elastic.errors import ConfigError, ShapeError, library_boundary
 from star_elastic.widths import Widths
 
 Config = dict[str, Any]
+
+LARGEST = 2**24
+"""Most units that a dimension may have. No model comes near; a table of it could still be made."""
+MOST_LAYERS = 2**10
+MOST_EXPERTS = 2**18
+"""Of all layers together: every expert is a tensor with a name of its own on disk."""
+MOST_PARAMETERS = 10**14
 
 
 class Family(Protocol):
@@ -25,6 +36,8 @@ class Family(Protocol):
     """On-disk name prefixes that other writers use -> the prefix of our pieces."""
     ignored: tuple[str, ...]
     """Parts of the names of on-disk tensors that the model in memory does not have."""
+    copies: Mapping[str, str]
+    """On-disk tensors that a file may hold beside the one that they must equal (tied heads)."""
 
     def axis_map(self, config: Config) -> AxisMap:
         """The axis map of the model of this config. Raises ConfigError on an invalid config."""
@@ -36,20 +49,50 @@ class Family(Protocol):
 
 
 def read_config(path: str | Path) -> Config:
-    """The config of a checkpoint directory or config.json file. Raises ConfigError."""
+    """The config of a checkpoint directory or config.json file.
+
+    Raises ConfigError if there is none, or if it cannot be read; for a name of the Hub it says how
+    to get the model here.
+    """
     path = Path(path)
-    file = path / "config.json" if path.is_dir() else path
-    if not file.is_file():
-        raise ConfigError(
-            f"{path} holds no config.json; name a Hugging Face checkpoint directory or its config"
-        )
+    file = path / "config.json" if os.path.isdir(path) else path
+    if file == path and file.suffix != ".json":
+        raise ConfigError(not_a_directory(path))
     try:
-        config = json.loads(file.read_text(encoding="utf-8"), object_hook=_decode_float)
-    except (ValueError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{file} is not valid JSON ({error}); restore the file") from None
+        with library_boundary(f"{file} is not valid JSON", "restore the file", ConfigError):
+            config = json.loads(file.read_text(encoding="utf-8"), object_hook=_decode_float)
+    except ConfigError as error:
+        if isinstance(error.__cause__, (FileNotFoundError, NotADirectoryError)):
+            raise ConfigError(
+                f"{path} holds no config.json; name a Hugging Face checkpoint directory or its "
+                "config"
+            ) from None
+        if isinstance(error.__cause__, OSError):
+            raise ConfigError(
+                f"{file} cannot be read ({error.__cause__.strerror}); allow it, or name another"
+            ) from None
+        raise
     if not isinstance(config, dict):
         raise ConfigError(f"{file} is not a JSON object; it cannot be a model config")
     return config
+
+
+def is_hub_name(text: str) -> bool:
+    """Whether a text has the form of a model's name on the Hub: organisation/model."""
+    return re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", text) is not None
+
+
+def not_a_directory(path: Path) -> str:
+    """What is wrong with a path that should be a checkpoint directory, and what to do."""
+    if os.path.lexists(path):
+        return f"{path} is a file; name the checkpoint directory that it lies in"
+    advice = "name a Hugging Face checkpoint directory"
+    if is_hub_name(str(path)):
+        advice = (
+            "models are read from local directories, so download it first: "
+            f"hf download {path} --local-dir {path.name}"
+        )
+    return f"{path} is no directory here; {advice}"
 
 
 def _decode_float(entry: dict[str, Any]) -> Any:
@@ -57,11 +100,21 @@ def _decode_float(entry: dict[str, Any]) -> Any:
     return float(entry["__float__"]) if set(entry) == {"__float__"} else entry
 
 
-def get_int(config: Config, key: str, default: int | None = None) -> int:
-    """A positive integer field of a config. Raises ConfigError naming the field."""
+def told(key: str, value: Any) -> str:
+    """`key=value` in a message, however long the value is."""
+    return f"{key}={reprlib.repr(value)}"
+
+
+def get_int(config: Config, key: str, default: int | None = None, *, most: int = LARGEST) -> int:
+    """An integer field of a config from 1 to `most`. Raises ConfigError naming the field."""
     value = config.get(key, default)
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ConfigError(f"{key}={value!r} is not a positive integer; correct config.json")
+        raise ConfigError(f"{told(key, value)} is not a positive integer; correct config.json")
+    if value > most:
+        raise ConfigError(
+            f"{told(key, value)} is more than the {most:,} that a model may have here; correct "
+            "config.json"
+        )
     return value
 
 
@@ -71,11 +124,37 @@ def get_optional_int(config: Config, key: str) -> int | None:
 
 
 def get_float(config: Config, key: str, default: float) -> float:
-    """A positive number. Raises ConfigError naming the field."""
+    """A positive, finite number. Raises ConfigError naming the field."""
     value = config.get(key, default)
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
-        raise ConfigError(f"{key}={value!r} is not a positive number; correct config.json")
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
+        raise ConfigError(f"{told(key, value)} is not a positive number; correct config.json")
+    if value > LARGEST:
+        raise ConfigError(f"{told(key, value)} is too large; correct config.json")
     return float(value)
+
+
+def get_bool(config: Config, key: str, default: bool) -> bool:
+    """A field that is true or false. Raises ConfigError naming the field."""
+    value = config.get(key, default)
+    if not isinstance(value, bool):
+        raise ConfigError(f"{told(key, value)} is neither true nor false; correct config.json")
+    return value
+
+
+def require_size(axis_map: AxisMap) -> AxisMap:
+    """The table itself. Raises ConfigError if the model is larger than any that can be handled:
+    what follows could fill the memory before it fails."""
+    count = sum(
+        math.prod(sum(segment.size for segment in dim) for dim in spec.dims)
+        for spec in axis_map.tensors.values()
+    )
+    if count > MOST_PARAMETERS:
+        largest = max(axis_map.axes.values(), key=lambda axis: axis.size)
+        raise ConfigError(
+            f"the config describes {count:.1e} parameters, more than the {MOST_PARAMETERS:.0e} "
+            f"that a model may have here ({largest.name}={largest.size:,}); correct config.json"
+        )
+    return axis_map
 
 
 def require_multiple(name: str, value: int, divisor_name: str, divisor: int) -> None:

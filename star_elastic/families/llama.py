@@ -6,6 +6,7 @@ Query heads are cut inside each KV group, so that every kept head goes on readin
 from __future__ import annotations
 
 from collections.abc import Mapping
+from types import MappingProxyType
 
 from star_elastic.axes import (
     LAYERS,
@@ -22,12 +23,15 @@ from star_elastic.axes import (
     fixed,
 )
 from star_elastic.families.base import (
+    MOST_LAYERS,
     Config,
+    get_bool,
     get_float,
     get_int,
     get_optional_int,
     homogeneous,
     require_multiple,
+    require_size,
 )
 
 
@@ -38,10 +42,11 @@ class Llama:
     end_of_thinking = "\n</think>\n\n"
     prefix_aliases: Mapping[str, str] = {}
     ignored: tuple[str, ...] = ("rotary_emb.inv_freq",)
+    copies: Mapping[str, str] = MappingProxyType({"lm_head.weight": "model.embed_tokens.weight"})
 
     def axis_map(self, config: Config) -> AxisMap:
         """See `Family.axis_map`. Defaults are those of transformers' LlamaConfig."""
-        num_layers = get_int(config, "num_hidden_layers", 32)
+        num_layers = get_int(config, "num_hidden_layers", 32, most=MOST_LAYERS)
         hidden_size = get_int(config, "hidden_size", 4096)
         ffn_size = get_int(config, "intermediate_size", 11008)
         num_heads = get_int(config, "num_attention_heads", 32)
@@ -74,15 +79,15 @@ class Llama:
             if bias:
                 add(part, f"{path}.bias", out, layer=layer)
 
-        tied = bool(config.get("tie_word_embeddings", False))
+        tied = get_bool(config, "tie_word_embeddings", False)
         add("embeddings", "model.embed_tokens.weight", vocab, hidden, lookup=not tied)
         for layer in range(num_layers):
             path = f"model.layers.{layer}"
-            bias = bool(config.get("attention_bias", False))
+            bias = get_bool(config, "attention_bias", False)
             for name, out in (("q_proj", queries), ("k_proj", keys), ("v_proj", keys)):
                 add_linear(f"{path}.self_attn.{name}", layer, out, hidden, bias)
             add_linear(f"{path}.self_attn.o_proj", layer, hidden, queries, bias, gate=1)
-            bias = bool(config.get("mlp_bias", False))
+            bias = get_bool(config, "mlp_bias", False)
             add_linear(f"{path}.mlp.gate_proj", layer, neurons, hidden, bias)
             add_linear(f"{path}.mlp.up_proj", layer, neurons, hidden, bias)
             add_linear(f"{path}.mlp.down_proj", layer, hidden, neurons, bias, gate=1)
@@ -97,7 +102,7 @@ class Llama:
             add("head", "lm_head.weight", vocab, hidden)
 
         layers = tuple(range(num_layers))
-        return AxisMap(
+        axis_map = AxisMap(
             family=self.model_type,
             axes={
                 "hidden": Axis("hidden", hidden_size),
@@ -114,6 +119,7 @@ class Llama:
             work=tuple(WorkSpec(layer, (queries,), 4, per_context=True) for layer in layers),
             multiples=(("hidden", "heads"),),
         )
+        return require_size(axis_map)
 
     def config_at(self, config: Config, widths: Mapping) -> Config:
         """See `Family.config_at`. `head_dim` is written out, or it would follow hidden_size."""
@@ -128,5 +134,5 @@ class Llama:
             "num_hidden_layers": len(axis_map.kept_layers(complete)),
             "num_attention_heads": kept["heads"],
             "num_key_value_heads": config.get("num_key_value_heads") or num_heads,
-            "head_dim": config.get("head_dim") or config["hidden_size"] // num_heads,
+            "head_dim": config.get("head_dim") or axis_map.axes["hidden"].size // num_heads,
         }

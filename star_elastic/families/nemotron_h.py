@@ -7,6 +7,7 @@ heads are cut inside each SSM group, so that every kept head goes on reading its
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -30,12 +31,17 @@ from star_elastic.axes import (
 )
 from star_elastic.errors import ConfigError
 from star_elastic.families.base import (
+    MOST_EXPERTS,
+    MOST_LAYERS,
     Config,
+    get_bool,
     get_float,
     get_int,
     get_optional_int,
     homogeneous,
     require_multiple,
+    require_size,
+    told,
 )
 
 LETTERS = {
@@ -45,6 +51,8 @@ LETTERS = {
     "-": "-", "mlp": "-",
 }  # fmt: skip
 LEGACY_NAMES = {"M": "mamba", "*": "attention", "E": "moe", "-": "mlp"}
+LARGEST_CHUNK = 1024
+"""Tokens of a chunk of the SSM scan, whose memory grows with their square."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,14 +91,19 @@ def layer_pattern(config: Config) -> str:
     layers = layers or config.get("hybrid_override_pattern") or ""
     if not isinstance(layers, (str, list, tuple)):
         raise ConfigError(
-            f"layers_block_type={layers!r} is not a list of layer types; correct config.json"
+            f"{told('layers_block_type', layers)} is not a list of layer types; correct config.json"
         )
     unknown = [name for name in layers if not isinstance(name, str) or name not in LETTERS]
     if unknown or not layers:
         raise ConfigError(
-            f"layer type {unknown[0]!r} is unknown; use {', '.join(LETTERS)}"
+            f"layer type {reprlib.repr(unknown[0])} is unknown; use {', '.join(LETTERS)}"
             if layers
             else "the config names no layers; set hybrid_override_pattern"
+        )
+    if len(layers) > MOST_LAYERS:
+        raise ConfigError(
+            f"the config names {len(layers):,} layers, more than the {MOST_LAYERS:,} that a model "
+            "may have here; correct hybrid_override_pattern"
         )
     return "".join(LETTERS[name] for name in layers)
 
@@ -102,7 +115,7 @@ def read_shape(config: Config) -> Shape:
         vocab=get_int(config, "vocab_size", 131072),
         hidden=get_int(config, "hidden_size", 4096),
         eps=get_float(config, "layer_norm_epsilon", 1e-5),
-        tied=bool(config.get("tie_word_embeddings", False)),
+        tied=get_bool(config, "tie_word_embeddings", False),
         heads=get_int(config, "num_attention_heads", 32),
         kv_heads=get_int(config, "num_key_value_heads", 8),
         head_dim=get_int(config, "head_dim", 128),
@@ -119,24 +132,50 @@ def read_shape(config: Config) -> Shape:
         expert_ffn=get_int(config, "moe_intermediate_size", 7688),
         shared_ffn=get_int(config, "moe_shared_expert_intermediate_size", 7688),
         latent=get_optional_int(config, "moe_latent_size"),
-        mlp_bias=bool(config.get("mlp_bias", False)),
-        mamba_bias=bool(config.get("use_bias", False)),
-        conv_bias=bool(config.get("use_conv_bias", True)),
+        mlp_bias=get_bool(config, "mlp_bias", False),
+        mamba_bias=get_bool(config, "use_bias", False),
+        conv_bias=get_bool(config, "use_conv_bias", True),
     )
     require_multiple("num_attention_heads", shape.heads, "num_key_value_heads", shape.kv_heads)
     require_multiple("mamba_num_heads", shape.ssm_heads, "n_groups", shape.ssm_groups)
     require_multiple("n_routed_experts", shape.experts, "n_group", shape.routing_groups)
-    if "E" in shape.pattern and shape.top_k > shape.experts:
-        raise ConfigError(
-            f"num_experts_per_tok={shape.top_k} exceeds n_routed_experts={shape.experts}; "
-            "correct config.json"
-        )
+    if "E" in shape.pattern:
+        _check_routing(shape)
+    if "M" in shape.pattern:  # what the scan pads a sequence to, and clamps its steps at
+        get_int(config, "chunk_size", 128, most=LARGEST_CHUNK)
+        get_float(config, "time_step_min", 1e-3)
     if shape.tied:
         raise ConfigError(
             "tie_word_embeddings=true is not supported for nemotron_h, whose models in "
             "transformers have a head of their own; untie the checkpoint first"
         )
     return shape
+
+
+def _check_routing(shape: Shape) -> None:
+    """Raises ConfigError for experts that no token could be routed to."""
+    if shape.top_k > shape.experts:
+        raise ConfigError(
+            f"num_experts_per_tok={shape.top_k} exceeds n_routed_experts={shape.experts}; "
+            "correct config.json"
+        )
+    if shape.selected_groups > shape.routing_groups:
+        raise ConfigError(
+            f"topk_group={shape.selected_groups} exceeds n_group={shape.routing_groups}; "
+            "correct config.json"
+        )
+    # A group's score is the sum of its two best.
+    if shape.experts < 2 * shape.routing_groups:
+        raise ConfigError(
+            f"n_routed_experts={shape.experts} leaves fewer than 2 experts in each of "
+            f"n_group={shape.routing_groups} groups; correct config.json"
+        )
+    stacked = shape.experts * shape.pattern.count("E")
+    if stacked > MOST_EXPERTS:
+        raise ConfigError(
+            f"n_routed_experts={shape.experts} in {shape.pattern.count('E')} layers are more than "
+            f"the {MOST_EXPERTS:,} experts that a model may have here; correct config.json"
+        )
 
 
 def _axes(shape: Shape) -> dict[str, Axis]:
@@ -295,6 +334,7 @@ class NemotronH:
     end_of_thinking = "\n</think>\n"
     prefix_aliases: Mapping[str, str] = MappingProxyType({"model.": "backbone."})
     ignored: tuple[str, ...] = ("mtp.",)
+    copies: Mapping[str, str] = MappingProxyType({})
 
     def axis_map(self, config: Config) -> AxisMap:
         """See `Family.axis_map`."""
@@ -315,7 +355,7 @@ class NemotronH:
                 table.add_mlp(f"{path}.mixer", "ffn", shape.ffn, layer)
         table.add_norm("model.norm_f", None, "lm_head")
         table.add("head", "lm_head.weight", vocab, table.hidden, disk="lm_head.weight")
-        return AxisMap(
+        axis_map = AxisMap(
             family=self.model_type,
             axes=_axes(shape),
             tensors=table.tensors,
@@ -326,6 +366,7 @@ class NemotronH:
             work=tuple(table.work),
             mixers=tuple(table.mixers),
         )
+        return require_size(axis_map)
 
     def config_at(self, config: Config, widths: Mapping) -> Config:
         """See `Family.config_at`.

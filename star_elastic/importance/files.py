@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 
 from star_elastic.axes import AxisMap, axis_keys
 from star_elastic.checkpoint import load_tensors, save_tensors
-from star_elastic.errors import CheckpointError
+from star_elastic.errors import CheckpointError, library_boundary
 from star_elastic.importance.orders import Scores, check_scores
 
 FORMAT = "star_elastic scores 2"
@@ -36,10 +36,7 @@ def save_scores(file: str | Path, scores: Scores, axis_map: AxisMap, info: Score
         "num_tokens": str(info.num_tokens),
         "source": info.source,
     }
-    try:
-        save_tensors(file, scores, metadata)
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{file} cannot be written ({error}); choose another") from None
+    save_tensors(file, scores, metadata)
 
 
 def load_scores(file: str | Path, axis_map: AxisMap) -> tuple[dict[str, torch.Tensor], ScoreInfo]:
@@ -61,14 +58,12 @@ def load_scores(file: str | Path, axis_map: AxisMap) -> tuple[dict[str, torch.Te
             f"{axis_map.family}; rank the model that is to be sorted"
         )
     _check_complete(scores, axis_map, str(file))
-    try:
+    with library_boundary(f"{file} has damaged metadata", "restore the file"):
         info = ScoreInfo(
             num_samples=int(metadata["num_samples"]),
             num_tokens=int(metadata["num_tokens"]),
             source=metadata["source"],
         )
-    except (KeyError, ValueError) as error:
-        raise CheckpointError(f"{file} has damaged metadata ({error}); restore the file") from None
     return {key: scores[key] for key in axis_keys(axis_map)}, info
 
 

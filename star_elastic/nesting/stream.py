@@ -17,11 +17,11 @@ from star_elastic.axes import AxisMap, Piece, TensorSpec
 from star_elastic.checkpoint import (
     DEFAULT_SHARD_BYTES,
     Planned,
-    copy_extras,
     new_directory,
     write_json,
     write_tensors,
 )
+from star_elastic.companions import copy_companions
 from star_elastic.errors import ConfigError
 from star_elastic.families import family_of, read_config
 from star_elastic.families.base import Config, Family
@@ -33,7 +33,7 @@ from star_elastic.nesting.slice import (
     sort_tensor,
 )
 from star_elastic.quant.checkpoint import stored_input_scales
-from star_elastic.quant.engines import require_readable
+from star_elastic.quant.engines import require_readable, written_config
 from star_elastic.quant.layout import (
     COMPRESSED_TENSORS,
     CONFIG_KEY,
@@ -46,7 +46,7 @@ from star_elastic.quant.layout import (
     require_layout,
     stored_map,
 )
-from star_elastic.stored import StoredModel
+from star_elastic.stored import StoredModel, most_common_dtype
 from star_elastic.widths import Width
 
 Progress = Callable[[int, int], None]
@@ -65,7 +65,7 @@ class _Job:
 def _open(path: Path, axis_map: AxisMap, family: Family) -> StoredModel:
     """A checkpoint whose every tensor will be written or is left behind on purpose."""
     source = StoredModel(path, axis_map, family)
-    source.require_known()
+    source.require_whole()
     return source
 
 
@@ -124,6 +124,8 @@ def _write(
         return job.convert(source.reader.read(job.source))
 
     with new_directory(out) as directory:
+        copy_companions(source.reader.path, directory)
+        write_json(directory / "config.json", config)
         write_tensors(
             directory,
             [job.planned for job in jobs],
@@ -131,8 +133,6 @@ def _write(
             max_shard_bytes=max_shard_bytes,
             on_tensor=_counter([job.planned for job in jobs], progress),
         )
-        write_json(directory / "config.json", config)
-        copy_extras(source.reader.path, directory)
         if finish:
             finish(directory)
 
@@ -165,22 +165,21 @@ def slice_checkpoint(
     require_readable(path)
     scheme = read_scheme(config, axis_map)
     require_layout(scheme, layout)
-    smaller, scales, renamed = axis_map.at(complete), {}, {}
+    model, scales, renamed = axis_map.at(complete), {}, {}
     if scheme is not None:
         scales = stored_input_scales(input_scales or {}, axis_map, scheme)
         small_scheme = scheme.at(axis_map, complete)
-        target[CONFIG_KEY] = config_entry(smaller, small_scheme)
+        target.pop(CONFIG_KEY)
         if layout == MODELOPT:
-            del target[CONFIG_KEY]
-            entry, renamed = (
-                modelopt_entry(smaller, small_scheme),
-                in_modelopt(smaller, small_scheme),
-            )
+            entry, renamed = modelopt_entry(model, small_scheme), in_modelopt(model, small_scheme)
             finish = _also(finish, partial(_write_modelopt, entry))
+        else:
+            target[CONFIG_KEY] = config_entry(model, small_scheme)
         axis_map = stored_map(axis_map, scheme)
-        smaller = axis_map.at(complete)
         axis_map.require_edges(complete)
+    smaller = axis_map.at(complete)
     source = _open(path, axis_map, family)
+    target = written_config(target, model, source.dtype, scheme)
 
     def kept(spec: TensorSpec) -> list[int]:
         return [i for low, high in axis_map.runs(spec, 0, complete) for i in range(low, high)]
@@ -261,6 +260,7 @@ def sort_checkpoint(
 
     jobs = list(_jobs(source, axis_map, axis_map.names_at(axis_map.full), moved, convert))
     written = family.config_at(config, axis_map.full)
+    written = written_config(written, axis_map, source.dtype, None)
     _write(source, jobs, written, out, max_shard_bytes, progress, finish)
 
 
@@ -270,22 +270,30 @@ def save_model(
     extras: Path,
     out: str | Path,
     *,
-    dtype: torch.dtype,
+    dtype: torch.dtype | Mapping[str, torch.dtype],
     progress: Progress | None = None,
     finish: Callable[[Path], None] | None = None,
 ) -> None:
     """Writes a model in memory as a checkpoint in the family's on-disk layout.
 
-    `extras` is the directory whose tokenizer and templates are copied along. Tensors that the
-    table keeps in fp32 stay so; the others are stored as `dtype`. `progress` is told bytes.
+    `extras` is the directory whose tokenizer and templates are copied along. `dtype`: of all
+    tensors, or of each by name; those that the table keeps in fp32 stay so. config.json names the
+    dtype that most elements have. `progress` is told bytes.
     """
     family = family_of(config)
     axis_map = family.axis_map(config)
+    dtypes = {
+        spec.name: torch.float32
+        if spec.keep_fp32
+        else dtype
+        if isinstance(dtype, torch.dtype)
+        else dtype[spec.name]
+        for spec in axis_map.tensors.values()
+    }
     values: dict[str, tuple[TensorSpec, Piece]] = {}
     plan: list[Planned] = []
     for spec in axis_map.tensors.values():
-        shape = axis_map.shape(spec, axis_map.full)
-        stored = torch.float32 if spec.keep_fp32 else dtype
+        shape, stored = axis_map.shape(spec, axis_map.full), dtypes[spec.name]
         for piece in spec.pieces:
             values[piece.name] = (spec, piece)
             plan.append(Planned(piece.name, shape if piece.index is None else shape[1:], stored))
@@ -294,12 +302,13 @@ def save_model(
         spec, piece = values[name]
         tensor = state[spec.name]
         tensor = tensor if piece.index is None else tensor[piece.index]
-        return tensor.detach().to(torch.float32 if spec.keep_fp32 else dtype)
+        return tensor.detach().to(dtypes[spec.name])
 
+    written = family.config_at(config, axis_map.full)
+    written = written_config(written, axis_map, most_common_dtype(dtypes, axis_map), None)
     with new_directory(out) as directory:
+        copy_companions(extras, directory)
+        write_json(directory / "config.json", written)
         write_tensors(directory, plan, value_of, on_tensor=_counter(plan, progress))
-        written = family.config_at(config, axis_map.full)
-        write_json(directory / "config.json", {**written, "dtype": str(dtype).split(".")[1]})
-        copy_extras(extras, directory)
         if finish:
             finish(directory)

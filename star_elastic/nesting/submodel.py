@@ -5,15 +5,14 @@ The slices are assigned, as views where possible, so that all sizes share one co
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
-    AutoConfig,
     AutoTokenizer,
     GenerationConfig,
     PreTrainedModel,
@@ -22,17 +21,23 @@ from transformers import (
 from transformers.utils import GENERATION_CONFIG_NAME
 
 from star_elastic.axes import AxisMap
-from star_elastic.errors import CheckpointError, reason
+from star_elastic.errors import CheckpointError, library_boundary
 from star_elastic.families import family_of, read_config
 from star_elastic.families.base import Config
+from star_elastic.nesting.model_config import buildable_config, model_config
 from star_elastic.nesting.resident import nested_names, share_nested
 from star_elastic.nesting.rotate import rotate_state
-from star_elastic.nesting.skeleton import build_skeleton, build_skeleton_at
+from star_elastic.nesting.skeleton import (
+    build_skeleton,
+    build_skeleton_at,
+    building_of,
+    probe_positions,
+)
 from star_elastic.nesting.slice import Orders, slice_state, sort_state
 from star_elastic.quant.checkpoint import model_state, read_input_scales
 from star_elastic.quant.engines import require_readable
 from star_elastic.quant.inputs import INPUTS, QuantisedInputs
-from star_elastic.quant.layout import CONFIG_KEY, read_scheme, stored_map
+from star_elastic.quant.layout import read_scheme, stored_map
 from star_elastic.quant.native import multiplies_fp8
 from star_elastic.stored import StoredModel
 from star_elastic.widths import Width
@@ -85,14 +90,20 @@ def quantise_inputs(model: PreTrainedModel, inputs: QuantisedInputs, axis_map: A
 
 
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
-    """The tokenizer beside a checkpoint. Raises CheckpointError if it has none."""
-    try:
-        return AutoTokenizer.from_pretrained(path, local_files_only=True)
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise CheckpointError(
-            f"{path} holds no usable tokenizer ({reason(error)}); put the parent's tokenizer files "
-            "beside the weights"
-        ) from None
+    """The tokenizer beside a checkpoint.
+
+    Raises CheckpointError if it has none that can be read, ConfigError for a config.json that
+    transformers does not take, which tells it the kind of tokenizer.
+    """
+    config = model_config(read_config(path), Path(path) / "config.json")
+    if os.path.isfile(path):
+        raise CheckpointError(f"{path} is a file; name the checkpoint directory that it lies in")
+    with library_boundary(
+        f"{path} holds no usable tokenizer", "put the parent's tokenizer files beside the weights"
+    ):
+        return AutoTokenizer.from_pretrained(
+            path, config=config, local_files_only=True, trust_remote_code=False
+        )
 
 
 def load_parent(
@@ -109,52 +120,53 @@ def load_parent(
     FP8 weights stay as they are where the device multiplies them (`native`; default: if it can);
     else quantised weights are dequantised once, here, because a product with codes would unpack
     them every time. Raises ConfigError or CheckpointError with one line for anything that cannot be
-    loaded.
+    loaded, before anything is read if the headers show it.
     """
+    path = Path(path)
     config = read_config(path)
-    require_readable(Path(path))
+    require_readable(path)
     family = family_of(config)
     axis_map = family.axis_map(config)
     scheme = read_scheme(config, axis_map)
+    # transformers would stack experts beside the mapped pages they come from.
+    source = StoredModel(path, stored_map(axis_map, scheme), family)
+    source.require_whole()
     weight_scales = None
     if scheme is None:
         native = False
     elif native is None:
         experts = any(spec.routed for spec in scheme.quantised(axis_map).values())
         native = multiplies_fp8(device, dtype, scheme.format, experts=experts)
-    try:
-        # transformers would stack experts beside the mapped pages they come from.
-        source = StoredModel(Path(path), stored_map(axis_map, scheme), family)
-        model_config = AutoConfig.from_pretrained(path, local_files_only=True)
-        if native:
-            assert scheme is not None
-            state, weight_scales = model_state(source, axis_map, scheme, dtype, codes=True)
-            model, info = _assign(build_skeleton(config), state)
+    if native:
+        assert scheme is not None
+        state, weight_scales = model_state(source, axis_map, scheme, dtype, codes=True)
+        model, info = _assign(build_skeleton(config), state)
+    else:
+        if scheme is None:
+            state = source.state(dtype)
         else:
-            if scheme is None:
-                state = source.state(dtype)
-            else:
-                state, _ = model_state(source, axis_map, scheme, dtype, codes=False)
-                delattr(model_config, CONFIG_KEY)  # the weights are dense from here on
-            kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(model_config)]
+            state, _ = model_state(source, axis_map, scheme, dtype, codes=False)
+        made, kernels = buildable_config(config, file=path / "config.json")
+        kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(made)]
+        with building_of(config, path / "config.json"):
             model, info = kind.from_pretrained(
-                None, config=model_config, state_dict=state, dtype=dtype, output_loading_info=True
-            )
-        if (Path(path) / GENERATION_CONFIG_NAME).is_file():
-            model.generation_config = GenerationConfig.from_pretrained(path, local_files_only=True)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise CheckpointError(
-            f"{path} cannot be loaded ({reason(error)}); check its files"
-        ) from None
+                None, config=made, state_dict=state, dtype=dtype, output_loading_info=True,
+                **kernels,
+            )  # fmt: skip
+            probe_positions(model)
     # transformers only warns here, and fills what is missing with random values.
-    unexpected = info["unexpected_keys"]
-    extra = sorted(n for n in unexpected if not any(part in n for part in family.ignored))
-    for problem, names in (("lacks", sorted(info["missing_keys"])), ("also holds", extra)):
-        if names:
+    for problem, names in (("lacks", "missing_keys"), ("also holds", "unexpected_keys")):
+        if info[names]:
             raise CheckpointError(
-                f"{path} {problem} the tensor {names[0]} ({len(names)} such); "
-                "it is not a checkpoint of its config.json"
+                f"{path} {problem} the tensor {min(info[names])} ({len(info[names])} such) of "
+                f"transformers' model, which the {axis_map.family} table does not know; use a "
+                "parent without"
             )
+    if os.path.isfile(path / GENERATION_CONFIG_NAME):
+        with library_boundary(
+            f"{path / GENERATION_CONFIG_NAME} cannot be read", "correct the file or remove it"
+        ):
+            model.generation_config = GenerationConfig.from_pretrained(path, local_files_only=True)
     model.name_or_path = model.config.name_or_path = str(path)
     model = model.to(device).eval()
     if scheme is not None:

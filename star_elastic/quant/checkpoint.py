@@ -17,15 +17,16 @@ from star_elastic.axes import AxisMap, Piece, TensorSpec
 from star_elastic.checkpoint import (
     DEFAULT_SHARD_BYTES,
     Planned,
-    copy_extras,
     load_tensors,
     new_directory,
     save_tensors,
     write_json,
     write_tensors,
 )
+from star_elastic.companions import INPUT_SCALES, copy_companions
 from star_elastic.errors import CheckpointError, ConfigError
 from star_elastic.families import family_of, read_config
+from star_elastic.quant.engines import written_config
 from star_elastic.quant.formats import Quantised, dequantise, largest_of, quantise
 from star_elastic.quant.layout import (
     CODES,
@@ -157,7 +158,7 @@ def quantise_checkpoint(
     family = family_of(config)
     axis_map = family.axis_map(config)
     source = StoredModel(path, axis_map, family)
-    source.require_known()
+    source.require_whole()
     writer = _Writer(source, scheme, input_scales or {}, largest or {})
     lacking = writer.quantised.keys() - (input_scales or {}).keys()
     if scheme.format.is_calibrated and lacking:
@@ -174,17 +175,15 @@ def quantise_checkpoint(
         if progress:
             progress(written, total)
 
-    entry = config_entry(axis_map, scheme)
+    whole = family.config_at(config, axis_map.full)
+    whole = written_config(whole, axis_map, source.dtype, scheme)
     with new_directory(out) as directory:
+        copy_companions(path, directory)
+        write_json(directory / "config.json", {**whole, CONFIG_KEY: config_entry(axis_map, scheme)})
         write_tensors(
             directory, plan, writer.value_of,
             max_shard_bytes=max_shard_bytes, on_tensor=on_tensor,
         )  # fmt: skip
-        write_json(
-            directory / "config.json",
-            {**family.config_at(config, axis_map.full), CONFIG_KEY: entry},
-        )
-        copy_extras(path, directory)
         if finish:
             finish(directory)
 
@@ -240,7 +239,7 @@ def model_state(
     scales.
     """
     quantised = scheme.quantised(axis_map)
-    state = {name: source.reader.read(name) for name in source.others}
+    state: dict[str, Any] = {}
     scales = {}
     for name, spec in axis_map.tensors.items():
         if name not in quantised:
@@ -255,8 +254,6 @@ def model_state(
 
 
 # Scales of every size's own inputs
-
-INPUT_SCALES = "input_scales.safetensors"
 
 
 def save_input_scales(directory: Path, scales: Mapping[str, Values]) -> None:

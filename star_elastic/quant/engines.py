@@ -1,22 +1,30 @@
 """Which engines and GPUs run a checkpoint, and why not: what is known of them, as rules.
 
-Known as of transformers 5.23, compressed-tensors 0.20, vLLM 0.32 and llama.cpp's converter of 2026;
-nothing is run here.
+The same rules say what a config.json must hold for engines to run what is written. Known as of
+transformers 5.23, compressed-tensors 0.20, vLLM 0.32 and llama.cpp's converter of 2026; nothing is
+run here, but the tests run transformers on every kind that it is said to run.
 """
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from star_elastic.axes import AxisMap
+from star_elastic.companions import without_pointers
 from star_elastic.errors import ConfigError
 from star_elastic.families import family_of, read_config
+from star_elastic.families.base import Config
 from star_elastic.quant.layout import MODELOPT_FILE, Scheme, read_scheme, scheme_of_modelopt
 
-GROUPED_MULTIPLE, KERNEL_MULTIPLE = 8, 128
-"""Of expert widths: what PyTorch's grouped products take in BF16, what FlashInfer's NVFP4 experts
-do."""
+GROUPED_BYTES, GROUPED_MULTIPLE, KERNEL_MULTIPLE = 16, 8, 128
+"""PyTorch's grouped products want strides of whole 16 bytes, so widths of experts that are
+multiples of 8 in BF16; FlashInfer's NVFP4 experts want 128."""
+DTYPE, OLD_DTYPE, EXPERTS = "dtype", "torch_dtype", "experts_implementation"
+EAGER = "eager"
 
 UNPACK = "unpack to BF16: less memory, no faster products"
 
@@ -35,9 +43,9 @@ def check_engines(path: str | Path) -> list[Verdict]:
     path = Path(path)
     config = read_config(path)
     axis_map = family_of(config).axis_map(config)
-    is_modelopt = (path / MODELOPT_FILE).is_file()
+    is_modelopt = os.path.isfile(path / MODELOPT_FILE)
     scheme = scheme_of_modelopt(path, axis_map) if is_modelopt else read_scheme(config, axis_map)
-    verdicts = [_star_elastic(is_modelopt), _transformers(axis_map, scheme, is_modelopt)]
+    verdicts = [_star_elastic(is_modelopt), _transformers(config, axis_map, scheme, is_modelopt)]
     verdicts += [_vllm(axis_map, scheme), _llama_cpp(scheme)]
     return [*verdicts, *_arithmetic(scheme)]
 
@@ -48,23 +56,39 @@ def _star_elastic(is_modelopt: bool) -> Verdict:
     return Verdict("star-elastic", True, "CPU and GPU")
 
 
-def _transformers(axis_map: AxisMap, scheme: Scheme | None, is_modelopt: bool) -> Verdict:
+def _transformers(
+    config: Config, axis_map: AxisMap, scheme: Scheme | None, is_modelopt: bool
+) -> Verdict:
     engine = "transformers"
     if is_modelopt:
         return Verdict(engine, False, "does not read ModelOpt's layout; slice without --layout")
-    experts = _expert_width(axis_map)
-    if scheme is None:
-        if experts % GROUPED_MULTIPLE:
-            note = f"slowly: expert_ffn={experts} is no multiple of {GROUPED_MULTIPLE}"
-            return Verdict(engine, True, note)
-        return Verdict(engine, True, "CPU and GPU")
-    if scheme.format.packed and _quantises_experts(axis_map, scheme):
+    packed = scheme is not None and scheme.format.packed
+    if packed and _quantises_experts(axis_map, scheme):
         note = (
             "ignores the global scales of fused NVFP4 experts without a word: wrong results; keep "
             '"routed experts", or use fp8'
         )
         return Verdict(engine, False, note)
-    return Verdict(engine, True, "with the package compressed-tensors; CPU and GPU")
+    dtype = config.get(DTYPE) or config.get(OLD_DTYPE)
+    if packed and dtype != "bfloat16":
+        note = (
+            f"unpacks NVFP4 to BF16, but config.json names {dtype}: load it with "
+            "dtype=torch.bfloat16"
+        )
+        return Verdict(engine, False, note)
+    note = "CPU and GPU"
+    if scheme is not None:
+        note = f"with the package compressed-tensors{', in BF16' if packed else ''}; CPU and GPU"
+    if not grouped_products_fit(axis_map, 4 if dtype == "float32" else 2):
+        shape = f"expert_ffn={_expert_width(axis_map)}, hidden={axis_map.axes['hidden'].size}"
+        if config.get(EXPERTS) != EAGER:
+            note = (
+                f"its grouped products want other widths than {shape}: load it with "
+                'experts_implementation="eager"'
+            )
+            return Verdict(engine, False, note)
+        note += f"; slowly, its grouped products want other widths than {shape}"
+    return Verdict(engine, True, note)
 
 
 def _vllm(axis_map: AxisMap, scheme: Scheme | None) -> Verdict:
@@ -108,13 +132,37 @@ def _expert_width(axis_map: AxisMap) -> int:
     return axis_map.axes["expert_ffn"].size if "expert_ffn" in axis_map.axes else 0
 
 
-def _quantises_experts(axis_map: AxisMap, scheme: Scheme) -> bool:
-    return any(spec.routed for spec in scheme.quantised(axis_map).values())
+def grouped_products_fit(axis_map: AxisMap, itemsize: int = 2) -> bool:
+    """Whether the experts of a model (if it has any) can run as grouped matrix products, in a dtype
+    of so many bytes."""
+    shapes = [axis_map.shape(s, axis_map.full) for s in axis_map.tensors.values() if s.routed]
+    fused = [shape[1:] for shape in shapes if len(shape) == 3]
+    return all(size * itemsize % GROUPED_BYTES == 0 for shape in fused for size in shape)
+
+
+def written_config(
+    config: Config, axis_map: AxisMap, stored: torch.dtype, scheme: Scheme | None
+) -> Config:
+    """A config.json as it is written beside weights that are `stored` so, for engines to run them.
+
+    It names the dtype: of NVFP4 weights BF16, to which engines unpack them whatever the others are,
+    since transformers does not run a model of two dtypes. Experts that do not fit grouped products
+    run one by one. Nothing points to files that are not written.
+    """
+    packed = scheme is not None and scheme.format.packed
+    dtype = str(torch.bfloat16 if packed else stored).removeprefix("torch.")
+    spellings = [DTYPE, *([OLD_DTYPE] if OLD_DTYPE in config else [])]
+    written = without_pointers(config) | dict.fromkeys(spellings, dtype)
+    return written if grouped_products_fit(axis_map) else {**written, EXPERTS: EAGER}
+
+
+def _quantises_experts(axis_map: AxisMap, scheme: Scheme | None) -> bool:
+    return scheme is not None and any(spec.routed for spec in scheme.quantised(axis_map).values())
 
 
 def require_readable(path: Path) -> None:
     """Raises ConfigError for a checkpoint in ModelOpt's layout, which is for engines."""
-    if (path / MODELOPT_FILE).is_file():
+    if os.path.isfile(path / MODELOPT_FILE):
         raise ConfigError(
             f"{path} is in ModelOpt's layout, which star-elastic writes for engines and does not "
             "read; name the quantised family, or a slice in the layout of compressed-tensors"

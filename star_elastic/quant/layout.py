@@ -175,6 +175,7 @@ def stored_parts(spec: TensorSpec, format: Format, layout: str) -> dict[str, Ten
                 for piece in spec.pieces
             ),
             is_buffer=kind != CODES,
+            coded=True,
         )
         for kind in kinds
     }

@@ -6,29 +6,29 @@ same shared weights, but only the named ones were trained.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 
 from star_elastic.amounts import parse_budget
 from star_elastic.axes import AxisMap
 from star_elastic.checkpoint import load_tensors
+from star_elastic.companions import LATENCY, ROUTER
 from star_elastic.cost import CostModel, Workload
-from star_elastic.errors import CheckpointError, ConfigError, ShapeError, reason
+from star_elastic.errors import CheckpointError, ConfigError, ShapeError, library_boundary
+from star_elastic.families import read_config
 from star_elastic.latency import load_table
 from star_elastic.manifest import Manifest
+from star_elastic.quant.layout import CONFIG_KEY
 from star_elastic.router.budget import Commitment, settle_between
 from star_elastic.router.grid import make_grid
 from star_elastic.router.router import Router
-
-ROUTER = "router.safetensors"
-LATENCY = "latency.json"
-"""The table that budgets in milliseconds were counted with, if there were any."""
 
 
 def load_router(directory: str | Path, manifest: Manifest, axis_map: AxisMap) -> Router:
     """The router of an elastic checkpoint. Raises CheckpointError if it is missing or damaged."""
     file = Path(directory) / ROUTER
-    if not file.is_file():
+    if not os.path.isfile(file):
         raise CheckpointError(
             f"{directory} has no router, so it has only the sizes {', '.join(manifest.sizes)}; "
             "name one of them"
@@ -42,12 +42,9 @@ def load_router(directory: str | Path, manifest: Manifest, axis_map: AxisMap) ->
     except (ShapeError, ConfigError) as error:
         raise CheckpointError(f"elastic.json is damaged ({error}); restore the file") from None
     router = Router(grid, len(manifest.sizes))
-    try:
-        router.load_state_dict(load_tensors(file))
-    except RuntimeError as error:
-        raise CheckpointError(
-            f"{file} does not belong to this checkpoint's choices ({reason(error, -1)}); restore it"
-        ) from None
+    state = load_tensors(file)
+    with library_boundary(f"{file} does not belong to this checkpoint's choices", "restore it"):
+        router.load_state_dict(state)
     return router
 
 
@@ -59,22 +56,25 @@ def widths_for(
 ) -> Commitment:
     """Widths for one budget between trained ones, for example `{"active": 0.6}`.
 
-    Raises BudgetError for a budget outside the trained range, ConfigError for one that cannot be
-    read, CheckpointError if there is no router.
+    A latency table that came along when the family was quantised still says what the router's
+    shares of time mean, but no times of the quantised model: those are refused. Raises BudgetError
+    for a budget outside the trained range, ConfigError for one that cannot be read, CheckpointError
+    if there is no router.
     """
     router = load_router(directory, manifest, axis_map)
     table = Path(directory) / LATENCY
-    needed = "ms" in budget and table.is_file()
+    needed = "ms" in budget and os.path.isfile(table)
     measured = load_table(table, axis_map).milliseconds if needed else None
-    try:
+    with library_boundary("elastic.json is damaged", "restore the file"):
         workload = Workload(**manifest.provenance.get("workload", {}))
-    except TypeError as error:
-        raise CheckpointError(f"elastic.json is damaged ({error}); restore the file") from None
     cost = CostModel(axis_map, workload, measured)
     full = cost.count(axis_map.full)
-    asked = {
-        metric: parse_budget(amount, metric).fraction_of(full.metric(metric))
-        for metric, amount in budget.items()
-    }
+    amounts = {metric: parse_budget(amount, metric) for metric, amount in budget.items()}
+    if needed and not amounts["ms"].is_fraction and CONFIG_KEY in read_config(directory):
+        raise ConfigError(
+            f"ms={budget['ms']!r} is a time, but {table} was measured before the family was "
+            "quantised; give a share of the parent's time, like ms=0.6"
+        )
+    asked = {metric: amount.fraction_of(full.metric(metric)) for metric, amount in amounts.items()}
     trained = [size.budgets for size in manifest.sizes.values()]
     return settle_between(router, trained, asked, cost)

@@ -9,7 +9,7 @@ import torch
 from transformers import PreTrainedModel
 
 from star_elastic.checkpoint import load_tensors
-from star_elastic.families.base import Config
+from star_elastic.companions import BASIS, ORDERS
 from star_elastic.nesting.elastic import ElasticModel
 from star_elastic.nesting.submodel import load_parent, sort_in_place
 from star_elastic.progress import Progress
@@ -18,7 +18,8 @@ from star_elastic.quant.fake import FakeQuantisation
 from star_elastic.quant.layout import Scheme
 from star_elastic.router.grid import Grid
 from star_elastic.router.router import Router
-from star_elastic.train.calibrate import BASIS, ORDERS, Calibration
+from star_elastic.stored import most_common_dtype
+from star_elastic.train.calibrate import Calibration
 from star_elastic.train.check import Checked
 from star_elastic.train.config import RunConfig
 from star_elastic.train.directory import TEACHER, fingerprint
@@ -97,7 +98,7 @@ def _fake(
     world: World,
 ) -> FakeQuantisation:
     """What is frozen of the quantised weights and inputs; a run directory keeps it."""
-    stored = stored_dtype(checked.model_config)
+    stored = most_common_dtype(checked.dtypes, checked.axis_map)
     if world.agree((run / FAKE).is_file()):
         return FakeQuantisation.load(run, checked.axis_map, scheme).on(world.device, stored)
     widths = {name: size.widths for name, size in checked.fixed.items()}
@@ -122,13 +123,6 @@ def _fake(
     if world.is_first:
         fake.save(run)
     return fake.on(world.device, stored)
-
-
-def stored_dtype(model_config: Config) -> torch.dtype:
-    """The dtype that the parent's config names, in which the family is stored."""
-    named = model_config.get("dtype") or model_config.get("torch_dtype")
-    dtype = getattr(torch, str(named), None)
-    return dtype if isinstance(dtype, torch.dtype) else torch.float32
 
 
 def _sorted(

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from star_elastic.axes import LAYERS, AxisMap
 from star_elastic.checkpoint import load_tensors, save_tensors
+from star_elastic.companions import BASIS
 from star_elastic.families.base import Config
 from star_elastic.importance.basis import principal_basis
 from star_elastic.importance.depth import rank_layers
@@ -25,9 +26,7 @@ from star_elastic.progress import Progress
 from star_elastic.train.config import RunConfig
 from star_elastic.train.sources import Batch, Source, calibration_batches
 
-BASIS = "basis.safetensors"
-DEPTH = "depth.safetensors"
-SCORES, ORDERS = "scores.safetensors", "orders.safetensors"
+SCORES, DEPTH = "scores.safetensors", "depth.safetensors"
 DEPTH_SAMPLES = 32
 """Rows on which layers are left out one by one, as often as there are layers."""
 

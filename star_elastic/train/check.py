@@ -7,8 +7,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
+
 from star_elastic.amounts import parse_budget
 from star_elastic.axes import AxisMap
+from star_elastic.companions import LATENCY
 from star_elastic.cost import CostModel
 from star_elastic.errors import BudgetError, ConfigError
 from star_elastic.families import family_of, read_config
@@ -26,8 +29,8 @@ from star_elastic.router.budget import (
     check_reach,
     describe,
 )
-from star_elastic.router.files import LATENCY
 from star_elastic.router.grid import Grid, default_choices, make_grid
+from star_elastic.stored import StoredModel
 from star_elastic.train.config import RunConfig
 from star_elastic.train.state import has_state
 from star_elastic.widths import Widths, parse_widths
@@ -35,7 +38,8 @@ from star_elastic.widths import Widths, parse_widths
 
 @dataclass(frozen=True, slots=True)
 class Checked:
-    """A run config with its parent's table, grid, costs and budgets as fractions of them."""
+    """A run config with its parent's table, grid, costs and budgets as fractions of them, and the
+    dtypes that the parent's tensors are stored in."""
 
     model_config: Config
     axis_map: AxisMap
@@ -43,6 +47,7 @@ class Checked:
     cost: CostModel
     budgets: Mapping[str, Mapping[str, float]]
     fixed: Mapping[str, Commitment]
+    dtypes: Mapping[str, torch.dtype]
     scheme: Scheme | None = None
 
     def ranked_grid(self, depth: tuple[int, ...]) -> Grid:
@@ -57,11 +62,13 @@ class Checked:
 
 
 def check(config: RunConfig, world_size: int = 1) -> Checked:
-    """Checks a run config against its parent's config.json; no weights are read.
+    """Checks a run config against its parent's config.json and the headers of its weights.
 
     Raises ConfigError, ShapeError, BudgetError or CheckpointError for whatever would go wrong.
     """
     model_config, axis_map, manifest, grid = read_parent(config)
+    stored = StoredModel(Path(config.parent), axis_map, family_of(model_config))
+    stored.require_whole()
     if config.calibration.basis == "principal":
         check_rotatable(axis_map)
     table = load_table(latency_file(config), axis_map) if config.latency else None
@@ -108,7 +115,7 @@ def check(config: RunConfig, world_size: int = 1) -> Checked:
         raise ConfigError(
             f"engine.workers={config.engine.workers} threads on {world_size} ranks; use 1 worker"
         )
-    return Checked(model_config, axis_map, grid, cost, budgets, fixed, scheme)
+    return Checked(model_config, axis_map, grid, cost, budgets, fixed, stored.dtypes, scheme)
 
 
 def read_parent(config: RunConfig) -> tuple[Config, AxisMap, Manifest | None, Grid]:
@@ -164,6 +171,7 @@ def _family(config: RunConfig, axis_map: AxisMap) -> Manifest:
             f"{config.family} is not a family of {config.parent}: its tensors are others; name the "
             "parent it was made from"
         )
+    StoredModel(Path(config.family), axis_map, family_of(its_config)).require_whole()
     return load_manifest(config.family, axis_map)
 
 

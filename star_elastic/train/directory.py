@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from star_elastic.checkpoint import digest_files, write_json
+from star_elastic.companions import BASIS, LATENCY
 from star_elastic.errors import CheckpointError, ConfigError, reason
 from star_elastic.quant.fake import FILE_NAME as FAKE
-from star_elastic.router.files import LATENCY
-from star_elastic.train.calibrate import BASIS, DEPTH, SCORES
+from star_elastic.train.calibrate import DEPTH, SCORES
 from star_elastic.train.check import latency_file
 from star_elastic.train.config import RunConfig
 from star_elastic.train.state import has_state

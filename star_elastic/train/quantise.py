@@ -7,7 +7,6 @@ checkpoint itself, and so its full size and widths without a name, has the large
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from transformers import PreTrainedModel
 
 from star_elastic.axes import AxisMap
 from star_elastic.checkpoint import require_free
+from star_elastic.companions import copy_family_files
 from star_elastic.errors import ConfigError
 from star_elastic.families import family_of, read_config
 from star_elastic.families.base import Config
@@ -32,7 +32,6 @@ from star_elastic.quant.checkpoint import (
 from star_elastic.quant.fake import FakeQuantisation
 from star_elastic.quant.inputs import calibrate_inputs
 from star_elastic.quant.layout import CONFIG_KEY, Scheme, make_scheme, stored_map
-from star_elastic.router.files import ROUTER
 from star_elastic.train.sources import Source
 from star_elastic.widths import Widths
 
@@ -96,8 +95,7 @@ def quantise_family(
 
     def finish(directory: Path) -> None:
         save_manifest(manifest, directory)
-        if (path / ROUTER).is_file():
-            shutil.copyfile(path / ROUTER, directory / ROUTER)
+        copy_family_files(path, directory)
         # The full size has the scales of the checkpoint itself.
         cut = {n for n, size in manifest.sizes.items() if size.widths != axis_map.full}
         own = {name: scales[name] for name in cut & scales.keys()}

@@ -17,6 +17,7 @@ import torch
 
 import star_elastic
 from star_elastic.checkpoint import save_tensors
+from star_elastic.companions import BASIS, LATENCY, ORDERS, ROUTER
 from star_elastic.errors import CheckpointError, Interrupted, reason
 from star_elastic.importance.files import load_scores, save_scores
 from star_elastic.manifest import Manifest, Size, load_manifest, save_manifest
@@ -25,10 +26,9 @@ from star_elastic.nesting.stream import save_model
 from star_elastic.nesting.submodel import load_tokenizer
 from star_elastic.progress import Progress, Silent, staged
 from star_elastic.router.budget import AIM, Commitment
-from star_elastic.router.files import LATENCY, ROUTER
 from star_elastic.signals import Stop, Stoppable, stop_on_signals
-from star_elastic.train.build import build_trainer, stored_dtype
-from star_elastic.train.calibrate import BASIS, ORDERS, SCORES
+from star_elastic.train.build import build_trainer
+from star_elastic.train.calibrate import SCORES
 from star_elastic.train.check import Checked, check
 from star_elastic.train.config import RunConfig
 from star_elastic.train.directory import ELASTIC, METRICS, QUANTISED, begin, require_ready
@@ -117,8 +117,10 @@ def _train(config: RunConfig, resume: bool, shown: Progress, stop: Stop, world: 
             shutil.copyfile(Path(config.family) / ROUTER, directory / ROUTER)
         elif not checked.fixed:
             save_tensors(directory / ROUTER, trainer.router.state_dict())
-        if config.latency:
-            shutil.copyfile(run / LATENCY, directory / LATENCY)
+        # A table stays true of a family that is trained on: its shapes are the same.
+        table = (run if config.latency else Path(config.family or run)) / LATENCY
+        if table.is_file():
+            shutil.copyfile(table, directory / LATENCY)
         save_tensors(directory / ORDERS, dict(orders))
         if basis is not None:
             save_tensors(directory / BASIS, {"hidden": basis})
@@ -131,7 +133,7 @@ def _train(config: RunConfig, resume: bool, shown: Progress, stop: Stop, world: 
                 checked.model_config,
                 Path(config.parent),
                 elastic,
-                dtype=stored_dtype(checked.model_config),
+                dtype=checked.dtypes,
                 progress=staged(progress, "write"),
                 finish=finish,
             )
