@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import errno
 import json
-import resource
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -32,6 +29,7 @@ from star_elastic.nesting.stream import slice_checkpoint, sort_checkpoint
 from star_elastic.nesting.submodel import load_parent
 from star_elastic.widths import Widths
 from tests.architectures import ROWS, fixed_config
+from tests.checkpoints import everything_under, file_size_limit, nothing_changes_in, rewrite
 from tests.laws.parents import Parent, make_parent, reload
 
 
@@ -55,18 +53,6 @@ def parent(kind) -> Parent:
 def saved(parent, tmp_path) -> Path:
     (tmp_path / "chat_template.jinja").write_text("{{ messages }}")
     return parent.save(tmp_path)
-
-
-def everything_under(folder: Path) -> set[str]:
-    return {str(path.relative_to(folder)) for path in folder.rglob("*")}
-
-
-@contextmanager
-def nothing_changes_in(folder: Path) -> Iterator[None]:
-    """No file or directory may appear, disappear or be left over."""
-    before = everything_under(folder)
-    yield
-    assert everything_under(folder) == before
 
 
 # Writing
@@ -174,17 +160,6 @@ def test_an_empty_directory_may_be_filled(saved, tmp_path):
     reload(tmp_path / "empty", torch.float32)
 
 
-@contextmanager
-def file_size_limit(num_bytes: int) -> Iterator[None]:
-    """Makes every write beyond `num_bytes` of a file a genuine error of the operating system."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-
 def test_a_disk_error_half_way_leaves_nothing_behind(saved, tmp_path):
     size = (saved / SINGLE_NAME).stat().st_size
     refused = pytest.raises(CheckpointError, match="cannot be written")
@@ -231,13 +206,6 @@ def test_new_directory_appears_only_at_the_end(tmp_path):
 
 
 # Damage
-
-
-def rewrite(directory: Path, change) -> None:
-    """Changes the tensors of a single-file checkpoint."""
-    tensors = load_file(directory / SINGLE_NAME)
-    change(tensors)
-    save_file(tensors, directory / SINGLE_NAME, metadata={"format": "pt"})
 
 
 def refuse_slice(saved: Path, tmp_path: Path, reason: str) -> None:
