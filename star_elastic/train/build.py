@@ -18,7 +18,6 @@ from star_elastic.quant.fake import FakeQuantisation
 from star_elastic.quant.layout import Scheme
 from star_elastic.router.grid import Grid
 from star_elastic.router.router import Router
-from star_elastic.stored import most_common_dtype
 from star_elastic.train.calibrate import Calibration
 from star_elastic.train.check import Checked
 from star_elastic.train.config import RunConfig
@@ -98,7 +97,7 @@ def _fake(
     world: World,
 ) -> FakeQuantisation:
     """What is frozen of the quantised weights and inputs; a run directory keeps it."""
-    stored = most_common_dtype(checked.dtypes, checked.axis_map)
+    stored = checked.dtype
     if world.agree((run / FAKE).is_file()):
         return FakeQuantisation.load(run, checked.axis_map, scheme).on(world.device, stored)
     widths = {name: size.widths for name, size in checked.fixed.items()}

@@ -19,6 +19,7 @@ from star_elastic.families.base import Config
 from star_elastic.latency import LatencyTable, load_table
 from star_elastic.manifest import Manifest, load_manifest
 from star_elastic.nesting.rotate import check_rotatable
+from star_elastic.nesting.submodel import require_loadable
 from star_elastic.quant.layout import CONFIG_KEY, Scheme, make_scheme, stored_map
 from star_elastic.router.budget import (
     REACH,
@@ -30,7 +31,7 @@ from star_elastic.router.budget import (
     describe,
 )
 from star_elastic.router.grid import Grid, default_choices, make_grid
-from star_elastic.stored import StoredModel
+from star_elastic.stored import StoredModel, most_common_dtype
 from star_elastic.train.config import RunConfig
 from star_elastic.train.state import has_state
 from star_elastic.widths import Widths, parse_widths
@@ -49,6 +50,11 @@ class Checked:
     fixed: Mapping[str, Commitment]
     dtypes: Mapping[str, torch.dtype]
     scheme: Scheme | None = None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype that most of the parent's weights are stored in, and the family's will be."""
+        return most_common_dtype(self.dtypes, self.axis_map)
 
     def ranked_grid(self, depth: tuple[int, ...]) -> Grid:
         """The router's grid, once the layers are ranked. Raises BudgetError for budgets that this
@@ -69,6 +75,7 @@ def check(config: RunConfig, world_size: int = 1) -> Checked:
     model_config, axis_map, manifest, grid = read_parent(config)
     stored = StoredModel(Path(config.parent), axis_map, family_of(model_config))
     stored.require_whole()
+    require_loadable(Path(config.parent), model_config)
     if config.calibration.basis == "principal":
         check_rotatable(axis_map)
     table = load_table(latency_file(config), axis_map) if config.latency else None

@@ -16,7 +16,6 @@ import torch
 
 from star_elastic.amounts import show_amount
 from star_elastic.progress import Progress
-from star_elastic.train.build import stored_dtype
 from star_elastic.train.calibrate import SCORES
 from star_elastic.train.check import Checked
 from star_elastic.train.config import RunConfig
@@ -141,7 +140,7 @@ class _Look:
     def _written(self) -> dict[str, int]:
         """Bytes by directory, but for small files."""
         found = {
-            ELASTIC: self.parameters * stored_dtype(self.checked.model_config).itemsize,
+            ELASTIC: self.parameters * self.checked.dtype.itemsize,
             STATE: self.parameters * STATE_BYTES,
         }
         samples = self.config.engine.teacher_samples
