@@ -29,6 +29,7 @@ from star_elastic.stored import StoredModel
 from star_elastic.train.config import RunConfig, parse
 from star_elastic.train.quantise import quantise_family
 from star_elastic.train.run import train
+from tests.architectures import ROWS, fixed_config
 from tests.checkpoints import (
     EMBEDDING,
     HEAD,
@@ -42,7 +43,7 @@ from tests.checkpoints import (
     write_rows,
 )
 from tests.latencies import made_up
-from tests.laws.parents import AXES, fixed_config, make_parent
+from tests.laws.parents import make_parent
 from tests.processes import answer, refusal
 
 OF_THE_PARENT = (
@@ -361,7 +362,7 @@ def test_a_full_disk_leaves_nothing_half_written(copied, tmp_path):
 # Law 10: our names and boxes are transformers' own
 
 
-@pytest.mark.parametrize("kind", AXES)
+@pytest.mark.parametrize("kind", ROWS)
 def test_names_and_boxes_are_those_that_transformers_saves(kind, tmp_path):
     """Every element of the model has a number of its own, so that no two pieces can be swapped."""
     parent = make_parent(fixed_config(kind), 0, torch.float32)
