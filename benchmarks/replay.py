@@ -95,7 +95,7 @@ def chosen(evaluation: Mapping[str, Any], labels: Sequence[str]) -> list[Entry]:
         raise ConfigError("caches that were handed over cannot be replayed; use --switch catch-up")
     entries = make_grid(
         tuple(settings["sizes"]), found["budgets"], dials_by_pair(found["policies"]),
-        max_new_tokens=settings["max_new_tokens"], switch=settings["switch"],
+        alike=found["alike"], max_new_tokens=settings["max_new_tokens"], switch=settings["switch"],
     )  # fmt: skip
     first = entries[0].sizes
     alone = next((e for e in entries if e.sizes == first and e.budget is None), None)

@@ -41,7 +41,8 @@ def seen(accuracy: float, interval: tuple[float, float], seconds: float, flops: 
 
 def plan(label, kind, sizes, tokens, test, validation=0.5):
     return {
-        "label": label, "kind": kind, "sizes": sizes, "budget": None, "dial": None,
+        "label": label, "kind": kind, "sizes": sizes, "budget": None, "budgets": [None],
+        "dial": None,
         "test": {**test, "label": label}, "tokens_by_size": tokens,
         "validation": seen(validation, (0.1, 0.9), 1, 1),
         "difference": {"difference": -0.015, "low": -0.034, "high": 0.002},
@@ -104,7 +105,8 @@ def result():
                       "bandwidth_bound": 2.0167},
         },
         "calibration": {
-            "trace_tokens": {"mean": 63.0, "longest": 116}, "budgets": [None], "coinciding": [],
+            "trace_tokens": {"mean": 63.0, "longest": 116}, "budgets": [None],
+            "alike": {"large": [[None]], "small": [[None]]},
             "policies": [{"small": "small", "large": "large", "num_tokens": 100, "num_lines": 10,
                           "differing_share": 0.072, "dials": [dial], "curve": [dial]}],
         },
@@ -273,6 +275,10 @@ def test_nothing_right_is_no_saving(result):
     said = text_of(make_page(result))
     assert "large has not one problem right, so savings at equal accuracy mean nothing" in said
     assert "47% less" not in said and "none right" in said
+    for found in result["comparisons"]:
+        if found["test"]:
+            found["test"]["accuracy"] = 0.1
+    assert "47% less" not in text_of(make_page(result))
 
 
 def test_report_prints_where_its_files_are(result, tmp_path, capsys):

@@ -81,7 +81,7 @@ def _mean(
 def _reference(entries: Sequence[Entry], entry: Entry) -> Entry:
     """The largest size alone with the same budget."""
     return next(
-        own for own in entries if own.sizes == entries[0].sizes and own.budget == entry.budget
+        own for own in entries if own.sizes == entries[0].sizes and entry.budget in own.budgets
     )
 
 

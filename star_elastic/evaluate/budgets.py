@@ -7,8 +7,8 @@ trace is the same whatever its budget is (at temperature 0).
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -20,6 +20,14 @@ TRACE_SHARE = 0.75
 """Of all new tokens that such a budget, with its grace, may leave to the trace."""
 
 Budget = int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Thought:
+    """The trace of one text, as ids; `is_reopened` where its model has opened it again later."""
+
+    trace: tuple[int, ...]
+    is_reopened: bool = False
 
 
 def natural_budgets(lengths: Sequence[int], max_new_tokens: int) -> list[Budget]:
@@ -43,23 +51,41 @@ def cut_place(
     return place if place < len(trace) else None
 
 
-def merge_budgets(
+def alike_budgets(
     budgets: Sequence[Budget],
-    traces: Iterable[Sequence[int]],
+    thoughts: Sequence[Thought],
     ends_line: Callable[[int], bool],
-) -> dict[Budget, list[Budget]]:
-    """Budgets to try, each with those that cut the traces exactly where it does (itself included).
+) -> list[list[Budget]]:
+    """The budgets in groups that cut all these traces at the same places; 0, which opens no trace,
+    is by itself.
 
-    No budget stands for those that cut nothing if it is among them, else the smallest for all. A
-    budget of 0 opens no trace: it stands for itself. The order is that of `budgets`.
+    A trace that is opened again has what the first one left of the budget, which differs from
+    budget to budget: where no budget has cut before, none is like another.
     """
-    traces = list(traces)
     alike: dict[object, list[Budget]] = {}
     for budget in budgets:
-        cuts = tuple(cut_place(trace, budget, ends_line) for trace in traces)
-        alike.setdefault(0 if budget == 0 else cuts, []).append(budget)
-    chosen: dict[Budget, list[Budget]] = {}
-    for own in alike.values():
-        chosen[None if None in own else min(b for b in own if b is not None)] = own
-    order = sorted(chosen, key=lambda budget: math.inf if budget is None else budget)
-    return {budget: chosen[budget] for budget in order}
+        cuts = []
+        for thought in thoughts:
+            place = cut_place(thought.trace, budget, ends_line)
+            is_left = thought.is_reopened and place is None
+            cuts.append(("left of", budget) if is_left else place)
+        alike.setdefault(0 if budget == 0 else tuple(cuts), []).append(budget)
+    return list(alike.values())
+
+
+def common_groups(
+    budgets: Sequence[Budget], groupings: Sequence[Sequence[Sequence[Budget]]]
+) -> dict[Budget, tuple[Budget, ...]]:
+    """Groups of budgets that are alike in every grouping, each by the budget that stands for it:
+    none if it is among them, else the smallest. The order is that of `budgets`."""
+    alike: dict[object, list[Budget]] = {}
+    for budget in budgets:
+        places = [next(i for i, own in enumerate(g) if budget in own) for g in groupings]
+        alike.setdefault(tuple(places) if groupings else budget, []).append(budget)
+    groups = {_representative(own): tuple(own) for own in alike.values()}
+    order = [budget for budget in budgets if budget in groups]
+    return {budget: groups[budget] for budget in order}
+
+
+def _representative(group: Sequence[Budget]) -> Budget:
+    return None if None in group else min(b for b in group if b is not None)

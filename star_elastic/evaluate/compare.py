@@ -159,7 +159,7 @@ def _cases(
         if labels:
             for question, cost in itertools.product(("equal accuracy", "equal cost"), COSTS):
                 yield question, group, cost, reference, labels
-        labels = [entry.label for entry in members if entry.budget == reference.budget]
+        labels = [entry.label for entry in members if reference.budget in entry.budgets]
         if labels and group != "any":
             yield "equal tokens", group, "", reference, labels
 

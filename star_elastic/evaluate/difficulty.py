@@ -20,6 +20,7 @@ import torch
 from transformers import PreTrainedModel
 
 from star_elastic.errors import ConfigError
+from star_elastic.evaluate.budgets import Thought
 from star_elastic.evaluate.tasks import Problem
 from star_elastic.generate.decode import entropies
 from star_elastic.generate.phased import DEFAULT_BATCH_SIZE, PhasedGenerator
@@ -38,19 +39,15 @@ class Text:
     """A finished sequence: all its ids, and the places at which tokens were chosen by a model.
 
     `turns` are those at which the small size begins anew whatever comes before: the first tokens of
-    the trace and of the answer. `num_trace` tokens are the trace.
+    the trace and of the answer. `num_trace` tokens are the trace, `thought` its first stretch and
+    whether there are others.
     """
 
     ids: tuple[int, ...]
     chosen: tuple[int, ...]
     turns: frozenset[int]
     num_trace: int
-
-    @property
-    def trace(self) -> tuple[int, ...]:
-        """The ids of the trace."""
-        start = min(self.turns)
-        return self.ids[start : start + self.num_trace]
+    thought: Thought
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,7 +179,10 @@ def _text(prompt_ids: tuple[int, ...], generation: Generation) -> Text:
     behind_tags = (n for n, (tag, after) in enumerate(pairwise(parts), 1) if tag == TAG != after)
     answer = start + next(behind_tags, len(parts))
     ids = prompt_ids + generation.token_ids
-    return Text(ids, tuple(chosen), frozenset({start, answer}), parts.count(THINKING))
+    num_trace = parts.count(THINKING)
+    first = next((n for n, part in enumerate(parts) if part != THINKING), len(parts))
+    thought = Thought(generation.token_ids[:first], is_reopened=num_trace > first)
+    return Text(ids, tuple(chosen), frozenset({start, answer}), num_trace, thought)
 
 
 def read_texts(

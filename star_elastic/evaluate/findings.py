@@ -6,7 +6,7 @@ the difference excludes zero, equal if it excludes a loss of more than `TOLERANC
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -54,13 +54,13 @@ def judge(comparison: Data) -> Finding:
     if chosen == comparison["reference"]:
         text = f"Nothing was better than {chosen} itself on the validation problems: no gain."
         return Finding("none", "no gain", text)
-    if comparison["test"]["accuracy"] == comparison["test"]["reference_accuracy"] == 0:
-        return Finding(
-            "none",
-            "none right",
-            f"Neither {chosen} nor {comparison['reference']} has one test problem right: there is "
-            "nothing to compare.",
-        )
+    reference, test = comparison["reference"], comparison["test"]
+    if test["accuracy"] == test["reference_accuracy"] == 0:
+        text = f"Neither {chosen} nor {reference} has one test problem right: nothing to compare."
+        return Finding("none", "none right", text)
+    if question == "equal accuracy" and test["reference_accuracy"] == 0:
+        text = f"{reference} has not one test problem right, and to be as accurate costs nothing."
+        return Finding("none", "none right", text)
     if question == "equal accuracy":
         return _judge_saving(comparison)
     return _judge_accuracy(comparison)
@@ -146,9 +146,19 @@ def listed(names: Iterable[str]) -> str:
     return f"{', '.join(first)} and {last}" if first else last
 
 
-def budget_names(budgets: Iterable[int | None]) -> str:
-    """`16, 32 and none`."""
-    return listed(NO_BUDGET if budget is None else str(budget) for budget in budgets)
+def coinciding(alike: Mapping[str, Iterable[Sequence[int | None]]]) -> list[str]:
+    """`16, 32 and none (of large and small)`: groups of budgets that come to the same, from those
+    of every size."""
+    sizes: dict[tuple[int | None, ...], list[str]] = {}
+    for size, groups in alike.items():
+        for group in groups:
+            if len(group) > 1:
+                sizes.setdefault(tuple(group), []).append(size)
+    return [
+        listed(NO_BUDGET if budget is None else str(budget) for budget in group)
+        + f" (of {listed(names)})"
+        for group, names in sizes.items()
+    ]
 
 
 def counted(number: int, noun: str) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 
 from star_elastic.errors import BudgetError, ConfigError
 from star_elastic.evaluate.accuracy import Kind
+from star_elastic.evaluate.budgets import Budget, common_groups
 from star_elastic.evaluate.difficulty import ALWAYS_SMALL, Dial
 from star_elastic.evaluate.findings import NO_BUDGET
 from star_elastic.generate.phases import (
@@ -22,12 +23,16 @@ from star_elastic.generate.phases import (
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One plan: the `sizes` at work in it, and the `dial` where they share the tokens."""
+    """One plan: the `sizes` at work in it, and the `dial` where they share the tokens.
+
+    Its `budget` stands for all `budgets` that cut the traces of the sizes that think alike.
+    """
 
     label: str
     kind: Kind
     sizes: tuple[str, ...]
-    budget: int | None
+    budget: Budget
+    budgets: tuple[Budget, ...]
     dial: Dial | None
     plan: Plan
 
@@ -38,33 +43,36 @@ class Entry:
             "kind": self.kind,
             "sizes": list(self.sizes),
             "budget": self.budget,
+            "budgets": list(self.budgets),
             "dial": self.dial.to_json() if self.dial else None,
         }
 
 
 def make_grid(
     sizes: Sequence[str],
-    budgets: Sequence[int | None],
+    budgets: Sequence[Budget],
     dials: Mapping[tuple[str, str], Sequence[Dial]],
     *,
+    alike: Mapping[str, Sequence[Sequence[Budget]]] | None = None,
     max_new_tokens: int,
     switch: Switch = "catch-up",
     thinks: bool = True,
 ) -> list[Entry]:
     """All plans of `sizes` (from the largest), each under its own label, the largest alone first.
 
-    `dials` holds the positions to try for each (small, large) pair. What would be another plan once
-    more is left out: a pair with a budget of 0 (its answering size alone), a dial at which the
-    small size writes everything, one with the threshold of another. Where no trace is opened
-    (`thinks`), `budgets` is (None,), every plan answers at once, and there are no pairs. Raises
-    ConfigError and BudgetError for plans that cannot be.
+    `dials` holds the positions to try for each (small, large) pair, `alike` the budgets in groups
+    that come to the same where a size thinks (`alike_budgets`). What would be another plan once
+    more is left out: another budget of a group, a pair with a budget of 0 (its answering size
+    alone), a dial at which the small size writes everything, one with the threshold of another.
+    Where no trace is opened (`thinks`), `budgets` is (None,), every plan answers at once, and there
+    are no pairs. Raises ConfigError and BudgetError for plans that cannot be.
     """
     assert thinks or tuple(budgets) == (None,), budgets
     options = {"max_new_tokens": max_new_tokens, "switch": switch}
     entries: list[Entry] = []
     taken: set[str] = set()
     plans: set[Plan] = set()
-    for label, kind, names, budget, dial in _describe(sizes, budgets, dials):
+    for label, kind, names, (budget, group), dial in _describe(sizes, budgets, dials, alike or {}):
         if (not thinks and kind == "pair") or (dial and dial.threshold == ALWAYS_SMALL):
             continue
         think, answer = names[0], names[-1]
@@ -80,30 +88,36 @@ def make_grid(
         # Names of sizes may hold anything, and so may look like a label of others.
         label = next(own for own in _variants(label) if own not in taken)
         taken.add(label)
-        entries.append(Entry(label, kind, names, budget, dial, plan))
+        entries.append(Entry(label, kind, names, budget, group, dial, plan))
     return entries
 
 
-Description = tuple[str, Kind, tuple[str, ...], int | None, Dial | None]
+Description = tuple[str, Kind, tuple[str, ...], tuple[Budget, tuple[Budget, ...]], Dial | None]
 
 
 def _describe(
     sizes: Sequence[str],
-    budgets: Sequence[int | None],
+    budgets: Sequence[Budget],
     dials: Mapping[tuple[str, str], Sequence[Dial]],
+    alike: Mapping[str, Sequence[Sequence[Budget]]],
 ) -> Iterator[Description]:
-    for size, budget in itertools.product(sizes, budgets):
-        yield f"{size}{_at(budget)}", "single", (size,), budget, None
-    for pair, budget in itertools.product(itertools.permutations(sizes, 2), budgets):
-        if budget != 0:
-            yield f"{pair[0]}>{pair[1]}{_at(budget)}", "pair", pair, budget, None
+    def groups(*thinking: str) -> list[tuple[Budget, tuple[Budget, ...]]]:
+        return [*common_groups(budgets, [alike[s] for s in thinking if s in alike]).items()]
+
+    for size in sizes:
+        for own in groups(size):
+            yield f"{size}{_at(own[0])}", "single", (size,), own, None
+    for pair in itertools.permutations(sizes, 2):
+        for own in groups(pair[0]):
+            if own[0] != 0:
+                yield f"{pair[0]}>{pair[1]}{_at(own[0])}", "pair", pair, own, None
     for pair, positions in dials.items():
-        for dial, budget in itertools.product(positions, budgets):
+        for dial, own in itertools.product(positions, groups(*pair)):
             shown = f"{100 * dial.position:g}%" + (" lines" if dial.look == "line" else "")
-            yield f"{pair[0]}~{pair[1]} {shown}{_at(budget)}", "policy", pair, budget, dial
+            yield f"{pair[0]}~{pair[1]} {shown}{_at(own[0])}", "policy", pair, own, dial
 
 
-def _at(budget: int | None) -> str:
+def _at(budget: Budget) -> str:
     return "" if budget is None else f"@{budget}"
 
 
@@ -113,9 +127,9 @@ def _variants(label: str) -> Iterator[str]:
         yield f"{label} ({number})"
 
 
-def parse_budgets(text: str) -> tuple[int | None, ...]:
+def parse_budgets(text: str) -> tuple[Budget, ...]:
     """Thinking budgets as a user lists them, for example `16,32,none`, each once, none last."""
-    found: set[int | None] = set()
+    found: set[Budget] = set()
     for part in _parts("budgets", text, "16,32,none"):
         if part != NO_BUDGET and not part.isdecimal():
             raise BudgetError(

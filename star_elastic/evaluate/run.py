@@ -24,7 +24,7 @@ from star_elastic.errors import ConfigError, Interrupted
 from star_elastic.evaluate.accuracy import SizeCost, solve
 from star_elastic.evaluate.answers import choose_samples, write_answers
 from star_elastic.evaluate.assemble import assemble, keep
-from star_elastic.evaluate.budgets import merge_budgets, natural_budgets
+from star_elastic.evaluate.budgets import Budget, alike_budgets, common_groups, natural_budgets
 from star_elastic.evaluate.difficulty import (
     Dial,
     Text,
@@ -33,7 +33,7 @@ from star_elastic.evaluate.difficulty import (
     read_texts,
     write_texts,
 )
-from star_elastic.evaluate.findings import budget_names
+from star_elastic.evaluate.findings import coinciding
 from star_elastic.evaluate.grid import Entry, make_grid
 from star_elastic.evaluate.kept import Kept
 from star_elastic.evaluate.matching import BY_TASK, Match, parse_match
@@ -73,7 +73,7 @@ class Settings:
     """
 
     sizes: tuple[str, ...] = ()
-    budgets: tuple[int | None, ...] | None = None
+    budgets: tuple[Budget, ...] | None = None
     dials: tuple[float, ...] = DEFAULT_DIALS
     data: Path | None = None
     match: str | None = None
@@ -212,7 +212,7 @@ class _Run:
     def check(self) -> None:
         """Raises what any plan of the grid would, before any work."""
         budgets = self.settings.budgets if self.thinks else None
-        plans = [entry.plan for entry in self.grid(budgets or (None,), {})]
+        plans = [entry.plan for entry in self.grid(budgets or (None,), {}, {})]
         kinds = {(len(plan.sizes), plan.thinking_budget): plan for plan in plans}
         prompts = [p.question for p in (*self.splits.validation, *self.splits.test)]
         for plan in kinds.values():
@@ -224,7 +224,8 @@ class _Run:
 
     def grid(
         self,
-        budgets: Sequence[int | None],
+        budgets: Sequence[Budget],
+        alike: Mapping[str, Sequence[Sequence[Budget]]],
         dials: Mapping[tuple[str, str], Sequence[Dial]],
     ) -> list[Entry]:
         """The plans of these budgets and positions of the dial."""
@@ -232,6 +233,7 @@ class _Run:
             self.sizes,
             budgets,
             dials,
+            alike=alike,
             max_new_tokens=self.settings.max_new_tokens,
             switch=self.settings.switch,
             thinks=self.thinks,
@@ -257,11 +259,15 @@ class _Run:
             policies.append(self._policies(texts[large], small, large))
             self.progress.advance(number, f"{small} and {large} read")
         lengths = [text.num_trace for text in texts[self.sizes[0]]]
-        budgets = self._budgets(lengths, [text.trace for own in texts.values() for text in own])
+        budgets = self._budgets(lengths)
+        ends_line = self.family.generator.tags.ends_line
         return {
             "trace_tokens": {"mean": float(np.mean(lengths)), "longest": max(lengths)},
-            "budgets": list(budgets),
-            "coinciding": [own for own in budgets.values() if len(own) > 1],
+            "budgets": budgets,
+            "alike": {
+                size: alike_budgets(budgets, [text.thought for text in own], ends_line)
+                for size, own in texts.items()
+            },
             "policies": policies,
         }
 
@@ -284,25 +290,22 @@ class _Run:
             "curve": curve,
         }
 
-    def _budgets(
-        self, lengths: Sequence[int], traces: Sequence[Sequence[int]]
-    ) -> dict[int | None, list[int | None]]:
-        """The budgets that are asked for, or else those that cut a part of the natural traces; of
-        those that come to the same on all traces one, with the others."""
+    def _budgets(self, lengths: Sequence[int]) -> list[Budget]:
+        """The budgets that are asked for, or else those that cut a part of the natural traces."""
         if not self.thinks:
-            return {None: [None]}
-        asked = self.settings.budgets
-        if asked is None:
-            asked = natural_budgets(lengths, self.settings.max_new_tokens)
-        return merge_budgets(asked, traces, self.family.generator.tags.ends_line)
+            return [None]
+        if self.settings.budgets is not None:
+            return list(self.settings.budgets)
+        return natural_budgets(lengths, self.settings.max_new_tokens)
 
     def _say_coinciding(self, calibration: Mapping[str, Any]) -> None:
         """Tells of budgets that the user named and that are tried once."""
-        for budgets in calibration["coinciding"] if self.settings.budgets else ():
-            self.progress.say(
-                f"thinking budgets {budget_names(budgets)} cut the same of every validation trace: "
-                "tried once"
-            )
+        if self.settings.budgets and self.thinks:
+            for told in coinciding(calibration["alike"]):
+                self.progress.say(
+                    f"thinking budgets that cut the same of every validation trace: {told}; tried "
+                    "once"
+                )
 
     def solve(self, entries: Sequence[Entry]) -> list[dict[str, Any]]:
         """What became of every problem under every plan, by split."""
@@ -327,17 +330,20 @@ class _Run:
             for split, problems in self.splits.items()
         }
 
-    def study_reuse(self, budgets: Sequence[int | None]) -> list[dict[str, Any]]:
+    def study_reuse(self, calibration: Mapping[str, Any]) -> list[dict[str, Any]]:
         """Every pair with its caches handed over, on the test problems; none without thinking."""
-        pairs = itertools.permutations(self.sizes, 2) if self.thinks else ()
-        cases = [*itertools.product(pairs, (budget for budget in budgets if budget != 0))]
+        cases = [
+            (think, answer, budget)
+            for think, answer in (itertools.permutations(self.sizes, 2) if self.thinks else ())
+            for budget in common_groups(calibration["budgets"], [calibration["alike"][think]])
+            if budget != 0
+        ]
         if cases:
             self.progress.stage("reuse", len(cases))
         found = []
-        for number, ((think, answer), budget) in enumerate(cases, start=1):
-            case = think, answer, budget
+        for number, case in enumerate(cases, start=1):
             found.append(self.kept.fetch(f"reuse {case}", partial(self._study_one, *case)))
-            self.progress.advance(number, f"{think}>{answer}")
+            self.progress.advance(number, f"{case[0]}>{case[1]}")
         return found
 
     def _study_one(self, think: str, answer: str, budget: int | None) -> dict[str, Any]:
@@ -362,9 +368,10 @@ class _Run:
         """Everything that was found, as plain data."""
         calibration = self.kept.fetch("calibration", self.calibrate)
         self._say_coinciding(calibration)
-        entries = self.grid(calibration["budgets"], dials_by_pair(calibration["policies"]))
+        dials = dials_by_pair(calibration["policies"])
+        entries = self.grid(calibration["budgets"], calibration["alike"], dials)
         solved = self.solve(entries)
-        reuse = self.study_reuse(calibration["budgets"])
+        reuse = self.study_reuse(calibration)
         settings = self.settings
         return {
             "format_version": FORMAT_VERSION,

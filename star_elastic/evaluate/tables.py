@@ -231,20 +231,25 @@ def _thinking(result: Data) -> str:
 
 def _rule(result: Data) -> str:
     told = f"Answers are matched {result['match']['words']}."
-    missing = result["plans"][0]["test"]["no_answer_share"]
+    plan = _reference(result)
+    missing = plan["test"]["no_answer_share"]
     if missing:
-        told += (
-            f" In {percent(missing)} of the replies of {result['plans'][0]['label']} it found none."
-        )
+        told += f" In {percent(missing)} of the replies of {plan['label']} it found none."
     return told
 
 
+def _reference(result: Data) -> Data:
+    """The largest size alone, with the largest of its thinking budgets."""
+    largest = [next(iter(result["sizes"]))]
+    return [plan for plan in result["plans"] if plan["sizes"] == largest][-1]
+
+
 def _nothing_right(result: Data) -> str:
-    first = result["plans"][0]
-    if first["test"]["accuracy"] or first["validation"]["accuracy"]:
+    plan = _reference(result)
+    if plan["test"]["accuracy"] or plan["validation"]["accuracy"]:
         return ""
     return (
-        f"{first['label']} has not one problem right, so savings at equal accuracy mean nothing; "
+        f"{plan['label']} has not one problem right, so savings at equal accuracy mean nothing; "
         "see from its answers whether the matching rule suits them."
     )
 

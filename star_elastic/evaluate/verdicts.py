@@ -8,7 +8,7 @@ from star_elastic.evaluate.findings import (
     GROUP_NAMES,
     Data,
     Finding,
-    budget_names,
+    coinciding,
     counted,
     headline,
     judge,
@@ -50,11 +50,11 @@ def _lead(result: Data) -> str:
             f"here was chosen on {counted(num_validation, 'validation problem')}; its numbers are "
             f"from {counted(num_test, 'test problem')} that the choice did not see."
         )
-    merged = "; ".join(map(budget_names, result["calibration"]["coinciding"]))
+    merged = "; ".join(coinciding(result["calibration"]["alike"]))
     if merged:
         lead += (
-            f" Thinking budgets that cut the same of every validation trace ({merged}) were tried "
-            "once."
+            " Thinking budgets that cut the same of every validation trace were tried once: "
+            f"{merged}."
         )
     return lead + f" In brackets: {result['intervals']['level']:.0%} intervals."
 
