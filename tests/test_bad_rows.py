@@ -310,6 +310,6 @@ def test_lengths_beyond_the_positions_are_told(run_folder):
     )
     llama = {"model_type": "llama", "max_position_embeddings": 512}
     (line,) = beyond_positions(config, llama)
-    assert line.startswith("stages[0].context=600 is beyond the 512 positions of")
+    assert line.startswith("stages[0].context=600 is beyond the 512 positions of the parent")
     assert len(beyond_positions(config, {**llama, "max_position_embeddings": 64})) == 2
     assert beyond_positions(config, {"model_type": "nemotron_h", **llama, **TINY}) == []

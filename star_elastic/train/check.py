@@ -172,8 +172,8 @@ def beyond_positions(config: RunConfig, model_config: Config) -> list[str]:
     lengths = {f"stages[{n}].context": stage.context for n, stage in enumerate(config.stages)}
     lengths["calibration.context"] = config.calibration.context
     return [
-        f"{name}={length} is beyond the {most} positions of {config.parent}: it was not trained on "
-        "longer texts"
+        f"{name}={length:,} is beyond the {most:,} positions of the parent, which was not trained "
+        "on longer texts; lower it"
         for name, length in lengths.items()
         if most is not None and length > most
     ]

@@ -17,7 +17,7 @@ import torch
 from star_elastic.amounts import show_amount
 from star_elastic.progress import Progress
 from star_elastic.train.calibrate import SCORES
-from star_elastic.train.check import Checked
+from star_elastic.train.check import Checked, beyond_positions
 from star_elastic.train.config import RunConfig
 from star_elastic.train.curriculum import Curriculum
 from star_elastic.train.directory import ELASTIC, TEACHER
@@ -157,6 +157,7 @@ class _Look:
     def warnings(self) -> Iterator[str]:
         """What looks wrong: what is so, and what to do."""
         yield from self._stage_warnings()
+        yield from beyond_positions(self.config, self.checked.model_config)
         yield from self._router_warnings()
         yield from self._size_warnings()
         yield from self._machine_warnings()

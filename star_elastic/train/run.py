@@ -10,6 +10,8 @@ from __future__ import annotations
 import json
 import shutil
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -29,7 +31,7 @@ from star_elastic.router.budget import AIM, Commitment
 from star_elastic.signals import Stop, Stoppable, stop_on_signals
 from star_elastic.train.build import build_trainer
 from star_elastic.train.calibrate import SCORES
-from star_elastic.train.check import Checked, beyond_positions, check
+from star_elastic.train.check import Checked, check
 from star_elastic.train.config import RunConfig
 from star_elastic.train.directory import ELASTIC, METRICS, QUANTISED, begin, require_ready
 from star_elastic.train.distributed import World, join_world
@@ -40,8 +42,6 @@ from star_elastic.train.quantise import quantise_family
 from star_elastic.train.sources import open_sources
 from star_elastic.train.state import has_state, load_state, save_state
 from star_elastic.train.strict import to_plain
-
-OR_SKIP = 'or set bad_rows = "skip" in its [[data]]'
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +87,17 @@ def _how_to_go_on(run: Path) -> str:
     return "stopped before training began; the same command goes on (finished rankings are kept)"
 
 
+@contextmanager
+def _told_of_rows(go_on: str) -> Iterator[None]:
+    """Whoever corrects a row that stops a run, should know how the run goes on, and how without."""
+    try:
+        yield
+    except RowError as error:
+        raise CheckpointError(
+            f'{error}, keeping one row a line, and {go_on}, or set bad_rows = "skip" in [[data]]'
+        ) from error
+
+
 def _train(config: RunConfig, resume: bool, shown: Progress, stop: Stop, world: World) -> RunResult:
     run = Path(config.out)
     progress = Stoppable(shown, stop, lambda: _how_to_go_on(run))
@@ -97,7 +108,7 @@ def _train(config: RunConfig, resume: bool, shown: Progress, stop: Stop, world: 
     given = None
     if config.calibration.scores and not (run / SCORES).is_file():
         given = load_scores(Path(config.calibration.scores), checked.axis_map)
-    for line in (*told, *beyond_positions(config, checked.model_config)):
+    for line in told:
         progress.say(line)
     world.wait()
     if world.is_first:
@@ -108,15 +119,12 @@ def _train(config: RunConfig, resume: bool, shown: Progress, stop: Stop, world: 
 
     if not has_state(run):
         look_ahead(config, checked, sources, world.device).say(progress)
-    try:
+    with _told_of_rows("start again"):
         trainer, orders, basis = build_trainer(config, checked, sources, run, progress, world)
-    except RowError as error:
-        raise CheckpointError(
-            f"{error}, keeping one row a line, and start again, {OR_SKIP}"
-        ) from error
     if has_state(run):
         load_state(trainer, run)
-    seconds = _loop(trainer, run, shown, stop)
+    with _told_of_rows("go on with --resume"):
+        seconds = _loop(trainer, run, shown, stop)
     elastic = run / ELASTIC
     state = _whole_state(trainer.student, world)
 
@@ -196,13 +204,9 @@ def _loop(trainer: Trainer, run: Path, progress: Progress, stop: Stop) -> float:
             raise Interrupted(f"stopped at step {trainer.step}; go on with --resume")
         try:
             report = trainer.train_step()
-        except Exception as error:
+        except Exception:
             if trainer.is_sound and trainer.step > saved:
                 save_state(trainer, run)
-            if isinstance(error, RowError):
-                raise CheckpointError(
-                    f"{error}, keeping one row a line, and go on with --resume, {OR_SKIP}"
-                ) from error
             raise
         now = time.monotonic()
         line = pace.after(report.step, now - last)
