@@ -103,7 +103,7 @@ def test_what_a_rank_raises_is_raised():
 
 def test_windows_that_ranks_cannot_share_are_refused(run_folder):
     config = config_in(run_folder, "three-ranks")
-    with pytest.raises(ConfigError, match="batch_size=4 .* cannot be shared by 3 ranks; use a mul"):
+    with pytest.raises(ConfigError, match="batch_size=4 .* cannot be shared by 3 ranks; start"):
         check(config, world_size=3)
 
 

@@ -434,9 +434,9 @@ def with_system(**more):
          r"refuses \(roles must alternate\); correct them"),
         (WITH_TOOLS, {"messages": [user("a"), {"role": "assistant", "tool_calls": [CALL, CALL]}]},
          r"refuses \(one call at a time\)"),
-        ("{% if %}", with_system(), "the chat template cannot be read .*; correct the template"),
+        ("{% if %}", with_system(), "the chat template cannot be read .*; write the row as prompt"),
         ("{{ nothing.at_all }}", with_system(), r"refuses \(.*undefined"),
-        (None, with_system(), "has messages, but the tokenizer has no chat template; give it one"),
+        (None, with_system(), "has messages, but the tokenizer has no chat template; write the"),
     ],
 )  # fmt: skip
 def test_what_a_template_does_not_write_is_refused(template, row, problem):

@@ -114,7 +114,8 @@ def check(config: RunConfig, world_size: int = 1) -> Checked:
         if of_group % world_size:
             raise ConfigError(
                 f"stages[{number}].batch_size={stage.batch_size} in {stage.groups} groups cannot "
-                f"be shared by {world_size} ranks; use a multiple of {stage.groups * world_size}"
+                f"be shared by {world_size} ranks; start as many as divide {of_group}, or use a "
+                f"multiple of {stage.groups * world_size} in another run"
             )
     if world_size > 1 and config.engine.workers > 1:
         raise ConfigError(

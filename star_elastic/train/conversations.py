@@ -102,10 +102,13 @@ class Conversations:
             values[key] = _checked_list(key, values[key])
         if self.tokenizer.chat_template is None:
             raise RowError(
-                "has messages, but the tokenizer has no chat template; give it one, or write the "
-                "row as prompt and completion"
+                "has messages, but the tokenizer has no chat template; write the row as prompt and "
+                "completion, or start another run with a tokenizer that has one"
             )
-        with _refusing("messages, but the chat template cannot be read", "correct the template"):
+        with _refusing(
+            "messages, but the chat template cannot be read",
+            "write the row as prompt and completion, or start another run with a template that can",
+        ):
             template = read_template(self.tokenizer.get_chat_template(None, values.get("tools")))
         own = RESERVED | self.tokenizer.special_tokens_map.keys()
         read = {k: v for k, v in values.items() if k in template.variables and k not in own}
@@ -261,7 +264,7 @@ def _checked_messages(given: Any) -> list[dict[str, Any]]:
         if content is None:
             kept.pop("content", None)
             if not kept.keys() & {"tool_calls", "function_call", *TRACES}:
-                raise RowError(f"has no content in message {number}; give it one, or remove it")
+                raise RowError(f"has no content in message {number}; give it one, or take it out")
         elif isinstance(content, list):
             kept["content"] = [_checked_part(part, number) for part in content]
         elif not isinstance(content, str):
@@ -278,7 +281,7 @@ def _checked_part(part: Any, number: int) -> dict[str, Any]:
         kind = part.get("type") if isinstance(part, dict) else type(part).__name__
         raise RowError(
             f"has a part of type {kind!r} in message {number}, which a text model does not see; "
-            "leave the row out, or say it in text"
+            "say it in text, or take it out of the row"
         )
     return {"type": "text", "text": text}
 

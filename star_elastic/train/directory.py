@@ -29,7 +29,7 @@ MEASURED = (SCORES, BASIS, DEPTH, FAKE)
 FILES = "files"
 MAY_CHANGE = re.compile(
     r"stages\[\d+\]\.(final_)?learning_rate|router\.learning_rate|optimizer\.clip_norm"
-    r"|engine\.(?!teacher_samples).*|data\[\d+\]\.(bad_rows|files)|out|parent|family|latency"
+    r"|engine\.(?!teacher_samples).*|data\[\d+\]\.(bad_rows|files|loss_on)|out|parent|family|latency"
     r"|calibration\.scores"
 )
 """Keys that may change when a run goes on: what messages advise to correct, how a step is computed,

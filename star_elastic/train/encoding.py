@@ -61,8 +61,8 @@ class Encoder:
         beyond = next(i for i in ids if i >= self.num_embeddings)
         raise RowError(
             f"has the token {self.tokenizer.convert_ids_to_tokens(beyond)!r} with id {beyond}, but "
-            f"the model has {self.num_embeddings} embedding rows; resize the model's embeddings, "
-            "or take the token out"
+            f"the model has {self.num_embeddings} embedding rows; take the token out, or resize "
+            "the embeddings before another run"
         )
 
     def text(self, text: str) -> list[int]:

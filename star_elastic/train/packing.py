@@ -250,7 +250,7 @@ class PackedStream:
             saved = {int(number): _check_lane(lane, sizes) for number, lane in lanes.items()}
         except (KeyError, IndexError, TypeError, ValueError, AttributeError):
             raise CheckpointError(
-                "the saved position in the data is damaged; go back to an older state"
+                "the saved position in the data is damaged; start anew in another directory"
             ) from None
         self._lanes, self._saved = {}, saved
 

@@ -228,7 +228,7 @@ class TeacherCache:
                 write_json(file, fingerprint)
         except OSError as error:
             raise CheckpointError(
-                f"{self.directory} cannot be written ({error.strerror}); choose another"
+                f"{self.directory} cannot be written ({error.strerror}); make room there"
             ) from None
         try:
             stored = dict(json.loads(file.read_text(encoding="utf-8")))
