@@ -127,17 +127,19 @@ def rank(
     name: str,
     progress: Progress,
 ) -> tuple[dict[str, torch.Tensor], ScoreInfo]:
-    """Importance scores on `num_samples` rows in batches, and what they were measured on."""
-    num_tokens = 0
+    """Importance scores on rows in batches, at most `num_samples`, and what they were measured
+    on."""
+    num_rows = num_tokens = 0
 
     def counted() -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        nonlocal num_tokens
+        nonlocal num_rows, num_tokens
         for batch in watched(batches, "rank", num_samples, progress):
+            num_rows += len(batch.input_ids)
             num_tokens += batch.num_tokens
             yield batch.input_ids, batch.attention_mask
 
     scores = estimate_scores(model, axis_map, counted())
-    return scores, ScoreInfo(num_samples=num_samples, num_tokens=num_tokens, source=name)
+    return scores, ScoreInfo(num_samples=num_rows, num_tokens=num_tokens, source=name)
 
 
 def watched(

@@ -71,7 +71,7 @@ class Renderer:
             return self._conversation(row)
         for key in form:
             if not isinstance(row[key], str):
-                raise RowError(f"has a {key} that is no text; write it as text")
+                raise RowError(f"has a {key} that is no text; write it as text, or messages")
         for key in SPOKEN if form == ("text",) else (*SPOKEN, *BESIDE_PROMPT):
             if not is_blank(row.get(key)):
                 raise RowError(

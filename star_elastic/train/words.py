@@ -75,10 +75,10 @@ class Word:
 
     def stands_in(self, written: str) -> bool:
         """Whether the template wrote it, as it is or (unless `literal`) inside a JSON text."""
-        forms = [self.text]
-        if not self.literal:
-            forms += [json.dumps(self.text, ensure_ascii=plain)[1:-1] for plain in (False, True)]
-        return any(form in written for form in forms)
+        if self.text in written or self.literal:
+            return self.text in written
+        escaped = (json.dumps(self.text, ensure_ascii=plain)[1:-1] for plain in (False, True))
+        return any(form in written for form in escaped)
 
 
 @dataclass(frozen=True, slots=True)
