@@ -23,6 +23,7 @@ STAGES = {
     "rank": "Rank units", "rank layers": "Rank layers", "train": "Train sizes", "slice": "Slice",
     "evaluate": "Evaluate", "latency": "Latency", "calibrate": "Calibrate", "reuse": "Hand over",
     "quantize": "Quantise", "rows": "Read rows", "basis": "Find basis", "write": "Write",
+    "judge": "Judge",
 }  # fmt: skip
 FIRST_LINE, LINE_EVERY = 5.0, 30.0
 """Seconds after which a stage is first told of where there is no terminal, and between two lines.

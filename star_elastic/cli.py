@@ -34,6 +34,7 @@ from star_elastic.terminal import (
     print_json,
     print_stream,
     print_table,
+    print_verdict,
     run_and_show,
 )
 from star_elastic.widths import parse_widths
@@ -332,12 +333,18 @@ def train(
         return
     with Bars() as bars:
         result = run_training(config, resume=resume, progress=bars)
-    summary = {"elastic": str(result.elastic), "steps": result.steps,
-               "tokens": result.tokens, "seconds": result.seconds}  # fmt: skip
-    if is_first_rank():
-        print_json(summary) if as_json else print(
-            f"{result.elastic}: {result.steps} steps, {result.tokens:,} tokens"
-        )
+    if not is_first_rank():
+        return
+    verdict = result.verdict.to_json() if result.verdict else None
+    if as_json:
+        print_json({
+            "elastic": str(result.elastic), "steps": result.steps, "tokens": result.tokens,
+            "seconds": result.seconds, "verdict": verdict,
+        })  # fmt: skip
+        return
+    print(f"{result.elastic}: {result.steps} steps, {result.tokens:,} tokens")
+    if verdict:
+        print_verdict(verdict)
 
 
 @app.command("config")
@@ -488,24 +495,41 @@ def quantize(
 ) -> None:
     """Quantises a family: one checkpoint from which every size is cut, without dequantising.
 
-    Embeddings, head, routers, norms and convolutions stay as they are.
+    Embeddings, head, routers, norms and convolutions stay as they are. With --data the sizes are
+    also held against what they were before, on 64 rows that are kept out of calibration.
     """
+    from star_elastic.placement import choose_device
+    from star_elastic.train.config import SourceConfig
     from star_elastic.train.quantise import InputCalibration, quantise_family
+    from star_elastic.train.verdict import VERDICT, held_out_of_files, judge_quantised
 
+    kept = SourceConfig.held_out
     calibration = InputCalibration(
-        files=tuple(data or ()), samples=samples, context=context, percentile=percentile
-    )
+        files=tuple(data or ()), samples=samples, context=context, percentile=percentile,
+        held_out=kept,
+    )  # fmt: skip
     with Bars() as bars:
+        held_out = held_out_of_files(elastic, data, kept) if data else []
         parts = quantise_family(
             elastic, out, format_name, keep=keep or (), calibration=calibration, dtype=dtype,
             device=device, progress=bars,
         )  # fmt: skip
+    verdict = None
+    with Bars(f"stopped; {out} is complete, its verdict is missing") as bars:
+        if held_out:
+            verdict = judge_quantised(
+                elastic, out, held_out, bars, device=choose_device(device)
+            )
+            verdict.save(out / VERDICT)
+        else:
+            bars.say("no verdict: it needs 10 rows or more (--data)")
     before = sum(part.before for part in parts.values())
     after = sum(part.after for part in parts.values())
     if as_json:
         print_json({
             "out": str(out), "format": format_name, "bytes_before": before, "bytes": after,
             "parts": {n: {"before": p.before, "after": p.after} for n, p in parts.items()},
+            "verdict": verdict.to_json() if verdict else None,
         })  # fmt: skip
         return
     rows = [
@@ -514,6 +538,8 @@ def quantize(
     ]
     rows.append(["all", f"{before:,}", f"{after:,}", f"{after / before:.3f}"])
     print_table(f"{out}  {format_name}", ["part", "bytes before", "bytes", "ratio"], rows)
+    if verdict:
+        print_verdict(verdict.to_json())
 
 
 @app.command()

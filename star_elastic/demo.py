@@ -192,7 +192,8 @@ def run_config(recipe: Recipe, rows: Path, run: Path) -> RunConfig:
         sizes=recipe.sizes,
         choices=recipe.choices,
         workload=recipe.workload,
-        data=(SourceConfig(files=(str(rows.absolute()),), loss_on="answers"),),
+        # The report is the verdict.
+        data=(SourceConfig(files=(str(rows.absolute()),), loss_on="answers", held_out=0),),
         stages=recipe.stages,
         calibration=CalibrationConfig(num_samples=512, batch_size=32, basis="principal"),
         router=recipe.router,

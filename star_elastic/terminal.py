@@ -88,6 +88,49 @@ def show_report(report: Mapping[str, Any]) -> None:
     print_table("Ways to think and answer, cheapest first", columns, plans)
 
 
+def print_verdict(verdict: Mapping[str, Any]) -> None:
+    """A verdict (`train/verdict.py`) on stdout: a table of the sizes, a sample, what to know, and
+    what to type next."""
+    untrained = any(size["untrained"] for size in verdict["sizes"].values())
+    origin = any(size["widths_from"] for size in verdict["sizes"].values())
+    rows = []
+    for name, size in verdict["sizes"].items():
+        cut = size["untrained"]
+        rows.append([
+            name, f"{size['kl']:.4f}", f"{size['equal_top1']:.1%}",
+            _perplexity(size["perplexity"]), _perplexity(size["reference_perplexity"]),
+            *([_perplexity(cut["perplexity"]) if cut else ""] if untrained else []),
+            *([size["widths_from"]] if origin else []),
+        ])  # fmt: skip
+    columns = ["size", "KL, nats/token", "equal top-1", "perplexity", f"of {verdict['reference']}"]
+    columns += ["same cut, untrained"] if untrained else []
+    columns += ["widths from"] if origin else []
+    title = f"{verdict['held_out_rows']} held-out rows, {verdict['tokens']:,} tokens"
+    print_table(title, columns, rows)
+    sample = verdict["sample"]
+    print(f"prompt: {_one_line(sample['prompt'])}")
+    print(f"  {verdict['reference']}: {_one_line(sample['reference'])}")
+    for name, text in sample["sizes"].items():
+        print(f"  {name}: {_one_line(text)}")
+    for remark in verdict["remarks"]:
+        print(f"note: {remark}")
+    print(f"next: {verdict['next']}")
+
+
+def _perplexity(value: float | None) -> str:
+    return "infinite" if value is None else f"{value:,.4g}"
+
+
+LINE = 200
+"""Characters of a sample's text that are shown."""
+
+
+def _one_line(text: str) -> str:
+    """A text on one line, cut where it is long."""
+    shown = json.dumps(text, ensure_ascii=False)
+    return shown if len(shown) <= LINE else f"{shown[:LINE]}…"
+
+
 def millions(count: float) -> str:
     """`1.26M`."""
     return f"{count / 1e6:.2f}M"

@@ -24,25 +24,11 @@ from star_elastic.signals import STOPPING, Stoppable, stop_on_signals
 from star_elastic.train.run import train
 from star_elastic.train.state import has_state
 from tests.tiny_run import config_in
+from tests.watchers import KillIn, Stages
 
 ROOT = Path(__file__).parent.parent
 BRIEF = {"tokens = 15360": "tokens = 1536", "num_samples = 16": "num_samples = 16\nbatch_size = 4"}
 """4 steps, after 4 of ranking."""
-
-
-class KillIn(Silent):
-    """Sends this process a signal when a stage has done some units."""
-
-    def __init__(self, stage: str, done: int = 1):
-        self.wanted, self.done, self.now = stage, done, ""
-
-    def stage(self, name: str, total: int) -> None:
-        self.now = name
-
-    def advance(self, done: int, note: str = "") -> None:
-        if self.now == self.wanted and done >= self.done > 0:
-            self.done = 0
-            os.kill(os.getpid(), signal.SIGTERM)
 
 
 def test_the_first_signal_is_answered_and_asks_for_a_stop():
@@ -109,16 +95,6 @@ def test_a_run_stopped_while_it_ranked_begins_again(run_folder, resume):
     assert files_of(run_folder / name) == {"run.json"}
     result = train(config, resume=resume)
     assert result.steps == 4 and (result.elastic / "elastic.json").is_file()
-
-
-class Stages(Silent):
-    """The stages that a run goes through."""
-
-    def __init__(self) -> None:
-        self.names: list[str] = []
-
-    def stage(self, name: str, total: int) -> None:
-        self.names.append(name)
 
 
 def test_what_was_ranked_to_the_end_is_kept_for_its_config(run_folder):

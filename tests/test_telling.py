@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import signal
 import time
 from collections import namedtuple
 from dataclasses import replace
@@ -20,7 +18,7 @@ from star_elastic.errors import ConfigError, Interrupted
 from star_elastic.families import family_of, read_config
 from star_elastic.latency import load_table, save_table
 from star_elastic.nesting.submodel import load_parent, load_tokenizer
-from star_elastic.progress import Silent, duration
+from star_elastic.progress import duration
 from star_elastic.router.grid import make_grid
 from star_elastic.train.check import check, require_covered
 from star_elastic.train.config import RouterConfig, StageConfig
@@ -32,6 +30,7 @@ from star_elastic.train.run import train
 from star_elastic.train.sources import Source
 from tests.latencies import made_up
 from tests.tiny_run import config_in
+from tests.watchers import KillIn
 
 # Lines where there is no terminal
 
@@ -177,20 +176,12 @@ def test_amounts_in_words(count, metric, said):
 # Before work
 
 
-class Said(Silent):
-    """The lines that a run says."""
-
-    def __init__(self) -> None:
-        self.lines: list[str] = []
-
-    def say(self, line: str) -> None:
-        self.lines.append(line)
-
-
 def outlook_of(config) -> Outlook:
     tokenizer = load_tokenizer(config.parent)
-    sources = [Source(source.files, tokenizer, source.loss_on) for source in config.data]
-    return look_ahead(config, check(config), sources, torch.device("cpu"))
+    (source,) = config.data
+    rows, other = Source(source.files, tokenizer, source.loss_on).split(source.held_out)
+    held_out = 0 if other is None else len(other)
+    return look_ahead(config, check(config), [rows], torch.device("cpu"), held_out)
 
 
 def test_a_run_says_what_it_will_do(run_folder):
@@ -209,7 +200,7 @@ def test_a_run_says_what_it_will_do(run_folder):
         "stages[0]: 40 steps of 4 windows of 96 tokens, 15,360 tokens",
         "stages[1]: 8 steps of 2 windows of 64 tokens, 1,024 tokens",
         "the router learns for 29 steps (11,136 tokens), then widths are fixed for the other 19",
-        "64 of rows.jsonl",
+        "58 of rows.jsonl; 6 others held out",
         "ranking: forward passes over 16 rows of at most 96 tokens",
         "hidden 48 to 24 in 4 widths",
         f"size large: active {show_amount(count_active(config), 'active')} (100.0%)",
@@ -219,16 +210,8 @@ def test_a_run_says_what_it_will_do(run_folder):
     ):
         assert said in facts, said
     with pytest.raises(Interrupted):
-        train(config, progress=(told := StopAfterSaying()))
+        train(config, progress=(told := KillIn("rank")))
     assert "\n".join(told.lines).startswith(facts)
-
-
-class StopAfterSaying(Said):
-    """Interrupts a run in its ranking."""
-
-    def stage(self, name: str, total: int) -> None:
-        if name == "rank":
-            os.kill(os.getpid(), signal.SIGINT)
 
 
 def count_active(config) -> float:
@@ -248,10 +231,10 @@ def count_active(config) -> float:
             r"stages\[0\].tokens=100 is less than the 384 tokens of one step, .*; lower batch_size",
         ),
         ({}, "the router learns for 24 steps, and below 150 the budgets decide .*; raise stages.t"),
-        ({"batch_size = 4": "batch_size = 65"}, "batch_size=65 windows a step from 64 rows.*lower"),
+        ({"batch_size = 4": "batch_size = 65"}, "batch_size=65 windows a step from 58 rows.*lower"),
         (
             {"num_samples = 16": "num_samples = 64", "tokens = 15360": "tokens = 1536"},
-            "ranking reads up to 6,144 tokens and training 1,536; lower calibration.num_samples",
+            "ranking reads up to 5,568 tokens and training 1,536; lower calibration.num_samples",
         ),
         ({"active = 1.0": "active = 0.9"}, "the largest size, large, has 90.0% .*; add one with"),
         ({"autocast = false": "autocast = true"}, "this CPU has no units .*; leave it out"),

@@ -20,6 +20,7 @@ from star_elastic.train.fingerprint import compare_data, digest_model, sample_da
 from star_elastic.train.sources import Source
 from star_elastic.train.state import has_state
 from star_elastic.train.strict import to_plain
+from star_elastic.train.verdict import VERDICT
 
 ELASTIC, QUANTISED = "elastic", "quantised"
 RUN, METRICS = "run.json", "metrics.jsonl"
@@ -45,7 +46,6 @@ def require_ready(
     ranked by then is kept. Raises CheckpointError or ConfigError unless the run can begin in the
     directory, or go on.
     """
-    last = run / (QUANTISED if config.quant.format else ELASTIC)
     if not resume and (has_state(run) or (run / ELASTIC).exists()):
         raise CheckpointError(f"{run} is not empty; resume it with --resume or name another out")
     if resume and not run.exists():
@@ -64,9 +64,15 @@ def require_ready(
             f"{', '.join(refused)} differ from the run in {run}; put back what changed, or start "
             "another run in another directory"
         )
-    if resume and last.exists():
-        raise CheckpointError(f"{last} is complete already; nothing to resume")
+    judged = (run / VERDICT).exists() or not any(source.held_out for source in config.data)
+    if resume and last_of(run, config).exists() and judged:
+        raise CheckpointError(f"{last_of(run, config)} is complete already; nothing to resume")
     return allowed
+
+
+def last_of(run: Path, config: RunConfig) -> Path:
+    """The last checkpoint that a run writes."""
+    return run / (QUANTISED if config.quant.format else ELASTIC)
 
 
 def begin(run: Path, config: RunConfig, sources: Sequence[Source]) -> None:

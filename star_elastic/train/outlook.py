@@ -51,10 +51,15 @@ class Outlook:
 
 
 def look_ahead(
-    config: RunConfig, checked: Checked, sources: Sequence[Source], device: torch.device
+    config: RunConfig,
+    checked: Checked,
+    sources: Sequence[Source],
+    device: torch.device,
+    held_out: int = 0,
 ) -> Outlook:
-    """What a checked run will do on a device (one of those of all ranks)."""
-    look = _Look(config, checked, sources, device)
+    """What a checked run will do on a device (one of those of all ranks); so many rows are held out
+    of the sources."""
+    look = _Look(config, checked, sources, device, held_out)
     return Outlook(tuple(look.facts()), tuple(look.warnings()))
 
 
@@ -65,8 +70,10 @@ class _Look:
         checked: Checked,
         sources: Sequence[Source],
         device: torch.device,
+        held_out: int,
     ):
         self.config, self.checked, self.sources, self.device = config, checked, sources, device
+        self.held_out = held_out
         self.run = Path(config.out)
         self.steps = Curriculum(config.stages).num_steps
         self.learns = not checked.fixed
@@ -85,7 +92,8 @@ class _Look:
             )
         yield f"  {self._learning()}"
         rows = ", ".join(f"{len(source):,} of {_short(source.name)}" for source in self.sources)
-        yield f"  rows: {rows}"
+        kept = f"{_counted(self.held_out, 'other')} held out for the verdict"
+        yield f"  rows: {rows}; {kept}"
         if not self.config.family:
             yield f"  ranking: {self._ranking()}"
             yield f"  choices: {self._choices()}"
@@ -156,6 +164,8 @@ class _Look:
 
     def warnings(self) -> Iterator[str]:
         """What looks wrong: what is so, and what to do."""
+        for line in beyond_positions(self.config, self.checked.model_config):
+            yield f"{line}; lower it"
         yield from self._stage_warnings()
         yield from beyond_positions(self.config, self.checked.model_config)
         yield from self._router_warnings()

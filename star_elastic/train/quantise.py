@@ -39,10 +39,12 @@ from star_elastic.widths import Widths
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class InputCalibration:
-    """Rows that inputs are calibrated on (the first of the files), cut to `context` tokens, and the
-    percentile of magnitudes that the scales cover (100: all)."""
+    """Rows that inputs are calibrated on (the first of the files, without `held_out` ones, as in
+    `Source.split`), cut to `context` tokens, and the percentile of magnitudes that the scales cover
+    (100: all)."""
 
     files: Sequence[Path] = ()
+    held_out: int = 0
     samples: int = 256
     context: int = 1024
     percentile: float = 100.0
@@ -121,7 +123,8 @@ def _calibration_source(
             "use fp8-channel, whose inputs are scaled as they come"
         )
     files, tokenizer = tuple(map(str, calibration.files)), load_tokenizer(path)
-    return Source(files, tokenizer, num_embeddings=axis_map.num_embeddings)
+    source = Source(files, tokenizer, num_embeddings=axis_map.num_embeddings)
+    return source.split(calibration.held_out)[0]
 
 
 def calibrate_sizes(

@@ -2,7 +2,7 @@
 
 A run directory holds `run.json` (the resolved config), `scores.safetensors`, `metrics.jsonl`,
 `state/` (the last saved state), and in the end `elastic/` (after quantisation-aware training also
-`quantised/`). Under torchrun all ranks run this; the first one writes.
+`quantised/`) and `verdict.json`. Under torchrun all ranks run this; the first one writes.
 """
 
 from __future__ import annotations
@@ -33,25 +33,28 @@ from star_elastic.train.build import build_trainer
 from star_elastic.train.calibrate import SCORES
 from star_elastic.train.check import Checked, check
 from star_elastic.train.config import RunConfig
-from star_elastic.train.directory import ELASTIC, METRICS, QUANTISED, begin, require_ready
+from star_elastic.train.directory import ELASTIC, METRICS, QUANTISED, begin, last_of, require_ready
 from star_elastic.train.distributed import World, join_world
 from star_elastic.train.loop import StepReport, Trainer
 from star_elastic.train.outlook import look_ahead
 from star_elastic.train.pace import Pace
 from star_elastic.train.quantise import quantise_family
-from star_elastic.train.sources import open_sources
+from star_elastic.train.sources import Document, Source, open_sources
 from star_elastic.train.state import has_state, load_state, save_state
 from star_elastic.train.strict import to_plain
+from star_elastic.train.verdict import VERDICT, Verdict, held_out_documents, judge_run
 
 
 @dataclass(frozen=True, slots=True)
 class RunResult:
-    """Where the elastic checkpoint is, and what training cost. `tokens` read from the data."""
+    """Where the elastic checkpoint is, what training cost (`tokens` read from the data, `seconds`
+    in this process) and what became of the sizes (None if no row was held out)."""
 
     elastic: Path
     steps: int
     tokens: int
     seconds: float
+    verdict: Verdict | None = None
 
 
 def train(
@@ -103,22 +106,49 @@ def _train(config: RunConfig, resume: bool, shown: Progress, stop: Stop, world: 
     progress = Stoppable(shown, stop, lambda: _how_to_go_on(run))
     checked = check(config, world.size)
     tokenizer = load_tokenizer(config.parent)
-    sources = open_sources(config.data, tokenizer, checked.axis_map.num_embeddings)
-    told = require_ready(run, config, sources, resume)
+    whole = open_sources(config.data, tokenizer, checked.axis_map.num_embeddings)
+    told = require_ready(run, config, whole, resume)
     given = None
     if config.calibration.scores and not (run / SCORES).is_file():
         given = load_scores(Path(config.calibration.scores), checked.axis_map)
     for line in told:
         progress.say(line)
+    split = [w.split(source.held_out) for w, source in zip(whole, config.data, strict=True)]
+    sources, kept = [pair[0] for pair in split], [pair[1] for pair in split if pair[1] is not None]
+    longest = max(stage.context for stage in config.stages)
+    with _told_of_rows("start again"):  # read now: what is wrong is told before work, not after it
+        held_out = held_out_documents(kept, longest)
     world.wait()
     if world.is_first:
-        begin(run, config, sources)
+        begin(run, config, whole)
         if given:
             save_scores(run / SCORES, given[0], checked.axis_map, given[1])
     world.wait()
 
-    if not has_state(run):
-        look_ahead(config, checked, sources, world.device).say(progress)
+    seconds = 0.0
+    if not last_of(run, config).exists():
+        if not has_state(run):
+            look_ahead(config, checked, sources, world.device, len(held_out)).say(progress)
+        seconds = _train_sizes(config, checked, sources, shown, progress, stop, world)
+    verdict = None
+    if world.is_first:
+        verdict = _judge(config, held_out, progress, world)
+    world.wait()
+    made = load_manifest(run / ELASTIC, checked.axis_map).provenance
+    return RunResult(run / ELASTIC, made["steps"], made["tokens"], seconds, verdict)
+
+
+def _train_sizes(
+    config: RunConfig,
+    checked: Checked,
+    sources: list[Source],
+    shown: Progress,
+    progress: Progress,
+    stop: Stop,
+    world: World,
+) -> float:
+    """Trains and writes what training leaves; returns the seconds of training."""
+    run = Path(config.out)
     with _told_of_rows("start again"):
         trainer, orders, basis = build_trainer(config, checked, sources, run, progress, world)
     if has_state(run):
@@ -160,7 +190,26 @@ def _train(config: RunConfig, resume: bool, shown: Progress, stop: Stop, world: 
                 keep=config.quant.keep, frozen=quantised, progress=progress,
             )  # fmt: skip
     world.wait()
-    return RunResult(elastic, trainer.step, trainer.tokens, seconds)
+    return seconds
+
+
+def _judge(
+    config: RunConfig, held_out: list[Document], progress: Progress, world: World
+) -> Verdict | None:
+    """The verdict on what the run has written; kept beside it. None if no row is held out."""
+    run = Path(config.out)
+    if not held_out:
+        progress.say("no verdict: no row is held out (see data.held_out; a source needs 10 rows)")
+        return None
+    if world.device.type == "cuda":
+        torch.cuda.empty_cache()  # what training has left
+    quantised = run / QUANTISED if config.quant.format else None
+    verdict = judge_run(
+        Path(config.parent), run / ELASTIC, held_out, progress,
+        quantised=quantised, device=str(world.device),
+    )  # fmt: skip
+    verdict.save(run / VERDICT)
+    return verdict
 
 
 def _has_its_router(config: RunConfig, checked: Checked) -> bool:

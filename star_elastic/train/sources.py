@@ -8,15 +8,17 @@ nor of how training packs documents.
 from __future__ import annotations
 
 import bisect
+import copy
 import hashlib
 import importlib
 import itertools
 import json
 from array import array
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -30,6 +32,9 @@ from star_elastic.train.rendering import Document, LossOn, Renderer
 
 LENGTH_STEP = 16
 """Padded batches have multiples of this many tokens: kernels are kept for every new shape."""
+
+MOST_HELD_OUT = 10
+"""At most one of so many rows is held out."""
 
 KEPT_ROWS = 1 << 20
 """Shuffled row numbers kept per source, or three epochs if these are longer."""
@@ -165,6 +170,16 @@ def open_rows(path: str | Path) -> Rows:
     return JsonLines(path)
 
 
+def held_out_row(number: int, *, total: int, count: int) -> int:
+    """The `number`-th of `count` rows that lie evenly between `total` ones."""
+    return (number + 1) * total // count - 1
+
+
+def other_row(number: int, *, total: int, count: int) -> int:
+    """The `number`-th of the rows that `held_out_row` leaves."""
+    return number + -(-(number + 1) * count // (total - count)) - 1
+
+
 class Source:
     """The rows of some files, one file after the other, as documents.
 
@@ -195,12 +210,28 @@ class Source:
         if not self.parts or not self._ends[-1]:
             raise ConfigError(f"{self.name or 'a source'} has no rows; name files that hold some")
 
+        self._count = self._ends[-1]
+        self._row_of: Callable[[int], int] | None = None
+
     def __len__(self) -> int:
-        return self._ends[-1]
+        return self._count
+
+    def split(self, held_out: int) -> tuple[Source, Source | None]:
+        """Two sources of the same files: the rows to train on, and `held_out` others that lie
+        evenly between them, but at most a tenth of all. None if that leaves none."""
+        count = min(held_out, len(self) // MOST_HELD_OUT)
+        if not count:
+            return self, None
+        training, other = copy.copy(self), copy.copy(self)
+        numbers = {"total": len(self), "count": count}
+        training._count, training._row_of = len(self) - count, partial(other_row, **numbers)
+        other._count, other._row_of = count, partial(held_out_row, **numbers)
+        return training, other
 
     def _find(self, row: int) -> tuple[Rows, int]:
         """The file that holds a row, and the row's number in it."""
         assert 0 <= row < len(self), (row, len(self))
+        row = self._row_of(row) if self._row_of else row
         number = bisect.bisect_right(self._ends, row)
         return self.parts[number], row - (self._ends[number] - len(self.parts[number]))
 

@@ -1,0 +1,326 @@
+"""The verdict on a run: every size beside its parent on rows that training never saw.
+
+Everything is read back from disk: what is judged is what leaves. A run is judged against its
+parent, a quantised family against the family that it was made from.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from star_elastic.checkpoint import load_tensors, write_json
+from star_elastic.companions import BASIS, ORDERS
+from star_elastic.errors import RowError
+from star_elastic.families import family_of, read_config
+from star_elastic.manifest import Size, load_manifest
+from star_elastic.nesting.submodel import build_submodel, load_parent, load_tokenizer, sort_in_place
+from star_elastic.progress import Progress
+from star_elastic.quant.checkpoint import load_input_scales
+from star_elastic.train.divergence import (
+    Divergence,
+    Reading,
+    compare,
+    continue_greedily,
+    read,
+    shorten,
+)
+from star_elastic.train.sources import Document, Source
+
+VERDICT = "verdict.json"
+MAX_TOKENS, MAX_CONTEXT = 8192, 1024
+"""Of the held-out rows, what each model reads at most, in all and of one row."""
+PROMPT_TOKENS, SAMPLE_TOKENS = 64, 32
+LEFT = 0.01
+"""KL in nats per token from which a size that costs what its parent does has left it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SizeVerdict:
+    """One size: how far it is from its reference, how far the same widths were from it before
+    training (None: the widths are the reference's, or nobody knows), and where the widths come
+    from."""
+
+    trained: Divergence
+    untrained: Divergence | None = None
+    widths_from: str = ""
+    is_full: bool = False
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain data."""
+        return {
+            **self.trained.to_json(),
+            "untrained": self.untrained.to_json() if self.untrained else None,
+            "widths_from": self.widths_from,
+        }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sample:
+    """A held-out prompt, and how the reference and every size go on greedily."""
+
+    prompt: str
+    reference: str
+    sizes: Mapping[str, str]
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain data."""
+        return {"prompt": self.prompt, "reference": self.reference, "sizes": dict(self.sizes)}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Verdict:
+    """What became of the sizes. `reference`: what they are compared with, in words."""
+
+    elastic: Path
+    reference: str
+    rows: int
+    sizes: Mapping[str, SizeVerdict]
+    sample: Sample
+    next_command: str
+
+    @property
+    def tokens(self) -> int:
+        """Counted tokens of the rows."""
+        return next(iter(self.sizes.values())).trained.tokens
+
+    def remarks(self) -> Iterator[str]:
+        """What the numbers mean where they mean trouble, each with what to do."""
+        for name, size in self.sizes.items():
+            found = size.trained
+            beside = f"{found.perplexity:.4g} beside {found.reference_perplexity:.4g}"
+            if size.is_full and (found.kl > LEFT or found.is_worse):
+                why = (
+                    f"reads worse than {self.reference} (perplexity {beside})"
+                    if found.is_worse
+                    else f"has left {self.reference} (KL {found.kl:.4f} nats/token, over {LEFT})"
+                )
+                yield (
+                    f"{name} costs what {self.reference} does and {why}; lower "
+                    "stages.learning_rate, or give it more weight in stages.size_weights"
+                )
+            if size.untrained is not None and found.kl >= size.untrained.kl:
+                yield (
+                    f"training has brought {name} no nearer to {self.reference} (KL "
+                    f"{found.kl:.4f} nats/token, {size.untrained.kl:.4f} untrained); raise "
+                    "stages.tokens, or lower stages.learning_rate"
+                )
+            if size.widths_from == "budget":
+                yield (
+                    f"the widths of {name} come from its budget, not from the data: the router had "
+                    "not learned what to cut; give it more steps (stages.tokens, router.commit_at)"
+                )
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain data."""
+        return {
+            "elastic": str(self.elastic),
+            "reference": self.reference,
+            "held_out_rows": self.rows,
+            "tokens": self.tokens,
+            "sizes": {name: size.to_json() for name, size in self.sizes.items()},
+            "sample": self.sample.to_json(),
+            "remarks": list(self.remarks()),
+            "next": self.next_command,
+        }
+
+    def save(self, file: Path) -> None:
+        """Writes it as JSON."""
+        write_json(file, self.to_json())
+
+
+def held_out_documents(sources: Sequence[Source], context: int) -> list[Document]:
+    """Held-out rows of sources in turn, cut to `context` tokens (`MAX_CONTEXT` at most), as many as
+    have `MAX_TOKENS` together. Raises RowError for one that cannot be read, unless its source skips
+    such rows."""
+    return shorten(_in_turn(sources), MAX_TOKENS, min(context, MAX_CONTEXT))
+
+
+def _in_turn(sources: Sequence[Source]) -> Iterator[Document]:
+    rows = itertools.zip_longest(*(range(len(source)) for source in sources))
+    for turn in rows:
+        for source, row in zip(sources, turn, strict=True):
+            if row is None:
+                continue
+            try:
+                yield source.document(row)
+            except RowError:
+                if not source.skips_bad_rows:
+                    raise
+
+
+def held_out_of_files(checkpoint: Path, files: Sequence[Path], held_out: int) -> list[Document]:
+    """The rows of files that `Source.split` holds out, as `held_out_documents`."""
+    config = read_config(checkpoint)
+    count = family_of(config).axis_map(config).num_embeddings
+    whole = Source(tuple(map(str, files)), load_tokenizer(checkpoint), num_embeddings=count)
+    source = whole.split(held_out)[1]
+    return held_out_documents([] if source is None else [source], MAX_CONTEXT)
+
+
+def judge_run(
+    parent: Path,
+    elastic: Path,
+    held_out: Sequence[Document],
+    progress: Progress,
+    *,
+    quantised: Path | None = None,
+    device: str = "cpu",
+) -> Verdict:
+    """The sizes of a run against the parent: those in `elastic`, or the same ones in `quantised`.
+
+    `elastic` also tells how the parent was sorted, so that the same widths are cut from the parent
+    as it was. One model is in memory at a time. Raises CheckpointError for what cannot be loaded.
+    """
+    judge = _Judge(held_out, load_tokenizer(parent), progress)
+    family, judged = _Family(elastic), _Family(quantised or elastic)
+    orders = load_tensors(elastic / ORDERS) if (elastic / ORDERS).is_file() else None
+    basis = load_tensors(elastic / BASIS)["hidden"] if (elastic / BASIS).is_file() else None
+    cut = {n: s.widths for n, s in family.sizes.items() if not family.is_full(s)}
+    if orders is None:  # whoever made the family did not say
+        cut = {}
+    judge.begin(1 + len(cut) + len(family.sizes))
+    model, config = load_parent(parent, device=device)
+    reference, going_on = judge.read(model).apart(), judge.go_on(model)
+    untrained: dict[str, Divergence] = {}
+    if orders is not None and cut:
+        sort_in_place(model, family.axis_map, orders, basis)
+        for name, widths in cut.items():
+            submodel = build_submodel(model, config, widths)
+            untrained[name] = judge.compare(reference, judge.read(submodel))
+    del model
+    sizes: dict[str, SizeVerdict] = {}
+    said: dict[str, str] = {}
+    for name, size, submodel in judged.models(device):
+        sizes[name] = SizeVerdict(
+            trained=judge.compare(reference, judge.read(submodel)),
+            untrained=untrained.get(name),
+            widths_from=getattr(size, "widths_from", ""),
+            is_full=quantised is None and judged.is_full(size),
+        )
+        said[name] = judge.go_on(submodel)
+    return judge.verdict(judged, "its parent", sizes, going_on, said)
+
+
+def judge_quantised(
+    elastic: Path,
+    quantised: Path,
+    held_out: Sequence[Document],
+    progress: Progress,
+    *,
+    device: str = "cpu",
+) -> Verdict:
+    """The sizes of a quantised family, each against the same size before. Raises CheckpointError
+    for what cannot be loaded."""
+    judge = _Judge(held_out, load_tokenizer(elastic), progress)
+    family, judged = _Family(elastic), _Family(quantised)
+    judge.begin(2 * len(family.sizes))
+    before: dict[str, Reading] = {}
+    going_on = ""
+    for name, _, submodel in family.models(device):
+        before[name] = judge.read(submodel)
+        going_on = going_on or judge.go_on(submodel)
+    sizes: dict[str, SizeVerdict] = {}
+    said: dict[str, str] = {}
+    for name, _, submodel in judged.models(device):
+        sizes[name] = SizeVerdict(trained=judge.compare(before[name], judge.read(submodel)))
+        said[name] = judge.go_on(submodel)
+    return judge.verdict(judged, "itself unquantised", sizes, going_on, said)
+
+
+class _Family:
+    """An elastic checkpoint on disk."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        config = read_config(path)
+        self.axis_map = family_of(config).axis_map(config)
+        self.manifest = load_manifest(path, self.axis_map)
+        self.sizes = self.manifest.sizes
+
+    def is_full(self, size: Size) -> bool:
+        """Whether a size has all of the parent's units."""
+        return size.widths == self.axis_map.full
+
+    def models(self, device: str) -> Iterator[tuple[str, Size, PreTrainedModel]]:
+        """The model of every size in turn, over one copy of the weights."""
+        whole, config = load_parent(self.path, device=device)
+        for name, size in self.sizes.items():
+            if self.is_full(size):
+                yield name, size, whole
+                continue
+            scales = load_input_scales(self.path, name)
+            yield name, size, build_submodel(whole, config, size.widths, input_scales=scales)
+
+
+class _Judge:
+    """Reads models on the same held-out documents, and lets them go on from the same prompt."""
+
+    def __init__(
+        self, held_out: Sequence[Document], tokenizer: PreTrainedTokenizerBase, progress: Progress
+    ):
+        assert held_out, "there is nothing to judge on"
+        self.documents, self.tokenizer, self.progress = held_out, tokenizer, progress
+        self._done = 0
+
+    def begin(self, num_models: int) -> None:
+        """So many models will be read."""
+        self.progress.stage("judge", num_models * len(self.documents))
+
+    def read(self, model: PreTrainedModel) -> Reading:
+        """What a model makes of the documents."""
+        return read(model, self.documents, self._advance)
+
+    def _advance(self) -> None:
+        self._done += 1
+        self.progress.advance(self._done)
+
+    def compare(self, reference: Reading, reading: Reading) -> Divergence:
+        """How far one reading is from another."""
+        return compare(reference, reading, self.documents)
+
+    @property
+    def prompt(self) -> list[int]:
+        """What stands before the answer of a document, or the first half of a text."""
+        with_prompt = (d for d in self.documents if d.first > 0)
+        document = next(with_prompt, self.documents[0])
+        if document.first > 0:
+            return document.ids[: document.first + 1]
+        return document.ids[: min(PROMPT_TOKENS, max(len(document.ids) // 2, 1))]
+
+    def go_on(self, model: PreTrainedModel) -> str:
+        """How a model goes on from the prompt."""
+        also: Any = model.generation_config.eos_token_id if model.generation_config else None
+        ends: list[Any] = [self.tokenizer.eos_token_id, *(also if type(also) is list else [also])]
+        ids = continue_greedily(model, self.prompt, ends, SAMPLE_TOKENS)
+        return str(self.tokenizer.decode(ids))
+
+    def verdict(
+        self,
+        judged: _Family,
+        reference: str,
+        sizes: Mapping[str, SizeVerdict],
+        going_on: str,
+        said: Mapping[str, str],
+    ) -> Verdict:
+        """Everything that was found."""
+        smallest = list(sizes)[-1]
+        folder = judged.path.parent / smallest
+        command = f"star-elastic slice {judged.path} --size {smallest} --out {folder}"
+        if judged.manifest.per_layer:  # which no plain checkpoint can hold
+            command = f'star-elastic generate {judged.path} --size {smallest} "..."'
+        return Verdict(
+            elastic=judged.path,
+            reference=reference,
+            rows=len(self.documents),
+            sizes=sizes,
+            sample=Sample(
+                prompt=str(self.tokenizer.decode(self.prompt)), reference=going_on, sizes=said
+            ),
+            next_command=command,
+        )
