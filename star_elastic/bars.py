@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
 
-from star_elastic.progress import Progress, duration
+from star_elastic.progress import Progress, Silent, duration
 from star_elastic.signals import Stoppable, stop_on_signals
 
 STAGES = {
@@ -37,12 +37,14 @@ class Bars:
     message `stopped`.
     """
 
-    def __init__(self, stopped: str = "stopped; nothing was written") -> None:
+    def __init__(self, stopped: str = "stopped") -> None:
         self._stopped = stopped
         self._stack = ExitStack()
 
     def __enter__(self) -> Progress:
-        drawing: _Drawing = _OnTerminal() if _is_terminal() else Lines(_print)
+        drawing: _Drawing = _Unseen()
+        if is_first_rank():
+            drawing = _OnTerminal() if _is_terminal() else Lines(_print)
         self._stack.callback(drawing.close)
         stop = self._stack.enter_context(stop_on_signals(drawing.say))
         return Stoppable(drawing, stop, lambda: self._stopped)
@@ -54,6 +56,16 @@ class Bars:
 class _Drawing(Progress, Protocol):
     def close(self) -> None:
         """Nothing more will be told."""
+
+
+class _Unseen(Silent):
+    def close(self) -> None:
+        """Nothing was drawn."""
+
+
+def is_first_rank() -> bool:
+    """Whether this process speaks, of all that torchrun started."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def _is_terminal() -> bool:

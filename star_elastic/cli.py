@@ -17,7 +17,7 @@ import typer
 from rich.console import Console
 
 from star_elastic.axes import LAYERS, AxisMap
-from star_elastic.bars import Bars
+from star_elastic.bars import Bars, is_first_rank
 from star_elastic.cost import Workload
 from star_elastic.errors import ConfigError
 from star_elastic.generate.phases import (
@@ -29,7 +29,6 @@ from star_elastic.generate.phases import (
 from star_elastic.progress import staged
 from star_elastic.terminal import (
     at_the_command_line,
-    is_first_rank,
     print_generation,
     print_json,
     print_stream,
@@ -149,7 +148,7 @@ def rank(
     batches = calibration_batches(
         [source], [1.0], num_samples=count, batch_size=batch_size, context=context
     )
-    with Bars() as bars:
+    with Bars(f"stopped; {out} was not written, ranking begins anew") as bars:
         scores, info = rank_units(
             parent, axis_map, batches, num_samples=count, name=data.name, progress=bars
         )
@@ -227,7 +226,7 @@ def latency(
         phase=phase, batch=batches[0], context=contexts[0], seconds=seconds,
         dtype=choose_dtype(dtype, model), device=choose_device(device),
     )  # fmt: skip
-    with Bars() as bars:
+    with Bars(f"stopped; {out} was not written") as bars:
         bars.stage("latency", max(round(seconds), 1))
         table, checks = measure(
             config, setting, choices=choices, progress=lambda done, _: bars.advance(round(done))
@@ -296,7 +295,7 @@ def _size_latency(
 
     family = load(elastic, dtype, device)
     dtype = name_of(family.parent.dtype)
-    with Bars() as bars:
+    with Bars(f"stopped; {out} was not written") as bars:
         times = measure_sizes(dict(family), batches, contexts, seconds=seconds, progress=bars)
     machine = describe_machine(family.parent.dtype, str(family.parent.device))
     result = {"machine": machine, "dtype": dtype, "sizes": [row.to_json() for row in times]}
@@ -459,7 +458,7 @@ def slice_size(
         with suppress(ValueError):
             given = float(amount)
         chosen = widths_for(elastic, manifest, axis_map, {metric: given}).widths
-    with Bars() as bars:
+    with Bars(f"stopped; {out} was not written") as bars:
         scales = load_input_scales(elastic, size) if size else {}
         slice_checkpoint(
             elastic, chosen, out, input_scales=scales, layout=layout,
@@ -508,7 +507,7 @@ def quantize(
         files=tuple(data or ()), samples=samples, context=context, percentile=percentile,
         held_out=kept,
     )  # fmt: skip
-    with Bars() as bars:
+    with Bars(f"stopped; {out} was not written") as bars:
         held_out = held_out_of_files(elastic, data, kept) if data else []
         parts = quantise_family(
             elastic, out, format_name, keep=keep or (), calibration=calibration, dtype=dtype,
@@ -517,9 +516,7 @@ def quantize(
     verdict = None
     with Bars(f"stopped; {out} is complete, its verdict is missing") as bars:
         if held_out:
-            verdict = judge_quantised(
-                elastic, out, held_out, bars, device=choose_device(device)
-            )
+            verdict = judge_quantised(elastic, out, held_out, bars, device=choose_device(device))
             verdict.save(out / VERDICT)
         else:
             bars.say("no verdict: it needs 10 rows or more (--data)")
@@ -688,7 +685,7 @@ def evaluate(
     }  # fmt: skip
     settings = Settings(**options)
     command = shlex.join(["star-elastic", *sys.argv[1:]])
-    with Bars() as bars:
+    with Bars(f"stopped; the same command goes on where {out} stands") as bars:
         result = evaluate_family(elastic, settings, out, command=command, progress=bars)
     if as_json:
         print_json(result)

@@ -17,7 +17,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from star_elastic.bars import Bars
+from star_elastic.bars import Bars, is_first_rank
 from star_elastic.errors import Interrupted, StarElasticError
 from star_elastic.evaluate.findings import with_interval
 from star_elastic.generate.phases import THINKING, Generation, Token
@@ -46,7 +46,7 @@ def print_table(
 
 def run_and_show(recipe: Any, out: Path, as_json: bool, run_recipe: Any) -> None:
     """Runs a recipe with progress bars and prints its report."""
-    with Bars() as bars:
+    with Bars(f"stopped; the same command goes on where {out} stands") as bars:
         report = run_recipe(recipe, out, bars)
     if as_json:
         print_json(report)
@@ -232,11 +232,6 @@ def at_the_command_line() -> Iterator[None]:
         os._exit(code)
     if code:
         raise SystemExit(code)
-
-
-def is_first_rank() -> bool:
-    """Whether this process speaks, of all that torchrun started."""
-    return os.environ.get("RANK", "0") == "0"
 
 
 def command_line(script: str) -> str:

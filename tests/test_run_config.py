@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from star_elastic.amounts import parse_budget
 from star_elastic.cli import main
-from star_elastic.train.config import RunConfig, parse
+from star_elastic.cost import CostModel
+from star_elastic.families import family_of
+from star_elastic.router.budget import check_budgets
+from star_elastic.router.grid import default_choices, make_grid
+from star_elastic.train.check import beyond_positions
+from star_elastic.train.config import RunConfig, load_run_config, parse
 from star_elastic.train.curriculum import Curriculum
 from star_elastic.train.reference import keys, reference, sections
 
@@ -37,6 +44,55 @@ def test_every_key_says_what_it_does(title):
 def test_every_table_has_its_section():
     assert {"At the top", "`[[data]]`", "`[[stages]]`", "`[router.annealing]`"} <= set(SECTIONS)
     assert len(SECTIONS) == len(set(SECTIONS.values())) == 10
+
+
+def test_the_commented_config_fits_any_llama():
+    """It is valid, its sizes can be met by llamas of several shapes, and its defaults stay right
+    when tokens and context are all that is changed. What it says in numbers is so."""
+    file = ROOT / "recipes" / "llama_24gb" / "run.toml"
+    config = load_run_config(file)
+    assert [size["active"] for size in config.sizes.values()] == ["100%", "80%", "60%"]
+    (stage,) = config.stages
+    assert round(stage.num_steps, -3) == 12_000 and stage.warmup_steps == 60
+    assert round(config.router.commit_at * stage.num_steps, -2) == 2_400
+    for shape in LLAMAS.values():
+        axis_map = family_of(shape).axis_map(shape)
+        grid, cost = make_grid(default_choices(axis_map), axis_map), CostModel(axis_map)
+        assert set(grid.choices) == {"hidden", "ffn"}
+        for name, budgets in config.sizes.items():
+            share = parse_budget(budgets["active"], "active").value
+            check_budgets(name, {"active": share}, cost, grid)
+        assert not beyond_positions(config, shape)
+    parameters = CostModel(axis_map).count(axis_map.full).total
+    assert parameters == 361_821_120  # of the last one, which it is written for
+    text = file.read_text(encoding="utf-8")
+    assert f"360M take {20 * parameters / 1e9:.1f} GB" in text
+    assert f"states of {12 * parameters / 1e9:.1f} GB" in text
+    short = replace(stage, tokens=100_000, context=256, warmup_steps=None)
+    (short,) = replace(config, stages=(short,)).stages
+    assert (short.num_steps, short.warmup_steps) == (98, 10)
+
+
+LLAMAS = {
+    "SmolLM2-135M": {
+        "model_type": "llama",
+        "vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536,
+        "num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3,
+        "tie_word_embeddings": True, "max_position_embeddings": 8192,
+    },
+    "Llama-3.2-1B": {
+        "model_type": "llama",
+        "vocab_size": 128256, "hidden_size": 2048, "intermediate_size": 8192,
+        "num_hidden_layers": 16, "num_attention_heads": 32, "num_key_value_heads": 8,
+        "tie_word_embeddings": True, "max_position_embeddings": 131072,
+    },
+    "SmolLM2-360M": {
+        "model_type": "llama",
+        "vocab_size": 49152, "hidden_size": 960, "intermediate_size": 2560,
+        "num_hidden_layers": 32, "num_attention_heads": 15, "num_key_value_heads": 5,
+        "tie_word_embeddings": True, "max_position_embeddings": 8192,
+    },
+}  # fmt: skip
 
 
 def run(**stage):

@@ -168,6 +168,13 @@ def test_bad_rows_stop_or_are_left_out(run_folder, watch):
     assert skipped.reports[0].rows_skipped > 0
 
 
+@hears("data.held_out")
+def test_rows_that_are_held_out_are_what_the_verdict_is_measured_on(run_folder):
+    brief = {"tokens = 15360": "tokens = 384", "loss_on": "held_out = 3\nloss_on"}
+    config = config_in(run_folder, "keys-held-out", **brief)
+    assert train(config).verdict.rows == 3
+
+
 @hears("data.weight")
 def test_sources_are_mixed_by_weight_in_tokens(run_folder, watch):
     rows = (run_folder / "rows.jsonl").read_text()

@@ -7,6 +7,7 @@ A run directory holds `run.json` (the resolved config), `scores.safetensors`, `m
 
 from __future__ import annotations
 
+import gc
 import json
 import shutil
 import time
@@ -201,8 +202,9 @@ def _judge(
     if not held_out:
         progress.say("no verdict: no row is held out (see data.held_out; a source needs 10 rows)")
         return None
+    gc.collect()  # what training has left
     if world.device.type == "cuda":
-        torch.cuda.empty_cache()  # what training has left
+        torch.cuda.empty_cache()
     quantised = run / QUANTISED if config.quant.format else None
     verdict = judge_run(
         Path(config.parent), run / ELASTIC, held_out, progress,
