@@ -499,16 +499,15 @@ def quantize(
     """
     from star_elastic.placement import choose_device
     from star_elastic.train.config import SourceConfig
-    from star_elastic.train.quantise import InputCalibration, quantise_family
-    from star_elastic.train.verdict import VERDICT, held_out_of_files, judge_quantised
+    from star_elastic.train.quantise import InputCalibration, held_out_of, quantise_family
+    from star_elastic.train.verdict import VERDICT, judge_quantised
 
-    kept = SourceConfig.held_out
     calibration = InputCalibration(
         files=tuple(data or ()), samples=samples, context=context, percentile=percentile,
-        held_out=kept,
+        held_out=SourceConfig.held_out,
     )  # fmt: skip
     with Bars(f"stopped; {out} was not written") as bars:
-        held_out = held_out_of_files(elastic, data, kept) if data else []
+        held_out = held_out_of(elastic, calibration)
         parts = quantise_family(
             elastic, out, format_name, keep=keep or (), calibration=calibration, dtype=dtype,
             device=device, progress=bars,

@@ -27,7 +27,7 @@ from star_elastic.train.distributed import multiplies_bf16
 from star_elastic.train.outlook import Outlook, look_ahead
 from star_elastic.train.pace import Pace
 from star_elastic.train.run import train
-from star_elastic.train.sources import Source
+from star_elastic.train.sources import open_sources
 from tests.latencies import made_up
 from tests.tiny_run import config_in
 from tests.watchers import KillIn
@@ -178,10 +178,9 @@ def test_amounts_in_words(count, metric, said):
 
 def outlook_of(config) -> Outlook:
     tokenizer = load_tokenizer(config.parent)
-    (source,) = config.data
-    rows, other = Source(source.files, tokenizer, source.loss_on).split(source.held_out)
-    held_out = 0 if other is None else len(other)
-    return look_ahead(config, check(config), [rows], torch.device("cpu"), held_out)
+    checked = check(config)
+    sources = open_sources(config.data, tokenizer, checked.axis_map.num_embeddings)
+    return look_ahead(config, checked, sources, torch.device("cpu"))
 
 
 def test_a_run_says_what_it_will_do(run_folder):

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections import Counter
 from dataclasses import replace
-from itertools import pairwise
 
 import pytest
 import torch
@@ -19,8 +19,16 @@ from star_elastic.generate.family import load
 from star_elastic.nesting.submodel import load_tokenizer
 from star_elastic.train.config import load_run_config
 from star_elastic.train.divergence import Divergence, Reading, compare, continue_greedily, read
+from star_elastic.train.packing import PackedStream
+from star_elastic.train.quantise import InputCalibration, held_out_of
 from star_elastic.train.run import train
-from star_elastic.train.sources import Document, Source
+from star_elastic.train.sources import (
+    Document,
+    ShuffledEpochs,
+    Source,
+    epochs_key,
+    first_documents,
+)
 from star_elastic.train.verdict import (
     LEFT,
     MAX_CONTEXT,
@@ -28,7 +36,6 @@ from star_elastic.train.verdict import (
     SizeVerdict,
     Verdict,
     held_out_documents,
-    held_out_of_files,
 )
 from tests.tiny_run import RUN, config_in
 from tests.tiny_trainer import LLAMA, MOE, make_model
@@ -47,25 +54,29 @@ STILL = {
 @pytest.mark.parametrize(
     ("rows", "held_out", "kept"), [(64, 64, 6), (1000, 64, 64), (1000, 0, 0), (9, 5, 0), (10, 5, 1)]
 )
-def test_rows_are_held_out_evenly_and_no_other_row_is_lost(tmp_path, rows, held_out, kept):
+def test_rows_are_held_out_and_no_other_row_is_lost(tmp_path, rows, held_out, kept):
+    """From training and calibration; the first epoch begins as if there were none."""
     file = tmp_path / "rows.jsonl"
     file.write_text("".join(json.dumps({"text": f"{n} {n}"}) + "\n" for n in range(rows)))
-    source = Source([file], load_tokenizer(bundled_parent()))
-    training, other = source.split(held_out)
-    assert (len(training), 0 if other is None else len(other)) == (rows - kept, kept)
-    read, unseen = (
-        [tuple(part.document(row).ids) for row in range(len(part))]
-        for part in (training, other or source)
-    )
-    whole = [tuple(source.document(row).ids) for row in range(rows)]
-    if other is None:
-        assert read == whole
-        return
-    assert not set(read) & set(unseen) and sorted(read + unseen) == sorted(whole)
-    places = [whole.index(row) for row in unseen]
-    steps = [b - a for a, b in pairwise([-1, *places])]
-    assert places[-1] == rows - 1 and max(steps) - min(steps) <= 1
-    assert [whole.index(row) for row in read] == sorted(set(range(rows)) - set(places))
+    tokenizer = load_tokenizer(bundled_parent())
+    whole = Source([file], tokenizer)
+    source = whole.hold_out(held_out, epochs_key(7, 0, 0))
+    assert len(source) == rows and source.num_used == rows - kept
+    assert len(set(source.held_out)) == kept and whole.held_out == ()
+    order = ShuffledEpochs(rows, epochs_key(7, 0, 0))
+    assert source.held_out == tuple(order.row(place) for place in range(rows - kept, rows))
+    options = {"context": 32, "batch_size": 2, "seed": 7, "stage": 0}
+    with_all, without = (PackedStream([s], [1.0], **options) for s in (whole, source))
+    read = Counter()
+    for step in range(rows):
+        batch = without.batch(step)
+        if step * 8 < rows - kept - 40:
+            assert batch.documents == with_all.batch(step).documents
+        read.update(placed.row for window in batch.documents for placed in window)
+    assert set(read) == set(range(rows)) - set(source.held_out) and min(read.values()) >= 2
+    ranked = [tuple(d.ids) for d in first_documents([source], [1.0], rows)]
+    left = [row for row in range(rows) if not source.is_held_out(row)]
+    assert ranked == [tuple(whole.document(row).ids) for row in left]
 
 
 def test_documents_come_from_all_sources_and_are_few(tmp_path):
@@ -76,16 +87,22 @@ def test_documents_come_from_all_sources_and_are_few(tmp_path):
         file.write_text(
             "".join(json.dumps({"text": name * 4 + str(n)}) + "\n" for n in range(count))
         )
-        sources.append(Source([file], tokenizer))
+        sources.append(all_held_out(Source([file], tokenizer)))
     documents = held_out_documents(sources, 4096)
     texts = [tokenizer.decode(document.ids) for document in documents]
-    assert [text[0] for text in texts[:7]] == [*"abababb"]
+    begin = [text.removeprefix(tokenizer.bos_token or "")[0] for text in texts[:7]]
+    assert begin == [*"abababb"]
     assert 8000 < sum(len(document.ids) for document in documents) <= 8192
     (tmp_path / "long.jsonl").write_text(json.dumps({"text": "x1" * 40_000}) + "\n")
-    long = [Source([tmp_path / "long.jsonl"], tokenizer)]
+    long = [all_held_out(Source([tmp_path / "long.jsonl"], tokenizer))]
     assert len(held_out_documents(long, 10**6)[0].ids) == MAX_CONTEXT + 1
     assert len(held_out_documents(long, 64)[0].ids) == 65
     assert held_out_documents([], 64) == []
+
+
+def all_held_out(source: Source) -> Source:
+    source.held_out = tuple(range(len(source)))
+    return source
 
 
 # What is measured
@@ -252,7 +269,8 @@ def test_rows_that_are_held_out_are_not_learned(run_folder, tmp_path):
     results = []
     for name, rows in (("as-they-are", lines), ("others", [*lines])):
         if name == "others":
-            for row in (9, 20, 31, 41, 52, 63):
+            order = ShuffledEpochs(64, epochs_key(0, 0, 0))
+            for row in map(order.row, range(58, 64)):
                 rows[row] = lines[row].replace("1", "2")
         (tmp_path / "rows.jsonl").write_text("".join(rows))
         config = config_in(run_folder, f"held-{name}", **{"tokens = 15360": "tokens = 1536"})
@@ -297,7 +315,9 @@ def test_quantised_sizes_are_held_against_themselves(trained, run_folder, tmp_pa
     assert verdict == json.loads((out / "verdict.json").read_text())
     assert verdict["reference"] == "itself unquantised" and verdict["held_out_rows"] == 6
     judged = json.loads((trained.elastic.parent / "verdict.json").read_text())
-    documents = held_out_of_files(trained.elastic, [run_folder / "rows.jsonl"], 64)
+    documents = held_out_of(
+        trained.elastic, InputCalibration(files=(run_folder / "rows.jsonl",), held_out=64)
+    )
     before, after = load(trained.elastic), load(out)
     for name, size in verdict["sizes"].items():
         same = compare(read(before[name], documents), read(after[name], documents), documents)
@@ -313,11 +333,12 @@ def test_quantised_sizes_are_held_against_themselves(trained, run_folder, tmp_pa
 
 def test_rows_that_are_held_out_calibrate_nothing(trained, run_folder, tmp_path, capfd):
     lines = (run_folder / "rows.jsonl").read_text().splitlines(keepends=True)
-    lines[9] = json.dumps({"text": "!" * 90}) + "\n"
+    first = min(map(ShuffledEpochs(64, epochs_key(0, 0, 0)).row, range(58, 64)))
+    lines[first] = json.dumps({"text": "!" * 90}) + "\n"
     (tmp_path / "others.jsonl").write_text("".join(lines))
     for name, data in (("one", run_folder / "rows.jsonl"), ("other", tmp_path / "others.jsonl")):
         main([
-            "quantize", str(trained.elastic), "--format", "fp8", "--samples", "12",
+            "quantize", str(trained.elastic), "--format", "fp8", "--samples", str(first + 2),
             "--data", str(data), "--out", str(tmp_path / name),
         ])  # fmt: skip
     one, other = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("one", "other"))

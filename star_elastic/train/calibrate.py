@@ -65,7 +65,9 @@ class Calibration:
         if own.is_file():
             scores = load_scores(own, self.axis_map)[0]
         else:
-            count = min(self.config.calibration.num_samples, sum(map(len, self.sources)))
+            count = min(
+                self.config.calibration.num_samples, sum(source.num_used for source in self.sources)
+            )
             scores, info = rank(
                 self.model,
                 self.axis_map,
@@ -85,7 +87,9 @@ class Calibration:
         own = self.run / BASIS
         if own.is_file():
             return load_tensors(own)["hidden"]
-        count = min(self.config.calibration.num_samples, sum(map(len, self.sources)))
+        count = min(
+            self.config.calibration.num_samples, sum(source.num_used for source in self.sources)
+        )
         batches = watched(self.batches(count), "basis", count, self.progress)
         basis = find_basis(self.model, self.axis_map, batches)
         if write:

@@ -42,8 +42,8 @@ class SourceConfig:
     """Whether a row that cannot be read as it was written stops the run (with its state saved) or
     is left out and counted. Start with `stop`, and with `star-elastic train RUN.toml --check`."""
     held_out: int = 64
-    """Rows that training and ranking never see, evenly spread over the source, at most a tenth of
-    it: the verdict is measured on them. 0: none, and no verdict on this source."""
+    """Rows drawn from the source that training and ranking never see, at most a tenth of it: the
+    verdict is measured on them. 0: none, and no verdict on this source."""
 
     def __post_init__(self):
         require(self.held_out >= 0, f"data.held_out={self.held_out} is negative")

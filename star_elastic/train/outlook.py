@@ -55,11 +55,9 @@ def look_ahead(
     checked: Checked,
     sources: Sequence[Source],
     device: torch.device,
-    held_out: int = 0,
 ) -> Outlook:
-    """What a checked run will do on a device (one of those of all ranks); so many rows are held out
-    of the sources."""
-    look = _Look(config, checked, sources, device, held_out)
+    """What a checked run will do on a device (one of those of all ranks)."""
+    look = _Look(config, checked, sources, device)
     return Outlook(tuple(look.facts()), tuple(look.warnings()))
 
 
@@ -70,10 +68,9 @@ class _Look:
         checked: Checked,
         sources: Sequence[Source],
         device: torch.device,
-        held_out: int,
     ):
         self.config, self.checked, self.sources, self.device = config, checked, sources, device
-        self.held_out = held_out
+        self.num_rows = sum(source.num_used for source in sources)
         self.run = Path(config.out)
         self.steps = Curriculum(config.stages).num_steps
         self.learns = not checked.fixed
@@ -91,8 +88,9 @@ class _Look:
                 f"{stage.context:,} tokens, {tokens[number]:,} tokens"
             )
         yield f"  {self._learning()}"
-        rows = ", ".join(f"{len(source):,} of {_short(source.name)}" for source in self.sources)
-        kept = f"{_counted(self.held_out, 'other')} held out for the verdict"
+        rows = ", ".join(f"{source.num_used:,} of {_short(source.name)}" for source in self.sources)
+        held_out = sum(len(source.held_out) for source in self.sources)
+        kept = f"{_counted(held_out, 'other')} held out for the verdict"
         yield f"  rows: {rows}; {kept}"
         if not self.config.family:
             yield f"  ranking: {self._ranking()}"
@@ -135,7 +133,7 @@ class _Look:
             return "done before"
         if options.scores:
             return f"taken from {_short(options.scores)}"
-        count = min(options.num_samples, sum(map(len, self.sources)))
+        count = min(options.num_samples, self.num_rows)
         return f"forward passes over {count:,} rows of at most {options.context:,} tokens"
 
     def _choices(self) -> str:
@@ -186,7 +184,7 @@ class _Look:
                     "step, which is taken all the same; lower batch_size or context, or raise "
                     "tokens"
                 )
-            rows = sum(map(len, self.sources))
+            rows = self.num_rows
             if stage.batch_size > rows:
                 yield (
                     f"{here}.batch_size={stage.batch_size:,} windows a step from {rows:,} rows: a "
@@ -203,7 +201,7 @@ class _Look:
             )
         options = self.config.calibration
         ranks = not (options.scores or self.config.family or (self.run / SCORES).is_file())
-        count = min(options.num_samples, sum(map(len, self.sources))) * options.context
+        count = min(options.num_samples, self.num_rows) * options.context
         read = sum(self._step_tokens(n) * s.num_steps for n, s in enumerate(self.config.stages))
         if ranks and count > read:
             yield (

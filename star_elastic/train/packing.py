@@ -25,7 +25,7 @@ import numpy as np
 import torch
 
 from star_elastic.errors import CheckpointError, ConfigError, RowError
-from star_elastic.train.sources import ShuffledEpochs, Source
+from star_elastic.train.sources import ShuffledEpochs, Source, epochs_key
 
 FORMAT = 2
 """Of saved positions. In format 1 the last position of a document predicted nothing."""
@@ -154,7 +154,7 @@ class PackedStream:
         self._lanes: dict[int, _Lane] = {}
         self._saved: dict[int, Any] = {}  # states of lanes that nobody has asked for yet
         self.orders = [
-            ShuffledEpochs(len(source), f"{seed}/{stage}/{number}")
+            ShuffledEpochs(len(source), epochs_key(seed, stage, number))
             for number, source in enumerate(sources)
         ]
         self._teaches: set[int] = set()
@@ -308,6 +308,8 @@ class PackedStream:
             )
 
     def _may_teach(self, source: int, row: int) -> bool:
+        if self.sources[source].is_held_out(row):
+            return False
         try:
             return self.read(source, row) is not None
         except RowError as error:
@@ -375,7 +377,9 @@ class _Lane:
                 stream.require_lessons(source)
 
     def _take(self, source: int, row: int) -> _Held | None:
-        """A row's document, or None if it is left out, which is counted."""
+        """A row's document, or None if it is left out, which is counted, or held out."""
+        if self._stream.sources[source].is_held_out(row):
+            return None
         try:
             held = self._stream.read(source, row)
         except RowError as error:

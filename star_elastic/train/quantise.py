@@ -33,15 +33,16 @@ from star_elastic.quant.checkpoint import (
 from star_elastic.quant.fake import FakeQuantisation
 from star_elastic.quant.inputs import calibrate_inputs
 from star_elastic.quant.layout import CONFIG_KEY, Scheme, make_scheme, stored_map
-from star_elastic.train.sources import Source, first_documents
+from star_elastic.train.sources import Document, Source, epochs_key, first_documents
+from star_elastic.train.verdict import MAX_CONTEXT, held_out_documents
 from star_elastic.widths import Widths
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class InputCalibration:
     """Rows that inputs are calibrated on (the first of the files, without `held_out` ones, as in
-    `Source.split`), cut to `context` tokens, and the percentile of magnitudes that the scales cover
-    (100: all)."""
+    `Source.hold_out`), cut to `context` tokens, and the percentile of magnitudes that the scales
+    cover (100: all)."""
 
     files: Sequence[Path] = ()
     held_out: int = 0
@@ -122,9 +123,22 @@ def _calibration_source(
             f"{scheme.format.name} needs data to calibrate inputs on; name rows with --data, or "
             "use fp8-channel, whose inputs are scaled as they come"
         )
+    return _rows(path, calibration, axis_map)
+
+
+def _rows(path: Path, calibration: InputCalibration, axis_map: AxisMap) -> Source:
     files, tokenizer = tuple(map(str, calibration.files)), load_tokenizer(path)
     source = Source(files, tokenizer, num_embeddings=axis_map.num_embeddings)
-    return source.split(calibration.held_out)[0]
+    return source.hold_out(calibration.held_out, epochs_key(0, 0, 0))
+
+
+def held_out_of(elastic: Path, calibration: InputCalibration) -> list[Document]:
+    """The rows that a family is not calibrated on, to hold it against what it was."""
+    if not calibration.files:
+        return []
+    config = read_config(elastic)
+    rows = _rows(elastic, calibration, family_of(config).axis_map(config))
+    return held_out_documents([rows], MAX_CONTEXT)
 
 
 def calibrate_sizes(

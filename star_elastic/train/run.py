@@ -107,21 +107,19 @@ def _train(config: RunConfig, resume: bool, shown: Progress, stop: Stop, world: 
     progress = Stoppable(shown, stop, lambda: _how_to_go_on(run))
     checked = check(config, world.size)
     tokenizer = load_tokenizer(config.parent)
-    whole = open_sources(config.data, tokenizer, checked.axis_map.num_embeddings)
-    told = require_ready(run, config, whole, resume)
+    sources = open_sources(config.data, tokenizer, checked.axis_map.num_embeddings, config.seed)
+    told = require_ready(run, config, sources, resume)
     given = None
     if config.calibration.scores and not (run / SCORES).is_file():
         given = load_scores(Path(config.calibration.scores), checked.axis_map)
     for line in told:
         progress.say(line)
-    split = [w.split(source.held_out) for w, source in zip(whole, config.data, strict=True)]
-    sources, kept = [pair[0] for pair in split], [pair[1] for pair in split if pair[1] is not None]
     longest = max(stage.context for stage in config.stages)
     with _told_of_rows("start again"):  # read now: what is wrong is told before work, not after it
-        held_out = held_out_documents(kept, longest)
+        held_out = held_out_documents(sources, longest)
     world.wait()
     if world.is_first:
-        begin(run, config, whole)
+        begin(run, config, sources)
         if given:
             save_scores(run / SCORES, given[0], checked.axis_map, given[1])
     world.wait()
@@ -129,7 +127,7 @@ def _train(config: RunConfig, resume: bool, shown: Progress, stop: Stop, world: 
     seconds = 0.0
     if not last_of(run, config).exists():
         if not has_state(run):
-            look_ahead(config, checked, sources, world.device, len(held_out)).say(progress)
+            look_ahead(config, checked, sources, world.device).say(progress)
         seconds = _train_sizes(config, checked, sources, shown, progress, stop, world)
     verdict = None
     if world.is_first:

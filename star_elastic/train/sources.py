@@ -15,10 +15,9 @@ import itertools
 import json
 from array import array
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -170,16 +169,6 @@ def open_rows(path: str | Path) -> Rows:
     return JsonLines(path)
 
 
-def held_out_row(number: int, *, total: int, count: int) -> int:
-    """The `number`-th of `count` rows that lie evenly between `total` ones."""
-    return (number + 1) * total // count - 1
-
-
-def other_row(number: int, *, total: int, count: int) -> int:
-    """The `number`-th of the rows that `held_out_row` leaves."""
-    return number + -(-(number + 1) * count // (total - count)) - 1
-
-
 class Source:
     """The rows of some files, one file after the other, as documents.
 
@@ -209,29 +198,37 @@ class Source:
         self._ends = list(itertools.accumulate(len(part) for part in self.parts))
         if not self.parts or not self._ends[-1]:
             raise ConfigError(f"{self.name or 'a source'} has no rows; name files that hold some")
-
-        self._count = self._ends[-1]
-        self._row_of: Callable[[int], int] | None = None
+        self.held_out: tuple[int, ...] = ()
+        self._held_out: frozenset[int] = frozenset()
 
     def __len__(self) -> int:
-        return self._count
+        return self._ends[-1]
 
-    def split(self, held_out: int) -> tuple[Source, Source | None]:
-        """Two sources of the same files: the rows to train on, and `held_out` others that lie
-        evenly between them, but at most a tenth of all. None if that leaves none."""
-        count = min(held_out, len(self) // MOST_HELD_OUT)
-        if not count:
-            return self, None
-        training, other = copy.copy(self), copy.copy(self)
-        numbers = {"total": len(self), "count": count}
-        training._count, training._row_of = len(self) - count, partial(other_row, **numbers)
-        other._count, other._row_of = count, partial(held_out_row, **numbers)
-        return training, other
+    def hold_out(self, count: int, key: str) -> Source:
+        """The same rows, of which `count` are held out: nothing is trained or calibrated on them.
+
+        They are the last rows of the first epoch of `ShuffledEpochs(len(self), key)`, which so goes
+        on as if there were none; at most one of `MOST_HELD_OUT` rows.
+        """
+        count = min(count, len(self) // MOST_HELD_OUT)
+        order = ShuffledEpochs(len(self), key)
+        other = copy.copy(self)
+        other.held_out = tuple(order.row(place) for place in range(len(self) - count, len(self)))
+        other._held_out = frozenset(other.held_out)
+        return other
+
+    def is_held_out(self, row: int) -> bool:
+        """Whether a row is kept from training and calibration."""
+        return row in self._held_out
+
+    @property
+    def num_used(self) -> int:
+        """Rows that are not held out."""
+        return len(self) - len(self.held_out)
 
     def _find(self, row: int) -> tuple[Rows, int]:
         """The file that holds a row, and the row's number in it."""
         assert 0 <= row < len(self), (row, len(self))
-        row = self._row_of(row) if self._row_of else row
         number = bisect.bisect_right(self._ends, row)
         return self.parts[number], row - (self._ends[number] - len(self.parts[number]))
 
@@ -257,16 +254,25 @@ class Source:
 
 
 def open_sources(
-    data: Sequence[SourceConfig], tokenizer: PreTrainedTokenizerBase, num_embeddings: int
+    data: Sequence[SourceConfig],
+    tokenizer: PreTrainedTokenizerBase,
+    num_embeddings: int,
+    seed: int = 0,
 ) -> list[Source]:
-    """The sources of a run config, for a model with so many embedding rows."""
+    """The sources of a run config, for a model with so many embedding rows; `seed` decides which
+    rows are held out."""
     return [
         Source(
             source.files, tokenizer, source.loss_on,
             num_embeddings=num_embeddings, bad_rows=source.bad_rows,
-        )
-        for source in data
+        ).hold_out(source.held_out, epochs_key(seed, 0, number))
+        for number, source in enumerate(data)
     ]  # fmt: skip
+
+
+def epochs_key(seed: int, stage: int, source: int) -> str:
+    """The key of the shuffles of a source in a stage of a run."""
+    return f"{seed}/{stage}/{source}"
 
 
 class ShuffledEpochs:
@@ -311,8 +317,8 @@ class Batch:
 def first_documents(
     sources: Sequence[Source], weights: Sequence[float], num_samples: int
 ) -> Iterator[Document]:
-    """The first documents of the sources that hold tokens; `num_samples` in all, or as many as
-    there are. The sources take turns by weight, in rows.
+    """The first documents of the sources that hold tokens and are not held out; `num_samples` in
+    all, or as many as there are. The sources take turns by weight, in rows.
 
     Raises CheckpointError if there is none, RowError at a bad row unless its source skips these.
     """
@@ -324,6 +330,8 @@ def first_documents(
             break
         number = min(left, key=lambda n: (used[n] + 1) / weights[n])
         read[number] += 1
+        if sources[number].is_held_out(read[number] - 1):
+            continue
         try:
             document = sources[number].document(read[number] - 1)
         except RowError:

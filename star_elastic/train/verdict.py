@@ -135,15 +135,14 @@ class Verdict:
 
 
 def held_out_documents(sources: Sequence[Source], context: int) -> list[Document]:
-    """Held-out rows of sources in turn, cut to `context` tokens (`MAX_CONTEXT` at most), as many as
-    have `MAX_TOKENS` together. Raises RowError for one that cannot be read, unless its source skips
-    such rows."""
+    """The held-out rows of sources in turn, cut to `context` tokens (`MAX_CONTEXT` at most), as
+    many as have `MAX_TOKENS` together. Raises RowError for one that cannot be read, unless its
+    source skips such rows."""
     return shorten(_in_turn(sources), MAX_TOKENS, min(context, MAX_CONTEXT))
 
 
 def _in_turn(sources: Sequence[Source]) -> Iterator[Document]:
-    rows = itertools.zip_longest(*(range(len(source)) for source in sources))
-    for turn in rows:
+    for turn in itertools.zip_longest(*(source.held_out for source in sources)):
         for source, row in zip(sources, turn, strict=True):
             if row is None:
                 continue
@@ -152,15 +151,6 @@ def _in_turn(sources: Sequence[Source]) -> Iterator[Document]:
             except RowError:
                 if not source.skips_bad_rows:
                     raise
-
-
-def held_out_of_files(checkpoint: Path, files: Sequence[Path], held_out: int) -> list[Document]:
-    """The rows of files that `Source.split` holds out, as `held_out_documents`."""
-    config = read_config(checkpoint)
-    count = family_of(config).axis_map(config).num_embeddings
-    whole = Source(tuple(map(str, files)), load_tokenizer(checkpoint), num_embeddings=count)
-    source = whole.split(held_out)[1]
-    return held_out_documents([] if source is None else [source], MAX_CONTEXT)
 
 
 def judge_run(
