@@ -87,6 +87,9 @@ class CheckpointReader:
             with library_boundary(f"{index} is damaged", "restore the file"):
                 weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
                 self._files = {name: self.path / file for name, file in weight_map.items()}
+            # transformers loads whatever the files hold, in the index or not.
+            for file in sorted(set(self._files.values())):
+                self._files = dict.fromkeys(self._handle(file).keys(), file) | self._files
         elif os.path.isfile(self.path):
             raise CheckpointError(
                 f"{self.path} is a file; name the checkpoint directory that it lies in"

@@ -30,7 +30,7 @@ INPUT_SCALES = "input_scales.safetensors"
 CARRIED = (ROUTER, ORDERS, BASIS, LATENCY)
 """What a family keeps when its weights are rewritten without changing their order."""
 
-CARD, PARENT_CARD = "README.md", "PARENT_README.md"
+CARD, PARENT_CARD = "readme.md", "PARENT_README.md"
 """A model card describes the parent, not what is made of it: it travels under another name."""
 TOKENIZER_CONFIG = "tokenizer_config.json"
 TEMPLATES = "additional_chat_templates"
@@ -70,8 +70,9 @@ def copy_companions(source: Path, target: Path) -> None:
     for name in names:
         if os.path.isfile(source / name) and _matches(name, TRAVELS):
             _copy(source / name, target / name)
-    if CARD in names and PARENT_CARD not in names:
-        _copy(source / CARD, target / PARENT_CARD)
+    cards = [name for name in names if name.lower() == CARD]
+    if cards and PARENT_CARD not in names:
+        _copy(source / cards[0], target / PARENT_CARD)
     if os.path.isdir(source / TEMPLATES):
         (target / TEMPLATES).mkdir()
         for file in sorted((source / TEMPLATES).glob("*.jinja")):

@@ -415,6 +415,10 @@ def test_shards_are_read_as_one_file_is(plain, tmp_path):
     write_json(sharded / INDEX_NAME, {"weight_map": weight_map})
     model, again = load_parent(plain)[0], load_parent(sharded)[0]
     assert_equal(dict(model.state_dict()), dict(again.state_dict()))
+    file = sharded / "model-0.safetensors"
+    save_file({**load_file(file), "model.extra.weight": torch.ones(2)}, file)
+    with pytest.raises(CheckpointError, match="holds the tensor model.extra.weight"):
+        load_parent(sharded)  # which transformers would load, in the index or not
     (sharded / "model-1.safetensors").unlink()
     with pytest.raises(CheckpointError, match="model-1.safetensors cannot be read"):
         load_parent(sharded)

@@ -39,15 +39,19 @@ def require_deterministic(skeleton: nn.Module) -> None:
 
 
 def build_skeleton(
-    config: Config, like: PreTrainedModel | None = None, *, deterministic: bool = False
+    config: Config,
+    like: PreTrainedModel | None = None,
+    *,
+    deterministic: bool = False,
+    file: str | Path = "config.json",
 ) -> PreTrainedModel:
     """The model of a config without memory for its parameters (on the meta device).
 
     Buffers that no checkpoint holds (rotary frequencies) are real. Kernel choices (attention,
     experts) follow `like`. `deterministic`: with no dropout of any kind, whatever the config says.
-    Raises ConfigError for a config that transformers cannot build.
+    Raises ConfigError for a config that transformers cannot build; `file` names it there.
     """
-    with building_of(config):
+    with building_of(config, file):
         model = _build(config, like, deterministic=deterministic)
     if deterministic:
         require_deterministic(model)

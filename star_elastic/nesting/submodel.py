@@ -162,17 +162,28 @@ def load_parent(
                 f"transformers' model, which the {axis_map.family} table does not know; use a "
                 "parent without"
             )
-    if os.path.isfile(path / GENERATION_CONFIG_NAME):
-        with library_boundary(
-            f"{path / GENERATION_CONFIG_NAME} cannot be read", "correct the file or remove it"
-        ):
-            model.generation_config = GenerationConfig.from_pretrained(path, local_files_only=True)
+    model.generation_config = _generation_config(path) or model.generation_config
     model.name_or_path = model.config.name_or_path = str(path)
     model = model.to(device).eval()
     if scheme is not None:
         scales = read_input_scales(source, axis_map, scheme)
         quantise_inputs(model, QuantisedInputs(scheme, scales, weight_scales), axis_map)
     return model, config
+
+
+def require_loadable(path: Path, config: Config) -> None:
+    """Raises ConfigError or CheckpointError for what `load_parent` would refuse beside the weights,
+    without reading those."""
+    build_skeleton(config, file=path / "config.json")
+    _generation_config(path)
+
+
+def _generation_config(path: Path) -> GenerationConfig | None:
+    file = path / GENERATION_CONFIG_NAME
+    if not os.path.isfile(file):
+        return None
+    with library_boundary(f"{file} cannot be read", "correct the file or remove it"):
+        return GenerationConfig.from_pretrained(path, local_files_only=True)
 
 
 def _assign(model: Any, state: Mapping[str, torch.Tensor]) -> tuple[Any, dict[str, list[str]]]:

@@ -18,7 +18,13 @@ from star_elastic.companions import without_pointers
 from star_elastic.errors import ConfigError
 from star_elastic.families import family_of, read_config
 from star_elastic.families.base import Config
-from star_elastic.quant.layout import MODELOPT_FILE, Scheme, read_scheme, scheme_of_modelopt
+from star_elastic.quant.layout import (
+    CONFIG_KEY,
+    MODELOPT_FILE,
+    Scheme,
+    read_scheme,
+    scheme_of_modelopt,
+)
 
 GROUPED_BYTES, GROUPED_MULTIPLE, KERNEL_MULTIPLE = 16, 8, 128
 """PyTorch's grouped products want strides of whole 16 bytes, so widths of experts that are
@@ -153,6 +159,8 @@ def written_config(
     dtype = str(torch.bfloat16 if packed else stored).removeprefix("torch.")
     spellings = [DTYPE, *([OLD_DTYPE] if OLD_DTYPE in config else [])]
     written = without_pointers(config) | dict.fromkeys(spellings, dtype)
+    if scheme is None:
+        written.pop(CONFIG_KEY, None)  # null or empty, which transformers stumbles over
     return written if grouped_products_fit(axis_map) else {**written, EXPERTS: EAGER}
 
 

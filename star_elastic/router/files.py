@@ -70,7 +70,7 @@ def widths_for(
     cost = CostModel(axis_map, workload, measured)
     full = cost.count(axis_map.full)
     amounts = {metric: parse_budget(amount, metric) for metric, amount in budget.items()}
-    if needed and not amounts["ms"].is_fraction and CONFIG_KEY in read_config(directory):
+    if needed and not amounts["ms"].is_fraction and read_config(directory).get(CONFIG_KEY):
         raise ConfigError(
             f"ms={budget['ms']!r} is a time, but {table} was measured before the family was "
             "quantised; give a share of the parent's time, like ms=0.6"

@@ -19,6 +19,7 @@ from star_elastic.families.base import Config
 from star_elastic.latency import LatencyTable, load_table
 from star_elastic.manifest import Manifest, load_manifest
 from star_elastic.nesting.rotate import check_rotatable
+from star_elastic.nesting.submodel import require_loadable
 from star_elastic.quant.layout import CONFIG_KEY, Scheme, make_scheme, stored_map
 from star_elastic.router.budget import (
     REACH,
@@ -74,6 +75,7 @@ def check(config: RunConfig, world_size: int = 1) -> Checked:
     model_config, axis_map, manifest, grid = read_parent(config)
     stored = StoredModel(Path(config.parent), axis_map, family_of(model_config))
     stored.require_whole()
+    require_loadable(Path(config.parent), model_config)
     if config.calibration.basis == "principal":
         check_rotatable(axis_map)
     table = load_table(latency_file(config), axis_map) if config.latency else None
