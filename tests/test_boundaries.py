@@ -26,6 +26,7 @@ from star_elastic.evaluate.latency_bench import Bench, Setting
 from star_elastic.families import family_of, read_config
 from star_elastic.nesting.stream import slice_checkpoint
 from star_elastic.nesting.submodel import build_submodel, load_parent, load_tokenizer
+from tests.architectures import ROWS, fixed_config
 from tests.checkpoints import (
     edit_json,
     make_elastic,
@@ -33,7 +34,7 @@ from tests.checkpoints import (
     plain_checkpoint,
     write_rows,
 )
-from tests.laws.parents import AXES, examples, fixed_config, make_parent
+from tests.laws.parents import examples, make_parent
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +63,7 @@ NONSENSE = st.sampled_from(
 )  # fmt: skip
 
 
-@pytest.fixture(scope="module", params=AXES)
+@pytest.fixture(scope="module", params=ROWS)
 def fuzzed(request, tmp_path_factory) -> tuple[Path, dict[str, Any], list[str]]:
     """A checkpoint, its config, and every field that such a config may have."""
     config = fixed_config(request.param)
