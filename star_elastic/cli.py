@@ -399,6 +399,8 @@ def sizes(
             "widths": dict(size.widths), "budgets": dict(size.budgets),
             "total": counted.total, "active": counted.active,
             "weight_bytes": counted.weight_bytes, "repair": dict(size.repair),
+            "argmax": None if size.argmax is None else dict(size.argmax),
+            "data_free_steps": size.data_free_steps, "widths_from": size.widths_from,
         }  # fmt: skip
         rows.append([
             name, f"{counted.active:,} ({counted.active / full.active:.1%})",
@@ -408,11 +410,12 @@ def sizes(
                 else _width_text(size.widths[axis])
                 for axis in shown
             ),
+            size.widths_from,
         ])  # fmt: skip
     if as_json:
         print_json({"family": manifest.family, "sizes": result})
     else:
-        print_table(str(elastic), ["size", "active", "total", *shown], rows)
+        print_table(str(elastic), ["size", "active", "total", *shown, "widths from"], rows)
 
 
 def _width_text(width: int | tuple[int, ...]) -> str:

@@ -35,7 +35,6 @@ from star_elastic.importance.orders import orders_from_scores
 from star_elastic.nesting.stream import slice_checkpoint
 from star_elastic.nesting.submodel import build_submodel, load_parent, sort_in_place
 from star_elastic.progress import Progress, Silent
-from star_elastic.router.router import Annealing
 from star_elastic.train.config import (
     CalibrationConfig,
     EngineConfig,
@@ -129,12 +128,7 @@ DEMO = Recipe(
     problems_per_task=20,
     budgets=(0, 32, 64),
     pairs=(("small", "large"), ("medium", "large")),
-    # A short run has to sharpen gently: what the budget first pulls up must be able to come down.
-    router=RouterConfig(
-        commit_at=80 / 440,
-        learning_rate=3e-2,
-        annealing=Annealing(tau_end=0.4, scale_end=1.5),
-    ),
+    router=RouterConfig(commit_at=80 / 440),
 )
 
 
@@ -325,6 +319,7 @@ def make_report(
             "budgets": dict(size.budgets),
             "budget_miss": size.cost["budget_miss"],
             "repair": dict(size.repair),
+            "widths_from": size.widths_from,
             "total": counted.total,
             "active": counted.active,
             "total_share": counted.total / full.total,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +26,37 @@ class Size:
     """A named size: its widths, the budgets it was asked to meet and what it costs.
 
     `budgets` are fractions of the parent's cost by metric (for example active: 0.75); `cost` the
-    exact counts at `widths`; `repair` the steps that moved the router's choice onto its budget.
+    exact counts at `widths`. `argmax` is the trained router's own choice (None: there was no
+    router) and `repair` the steps on the grid that led from there onto the budget (negative:
+    narrower; one number for every layer on an axis where each decides for itself);
+    `data_free_steps` is their number if more than one per place was needed, else 0. `widths_from`:
+    the `data`, the `budget` (the router had not learned what to cut) or the `config`; empty if it
+    is not known.
     """
 
     widths: Widths
     budgets: Mapping[str, float] = field(default_factory=dict)
     cost: Mapping[str, float] = field(default_factory=dict)
-    repair: Mapping[str, int] = field(default_factory=dict)
+    repair: Mapping[str, int | tuple[int, ...]] = field(default_factory=dict)
+    argmax: Widths | None = None
+    data_free_steps: int = 0
+    widths_from: str = ""
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any], axis_map: AxisMap) -> Size:
+        """From what `elastic.json` holds, checked against the model's axis map."""
+        widths = axis_map.complete(Widths(content["widths"]))
+        argmax = content.get("argmax")
+        return cls(**{
+            **content,
+            "widths": widths,
+            "argmax": None if argmax is None else axis_map.complete(Widths(argmax)),
+        })  # fmt: skip
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain data."""
+        own = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {key: dict(v) if isinstance(v, Mapping) else v for key, v in own.items()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,8 +87,7 @@ def save_manifest(manifest: Manifest, directory: Path) -> None:
     """Writes `elastic.json` atomically."""
     content = {"format_version": FORMAT_VERSION, **asdict(manifest)}
     content["choices"] = {axis: list(grid) for axis, grid in manifest.choices.items()}
-    for name, size in manifest.sizes.items():
-        content["sizes"][name]["widths"] = dict(size.widths)
+    content["sizes"] = {name: size.to_json() for name, size in manifest.sizes.items()}
     write_json(directory / FILE_NAME, content)
 
 
@@ -98,10 +121,7 @@ def _parse(content: Any, axis_map: AxisMap, file: Path) -> Manifest:
             f"{file} has format version {version}, this package reads {FORMAT_VERSION}; "
             "upgrade star-elastic"
         )
-    sizes = {
-        name: Size(**{**size, "widths": axis_map.complete(Widths(size["widths"]))})
-        for name, size in content["sizes"].items()
-    }
+    sizes = {name: Size.from_json(size, axis_map) for name, size in content["sizes"].items()}
     return Manifest(
         family=content["family"],
         choices={axis: tuple(grid) for axis, grid in content["choices"].items()},

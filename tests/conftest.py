@@ -52,6 +52,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason="no CUDA device"))
 
 
+from tests.planted_run import (  # noqa: E402, F401
+    planted,
+    planted_hybrid,
+    planted_llama,
+    planted_run,
+    unlearned_run,
+)
 from tests.processes import stop_server  # noqa: E402
 from tests.tiny_family import family, tiny_checkpoint  # noqa: E402, F401
 from tests.tiny_run import blocks, deep_folder, run_folder, short, trained  # noqa: E402, F401

@@ -221,6 +221,7 @@ def test_readme_run_config_is_valid():
         ["benchmarks/nano_v3.py", "--smoke"],
         ["benchmarks/quantize.py", "--smoke"],
         ["benchmarks/nested_run.py", "--smoke"],
+        ["benchmarks/planted_axes.py", "--smoke"],
         ["recipes/quantised/formats.py", "--out", "{out}", "--smoke"],
     ],
     ids=lambda command: Path(command[0]).stem,

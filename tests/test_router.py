@@ -1,101 +1,30 @@
 """The router: independent draws, exact budgets, and proof that it learns what may be cut."""
 
-import math
-
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import AutoConfig, AutoModelForCausalLM
 
+from benchmarks import planting
 from star_elastic.cost import CostModel
 from star_elastic.errors import BudgetError, ShapeError
 from star_elastic.nesting.elastic import ElasticModel
 from star_elastic.nesting.gate import Mixture
 from star_elastic.nesting.slice import slice_tensor
-from star_elastic.router import budget
-from star_elastic.router.budget import (
-    AIM,
-    REACH,
-    budget_loss,
-    budget_miss,
-    check_budgets,
-    commit,
-    nearest_possible,
-    settle,
-    settle_between,
-)
+from star_elastic.router import search
+from star_elastic.router.budget import AIM, REACH, budget_loss, budget_miss
+from star_elastic.router.commit import ASKED, commit, settle_between
 from star_elastic.router.grid import Grid, make_grid
+from star_elastic.router.reach import check_budgets, nearest_possible
 from star_elastic.router.router import Annealing, Decision, Router, Temperature, gumbel
 from star_elastic.train.losses import distillation_loss
 
-HYBRID = {
-    "model_type": "nemotron_h", "hybrid_override_pattern": "ME*-", "hidden_size": 32,
-    "num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 16, "intermediate_size": 128,
-    "mamba_num_heads": 8, "mamba_head_dim": 8, "n_groups": 2, "ssm_state_size": 8,
-    "conv_kernel": 4, "chunk_size": 8, "n_routed_experts": 8, "num_experts_per_tok": 2,
-    "moe_intermediate_size": 64, "moe_shared_expert_intermediate_size": 128, "vocab_size": 64,
-}  # fmt: skip
-LLAMA = {
-    "model_type": "llama", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
-    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "vocab_size": 64,
-}  # fmt: skip
+HYBRID = {**planting.HYBRID, "hidden_size": 32, "chunk_size": 8, "vocab_size": 64}
+LLAMA = {**planting.LLAMA, "hidden_size": 32, "intermediate_size": 64, "vocab_size": 64}
 
 
 def random_parent(config: dict, seed: int = 0) -> ElasticModel:
-    torch.manual_seed(seed)
-    fields = {k: v for k, v in config.items() if k != "model_type"}
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(config["model_type"], **fields))
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() > 1:
-                parameter.normal_(std=1.5 / math.sqrt(parameter.shape[-1]))
-    return ElasticModel(model.eval(), config)
-
-
-def plant_dead_half(elastic: ElasticModel, axis: str) -> None:
-    """Makes the tail half of `axis` (in each group) free to cut, and nothing else.
-
-    Zeroed where it is read. A norm over the axis also measures it, so there the tail first becomes
-    a copy of the head: cutting it then leaves every mean square as it was.
-    """
-    axis_map, state = elastic.axis_map, elastic.state()
-    info = axis_map.axes[axis]
-    half = axis_map.full.replace(**{axis: info.size // 2})
-    with torch.no_grad():
-        if axis == "experts":
-            for moe in axis_map.moe_layers:
-                bias = state[f"{moe.router_path}.e_score_correction_bias"]
-                bias[info.size // 2 :] = -100.0
-            return
-        for name, spec in axis_map.tensors.items():
-            for dim in range(len(spec.dims)):
-                if axis not in {segment.axis for segment in spec.dims[dim]}:
-                    continue
-                reads = spec.gate_dim == dim or (name.endswith("out_proj.weight") and dim == 1)
-                tail = _tail_mask(elastic, spec, dim, half)
-                if axis in ("hidden", "ssm_heads"):
-                    rows = state[name].movedim(dim, 0)
-                    rows[tail] = rows[~_fixed_mask(spec, dim) & ~tail]
-                if reads and axis != "hidden":
-                    state[name].movedim(dim, 0)[tail] = 0
-        if axis == "hidden":
-            for norm in axis_map.norms:
-                if norm.axis == "hidden":
-                    state[f"{norm.path}.weight"][info.size // 2 :] = 0
-
-
-def _tail_mask(elastic, spec, dim, half):
-    size = elastic.axis_map.shape(spec, elastic.axis_map.full)[dim]
-    mask = torch.ones(size, dtype=torch.bool)
-    for low, high in elastic.axis_map.runs(spec, dim, half):
-        mask[low:high] = False
-    return mask
-
-
-def _fixed_mask(spec, dim):
-    parts = [torch.full((s.num_units * s.unit,), s.axis is None) for s in spec.dims[dim]]
-    return torch.cat(parts)
+    return ElasticModel(planting.random_parent(config, seed), config)
 
 
 def one_hot(choices, index) -> Mixture:
@@ -105,45 +34,6 @@ def one_hot(choices, index) -> Mixture:
 def halves(axis_map) -> dict[str, tuple[int, int]]:
     """Every axis of the papers at full and at half width."""
     return {n: (a.size, a.size // 2) for n, a in axis_map.axes.items() if a.ranked}
-
-
-AXES = [(HYBRID, a) for a in ("hidden", "ffn", "experts", "expert_ffn", "shared_ffn")]
-AXES += [(HYBRID, a) for a in ("ssm_heads", "heads")]
-AXES += [(LLAMA, a) for a in ("hidden", "ffn", "heads")]
-
-
-@pytest.mark.parametrize(("config", "axis"), AXES, ids=lambda v: v if isinstance(v, str) else "")
-def test_router_cuts_the_planted_axis_first(config, axis):
-    elastic = random_parent(config)
-    plant_dead_half(elastic, axis)
-    axis_map = elastic.axis_map
-    cost = CostModel(axis_map)
-    half = axis_map.full.replace(**{axis: axis_map.axes[axis].size // 2})
-    ids = torch.randint(0, 64, (4, 24), generator=torch.Generator().manual_seed(1))
-    elastic.requires_grad_(False)
-    teacher = elastic.parent(input_ids=ids).logits.flatten(0, 1)
-    kept = elastic(half, input_ids=ids).logits.flatten(0, 1)
-    assert distillation_loss(teacher, kept) < 1e-6, "the planted half must be free to cut"
-
-    choices = halves(axis_map)
-    # Experts cost hardly any active parameters, so their budget is on the total.
-    metric = "total" if axis == "experts" else "active"
-    target = cost.count(half).metric(metric) / cost.count(axis_map.full).metric(metric)
-    router = Router(choices, 1, seed=3)
-    optimizer = torch.optim.Adam(router.parameters(), lr=3e-3)
-    # So short a run must not sharpen quickly: the budget first pulls every axis up alike, and the
-    # cheap one has to come down again while its choice still has a gradient.
-    annealing, steps = Annealing(tau_end=0.5, scale_end=1.0), 120
-    for step in range(steps):
-        decision = router.decide(router.one_hot(0), annealing.at(step / steps), noise_key=(7, step))
-        logits = elastic(decision.mixtures, input_ids=ids).logits.flatten(0, 1)
-        loss = distillation_loss(teacher, logits)
-        loss = loss + budget_loss(decision, {metric: target}, cost)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    decision = router.decide(router.one_hot(0), Temperature(1.0, 1.0))
-    assert decision.choice == {name: half[name] for name in choices}
 
 
 @pytest.mark.parametrize("config", [HYBRID, LLAMA], ids=["nemotron_h", "llama"])
@@ -208,35 +98,28 @@ def test_hard_sample_is_one_hot_with_the_soft_gradient():
 
 
 @pytest.mark.parametrize("fraction", [0.95, 0.8, 0.7])
-def test_commit_meets_the_budget_within_one_step_per_axis(fraction, monkeypatch):
-    """One step from the argmax of the router that settled; the one that is given stays as it is."""
+def test_commit_meets_the_budget_and_tells_what_moved(fraction):
+    """From the argmax of the router that was trained, by the steps that `repair` tells."""
     elastic = random_parent(LLAMA)
     cost = CostModel(elastic.axis_map)
     grids = {"ffn": tuple(range(64, 23, -2)), "hidden": (32, 28, 24, 20)}
     router = Router(grids, 1, seed=1)
     optimizer = torch.optim.Adam(router.parameters(), lr=2e-3)
     for step in range(300):
-        decision = router.decide(router.one_hot(0), Annealing().at(step / 300), noise_key=(1, step))
+        decision = router.decide(router.one_hot(0), Annealing().at(step), noise_key=(1, step))
         loss = budget_loss(decision, {"active": fraction}, cost)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    seen = []
-
-    def watched(decision, *arguments):
-        seen.append((decision, commit(decision, *arguments)))
-        return seen[-1][1]
-
-    monkeypatch.setattr(budget, "commit", watched)
-    before = {name: value.clone() for name, value in router.state_dict().items()}
-    fixed = settle(router, router.one_hot(0), {"active": fraction}, cost)
-    assert all(torch.equal(value, before[name]) for name, value in router.state_dict().items())
-    (decision,) = [decided for decided, found in seen if found is fixed]
+    decision = router.decide(router.one_hot(0), ASKED)
+    fixed = commit(decision, {"active": fraction}, cost, router.grid)
     assert fixed.possible is not None and fixed.miss <= max(AIM, fixed.possible + 1e-9)
     assert fixed.miss == budget_miss(fixed.widths, {"active": fraction}, cost)
+    assert fixed.argmax == cost.axis_map.complete(decision.choice)
     for axis, grid in grids.items():
-        moved = abs(grid.index(fixed.widths[axis]) - grid.index(decision.choice[axis]))
-        assert moved == abs(fixed.repair.get(axis, 0)) <= 1
+        moved = grid.index(decision.choice[axis]) - grid.index(fixed.widths[axis])
+        assert moved == fixed.repair.get(axis, 0)
+        assert abs(moved) <= 1 or fixed.data_free_steps
 
 
 def test_commit_keeps_an_argmax_that_meets_its_budget():
@@ -252,6 +135,7 @@ def test_commit_keeps_an_argmax_that_meets_its_budget():
     fixed = commit(decision, {"active": target}, cost, grid)
     assert fixed.repair == {} and fixed.miss < 1e-9
     assert fixed.widths["hidden"] == 24
+    assert fixed.data_free_steps == 0 and fixed.widths_from == "data"
 
 
 def test_choices_that_do_not_go_together_are_refused():
@@ -272,7 +156,7 @@ def test_full_budget_pulls_every_axis_to_full_width():
     start = router.decide(router.one_hot(0), Temperature(1.0, 1.0)).choice
     assert start == {name: narrow for name, (_, narrow) in grids.items()}
     for step in range(60):
-        decision = router.decide(router.one_hot(0), Annealing().at(step / 60), noise_key=(0, step))
+        decision = router.decide(router.one_hot(0), Annealing().at(step), noise_key=(0, step))
         loss = budget_loss(decision, {"active": 1.0}, cost)
         optimizer.zero_grad()
         loss.backward()
@@ -325,7 +209,7 @@ def test_the_nearest_widths_are_those_that_trying_all_finds(keep, share):
 
 
 def test_a_beam_finds_what_trying_all_combinations_finds(monkeypatch):
-    """Grids with too many combinations are searched place by place."""
+    """Grids with too many combinations are swept, and searched from the best of what that gives."""
     cost = CostModel(random_parent(LLAMA).axis_map)
     grid = Grid({"ffn": tuple(range(64, 15, -4)), "hidden": (32, 28, 24)}, {"ffn": 2})
     generator = torch.Generator().manual_seed(4)
@@ -333,13 +217,16 @@ def test_a_beam_finds_what_trying_all_combinations_finds(monkeypatch):
         Mixture(grid.choices[p.axis], torch.rand(len(grid.choices[p.axis]), generator=generator))
         for p in grid.places
     )
-    decision = Decision({}, picks, {})
     for share in (0.9, 0.75, 0.6):
-        every = commit(decision, {"active": share}, cost, grid, radius=4)
-        monkeypatch.setattr(budget, "EXHAUSTIVE", 1)
-        beam = commit(decision, {"active": share}, cost, grid, radius=4)
-        monkeypatch.undo()
-        assert beam.miss <= max(AIM, every.miss) and every.miss <= max(AIM, beam.miss)
+        found = []
+        for limit in (search.EXHAUSTIVE, 20):
+            monkeypatch.setattr(search, "EXHAUSTIVE", limit)
+            found.append(search.Search.of(picks, grid, {"active": share}, cost).anywhere())
+            monkeypatch.undo()
+        every, beam = found
+        assert beam.misses[0] <= max(AIM, every.misses[0] + 1e-9)
+        if every.misses[0] <= AIM:
+            assert beam.log_probs[0] == pytest.approx(every.log_probs[0])
 
 
 def test_presence_follows_the_ranking():

@@ -53,9 +53,7 @@ context = 96
 [router]
 commit_at = 0.6
 learning_rate = 3e-2
-eps = 1e-8
 weight = 10
-annealing = {tau_end = 0.5, scale_end = 1.0}
 
 [[stages]]
 tokens = 15360

@@ -17,7 +17,7 @@ from star_elastic.families import family_of
 from star_elastic.nesting.elastic import ElasticModel
 from star_elastic.quant.fake import FakeQuantisation
 from star_elastic.quant.layout import make_scheme
-from star_elastic.router.budget import Commitment
+from star_elastic.router.commit import Commitment
 from star_elastic.router.grid import make_grid
 from star_elastic.router.router import Router
 from star_elastic.train.config import (
@@ -122,6 +122,6 @@ def make_trainer(
     )
     if committed:
         widths = {"large": axis_map.full, "small": small}
-        trainer.committed = {name: Commitment(widths[name], 0.0, {}) for name in SIZES}
+        trainer.committed = {name: Commitment(widths[name], 0.0) for name in SIZES}
         trainer.router.requires_grad_(False)
     return trainer

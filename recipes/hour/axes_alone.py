@@ -31,7 +31,7 @@ from star_elastic.generate.phased import PhasedGenerator
 from star_elastic.generate.phases import DEFAULT_MAX_NEW_TOKENS, think_and_answer
 from star_elastic.nesting.elastic import ElasticModel
 from star_elastic.nesting.submodel import build_submodel, load_parent, load_tokenizer, sort_in_place
-from star_elastic.router.budget import Commitment
+from star_elastic.router.commit import Commitment
 from star_elastic.router.router import Router
 from star_elastic.terminal import at_the_command_line, print_table
 from star_elastic.train.calibrate import Calibration
@@ -145,7 +145,7 @@ def measure(out: Path, steps: int, problems_per_task: int, max_new_tokens: int) 
         trainer = Trainer(
             run, elastic, ElasticModel(teacher, config), router, [source], sizes, cost
         )
-        trainer.committed = {c.name: Commitment(c.widths, 0.0, {}) for c in cuts}
+        trainer.committed = {c.name: Commitment(c.widths, 0.0) for c in cuts}
         bars.stage("train", steps)
         while trainer.step < trainer.curriculum.num_steps:
             trainer.train_step()

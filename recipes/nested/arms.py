@@ -42,7 +42,7 @@ from star_elastic.generate.phases import think_and_answer
 from star_elastic.nesting.elastic import ElasticModel
 from star_elastic.nesting.submodel import build_submodel, load_parent, load_tokenizer, sort_in_place
 from star_elastic.progress import Progress
-from star_elastic.router.budget import Commitment
+from star_elastic.router.commit import Commitment
 from star_elastic.router.grid import Grid
 from star_elastic.router.router import Router
 from star_elastic.train.calibrate import Calibration
@@ -177,7 +177,7 @@ class Lab:
             [self.source], sizes, self.cost,
         )  # fmt: skip
         if widths:
-            trainer.committed = {name: Commitment(widths[name], 0.0, {}) for name in sizes}
+            trainer.committed = {name: Commitment(widths[name], 0.0) for name in sizes}
         return trainer
 
     def run(self, arm: str, trainer: Trainer, *, points: int = 6) -> list[Outcome]:

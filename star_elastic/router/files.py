@@ -20,7 +20,7 @@ from star_elastic.families import read_config
 from star_elastic.latency import load_table
 from star_elastic.manifest import Manifest
 from star_elastic.quant.layout import CONFIG_KEY
-from star_elastic.router.budget import Commitment, settle_between
+from star_elastic.router.commit import Commitment, settle_between
 from star_elastic.router.grid import make_grid
 from star_elastic.router.router import Router
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from star_elastic.axes import LAYERS, AxisMap
@@ -142,7 +142,23 @@ def make_grid(
     layers = axis_map.axes[LAYERS].layers
     if depth and sorted(depth) != list(layers):
         raise ConfigError(f"depth={list(depth)} does not list every layer from 0 to {layers[-1]}")
-    return Grid(dict(choices), counts, tuple(depth))
+    grid = Grid(dict(choices), counts)
+    return rank_grid(grid, depth, axis_map) if depth else grid
+
+
+def rank_grid(grid: Grid, depth: Sequence[int], axis_map: AxisMap) -> Grid:
+    """The grid with its layers ranked, most important first. Raises ConfigError if some number of
+    layers leaves a model that cannot be."""
+    ranked = replace(grid, depth=tuple(depth))
+    for count in ranked.choices[LAYERS]:
+        try:
+            axis_map.complete({LAYERS: ranked.presence(count)})
+        except ShapeError as error:
+            raise ConfigError(
+                f"choices.layers has {count}, which would leave the layers {sorted(depth[:count])} "
+                f"({error}); leave {count} out"
+            ) from None
+    return ranked
 
 
 def complete_widths(grid: Grid, chosen: Sequence[int], axis_map: AxisMap) -> Widths:

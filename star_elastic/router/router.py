@@ -161,23 +161,27 @@ def gumbel(count: int, *key: int | str) -> torch.Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class Annealing:
-    """Schedules over the share of the router's steps done: exponential tau, linear logit scale.
-
-    The papers decay tau by 0.9997 a step to 0.05 at about 10,000 steps; stated as end points, the
-    same curve fits a run of any length.
+    """The temperature step by step, whatever the length of the run. tau falls from `tau_start` by
+    the factor `tau_decay` a step, not below `tau_end`; the scale of the logits grows from
+    `scale_start` by `scale_growth` a step, not above `scale_end`. The defaults are the papers',
+    whose ends are reached after about 10,000 steps. A run of fewer stays soft: ends that are
+    squeezed into it freeze the router before it has learned anything.
     """
 
     tau_start: float = 1.0
     """Temperature that noisy logits are divided by at first."""
     tau_end: float = 0.05
-    """That temperature at last."""
+    """The lowest temperature."""
+    tau_decay: float = 0.9997
+    """What the temperature is multiplied by at every step."""
     scale_start: float = 1.0
     """What logits are multiplied by at first."""
     scale_end: float = 10.0
-    """That factor at last."""
+    """The largest such factor."""
+    scale_growth: float = 9e-4
+    """What is added to the factor at every step."""
 
-    def at(self, progress: float) -> Temperature:
-        """The temperature when `progress` (0 to 1) of the router's steps are done."""
-        progress = min(max(progress, 0.0), 1.0)
-        tau = self.tau_start * (self.tau_end / self.tau_start) ** progress
-        return Temperature(tau, self.scale_start + (self.scale_end - self.scale_start) * progress)
+    def at(self, step: int) -> Temperature:
+        """The temperature of a step, counted from 0."""
+        tau = max(self.tau_start * self.tau_decay**step, self.tau_end)
+        return Temperature(tau, min(self.scale_start + self.scale_growth * step, self.scale_end))

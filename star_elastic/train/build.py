@@ -69,6 +69,7 @@ def build_trainer(
         checked.cost,
         world,
         _teacher_cache(config, parent.config.vocab_size, run, world),
+        progress,
     )
     if checked.fixed:
         trainer.committed = dict(checked.fixed)

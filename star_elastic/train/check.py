@@ -17,20 +17,14 @@ from star_elastic.errors import BudgetError, ConfigError
 from star_elastic.families import family_of, read_config
 from star_elastic.families.base import Config
 from star_elastic.latency import LatencyTable, load_table
-from star_elastic.manifest import Manifest, load_manifest
+from star_elastic.manifest import Manifest, Size, load_manifest
 from star_elastic.nesting.rotate import check_rotatable
 from star_elastic.nesting.submodel import require_loadable
 from star_elastic.quant.layout import CONFIG_KEY, Scheme, make_scheme, stored_map
-from star_elastic.router.budget import (
-    REACH,
-    Budgets,
-    Commitment,
-    budget_miss,
-    check_budgets,
-    check_reach,
-    describe,
-)
-from star_elastic.router.grid import Grid, default_choices, make_grid
+from star_elastic.router.budget import REACH, Budgets, budget_miss, describe
+from star_elastic.router.commit import Commitment
+from star_elastic.router.grid import Grid, default_choices, make_grid, rank_grid
+from star_elastic.router.reach import check_budgets, check_reach
 from star_elastic.stored import StoredModel, most_common_dtype
 from star_elastic.train.config import RunConfig
 from star_elastic.train.state import has_state
@@ -57,11 +51,11 @@ class Checked:
         return most_common_dtype(self.dtypes, self.axis_map)
 
     def ranked_grid(self, depth: tuple[int, ...]) -> Grid:
-        """The router's grid, once the layers are ranked. Raises BudgetError for budgets that this
-        ranking cannot meet."""
+        """The router's grid, once the layers are ranked. Raises BudgetError for budgets and
+        ConfigError for numbers of layers that this ranking cannot meet."""
         if self.grid.is_ranked:
             return self.grid
-        grid = replace(self.grid, depth=depth)
+        grid = rank_grid(self.grid, depth, self.axis_map)
         for name, given in self.budgets.items() if not self.fixed else ():
             check_budgets(name, given, self.cost, grid)
         return grid
@@ -97,8 +91,7 @@ def check(config: RunConfig, world_size: int = 1) -> Checked:
     }
     if manifest:
         fixed = {
-            name: _fix(name, manifest.size(name).widths, given, cost)
-            for name, given in budgets.items()
+            name: _taken(name, manifest.size(name), given, cost) for name, given in budgets.items()
         }
     scheme = None
     if config.quant.format:
@@ -224,4 +217,15 @@ def _fix(name: str, widths: Widths, budgets: Budgets, cost: CostModel) -> Commit
             f"router.fixed.{name} costs {costs}, which misses {describe(budgets)} by {miss:.1%}; "
             "change the widths or the budget"
         )
-    return Commitment(widths, miss, {})
+    return Commitment(widths, miss)
+
+
+def _taken(name: str, size: Size, budgets: Budgets, cost: CostModel) -> Commitment:
+    """The widths of a family's size, with all that is known of where they come from."""
+    return replace(
+        _fix(name, size.widths, budgets, cost),
+        repair=size.repair,
+        argmax=size.argmax,
+        data_free_steps=size.data_free_steps,
+        widths_from=size.widths_from,
+    )

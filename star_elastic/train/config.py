@@ -147,12 +147,8 @@ class CalibrationConfig:
 class RouterConfig:
     """The router, which learns how much of each axis a budget buys."""
 
-    learning_rate: float = 1e-2
+    learning_rate: float = 2e-2
     """Learning rate of the router."""
-    eps: float = 1e-2
-    """Epsilon of its AdamW, far above the usual: where a width hardly matters its gradients are far
-    below it, and so are its steps. A small one would scale all axes' steps alike and cut for
-    nothing what no budget asks for."""
     weight: float = 1.0
     """Weight of the loss that pulls the sizes' costs to their budgets."""
     commit_at: float = 0.3
@@ -169,20 +165,28 @@ class RouterConfig:
     def __post_init__(self):
         require(0 < self.commit_at <= 1, f"router.commit_at={self.commit_at} is not in (0, 1]")
         require(self.weight >= 0, f"router.weight={self.weight} is negative")
-        for name in ("learning_rate", "eps"):
-            require(getattr(self, name) > 0, f"router.{name}={getattr(self, name)} is not > 0")
+        require(self.learning_rate > 0, f"router.learning_rate={self.learning_rate} is not > 0")
         a = self.annealing
         require(
-            a.tau_start > 0 and a.tau_end > 0 and a.scale_start > 0 and a.scale_end > 0,
+            0 < a.tau_end <= a.tau_start and 0 < a.scale_start <= a.scale_end,
             f"router.annealing has tau {a.tau_start} to {a.tau_end} and scale {a.scale_start} to "
-            f"{a.scale_end}; all must be > 0",
+            f"{a.scale_end}; all must be > 0, tau may not rise and the scale not fall",
+        )
+        require(
+            0 < a.tau_decay <= 1 and a.scale_growth >= 0,
+            f"router.annealing has tau_decay={a.tau_decay} and scale_growth={a.scale_growth}; give "
+            "a factor in (0, 1] and a number >= 0",
         )
         require(0 <= self.hard_share <= 1, f"router.hard_share={self.hard_share} is not in [0, 1]")
+
+    def num_steps(self, run_steps: int) -> int:
+        """Steps that the router learns for in a run of `run_steps`."""
+        return max(1, round(self.commit_at * run_steps))
 
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-    """AdamW, for the shared weights and the router."""
+    """AdamW for the shared weights; the router's Adam has the same `betas`."""
 
     betas: tuple[float, ...] = (0.9, 0.98)
     """Decay of the two moments."""

@@ -25,10 +25,13 @@ import torch
 from torch import nn
 
 from star_elastic.cost import CostModel
-from star_elastic.errors import CheckpointError
+from star_elastic.errors import CheckpointError, StarElasticError
 from star_elastic.nesting.elastic import ElasticModel
 from star_elastic.nesting.gate import expected_widths
-from star_elastic.router.budget import Budgets, Commitment, budget_loss, settle
+from star_elastic.progress import Progress, Silent
+from star_elastic.router.budget import Budgets, budget_loss
+from star_elastic.router.commit import ASKED, Commitment, commit, origin_line
+from star_elastic.router.optimizer import SharedAdam
 from star_elastic.router.router import Decision, Router, Temperature, seed_for
 from star_elastic.train.config import RunConfig
 from star_elastic.train.curriculum import Curriculum
@@ -89,8 +92,10 @@ class Trainer:
         cost: CostModel,
         world: World | None = None,
         cache: TeacherCache | None = None,
+        progress: Progress | None = None,
     ):
         self.config = config
+        self.progress = progress or Silent()
         self.world = world or World()
         self.student = student.train()
         self.router = router
@@ -111,29 +116,27 @@ class Trainer:
         going on from: what goes wrong then can be mended after the state is saved."""
         self._stream: tuple[int, PackedStream] | None = None
         self._position: dict[str, Any] = {}
-        options, of_router = config.optimizer, config.router
+        options = config.optimizer
+        betas = (options.betas[0], options.betas[1])
         self.optimizer = torch.optim.AdamW(
-            [
-                {"params": list(student.parent.parameters()), "lr": config.stages[0].learning_rate},
-                {
-                    "params": list(router.parameters()),
-                    "lr": of_router.learning_rate,
-                    "eps": of_router.eps,
-                },
-            ],
-            betas=(options.betas[0], options.betas[1]),
+            student.parent.parameters(),
+            lr=config.stages[0].learning_rate,
+            betas=betas,
             weight_decay=options.weight_decay,
             fused=True,
+        )
+        self.router_optimizer = SharedAdam(
+            router.parameters(), lr=config.router.learning_rate, betas=betas
         )
 
     @property
     def commit_step(self) -> int:
         """The first step that trains plain slices."""
-        return max(1, round(self.config.router.commit_at * self.curriculum.num_steps))
+        return self.config.router.num_steps(self.curriculum.num_steps)
 
     def temperature(self) -> Temperature:
         """Router temperature of the current step."""
-        return self.config.router.annealing.at(self.step / self.commit_step)
+        return self.config.router.annealing.at(self.step)
 
     def decide(self, name: str, router: Router, group: int) -> Decision:
         """A router's noisy decision for a size in a group of this step's windows."""
@@ -143,13 +146,29 @@ class Trainer:
         return router.decide(budget, self.temperature(), noise_key=key, hard=hard)
 
     def commit(self) -> dict[str, Commitment]:
-        """Fixes the widths of every size (called once, at `commit_step`)."""
-        for number, name in enumerate(self.names):
-            vector = self.router.one_hot(number)
-            fixed = settle(self.router, vector, self.budgets[name], self.cost)
-            self.committed[name] = self.world.agree(fixed)
+        """Fixes the widths of every size (called once, at `commit_step`), and says where the budget
+        has chosen them. The first rank searches for all. Raises BudgetError, on all ranks, if a
+        cost cannot be counted."""
+        fixed: dict[str, Commitment] = {}
+        problem: StarElasticError | None = None
+        if self.world.is_first:
+            try:
+                for number, name in enumerate(self.names):
+                    vector = self.router.one_hot(number)
+                    decision = self.router.decide(vector, ASKED)
+                    fixed[name] = commit(decision, self.budgets[name], self.cost, self.router.grid)
+            except StarElasticError as error:
+                problem = error
+        fixed, problem = self.world.agree((fixed, problem))
+        if problem is not None:
+            raise problem
+        self.committed = fixed
         self.router.requires_grad_(False)
-        return self.committed
+        for name in self.names:
+            line = origin_line(name, fixed[name], self.cost.axis_map.full, self.step)
+            if line:
+                self.progress.say(line)
+        return fixed
 
     def train_step(self) -> StepReport:
         """One optimiser step over the sizes of this step.
@@ -172,6 +191,7 @@ class Trainer:
         rate = self.curriculum.learning_rate(self.step)
         self.optimizer.param_groups[0]["lr"] = rate
         self.optimizer.zero_grad(set_to_none=True)
+        self.router_optimizer.zero_grad(set_to_none=True)
         groups = list(enumerate(batch.split(self.config.stages[position.stage].groups)))
         parts = [self._jobs(groups, w) for w in range(len(self.workers.learners))]
         results = self.workers.map(
@@ -187,6 +207,7 @@ class Trainer:
         self._clip("the router", self.router)
         self.is_sound = False
         self.optimizer.step()
+        self.router_optimizer.step()
         self.is_sound = True
         self.step += 1
         self.tokens += num_tokens
@@ -363,7 +384,8 @@ class Trainer:
         tensors: dict[str, torch.Tensor] = {}
         for label, parameter in self._parameters():
             tensors[label] = parameter.detach()
-            state = self.optimizer.state[parameter]
+            of_router = label.startswith("router.")
+            state = (self.router_optimizer if of_router else self.optimizer).state[parameter]
             for key in ("step", "exp_avg", "exp_avg_sq"):
                 name = f"optimizer.{label}.{key}"
                 if name in names and key not in state:

@@ -16,6 +16,7 @@ import torch
 
 from star_elastic.amounts import show_amount
 from star_elastic.progress import Progress
+from star_elastic.router.commit import LEARNED
 from star_elastic.train.calibrate import SCORES
 from star_elastic.train.check import Checked, beyond_positions
 from star_elastic.train.config import RunConfig
@@ -25,8 +26,6 @@ from star_elastic.train.distributed import multiplies_bf16
 from star_elastic.train.sources import Source
 from star_elastic.train.state import STATE
 
-FEW_STEPS = 150
-"""Router steps below which a budget, not the data, decides most widths."""
 STATE_BYTES = 12
 """Per parameter, of a saved state: the weight and the optimiser's two moments, in fp32."""
 TRAINING_BYTES = {"distillation": 20, "task": 16}
@@ -74,7 +73,7 @@ class _Look:
         self.run = Path(config.out)
         self.steps = Curriculum(config.stages).num_steps
         self.learns = not checked.fixed
-        self.router_steps = max(1, round(config.router.commit_at * self.steps))
+        self.router_steps = config.router.num_steps(self.steps)
         self.parameters = int(checked.cost.count(checked.axis_map.full).total)
 
     def facts(self) -> Iterator[str]:
@@ -165,7 +164,6 @@ class _Look:
         for line in beyond_positions(self.config, self.checked.model_config):
             yield f"{line}; lower it"
         yield from self._stage_warnings()
-        yield from beyond_positions(self.config, self.checked.model_config)
         yield from self._router_warnings()
         yield from self._size_warnings()
         yield from self._machine_warnings()
@@ -192,10 +190,10 @@ class _Look:
                 )
 
     def _router_warnings(self) -> Iterator[str]:
-        if self.learns and self.router_steps < FEW_STEPS:
+        if self.learns and self.router_steps < LEARNED:
             steps = _counted(self.router_steps, "step")
             yield (
-                f"the router learns for {steps}, and below {FEW_STEPS} the budgets decide most "
+                f"the router learns for {steps}, and below {LEARNED} the budgets decide most "
                 "widths, not the data; raise stages.tokens, lower stages.batch_size, or raise "
                 "router.commit_at"
             )

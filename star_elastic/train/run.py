@@ -28,7 +28,8 @@ from star_elastic.nesting.elastic import ElasticModel
 from star_elastic.nesting.stream import save_model
 from star_elastic.nesting.submodel import load_tokenizer
 from star_elastic.progress import Progress, Silent, staged
-from star_elastic.router.budget import AIM, Commitment
+from star_elastic.router.budget import AIM
+from star_elastic.router.commit import Commitment
 from star_elastic.signals import Stop, Stoppable, stop_on_signals
 from star_elastic.train.build import build_trainer
 from star_elastic.train.calibrate import SCORES
@@ -329,7 +330,10 @@ def _manifest(config: RunConfig, checked: Checked, trainer: Trainer) -> Manifest
     sizes = {}
     for name in trainer.names:
         fixed = trainer.committed[name]
-        sizes[name] = Size(fixed.widths, checked.budgets[name], costs(fixed), fixed.repair)
+        sizes[name] = Size(
+            fixed.widths, checked.budgets[name], costs(fixed), fixed.repair, fixed.argmax,
+            fixed.data_free_steps, fixed.widths_from,
+        )  # fmt: skip
     return Manifest(
         family=trainer.student.family.model_type,
         choices=checked.grid.choices,

@@ -11,7 +11,6 @@ import json
 import os
 import shutil
 import warnings
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +25,8 @@ from torch.distributed.checkpoint.state_dict_saver import save
 
 from star_elastic.checkpoint import write_json
 from star_elastic.errors import CheckpointError, reason
-from star_elastic.router.budget import Commitment
+from star_elastic.router.commit import Commitment
 from star_elastic.train.loop import Trainer
-from star_elastic.widths import Widths
 
 STATE, PREVIOUS = "state", "state.previous"
 PROGRESS = "state.json"
@@ -87,14 +85,10 @@ def _save_tensors(trainer: Trainer, folder: Path) -> None:
 
 
 def _progress(trainer: Trainer, positions: list[dict]) -> dict[str, Any]:
-    committed = {
-        name: {**asdict(fixed), "widths": dict(fixed.widths)}
-        for name, fixed in trainer.committed.items()
-    }
     return {
         "step": trainer.step,
         "tokens": trainer.tokens,
-        "committed": committed,
+        "committed": {name: fixed.to_json() for name, fixed in trainer.committed.items()},
         "data": positions,
         "tensors": sorted(trainer.tensors()),
     }
@@ -119,8 +113,7 @@ def load_state(trainer: Trainer, run: Path) -> None:
             load(tensors, storage_reader=reader, no_dist=trainer.world.size == 1)
         trainer.step, trainer.tokens = content["step"], content["tokens"]
         trainer.committed = {
-            name: Commitment(**{**fixed, "widths": Widths(fixed["widths"])})
-            for name, fixed in content["committed"].items()
+            name: Commitment.from_json(fixed) for name, fixed in content["committed"].items()
         }
         trainer.load_data_state(content["data"])
     except (

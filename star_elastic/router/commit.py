@@ -1,0 +1,161 @@
+"""Commitments: the widths that a size is fixed to, and what decided them.
+
+The router's own choice is the likeliest width of every place. It seldom meets a budget to the
+unit, so places move along the grid until the cost does. One step each is rounding. More than that,
+or a router that still chooses the parent whole, means that the budget has chosen the widths and the
+data has not: a commitment says which.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from star_elastic.cost import CostModel
+from star_elastic.errors import BudgetError
+from star_elastic.router.budget import AIM, Budgets, budget_miss
+from star_elastic.router.grid import Grid
+from star_elastic.router.router import Decision, Router, Temperature
+from star_elastic.router.search import Search
+from star_elastic.widths import Widths
+
+LEARNED = 80
+"""Router steps from which its own choice is to be trusted (`benchmarks/planted_axes.py`)."""
+ASKED = Temperature(tau=1.0, scale=1.0)
+"""Neither changes which widths are likelier than others."""
+
+
+@dataclass(frozen=True, slots=True)
+class Commitment:
+    """The widths of a size, how far they are off its budget, and where they come from.
+
+    `miss` is the largest relative distance to a budget, `possible` the smallest that was found for
+    any widths of the grid (all were counted unless the grid is too large; None if nobody looked).
+    `argmax` is the trained router's own choice (None: there was no router) and `repair` how far
+    each axis moved from there, in steps on the grid (negative: narrower; one number for every layer
+    where each decides for itself). `data_free_steps` is the number of these steps if one or none
+    per place would not have done, else 0. `widths_from`: what decided, the `data`, the `budget`
+    or the `config`.
+    """
+
+    widths: Widths
+    miss: float
+    repair: Mapping[str, int | tuple[int, ...]] = field(default_factory=dict)
+    possible: float | None = None
+    argmax: Widths | None = None
+    data_free_steps: int = 0
+    widths_from: str = "config"
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain data."""
+        return {
+            "widths": dict(self.widths),
+            "miss": self.miss,
+            "repair": dict(self.repair),
+            "possible": self.possible,
+            "argmax": None if self.argmax is None else dict(self.argmax),
+            "data_free_steps": self.data_free_steps,
+            "widths_from": self.widths_from,
+        }
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> Commitment:
+        """From what `to_json` gave, also after a round through JSON."""
+        argmax = content["argmax"]
+        repair = {a: tuple(s) if isinstance(s, list) else s for a, s in content["repair"].items()}
+        return cls(**{
+            **content,
+            "widths": Widths(content["widths"]),
+            "argmax": None if argmax is None else Widths(argmax),
+            "repair": repair,
+        })  # fmt: skip
+
+
+def commit(decision: Decision, budgets: Budgets, cost: CostModel, grid: Grid) -> Commitment:
+    """Fixes the widths of a size: what the router says for it, moved onto its budgets.
+
+    Of all widths within one grid step per place of the router's own choice, takes the most probable
+    (by the router) that meet the budgets within 0.5 %, or as near as any widths of the grid come.
+    If none do, or if the router still chooses the parent whole, the most probable ones of the whole
+    grid: from there, how likely what is left out is says more than what is near. No data is looked
+    at.
+    """
+    search = Search.of(decision.picks, grid, budgets, cost)
+    possible, _ = search.nearest()
+    found = search.within(1)
+    is_whole = bool(found.moves[0] and not search.start.any())
+    if is_whole or found.misses[0] > max(AIM, possible) * (1 + 1e-9):
+        found = search.anywhere()
+    steps = (search.start - found.positions[0]).tolist()
+    is_far = max(map(abs, steps)) > 1
+    repair = _by_axis(search, steps)
+    widths = search.widths(found.positions[0])
+    miss = float(budget_miss(widths, budgets, cost))
+    return Commitment(
+        widths,
+        miss,
+        repair,
+        min(possible, miss),
+        search.widths(search.start),
+        sum(map(abs, steps)) if is_far else 0,
+        "budget" if is_far or is_whole else "data",
+    )
+
+
+def _by_axis(search: Search, steps: Sequence[int]) -> dict[str, int | tuple[int, ...]]:
+    """Steps of every place as steps of the axes that moved."""
+    grouped: dict[str, list[int]] = {}
+    for place, moved in zip(search.places, steps, strict=True):
+        grouped.setdefault(place.axis, []).append(moved)
+    return {
+        axis: tuple(moved) if axis in search.grid.per_layer else moved[0]
+        for axis, moved in grouped.items()
+        if any(moved)
+    }
+
+
+def origin_line(name: str, fixed: Commitment, full: Widths, num_steps: int) -> str:
+    """One line if the budget has chosen a size's widths, else nothing. `full` are the parent's
+    widths, `num_steps` the steps that the router learned for."""
+    if fixed.widths_from != "budget":
+        return ""
+    if fixed.argmax == full:
+        found = "the router still kept the parent whole"
+    else:
+        found = f"the router's own choice was {fixed.data_free_steps} steps on the grid away"
+    advice = (
+        f"let it learn for {LEARNED} or more (router.commit_at, stages.tokens)"
+        if num_steps < LEARNED
+        else "raise router.weight or router.learning_rate"
+    )
+    return (
+        f"{name}: widths come from the budget, not from the data: after {num_steps} steps "
+        f"{found}; {advice}"
+    )
+
+
+def settle_between(
+    router: Router, trained: Sequence[Budgets], asked: Budgets, cost: CostModel
+) -> Commitment:
+    """Widths for budgets between two trained ones, by interpolating their budget vectors.
+
+    `trained` are the budgets the router was trained at, in its order. Raises BudgetError for
+    budgets outside the trained range or metrics that no trained size has.
+    """
+    if len(asked) != 1:
+        raise BudgetError("give one budget, for example active=0.6, to find widths between sizes")
+    ((metric, fraction),) = asked.items()
+    known = sorted((b[metric], number) for number, b in enumerate(trained) if metric in b)
+    if len(known) < 2 or not known[0][0] <= fraction <= known[-1][0]:
+        reach = f"{known[0][0]:.4g} to {known[-1][0]:.4g}" if len(known) > 1 else "none"
+        raise BudgetError(
+            f"{metric}={fraction:.4g} lies outside the range of {metric} that this router was "
+            f"trained for ({reach}); ask for a budget inside it, or train a size there"
+        )
+    below = max(pair for pair in known if pair[0] <= fraction)
+    above = min(pair for pair in known if pair[0] >= fraction)
+    span = above[0] - below[0]
+    share = (fraction - below[0]) / span if span else 0.0
+    vector = (1 - share) * router.one_hot(below[1]) + share * router.one_hot(above[1])
+    return commit(router.decide(vector, ASKED), asked, cost, router.grid)
