@@ -44,7 +44,8 @@ def pytest_sessionfinish() -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skips GPU tests where there is no GPU."""
+    """Long tests first; GPU tests are skipped where there is no GPU."""
+    items.sort(key=lambda item: item.get_closest_marker("long") is None)
     if torch.cuda.is_available():
         return
     for item in items:

@@ -51,6 +51,12 @@ def test_imports_point_down(file):
             assert RANKS.index(there) <= RANKS.index(here), f"{here} imports {name}, which is below"
 
 
+@pytest.mark.parametrize("file", sorted((ROOT / "tests").rglob("*.py")), ids=lambda f: f.name)
+def test_tests_share_what_lies_in_support_files(file):
+    for name in imported_modules(file):
+        assert not any(part.startswith("test_") for part in name.split(".")[:-1]), name
+
+
 @pytest.mark.parametrize(
     "code",
     [

@@ -205,6 +205,7 @@ def test_readme_run_config_is_valid():
     assert healed.quant.format == "nvfp4"
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "command",
     [
@@ -237,6 +238,7 @@ def test_long_recipes_have_a_smoke_form(command, tmp_path):
         assert (tmp_path / "out" / "slices" / "small" / "model.safetensors").is_file()
 
 
+@pytest.mark.long
 def test_plans_are_replayed_by_a_larger_model(tmp_path):
     family, out = tmp_path / "family", tmp_path / "out"
     shutil.copytree(bundled_parent(), family)

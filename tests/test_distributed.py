@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from safetensors.torch import load_file
 
 from star_elastic.errors import ConfigError, Interrupted
 from star_elastic.train.check import check
@@ -72,6 +73,7 @@ def torchrun(*arguments) -> str:
     return done.stdout
 
 
+@pytest.mark.long
 def test_states_load_on_another_number_of_ranks(run_folder, short):
     """From two ranks to one, and back to two from the command line, which ends the run."""
     torch.set_num_threads(1)
@@ -87,6 +89,52 @@ def test_states_load_on_another_number_of_ranks(run_folder, short):
     for a, b in zip(map(json.loads, log), metrics(short), strict=True):
         assert a["num_tokens"] == b["num_tokens"]
         assert a["kd"] == pytest.approx(b["kd"], rel=1e-3)
+
+
+WHOLE = {
+    "hidden = [48, 40, 32, 24]": "hidden = [48, 40, 32]\nlayers = [5, 4]",
+    "num_samples = 16": 'num_samples = 16\nbasis = "principal"',
+    "active = 0.7": "active = 0.6",
+    "tokens = 15360": "tokens = 3072",
+    "save_every = 16": "save_every = 5\nteacher_samples = 32",
+    "[engine]": """[[stages]]
+tokens = 1024
+context = 128
+batch_size = 4
+size_weights = [3, 1]
+sizes_per_step = "one"
+groups = 2
+learning_rate = 1e-3
+
+[engine]""",
+}
+"""Two stages, a basis, layers that are cut, and a teacher that is sampled once."""
+
+
+@pytest.mark.long
+def test_a_whole_run_of_two_ranks_is_that_of_one_process(deep_folder):
+    torch.set_num_threads(1)
+    alone = train(config_in(deep_folder, "whole-alone", **WHOLE))
+    config_in(deep_folder, "whole-ranks", **WHOLE)
+    first, second = on_ranks(2, ranks.run, deep_folder / "whole-ranks.toml")
+    assert first.steps == second.steps == alone.steps == 10
+    ours, theirs = metrics(first), metrics(alone)
+    assert [row["stage"] for row in ours] == [0] * 8 + [1] * 2
+    for a, b in zip(ours, theirs, strict=True):
+        assert (a["num_tokens"], a["kd"].keys()) == (b["num_tokens"], b["kd"].keys())
+        assert a["kd"] == pytest.approx(b["kd"], rel=1e-3)
+    for name in ("orders", "basis", "router", "model"):
+        one, two = (load_file(run.elastic / f"{name}.safetensors") for run in (first, alone))
+        assert one.keys() == two.keys()
+        for key, value in two.items():
+            gap = (one[key].double() - value.double()).abs().max()
+            assert gap <= 1e-3 * value.double().abs().max().clamp(min=1), (name, key)
+    manifests = [json.loads((run.elastic / "elastic.json").read_text()) for run in (first, alone)]
+    assert manifests[0]["sizes"] == manifests[1]["sizes"]
+    assert manifests[0]["depth"] == manifests[1]["depth"]
+    # Each rank keeps what it has asked the teacher.
+    shards = (deep_folder / "whole-ranks" / "teacher").glob("*.safetensors")
+    assert {file.name.split("-")[1] for file in shards} == {"0000", "0001"}
 
 
 def test_ranks_wait_for_one_that_writes():

@@ -117,6 +117,7 @@ def test_interrupted_and_resumed_equals_uninterrupted(run_folder, trained):
         train(config)
 
 
+@pytest.mark.long
 def test_killed_and_resumed_equals_uninterrupted(run_folder):
     """kill -9 at any moment of a run of two stages, in the router's part and after it."""
     torch.set_num_threads(1)

@@ -113,20 +113,26 @@ def make_folder(folder, config, seed=0):
     """Fills a folder for training a random parent."""
     folder.mkdir(exist_ok=True)
     tokenizer = AutoTokenizer.from_pretrained(bundled_parent())
-    torch.manual_seed(seed)
     config = {**config, "vocab_size": len(tokenizer)}
-    fields = {k: v for k, v in config.items() if k != "model_type"}
+    model = random_model(config, seed)
+    state = ElasticModel(model, config).state()
+    save_model(state, config, bundled_parent(), folder / "parent", dtype=torch.float32)
+    write_rows(folder / "rows.jsonl", 64, seed=0)
+    (folder / "run.toml").write_text(RUN)
+    return folder
+
+
+def random_model(config, seed=0):
+    """A model of random weights in fp32, large enough for every unit to matter."""
+    torch.manual_seed(seed)
+    fields = {k: v for k, v in config.items() if k not in ("model_type", "dtype")}
     model_config = AutoConfig.for_model(config["model_type"], **fields)
     model = AutoModelForCausalLM.from_config(model_config).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() > 1:
                 parameter.normal_(std=1.5 / math.sqrt(parameter.shape[-1]))
-    state = ElasticModel(model, config).state()
-    save_model(state, config, bundled_parent(), folder / "parent", dtype=torch.float32)
-    write_rows(folder / "rows.jsonl", 64, seed=0)
-    (folder / "run.toml").write_text(RUN)
-    return folder
+    return model
 
 
 def config_in(folder, name="run", **replacements):

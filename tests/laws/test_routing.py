@@ -98,14 +98,33 @@ def test_closing_an_expert_never_raises_its_chance(data, pair, seed):
     assert not (after & ~before)[:, expert].any()
 
 
+class Multiplied(ElasticSigmoidRouter):
+    """The wrong turn that the logarithm avoids: c * (sigma + bias) rises as c falls, where the sum
+    is negative."""
+
+    @torch.no_grad()
+    def _select(self, scores_TE: torch.Tensor) -> torch.Tensor:
+        return ((scores_TE + self.e_score_correction_bias) * self.expert_gate).topk(self.top_k)[1]
+
+
 @torch.no_grad()
 def test_multiplying_the_score_would_raise_a_negative_one():
-    """The wrong turn that the logarithm avoids: c * (sigma + bias) rises as c falls."""
-    sigma, bias = torch.tensor([0.5, 0.5]), torch.tensor([-2.0, -1.8])
-    half_closed = torch.tensor([0.5, 1.0])
-    assert (sigma + bias).argmax() == 1
-    assert (half_closed * (sigma + bias)).argmax() == 0
-    assert (half_closed.log() + sigma + bias).argmax() == 1
+    """Two experts of equal scores and negative sums: half closed, the worse of them wins."""
+    config = {"n_routed_experts": 2, "num_experts_per_tok": 1, "n_group": 1, "topk_group": 1}
+    theirs = NemotronHTopkRouter(NemotronHConfig(hidden_size=4, **config))
+    theirs.weight.zero_()
+    theirs.e_score_correction_bias.copy_(torch.tensor([-2.0, -1.8]))
+    x_BTD, half_closed = torch.ones(1, TOKENS, 4), torch.tensor([0.5, 1.0])
+    picked = {}
+    for kind in (ElasticSigmoidRouter, Multiplied):
+        router = kind(theirs)
+        router.load_state_dict({**router.state_dict(), **theirs.state_dict()})
+        for gate in (torch.ones(2), half_closed):
+            picked[kind, gate[0].item()] = chosen(router, x_BTD, gate)[:, 0].any().item()
+    assert picked == {
+        (ElasticSigmoidRouter, 1.0): False, (ElasticSigmoidRouter, 0.5): False,
+        (Multiplied, 1.0): False, (Multiplied, 0.5): True,
+    }  # fmt: skip
 
 
 @given(data=st.data())
