@@ -505,6 +505,7 @@ def quantize(
     from star_elastic.train.quantise import InputCalibration, held_out_of, quantise_family
     from star_elastic.train.verdict import VERDICT, judge_quantised
 
+    device = choose_device(device)  # mistakes first: what follows may take minutes
     calibration = InputCalibration(
         files=tuple(data or ()), samples=samples, context=context, percentile=percentile,
         held_out=SourceConfig.held_out,
@@ -518,7 +519,7 @@ def quantize(
     verdict = None
     with Bars(f"stopped; {out} is complete, its verdict is missing") as bars:
         if held_out:
-            verdict = judge_quantised(elastic, out, held_out, bars, device=choose_device(device))
+            verdict = judge_quantised(elastic, out, held_out, bars, device=device)
             verdict.save(out / VERDICT)
         else:
             bars.say("no verdict: it needs 10 rows or more (--data)")

@@ -25,12 +25,14 @@ from star_elastic.cost import CostModel, Workload
 from star_elastic.evaluate import run as evaluation
 from star_elastic.evaluate import size_latency
 from star_elastic.families import family_of, read_config
+from star_elastic.generate import family as generate_family
 from star_elastic.generate.decode import BatchDecoder
 from star_elastic.generate.family import load
 from star_elastic.importance.files import load_scores
+from star_elastic.nesting import submodel
 from star_elastic.nesting.submodel import load_parent
 from star_elastic.quant.checkpoint import load_input_scales
-from star_elastic.train import sources
+from star_elastic.train import quantise, sources
 from tests.tiny_family import PROMPTS, make_checkpoint
 from tests.tiny_run import config_in
 
@@ -246,6 +248,15 @@ def test_the_reference_of_the_run_config(printed):
 # train, sizes, slice
 
 
+@hears("train", "check_only")
+def test_train_reads_every_row_and_trains_nothing(run_folder, printed, told):
+    config_in(run_folder, "only-read")
+    counted = len((run_folder / "rows.jsonl").read_text().splitlines())
+    assert f"{counted} rows" in printed("train", run_folder / "only-read.toml", "--check")
+    assert told("train", run_folder / "only-read.toml", "--check")["rows"] == counted
+    assert not (run_folder / "only-read").exists()
+
+
 @hears("train", "run", "resume", "as_json")
 def test_train(run_folder, printed, told):
     steps = {"tokens = 15360": "tokens = 768"}
@@ -284,6 +295,9 @@ def test_sizes(trained, told, printed):
         ]  # fmt: skip
         assert all(cell in line for cell in cut), line
         axes = re.search(r"^ *size +active +total +(.*)$", text, re.M)[1].split()
+        *axes, _, _ = axes  # but for "widths from"
+        assert size["widths_from"] in ("data", "budget")
+        assert line.split()[-1] == size["widths_from"]
         assert numbers(line)[4:] == [size["widths"][axis] for axis in axes]
         assert {"hidden", "ssm_heads", "expert_ffn"} <= set(axes)
 
@@ -457,10 +471,9 @@ def test_generate_by_chance(writer, question, told, printed):
 # eval, report
 
 
-@pytest.mark.skip(reason="made-up reports still hold standard errors, not intervals")
 @hears(
     "eval", "elastic", "out", "problems", "validation", "sizes", "budgets", "dials", "data",
-    "batch_size", "switch", "max_new_tokens", "dtype", "seed", "as_json",
+    "batch_size", "switch", "max_new_tokens", "dtype", "seed", "match", "as_json",
 )  # fmt: skip
 @hears("report", "out", "as_json")
 def test_eval_and_report(writer, tmp_path, told, printed, monkeypatch):
@@ -498,16 +511,18 @@ def test_eval_and_report(writer, tmp_path, told, printed, monkeypatch):
     assert {dial["position"] for dial in dialled} == {0.3}
     alone = told(
         "eval", writer, "--out", tmp_path / "alone", *flags, "--sizes", "small", "--dials", "none",
-        "--budgets", "none", "--seed", 7,
+        "--budgets", "none", "--seed", 7, "--match", "regex:()",  # finds nothing in every reply
     )  # fmt: skip
     assert [plan["label"] for plan in alone["plans"]] == ["small"]
+    assert (result["settings"]["match"], alone["settings"]["match"]) == (None, "regex:()")
     assert (result["settings"]["seed"], alone["settings"]["seed"]) == (6, 7)
 
     text = printed("eval", writer, "--out", out, *flags)
     for plan in result["plans"]:
         (line,) = re.findall(rf"^ *{re.escape(plan['label'])}  .*%.*$", text[text.rindex("Every"):], re.M)  # fmt: skip  # noqa: E501
         test = plan["test"]
-        assert f"{100 * test['accuracy']:.1f} ± {100 * test['standard_error']:.1f}" in line.replace("%", "").replace("  ", " ")  # fmt: skip  # noqa: E501
+        low, high = (100 * end for end in test["interval"])
+        assert f"{test['accuracy']:.1%} ({low:.1f} to {high:.1f})" in line
         assert f"{test['flops'] / 1e6:,.1f}" in line
         assert f"{1e3 * test['seconds']:,.1f}" in line
     assert str(out) in text.splitlines()[-1]
@@ -522,14 +537,13 @@ def test_eval_and_report(writer, tmp_path, told, printed, monkeypatch):
 # demo
 
 
-@pytest.mark.skip(reason="made-up reports still hold standard errors, not intervals")
 @hears("demo", "out", "as_json")
 def test_demo(tmp_path, told, printed, monkeypatch):
     """Both ways of printing a report; what makes one is run by the recipe of an hour."""
     size = {
         "active": 1_230_000, "total": 2_340_000, "active_share": 0.753, "total_share": 0.698,
-        "budget_miss": 0.0012, "kl_to_parent": 0.0345, "accuracy": 0.987, "standard_error": 0.012,
-        "share_of_parent": 0.991, "untrained_accuracy": 0.055,
+        "budget_miss": 0.0012, "kl_to_parent": 0.0345, "accuracy": 0.987,
+        "interval": [0.975, 0.993], "share_of_parent": 0.991, "untrained_accuracy": 0.055,
     }  # fmt: skip
     plan = {
         "label": "small>large@32", "accuracy": 0.876, "seconds": 0.0123, "flops": 45_600_000,
@@ -537,7 +551,7 @@ def test_demo(tmp_path, told, printed, monkeypatch):
     }  # fmt: skip
     report = {
         "parent": {"active": 1_650_000, "total": 2_840_000, "accuracy": 0.998,
-                   "standard_error": 0.002},
+                   "interval": [0.991, 1.0]},
         "sizes": {"medium": size, "large": {**size, "untrained_accuracy": None}},
         "evaluations": [plan],
     }  # fmt: skip
@@ -549,7 +563,16 @@ def test_demo(tmp_path, told, printed, monkeypatch):
     text = printed("demo", "--out", tmp_path / "b")
     assert asked == [(demo.DEMO, tmp_path / "a"), (demo.DEMO, tmp_path / "b")]
     (medium,) = re.findall(r"^ *medium .*$", text, re.M)
-    for cell in ("1.23M 75.3%", "2.34M 69.8%", "0.12%", "0.0345", "98.7% ± 1.2%", "99.1%", "5.5%"):
+    cells = [
+        "1.23M 75.3%",
+        "2.34M 69.8%",
+        "0.12%",
+        "0.0345",
+        "98.7% (97.5 to 99.3)",
+        "99.1%",
+        "5.5%",
+    ]
+    for cell in cells:
         assert cell in medium
     (line,) = re.findall(r"^ *small>large@32 .*$", text, re.M)
     cells = [plan["label"], "87.6%", "12.3", "46", "7.89", "31", "25%"]
@@ -557,7 +580,65 @@ def test_demo(tmp_path, told, printed, monkeypatch):
     assert str(tmp_path / "b" / "report.json") in text
 
 
-@pytest.mark.skip(reason="device, dtype, match and check have no watcher yet")
+# devices and dtypes
+
+
+@hears("rank", "device")
+@hears("latency", "device")
+@hears("quantize", "device")
+@hears("generate", "device")
+@hears("eval", "device")
+@pytest.mark.parametrize(
+    "command", ["rank", "latency", "latency sizes", "quantize", "generate", "eval"]
+)
+def test_a_device_that_is_not_here_is_refused(command, writer, run_folder, tmp_path, capsys):
+    """Which shows that the one that is named is the one that is asked for."""
+    name, *more = command.split()
+    out, rows = tmp_path / "out.json", run_folder / "rows.jsonl"
+    arguments = {
+        "rank": [run_folder / "parent", "--data", rows, "--out", out],
+        "latency": [writer, "--out", out, *(f"--{flag}" for flag in more)],
+        "quantize": [writer, "--format", "fp8", "--data", rows, "--out", out],
+        "generate": [writer, "1+1"],
+        "eval": [writer, "--out", out],
+    }[name]
+    with pytest.raises(SystemExit) as ended:
+        main([name, *map(str, arguments), "--device", "cuda:99"])
+    assert ended.value.code == 2
+    assert "device='cuda:99' cannot be used here" in capsys.readouterr().err.replace("\n", " ")
+    assert not out.exists()
+
+
+@hears("rank", "dtype")
+@hears("quantize", "dtype")
+@hears("generate", "dtype")
+def test_the_parent_is_computed_in_the_dtype_that_is_named(
+    writer, blocks, run_folder, tmp_path, told, monkeypatch
+):
+    seen = []
+    original = submodel.load_parent
+
+    def watched(path, dtype=torch.float32, *arguments, **options):
+        seen.append(dtype)
+        return original(path, dtype, *arguments, **options)
+
+    for module in (submodel, generate_family, quantise):
+        monkeypatch.setattr(module, "load_parent", watched)
+    rows = run_folder / "rows.jsonl"
+    told(
+        "rank", run_folder / "parent", "--data", rows, "--out", tmp_path / "scores.safetensors",
+        "--samples", 1, "--dtype", "bfloat16",
+    )  # fmt: skip
+    assert seen == [torch.bfloat16]
+    told("generate", writer, "1+1", "--max-new-tokens", 2, "--dtype", "bfloat16")
+    assert seen == [torch.bfloat16] * 2
+    told(
+        "quantize", blocks, "--format", "fp8", "--data", rows, "--samples", 1, "--out",
+        tmp_path / "quantised", "--dtype", "bfloat16",
+    )  # fmt: skip
+    assert seen[2] == torch.bfloat16
+
+
 def test_every_option_is_watched():
     group = typer.main.get_command(app)
     options = {

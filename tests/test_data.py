@@ -35,9 +35,13 @@ class Lengths:
     first: int = 0
     pad_id: int = PAD
     name: str = field(default="lengths")
+    held_out: tuple[int, ...] = ()
 
     def __len__(self) -> int:
         return len(self.lengths)
+
+    def is_held_out(self, row: int) -> bool:
+        return row in self.held_out
 
     def document(self, row: int) -> Document:
         start = 1000 * (1000 * self.number + row + 1)

@@ -13,7 +13,7 @@ from star_elastic.cost import CostModel
 from star_elastic.nesting.elastic import ElasticModel
 from star_elastic.nesting.gate import Mixture
 from star_elastic.router.budget import budget_loss
-from star_elastic.router.commit import ASKED, LEARNED, Commitment, commit, router_warnings
+from star_elastic.router.commit import ASKED, LEARNED, Commitment, commit
 from star_elastic.router.grid import Grid, default_choices
 from star_elastic.router.optimizer import SharedAdam
 from star_elastic.router.router import Annealing, Decision, Router, Temperature
@@ -238,9 +238,3 @@ def test_a_commitment_survives_json():
     assert Commitment.from_json(json.loads(json.dumps(fixed.to_json()))) == fixed
     given = Commitment(Widths({"hidden": 8}), 0.0)
     assert Commitment.from_json(json.loads(json.dumps(given.to_json()))) == given
-
-
-def test_too_few_steps_are_told_before_work():
-    (line,) = router_warnings(LEARNED - 1)
-    assert f"learns for {LEARNED - 1} steps only" in line and "router.commit_at" in line
-    assert router_warnings(LEARNED) == []

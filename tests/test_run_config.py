@@ -12,8 +12,8 @@ from star_elastic.amounts import parse_budget
 from star_elastic.cli import main
 from star_elastic.cost import CostModel
 from star_elastic.families import family_of
-from star_elastic.router.budget import check_budgets
 from star_elastic.router.grid import default_choices, make_grid
+from star_elastic.router.reach import check_budgets
 from star_elastic.train.check import beyond_positions
 from star_elastic.train.config import RunConfig, load_run_config, parse
 from star_elastic.train.curriculum import Curriculum

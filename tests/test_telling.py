@@ -19,6 +19,7 @@ from star_elastic.families import family_of, read_config
 from star_elastic.latency import load_table, save_table
 from star_elastic.nesting.submodel import load_parent, load_tokenizer
 from star_elastic.progress import duration
+from star_elastic.router.commit import LEARNED
 from star_elastic.router.grid import make_grid
 from star_elastic.train.check import check, require_covered
 from star_elastic.train.config import RouterConfig, StageConfig
@@ -229,7 +230,10 @@ def count_active(config) -> float:
             {"tokens = 15360": "tokens = 100"},
             r"stages\[0\].tokens=100 is less than the 384 tokens of one step, .*; lower batch_size",
         ),
-        ({}, "the router learns for 24 steps, and below 150 the budgets decide .*; raise stages.t"),
+        (
+            {},
+            f"the router learns for 24 steps, and below {LEARNED} the budgets decide .*; raise sta",
+        ),
         ({"batch_size = 4": "batch_size = 65"}, "batch_size=65 windows a step from 58 rows.*lower"),
         (
             {"num_samples = 16": "num_samples = 64", "tokens = 15360": "tokens = 1536"},

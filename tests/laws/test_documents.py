@@ -49,6 +49,9 @@ class Texts:
     def __len__(self) -> int:
         return len(self.documents)
 
+    def is_held_out(self, row: int) -> bool:
+        return False
+
     def document(self, row: int) -> Document:
         return Document(self.documents[row], 0)
 
