@@ -86,8 +86,8 @@ def run_case(
     folder: Path, config: Mapping[str, Any], axis: str, steps: int, seed: int, bars: Bars
 ) -> dict[str, Any]:
     """Trains one planted parent for so many router steps; what the router chose."""
-    name = f"{config['model_type']}-{axis}-{seed}"
-    parent, out = folder / name, folder / f"{name}-{steps}"
+    name = f"{config['model_type']}-{axis}-{seed}-{steps}"
+    parent, out = folder / f"{name}-parent", folder / name
     axis_map = write_planted_parent(config, axis, parent, seed)
     planted = axis_map.full.replace(**{axis: axis_map.axes[axis].size // 2})
     metric, budget = budget_of(axis_map, planted, axis)

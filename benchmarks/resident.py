@@ -58,7 +58,7 @@ LLAMA = {
 TINY = {
     "nemotron_h": {
         **HYBRID, "hidden_size": 96, "head_dim": 16, "mamba_head_dim": 8, "vocab_size": 128,
-        "ssm_state_size": 8, "moe_intermediate_size": 64,
+        "ssm_state_size": 8, "chunk_size": 16, "moe_intermediate_size": 64,
         "moe_shared_expert_intermediate_size": 64,
     },
     "llama": {
@@ -77,7 +77,7 @@ SHARES = {"large": 1.0, "medium": 0.75, "small": 0.5}
 LIMITS = {"hybrid": 1.05, "hybrid, caches alike": 1.005, "llama": 1.05}
 """What the three sizes may hold, relative to the parent alone."""
 HOLDERS = ("parent", "family", "gathered", "slices")
-BATCHES, PREFILL = (1, 16), 512
+BATCHES = (1, 16)
 MB = 2**20
 
 
@@ -85,6 +85,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--decode-steps", type=int, default=24)
+    parser.add_argument("--prefill", type=int, default=512, help="tokens of the prompt")
     parser.add_argument("--only", choices=["memory", "times"], help="half of the work")
     parser.add_argument("--smoke", action="store_true", help="one tiny model, two rounds")
     parser.add_argument("--out", type=Path, help="write the result as JSON")
@@ -97,7 +98,7 @@ def main() -> None:
         return
     families, holders = dict(FAMILIES), HOLDERS
     if options.smoke:
-        options.rounds, options.decode_steps = 2, 2
+        options.rounds, options.decode_steps, options.prefill = 2, 2, 32
         families, holders = {"hybrid": FAMILIES["hybrid"]}, ("parent", "family")
     result: dict[str, Any] = {
         "command": command_line("benchmarks/resident.py"),
@@ -114,7 +115,7 @@ def main() -> None:
                 row["memory"]["two processes"] = measure_together(folder)
                 row["limit"] = LIMITS[name]
             if options.only != "memory":
-                row["sizes"] = compare_sizes(folder, options.rounds, options.decode_steps)
+                row["sizes"] = compare_sizes(folder, options)
     show(result)
     if options.out:
         options.out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
@@ -261,7 +262,7 @@ def measure_together(folder: Path) -> dict:
 # Time and outputs
 
 
-def compare_sizes(folder: Path, rounds: int, steps: int) -> dict:
+def compare_sizes(folder: Path, options: argparse.Namespace) -> dict:
     """Every size against its saved slice: times, and how far outputs are apart."""
     family = load(folder / "elastic", "float32", "cpu")
     result = {}
@@ -272,11 +273,13 @@ def compare_sizes(folder: Path, rounds: int, steps: int) -> dict:
             "slice again": load_parent(folder / name)[0],
         }
         row = result[name] = compare_outputs(models["family"], models["slice"])
-        works = {f"decode, batch {batch}": (decode, batch, steps) for batch in BATCHES}
-        works[f"prefill of {PREFILL}"] = (prefill, PREFILL, 1)
+        works = {
+            f"decode, batch {batch}": (decode, batch, options.decode_steps) for batch in BATCHES
+        }
+        works[f"prefill of {options.prefill}"] = (prefill, options.prefill, 1)
         for work, (make, amount, repeats) in works.items():
             sides = {side: make(model, amount, repeats) for side, model in models.items()}
-            seconds = in_turn(sides, rounds)
+            seconds = in_turn(sides, options.rounds)
             row[work] = {
                 f"{side} over slice": statistics.median(
                     a / b for a, b in zip(seconds[side], seconds["slice"], strict=True)

@@ -67,8 +67,8 @@ class Recipe:
     """A run of the whole road.
 
     `sizes` from the largest, each with its budgets; `budgets` are the thinking budgets (tokens) to
-    try beside none at all; `pairs` the (thinks, answers) pairs; `max_new_tokens` of a problem; the
-    rest as in the run config.
+    try beside none at all; `pairs` the (thinks, answers) pairs; `max_new_tokens` of a problem;
+    `calibration_rows` are ranked on; the rest as in the run config.
     """
 
     sizes: Mapping[str, Mapping[str, float]]
@@ -81,11 +81,17 @@ class Recipe:
     max_new_tokens: int = MAX_NEW_TOKENS
     workload: Workload = field(default_factory=Workload)
     router: RouterConfig = field(default_factory=RouterConfig)
+    calibration_rows: int = 512
     seed: int = 0
 
 
 def stages(
-    router_steps: int, steps: int, *, windows: int = 4, learning_rate: float = 1e-3
+    router_steps: int,
+    steps: int,
+    *,
+    windows: int = 4,
+    context: int = CONTEXT,
+    learning_rate: float = 1e-3,
 ) -> tuple[StageConfig, ...]:
     """The curriculum of a short run on the bundled parent.
 
@@ -93,10 +99,10 @@ def stages(
     the data, and each of its steps costs as much as the widest choice. The large size weighs most:
     it begins as the parent and must not lose what the others change for themselves.
     """
-    common = {"context": CONTEXT, "size_weights": (0.4, 0.3, 0.3)}
+    common = {"context": context, "size_weights": (0.4, 0.3, 0.3)}
     return (
         StageConfig(
-            tokens=router_steps * 2 * CONTEXT,
+            tokens=router_steps * 2 * context,
             batch_size=2,
             learning_rate=learning_rate,
             final_learning_rate=learning_rate,
@@ -104,7 +110,7 @@ def stages(
             **common,
         ),
         StageConfig(
-            tokens=steps * windows * CONTEXT,
+            tokens=steps * windows * context,
             batch_size=windows,
             learning_rate=learning_rate,
             final_learning_rate=learning_rate / 50,
@@ -189,7 +195,9 @@ def run_config(recipe: Recipe, rows: Path, run: Path) -> RunConfig:
         # The report is the verdict.
         data=(SourceConfig(files=(str(rows.absolute()),), loss_on="answers", held_out=0),),
         stages=recipe.stages,
-        calibration=CalibrationConfig(num_samples=512, batch_size=32, basis="principal"),
+        calibration=CalibrationConfig(
+            num_samples=recipe.calibration_rows, batch_size=32, basis="principal"
+        ),
         router=recipe.router,
         # On so small a model fp32 on two threads is as fast as bf16, and exact.
         engine=EngineConfig(save_every=100, workers=2, autocast=False),

@@ -20,9 +20,11 @@ from star_elastic.cost import CostModel
 from star_elastic.demo import (
     DEMO,
     PARENT,
+    Recipe,
     bundled_parent,
     divergence_from_parent,
     run_config,
+    stages,
     write_rows,
 )
 from star_elastic.evaluate.accuracy import evaluate_plan
@@ -58,9 +60,8 @@ class Cut:
         return f"{self.axis}={self.widths[self.axis]}"
 
 
-def stage(steps: int, num_sizes: int) -> StageConfig:
-    """One stage in which all cuts weigh the same."""
-    plain = DEMO.stages[-1]
+def one_stage(plain: StageConfig, steps: int, num_sizes: int) -> StageConfig:
+    """The last stage of a recipe for so many steps, in which all cuts weigh the same."""
     tokens = steps * plain.batch_size * plain.context
     return replace(plain, tokens=tokens, size_weights=(1 / num_sizes,) * num_sizes)
 
@@ -90,10 +91,11 @@ def main() -> None:
     parser.add_argument("--problems", type=int, default=20, help="problems per task")
     parser.add_argument("--smoke", action="store_true", help="two steps, one problem per task")
     options = parser.parse_args()
-    max_new_tokens = DEFAULT_MAX_NEW_TOKENS
+    recipe, max_new_tokens = DEMO, DEFAULT_MAX_NEW_TOKENS
     if options.smoke:
         options.steps, options.problems, max_new_tokens = 2, 1, 8
-    report = measure(options.out, options.steps, options.problems, max_new_tokens)
+        recipe = replace(DEMO, calibration_rows=16, stages=stages(1, 1, windows=2, context=32))
+    report = measure(recipe, options.out, options.steps, options.problems, max_new_tokens)
     columns = ["cut alone", "cost", "saved", "KL untrained", "KL trained",
                "accuracy untrained", "accuracy trained"]  # fmt: skip
     rows = [
@@ -104,7 +106,9 @@ def main() -> None:
     print_table(f"Each axis alone (parent {report['parent_accuracy']:.1%})", columns, rows)
 
 
-def measure(out: Path, steps: int, problems_per_task: int, max_new_tokens: int) -> dict:
+def measure(
+    recipe: Recipe, out: Path, steps: int, problems_per_task: int, max_new_tokens: int
+) -> dict:
     """Cuts, distils, evaluates; writes `axes_alone.json` and returns its content."""
     out.mkdir(parents=True, exist_ok=True)
     rows = out / "train.jsonl"
@@ -116,7 +120,8 @@ def measure(out: Path, steps: int, problems_per_task: int, max_new_tokens: int) 
     cost = CostModel(elastic.axis_map)
     cuts = [*equal_cuts(cost, "active", 0.12), *equal_cuts(cost, "total", 0.2)]
     sizes = {c.name: {c.metric: 1 - c.saved} for c in cuts}
-    recipe = replace(DEMO, sizes=sizes, stages=(stage(steps, len(sizes)),))
+    stage = one_stage(recipe.stages[-1], steps, len(sizes))
+    recipe = replace(recipe, sizes=sizes, stages=(stage,))
     run = run_config(recipe, rows, out)
     source = Source([rows], tokenizer, "answers")
     with Bars() as bars:

@@ -39,7 +39,8 @@ HOUR: Recipe = replace(
 SMOKE: Recipe = replace(
     HOUR,
     num_rows=200,
-    stages=stages(2, 4, windows=2),
+    calibration_rows=16,
+    stages=stages(2, 4, windows=2, context=64),
     problems_per_task=1,
     budgets=(2,),
     max_new_tokens=40,

@@ -52,7 +52,8 @@ def main() -> None:
 
 def arms(lab: Lab, options: argparse.Namespace) -> list[Outcome]:
     """Every run of a seed."""
-    learning = [weigh(s, UNIFORM) for s in stages(options.router_steps, options.steps)]
+    plain = stages(options.router_steps, options.steps, context=options.context)
+    learning = [weigh(stage, UNIFORM) for stage in plain]
     router_share = options.router_steps / (options.router_steps + options.steps)
     grid = Grid(dict(DEMO.choices))
 

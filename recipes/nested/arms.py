@@ -264,9 +264,11 @@ def parse_options(
     parser.add_argument("--smoke", action="store_true", help="one seed, a few steps")
     options = parser.parse_args()
     options.watched, options.calibration_rows, options.max_new_tokens = 40, 256, MAX_NEW_TOKENS
+    options.context = CONTEXT
     if options.smoke:
         options.seeds, options.router_steps, options.steps, options.problems = 1, 2, 2, 1
         options.watched, options.calibration_rows, options.max_new_tokens = 2, 4, 8
+        options.context = 32
     return options
 
 

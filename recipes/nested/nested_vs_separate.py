@@ -51,7 +51,7 @@ def main() -> None:
 
 def arms(lab: Lab, options: argparse.Namespace) -> list[Outcome]:
     """All arms of a seed."""
-    learning = balanced(stages(options.router_steps, options.steps))
+    learning = balanced(stages(options.router_steps, options.steps, context=options.context))
     share = options.router_steps / (options.router_steps + options.steps)
     nested = lab.trainer(
         lab.student(), SIZES, learning, grid=Grid(dict(DEMO.choices)), commit_at=share
@@ -61,12 +61,16 @@ def arms(lab: Lab, options: argparse.Namespace) -> list[Outcome]:
     total = sum(stage.tokens for stage in learning)
     for arm, tokens in (("separate T", total), ("separate T/N", total // len(SIZES))):
         for name, budgets in SIZES.items():
-            alone = lab.trainer(lab.student(), {name: budgets}, one_stage(tokens), widths=widths)
+            alone = lab.trainer(
+                lab.student(), {name: budgets}, one_stage(tokens, options.context), widths=widths
+            )
             outcomes += lab.run(arm, alone)
     for name, budgets in SIZES.items():
         student = lab.random_student(widths[name])
         full = {name: student.axis_map.full}
-        trainer = lab.trainer(student, {name: budgets}, one_stage(total), widths=full)
+        trainer = lab.trainer(
+            student, {name: budgets}, one_stage(total, options.context), widths=full
+        )
         outcomes += [
             replace(o, widths=widths[name], active=lab.active(widths[name]))
             for o in lab.run("scratch T", trainer)
@@ -87,9 +91,9 @@ def balanced(learning: Sequence[StageConfig]) -> list[StageConfig]:
     return [replace(stage, size_weights=even) for stage in learning]
 
 
-def one_stage(tokens: int) -> list[StageConfig]:
+def one_stage(tokens: int, context: int) -> list[StageConfig]:
     """The demo's main stage for one size alone, over a number of tokens."""
-    plain = stages(1, 1)[-1]
+    plain = stages(1, 1, context=context)[-1]
     warmup = max(tokens // (plain.batch_size * plain.context) // 20, 1)
     return [replace(plain, tokens=tokens, size_weights=(1.0,), warmup_steps=warmup)]
 

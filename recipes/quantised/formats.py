@@ -90,11 +90,11 @@ def main() -> None:
     parser.add_argument("--smoke", action="store_true", help="one seed, three arms, a few steps")
     options = parser.parse_args()
     options.samples, options.watched, options.max_new_tokens = 256, 40, MAX_NEW_TOKENS
-    options.arms = list(ARMS)
+    options.arms, options.context = list(ARMS), CONTEXT
     if options.smoke:
         options.seeds, options.router_steps, options.steps, options.heal_steps = 1, 2, 2, 2
         options.samples, options.watched, options.max_new_tokens, options.problems = 4, 2, 8, 1
-        options.arms = ["BF16", "FP8 PTQ", "NVFP4 QAD"]
+        options.arms, options.context = ["BF16", "FP8 PTQ", "NVFP4 QAD"], 32
     options.out.mkdir(parents=True, exist_ok=True)
     with Bars() as bars:
         seeds = [run_seed(seed, options, bars) for seed in range(options.seeds)]
@@ -102,7 +102,7 @@ def main() -> None:
         "command": command_line("recipes/quantised/formats.py"),
         "seeds": options.seeds,
         "problems": options.problems * len(TASKS),
-        "heal_tokens": options.heal_steps * 4 * CONTEXT,
+        "heal_tokens": options.heal_steps * 4 * options.context,
         "learning_rate": options.learning_rate,
         "arms": {arm: summary([seed[arm] for seed in seeds]) for arm in options.arms},
     }
@@ -155,7 +155,8 @@ class Lab:
         if not (run / ELASTIC).exists():
             share = options.router_steps / (options.router_steps + options.steps)
             recipe = replace(
-                DEMO, choices=CHOICES, stages=stages(options.router_steps, options.steps),
+                DEMO, choices=CHOICES, calibration_rows=2 * options.samples,
+                stages=stages(options.router_steps, options.steps, context=options.context),
                 router=replace(DEMO.router, commit_at=share), seed=self.seed,
             )  # fmt: skip
             self.train(run_config(recipe, self.rows, run))
@@ -173,7 +174,7 @@ class Lab:
         if not objective:
             if not out.exists():
                 calibration = InputCalibration(
-                    files=(self.rows,), samples=options.samples, context=CONTEXT
+                    files=(self.rows,), samples=options.samples, context=options.context
                 )
                 quantise_family(
                     family, out, format_name, calibration=calibration, progress=self.progress
@@ -182,7 +183,8 @@ class Lab:
         if not (out / QUANTISED).exists():
             rate = options.learning_rate
             stage = StageConfig(
-                tokens=options.heal_steps * 4 * CONTEXT, context=CONTEXT, batch_size=4,
+                tokens=options.heal_steps * 4 * options.context,
+                context=options.context, batch_size=4,
                 learning_rate=rate, final_learning_rate=rate / 20, warmup_steps=4,
                 size_weights=(0.4, 0.3, 0.3),
             )  # fmt: skip
