@@ -11,10 +11,12 @@ from safetensors.torch import load_file
 import star_elastic
 from star_elastic.checkpoint import save_tensors
 from star_elastic.cli import main
+from star_elastic.cost import Workload
 from star_elastic.errors import ConfigError
 from star_elastic.generate import family as families
+from star_elastic.generate.caches import MAMBA
+from star_elastic.generate.decode import BatchDecoder
 from star_elastic.placement import DTYPES, choose_device, choose_dtype, name_of
-from tests.tiny_family import PROMPTS
 
 HERE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -148,8 +150,22 @@ def test_every_command_computes_in_the_dtype_that_is_asked_for(
     assert result
 
 
-def test_tokens_do_not_depend_on_the_default_where_weights_are_fp32(tiny_checkpoint):
-    plain = star_elastic.load(tiny_checkpoint, "float32", "cpu").generate(PROMPTS, seed=1)
-    assert star_elastic.load(tiny_checkpoint, device="cpu").generate(PROMPTS, seed=1) is not plain
-    again = star_elastic.load(tiny_checkpoint, device="cpu").generate(PROMPTS, seed=1)
-    assert [r.token_ids for r in again] == [r.token_ids for r in plain]
+@torch.inference_mode()
+def test_states_keep_their_dtypes_wherever_caches_go(tiny_checkpoint):
+    """In a bf16 family all are bf16 but the SSM states, which transformers keeps in fp32."""
+    family = star_elastic.load(tiny_checkpoint, "bfloat16", "cpu")
+    for size in family:
+        decoder = BatchDecoder(family[size])
+        decoder.prefill([[5, 6, 7], [8, 9, 10, 11]])
+        for token in (5, 6):
+            decoder.step([token, token])
+        row = decoder.take(0)
+        decoder.resume([(row, 5, [7])])  # beside the rows that are there
+        decoder.keep([2])
+        for layer in (*row.layers, *decoder.take(0).layers):
+            if layer is not None:
+                assert layer.first.dtype == torch.bfloat16
+                wide = torch.float32 if layer.kind == MAMBA else torch.bfloat16
+                assert layer.second.dtype == wide
+        work = Workload(context=6, batch=1, dtype_bytes=2)
+        assert decoder.num_bytes == family.cost(size, work).state_bytes

@@ -85,6 +85,8 @@ def test_a_text_has_what_its_tokenizer_puts_before_it_and_nothing_behind():
         assert list(tags.encode_prompt(text, thinking=True).ids) == expected
         own = tags.encode_prompt(f"{text}<|end|>", thinking=True).ids
         assert own[-1] == 2  # the user's own stays
+        begun = tags.encode_prompt(f"<pad>{text}", thinking=True).ids
+        assert list(begun) == [0, 7]  # not once more
 
 
 def test_a_turn_of_the_assistants_is_followed_by_another():

@@ -21,6 +21,7 @@ from transformers import PreTrainedTokenizerBase
 
 from star_elastic.errors import ConfigError, library_boundary
 from star_elastic.generate.chat import Message, open_turn, require_messages
+from star_elastic.train.encoding import Encoder
 
 Prompt = str | Sequence[Message]
 """A user's text, or a conversation of messages with `role` and `content`."""
@@ -81,9 +82,6 @@ class ThinkingTags:
     def encode(self, text: str) -> list[int]:
         """Token ids of a text as it stands, without special tokens around it. Raises ConfigError
         for what the tokenizer cannot read."""
-        return self._encode(text, special=False)
-
-    def _encode(self, text: str, *, special: bool) -> list[int]:
         if half := _SURROGATE.search(text):
             raise ConfigError(
                 f"the prompt holds half a character (U+{ord(half[0]):04X} at position "
@@ -92,7 +90,7 @@ class ThinkingTags:
         with library_boundary(
             "the tokenizer cannot read the prompt", "change its text", ConfigError
         ):
-            return list(self.tokenizer.encode(text, add_special_tokens=special))
+            return list(self.tokenizer.encode(text, add_special_tokens=False))
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of token ids, special tokens included."""
@@ -192,11 +190,14 @@ class ThinkingTags:
         return bool(tag) and self.close not in rest and not has_marks
 
     def _text_ids(self, text: str) -> list[int]:
-        """A text with what the tokenizer puts before one; an end that it puts behind is left out,
-        because the text goes on."""
-        ids, plain = self._encode(text, special=True), self._encode(text, special=False)
-        end = self.tokenizer.eos_token_id
-        return ids[:-1] if ids[-1:] == [end] and plain[-1:] != [end] else ids
+        """A text with what the tokenizer puts before one, unless it begins with that itself; what
+        is put behind one is left out, because the text goes on."""
+        ids, front = self.encode(text), self._front
+        return ids if ids[: len(front)] == front else front + ids
+
+    @cached_property
+    def _front(self) -> list[int]:
+        return Encoder(self.tokenizer).front
 
 
 def _prompt(ids: list[int], is_open: bool, *, has_tags: bool) -> EncodedPrompt:
