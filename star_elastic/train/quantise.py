@@ -157,7 +157,11 @@ def calibrate_sizes(
         return {}
     # Without padding, whose activations would count, too.
     documents = first_documents(sources, [1.0] * len(sources), calibration.samples)
-    rows = [document.fed[: calibration.context] for document in documents]
+    progress.stage("read", calibration.samples)
+    rows = []
+    for document in documents:
+        rows.append(document.fed[: calibration.context])
+        progress.advance(len(rows))
     count = len(rows)
     widths = dict(widths)
     kept = {name for own in widths.values() for name in axis_map.names_at(own)}
