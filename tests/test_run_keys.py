@@ -170,7 +170,7 @@ def test_bad_rows_stop_or_are_left_out(run_folder, watch):
 
 @hears("data.held_out")
 def test_rows_that_are_held_out_are_what_the_verdict_is_measured_on(run_folder):
-    brief = {"tokens = 15360": "tokens = 384", "loss_on": "held_out = 3\nloss_on"}
+    brief = {"tokens = 15360": "tokens = 384", "held_out = 0": "held_out = 3"}
     config = config_in(run_folder, "keys-held-out", **brief)
     assert train(config).verdict.rows == 3
 

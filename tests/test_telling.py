@@ -30,7 +30,7 @@ from star_elastic.train.pace import Pace
 from star_elastic.train.run import train
 from star_elastic.train.sources import open_sources
 from tests.latencies import made_up
-from tests.tiny_run import config_in
+from tests.tiny_run import JUDGED, config_in
 from tests.watchers import KillIn
 
 # Lines where there is no terminal
@@ -188,6 +188,7 @@ def test_a_run_says_what_it_will_do(run_folder):
     """On one screen, every number counted."""
     name = "outlook"
     changes = {
+        **JUDGED,
         "[engine]": "[[stages]]\ntokens = 1024\ncontext = 64\nbatch_size = 2\n[engine]",
         "active = 0.7": 'total = "70%"',
     }
@@ -246,7 +247,7 @@ def count_active(config) -> float:
 def test_what_looks_wrong_is_told_with_what_to_do(run_folder, changes, said):
     if "autocast" in said and multiplies_bf16(torch.device("cpu")):
         pytest.skip("this CPU multiplies in bf16")
-    warnings = outlook_of(config_in(run_folder, "wrong", **changes)).warnings
+    warnings = outlook_of(config_in(run_folder, "wrong", **JUDGED, **changes)).warnings
     assert any(re.search(said, line) for line in warnings), warnings
     calm = {"tokens = 15360": "tokens = 384000", "commit_at = 0.6": "commit_at = 0.2"}
     assert not outlook_of(config_in(run_folder, "calm", **calm)).warnings

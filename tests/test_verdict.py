@@ -37,7 +37,7 @@ from star_elastic.train.verdict import (
     Verdict,
     held_out_documents,
 )
-from tests.tiny_run import RUN, config_in
+from tests.tiny_run import JUDGED, RUN, config_in
 from tests.tiny_trainer import LLAMA, MOE, make_model
 from tests.watchers import KillIn, Said, Stages
 
@@ -203,7 +203,7 @@ def llama_config(folder, kind, name, **changes):
     text = RUN.replace('"parent"', f'"{kind}"').replace('out = "run"', f'out = "{name}"')
     a, b = text.index("[choices]"), text.index("[[data]]")
     text = text[:a] + "[choices]\nhidden = [48, 40, 32]\nffn = [64, 48, 32, 16]\n" + text[b:]
-    for old, new in {**STILL, **changes}.items():
+    for old, new in {**STILL, **JUDGED, **changes}.items():
         assert old in text
         text = text.replace(old, new)
     (folder / f"{name}.toml").write_text(text)
@@ -223,7 +223,7 @@ def test_a_run_that_changed_nothing_leaves_the_parent_and_its_cuts(
 ):
     name = f"still-{kind}-{len(changes)}"
     if kind == "nemotron_h":
-        config = config_in(run_folder, name, **{**STILL, **changes})
+        config = config_in(run_folder, name, **{**STILL, **JUDGED, **changes})
     else:
         config = llama_config(llama_folder, kind, name, **changes)
     verdict = train(config).verdict
@@ -243,7 +243,7 @@ def test_a_run_that_changed_nothing_leaves_the_parent_and_its_cuts(
 def test_training_is_judged_kept_and_shown(run_folder, capfd):
     """The trained size is nearer to the parent than its cut; printed, stored, and as JSON."""
     torch.set_num_threads(1)
-    config_in(run_folder, "judged")
+    config_in(run_folder, "judged", **JUDGED)
     main(["train", str(run_folder / "judged.toml")])
     shown = capfd.readouterr().out
     kept = json.loads((run_folder / "judged" / "verdict.json").read_text())
@@ -266,14 +266,14 @@ def test_training_is_judged_kept_and_shown(run_folder, capfd):
 def test_rows_that_are_held_out_are_not_learned(run_folder, tmp_path):
     """Other rows there, and everything but the verdict is the same."""
     lines = (run_folder / "rows.jsonl").read_text().splitlines(keepends=True)
-    results = []
+    results, brief = [], {**JUDGED, "tokens = 15360": "tokens = 1536"}
     for name, rows in (("as-they-are", lines), ("others", [*lines])):
         if name == "others":
             order = ShuffledEpochs(64, epochs_key(0, 0, 0))
             for row in map(order.row, range(58, 64)):
                 rows[row] = lines[row].replace("1", "2")
         (tmp_path / "rows.jsonl").write_text("".join(rows))
-        config = config_in(run_folder, f"held-{name}", **{"tokens = 15360": "tokens = 1536"})
+        config = config_in(run_folder, f"held-{name}", **brief)
         source = replace(config.data[0], files=(str(tmp_path / "rows.jsonl"),))
         results.append(train(replace(config, data=(source,))))
     one, other = ((r.elastic / "model.safetensors").read_bytes() for r in results)
@@ -282,7 +282,7 @@ def test_rows_that_are_held_out_are_not_learned(run_folder, tmp_path):
 
 
 def test_no_row_no_verdict(run_folder):
-    config = config_in(run_folder, "unjudged", **STILL, loss_on="held_out = 0\nloss_on")
+    config = config_in(run_folder, "unjudged", **STILL)
     told = Said()
     result = train(config, progress=told)
     assert result.verdict is None and not (run_folder / "unjudged" / "verdict.json").exists()
@@ -291,11 +291,11 @@ def test_no_row_no_verdict(run_folder):
     with pytest.raises(CheckpointError, match="is complete already"):
         train(config, resume=True)
     with pytest.raises(ConfigError, match="data.held_out=-1 is negative"):
-        config_in(run_folder, "unjudged", loss_on="held_out = -1\nloss_on")
+        config_in(run_folder, "unjudged", **{"held_out = 0": "held_out = -1"})
 
 
 def test_a_verdict_that_was_stopped_is_all_that_is_left_to_do(run_folder):
-    config = config_in(run_folder, "stopped-judging", **STILL)
+    config = config_in(run_folder, "stopped-judging", **STILL, **JUDGED)
     with pytest.raises(Interrupted, match="go on with --resume"):
         train(config, progress=KillIn("judge"))
     assert (run_folder / "stopped-judging" / "elastic").is_dir()
@@ -314,15 +314,16 @@ def test_quantised_sizes_are_held_against_themselves(trained, run_folder, tmp_pa
     verdict = json.loads(capfd.readouterr().out)["verdict"]
     assert verdict == json.loads((out / "verdict.json").read_text())
     assert verdict["reference"] == "itself unquantised" and verdict["held_out_rows"] == 6
-    judged = json.loads((trained.elastic.parent / "verdict.json").read_text())
     documents = held_out_of(
         trained.elastic, InputCalibration(files=(run_folder / "rows.jsonl",), held_out=64)
     )
     before, after = load(trained.elastic), load(out)
+    large, small = (read(before[name], documents) for name in ("large", "small"))
+    gap = compare(large, small, documents).kl
     for name, size in verdict["sizes"].items():
         same = compare(read(before[name], documents), read(after[name], documents), documents)
         assert size["kl"] == pytest.approx(same.kl, rel=1e-3), name
-        assert 0 < size["kl"] < 0.2 * judged["sizes"]["small"]["kl"], name
+        assert 0 < size["kl"] < 0.2 * gap, name
         assert size["reference_perplexity"] != size["perplexity"] and size["untrained"] is None
     main(
         ["quantize", str(trained.elastic), "--format", "fp8-channel", "--out", str(tmp_path / "c")]
