@@ -11,7 +11,7 @@ import torch
 
 from star_elastic.checkpoint import load_tensors
 from star_elastic.demo import write_rows
-from star_elastic.errors import CheckpointError, Interrupted, RowError
+from star_elastic.errors import CheckpointError, ConfigError, Interrupted, RowError
 from star_elastic.nesting.submodel import load_parent, load_tokenizer
 from star_elastic.progress import Silent
 from star_elastic.train.calibrate import Calibration
@@ -91,6 +91,30 @@ def test_a_bad_row_stops_a_run_which_goes_on_when_it_is_corrected(run_folder, li
         train(config, resume=True)
     make(run_folder, "stops", lines)
     same_run(train(config, resume=True), good)
+
+
+@pytest.mark.parametrize("how", ["emptied", "joined"])
+def test_a_run_goes_on_however_its_bad_row_was_corrected(run_folder, lines, how):
+    """By emptying the line, or by joining two lines that were one row. A line that is gone is told,
+    with what to do."""
+    halves = [lines[BAD][:25], lines[BAD][25:]] if how == "joined" else [lines[BAD][:25]]
+    before, after = lines[:BAD], lines[BAD + 1 : len(lines) + 1 - len(halves)]
+    mended = [*before, *(["", lines[BAD]] if how == "joined" else [""]), *after]
+    name = f"mended-{how}"
+    with pytest.raises(CheckpointError, match=r"is not valid JSON .*leaves its line empty"):
+        train(make(run_folder, name, [*before, *halves, *after]))
+    assert (run_folder / name / "state").exists()
+    if how != "spelled anew":
+        config = make(run_folder, name, [line for line in mended if line])
+        with pytest.raises(
+            ConfigError, match=r"now\) differ .*that is taken out leaves its line em"
+        ):
+            train(config, resume=True)
+    config = make(run_folder, name, mended)
+    with pytest.raises(Interrupted):
+        train(config, resume=True, progress=StopAt(11))
+    result = train(config, resume=True)
+    assert result.steps == 12 and metrics(result)[-1]["rows_skipped"] == 0
 
 
 def test_a_bad_row_may_be_left_out_from_then_on(run_folder, lines):

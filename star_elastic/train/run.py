@@ -35,7 +35,15 @@ from star_elastic.train.build import build_trainer
 from star_elastic.train.calibrate import SCORES
 from star_elastic.train.check import Checked, check
 from star_elastic.train.config import RunConfig
-from star_elastic.train.directory import ELASTIC, METRICS, QUANTISED, begin, last_of, require_ready
+from star_elastic.train.directory import (
+    ELASTIC,
+    METRICS,
+    QUANTISED,
+    begin,
+    begun_files,
+    last_of,
+    require_ready,
+)
 from star_elastic.train.distributed import World, join_world
 from star_elastic.train.loop import StepReport, Trainer
 from star_elastic.train.outlook import look_ahead
@@ -99,7 +107,8 @@ def _told_of_rows(go_on: str) -> Iterator[None]:
         yield
     except RowError as error:
         raise CheckpointError(
-            f'{error}, keeping one row a line, and {go_on}, or set bad_rows = "skip" in [[data]]'
+            f'{error}, keeping one row a line, and {go_on}, or set bad_rows = "skip" in [[data]] '
+            "(a row that is taken out, or joined to the line before, leaves its line empty)"
         ) from error
 
 
@@ -108,7 +117,9 @@ def _train(config: RunConfig, resume: bool, shown: Progress, stop: Stop, world: 
     progress = Stoppable(shown, stop, lambda: _how_to_go_on(run))
     checked = check(config, world.size)
     tokenizer = load_tokenizer(config.parent)
-    sources = open_sources(config.data, tokenizer, checked.axis_map.num_embeddings, config.seed)
+    sources = open_sources(
+        config.data, tokenizer, checked.axis_map.num_embeddings, config.seed, begun_files(run)
+    )
     told = require_ready(run, config, sources, resume)
     given = None
     if config.calibration.scores and not (run / SCORES).is_file():
