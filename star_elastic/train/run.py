@@ -49,6 +49,7 @@ from star_elastic.train.loop import StepReport, Trainer
 from star_elastic.train.outlook import look_ahead
 from star_elastic.train.pace import Pace
 from star_elastic.train.quantise import quantise_family
+from star_elastic.train.row_check import require_lessons
 from star_elastic.train.sources import Document, Source, open_sources
 from star_elastic.train.state import has_state, load_state, save_state
 from star_elastic.train.strict import to_plain
@@ -139,6 +140,8 @@ def _train(config: RunConfig, resume: bool, shown: Progress, stop: Stop, world: 
     seconds = 0.0
     if not last_of(run, config).exists():
         if not has_state(run):
+            with _told_of_rows("start again"):
+                require_lessons(config, sources, progress)
             look_ahead(config, checked, sources, world.device).say(progress)
         seconds = _train_sizes(config, checked, sources, shown, progress, stop, world)
     verdict = None

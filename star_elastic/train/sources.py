@@ -60,6 +60,7 @@ class Source:
         self.found = [_told(name, of) for name, of in found.items() if of != [Path(name)]]
         """What a pattern or a directory stands for, as lines to tell."""
         self.skips_bad_rows = bad_rows == "skip"
+        self._tokenizer = tokenizer
         self._renderer = Renderer(tokenizer, loss_on, num_embeddings)
         self.pad_id = 0
         pad = tokenizer.pad_token_id
@@ -115,6 +116,10 @@ class Source:
         """What a row says. Raises RowError, naming the row, if it is damaged."""
         rows, within = self._find(row)
         return rows[within]
+
+    def read(self, document: Document) -> str:
+        """What a document says, in words."""
+        return str(self._tokenizer.decode(document.ids, clean_up_tokenization_spaces=False))
 
     def document(self, row: int) -> Document:
         """A row's document, uncut. Raises RowError, naming the row, if it cannot be read as it was
