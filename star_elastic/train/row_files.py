@@ -27,8 +27,11 @@ class Rows(Protocol):
     """Rows of one file or directory by number."""
 
     path: Path
-    blank_lines: tuple[int, ...]
-    """Numbers of lines that are no rows, the first MOST_BLANK of them."""
+
+    @property
+    def blank_lines(self) -> tuple[int, ...]:
+        """Numbers of lines that are no rows, the first MOST_BLANK of them."""
+        ...
 
     def __len__(self) -> int: ...
 
@@ -103,7 +106,7 @@ class JsonLines:
 
     @property
     def blank_lines(self) -> tuple[int, ...]:
-        """Numbers of lines that are no rows, the first MOST_BLANK of them."""
+        """See `Rows`."""
         before = self._blanks[:MOST_BLANK]
         return tuple(rows + number for number, rows in enumerate(before, start=1))
 
@@ -119,7 +122,7 @@ class Table:
     The package `datasets` maps them from disk; it unpacks a parquet file into its cache once.
     """
 
-    blank_lines = ()
+    blank_lines: tuple[int, ...] = ()
 
     def __init__(self, path: Path):
         self.path = path
