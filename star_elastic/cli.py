@@ -355,7 +355,7 @@ def config_reference() -> None:
 
 
 def _check_rows(config: Any, as_json: bool) -> None:
-    """Tells what the rows of a run config are; exit code 2 if some cannot be read."""
+    """Tells what the rows of a run config are; exit code 2 if they would stop the run."""
     from dataclasses import asdict
 
     from star_elastic.nesting.submodel import load_tokenizer
@@ -364,11 +364,13 @@ def _check_rows(config: Any, as_json: bool) -> None:
     from star_elastic.train.sources import open_sources
 
     axis_map = check_config(config).axis_map
-    sources = open_sources(config.data, load_tokenizer(config.parent), axis_map.num_embeddings)
+    tokenizer = load_tokenizer(config.parent)
+    sources = open_sources(config.data, tokenizer, axis_map.num_embeddings, config.seed)
     with Bars() as bars:
         found = check_rows(config, sources, bars)
-    print_json(asdict(found)) if as_json else print("\n".join(found.lines()))
-    if found.bad:
+    files = [line for source in sources for line in source.found]
+    print_json(asdict(found)) if as_json else print("\n".join([*files, *found.lines()]))
+    if not found.is_sound:
         raise typer.Exit(2)
 
 

@@ -12,6 +12,17 @@ from contextlib import contextmanager
 
 LONGEST_REASON = 300
 """Characters of a library's message that are told."""
+LONGEST_ROW = 600
+"""Characters of a message about a row, which may quote what the row says."""
+
+
+def printable(text: str, most: int) -> str:
+    """A text of the user's data on one line of a message: half characters, control characters and
+    line ends as escapes, and with more than about `most` characters only its two ends."""
+    if len(text) > most:
+        text = f"{text[: most // 2]} ... {text[-(most // 2) :]}"
+    escaped = (c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    return "".join(escaped)
 
 
 def reason(error: BaseException, line: int = 0) -> str:
@@ -48,11 +59,16 @@ class CheckpointError(StarElasticError):
 
 class RowError(CheckpointError):
     """A row of data that cannot be read as it was written: "<what is wrong>; <what to do>", with
-    the place of the row in front once it is known."""
+    the place of the row in front once it is known. Whatever the row says and is quoted of it, the
+    message is one line that can be printed."""
+
+    def __init__(self, problem: str, place: str = ""):
+        self.problem = printable(problem, LONGEST_ROW)
+        super().__init__(f"{place} {self.problem}" if place else self.problem)
 
     def at(self, place: str) -> RowError:
         """The same, naming the row."""
-        return RowError(f"{place} {self}")
+        return RowError(self.problem, place)
 
 
 class ShapeError(StarElasticError):

@@ -8,18 +8,22 @@ from typing import Any
 
 import pytest
 import torch
+from tokenizers import Tokenizer, decoders, models, normalizers
+from transformers import PreTrainedTokenizerFast
 
 from star_elastic.checkpoint import load_tensors
 from star_elastic.demo import write_rows
-from star_elastic.errors import CheckpointError, Interrupted, RowError
+from star_elastic.errors import CheckpointError, ConfigError, Interrupted, RowError
 from star_elastic.nesting.submodel import load_parent, load_tokenizer
 from star_elastic.progress import Silent
 from star_elastic.train.calibrate import Calibration
-from star_elastic.train.check import beyond_positions
+from star_elastic.train.check import beyond_positions, check
 from star_elastic.train.distributed import World
+from star_elastic.train.outlook import look_ahead
 from star_elastic.train.packing import PackedStream
+from star_elastic.train.row_check import check_rows, lost_in_some, require_lessons
 from star_elastic.train.run import train
-from star_elastic.train.sources import ShuffledEpochs, Source, first_documents
+from star_elastic.train.sources import ShuffledEpochs, Source, first_documents, open_sources
 from tests import ranks
 from tests.processes import on_ranks, run_command
 from tests.tiny_run import SHORT, TINY, StopAt, build_trainer, config_in, metrics
@@ -91,6 +95,30 @@ def test_a_bad_row_stops_a_run_which_goes_on_when_it_is_corrected(run_folder, li
         train(config, resume=True)
     make(run_folder, "stops", lines)
     same_run(train(config, resume=True), good)
+
+
+@pytest.mark.parametrize("how", ["emptied", "joined"])
+def test_a_run_goes_on_however_its_bad_row_was_corrected(run_folder, lines, how):
+    """By emptying the line, or by joining two lines that were one row. A line that is gone is told,
+    with what to do."""
+    halves = [lines[BAD][:25], lines[BAD][25:]] if how == "joined" else [lines[BAD][:25]]
+    before, after = lines[:BAD], lines[BAD + 1 : len(lines) + 1 - len(halves)]
+    mended = [*before, *(["", lines[BAD]] if how == "joined" else [""]), *after]
+    name = f"mended-{how}"
+    with pytest.raises(CheckpointError, match=r"is not valid JSON .*leaves its line empty"):
+        train(make(run_folder, name, [*before, *halves, *after]))
+    assert (run_folder / name / "state").exists()
+    if how != "spelled anew":
+        config = make(run_folder, name, [line for line in mended if line])
+        with pytest.raises(
+            ConfigError, match=r"now\) differ .*that is taken out leaves its line em"
+        ):
+            train(config, resume=True)
+    config = make(run_folder, name, mended)
+    with pytest.raises(Interrupted):
+        train(config, resume=True, progress=StopAt(11))
+    result = train(config, resume=True)
+    assert result.steps == 12 and metrics(result)[-1]["rows_skipped"] == 0
 
 
 def test_a_bad_row_may_be_left_out_from_then_on(run_folder, lines):
@@ -180,6 +208,103 @@ def test_rows_are_checked_before_a_run(run_folder, lines, tmp_path):
     last = done.stdout.splitlines()
     assert last[0].startswith("3 rows, 0 of them bad; ")
     assert last[1] == "stages[0]: 1 rows are cut, 0 teach nothing"
+
+
+def check_of(config):
+    """What the rows of a run config are, and its sources."""
+    tokenizer = load_tokenizer(config.parent)
+    sources = open_sources(config.data, tokenizer, len(tokenizer), config.seed)
+    return check_rows(config, sources, Silent()), sources
+
+
+@pytest.mark.parametrize("held_out", [False, True])
+def test_a_source_that_teaches_nothing_is_told_before_work(run_folder, tmp_path, held_out):
+    """By the check, and by a run before it ranks; also if only what is held out would teach."""
+    long = json.dumps({"prompt": "1" * 200, "completion": "2"})
+    rows = [long] * 20
+    if held_out:
+        rows[ShuffledEpochs(20, "0/0/1").row(19)] = '{"prompt": "1", "completion": "2"}'
+    (tmp_path / "idle.jsonl").write_text("\n".join(rows))
+    data = f'files = ["rows.jsonl"]\n[[data]]\nheld_out = 1\nfiles = ["{tmp_path / "idle.jsonl"}"]'
+    stage = "[[stages]]\ntokens = 4096\ncontext = 256\nbatch_size = 2\n[engine]"
+    name = f"idle-{held_out}"
+    config = config_in(
+        run_folder, name, **{**FIXED, 'files = ["rows.jsonl"]': data, "[engine]": stage}
+    )
+    found, sources = check_of(config)
+    (line,) = found.idle
+    assert "idle.jsonl has no row with a token to learn from within stages[0].context=96" in line
+    assert not found.bad and not found.is_sound and line in found.lines()
+    with pytest.raises(
+        CheckpointError, match=r"idle.jsonl has no row .* within stages\[0\].contex"
+    ):
+        require_lessons(config, sources, Silent())
+    with pytest.raises(
+        CheckpointError, match=r"idle.jsonl has no row .* within stages\[0\].contex"
+    ):
+        train(config, progress=(watcher := Watcher()))
+    assert {file.name for file in (run_folder / name).iterdir()} == {"run.json"}
+    assert not watcher.lines
+
+
+def test_a_check_of_idle_rows_fails(run_folder):
+    make(run_folder, "idle", [json.dumps({"prompt": "1" * 200, "completion": "2"})] * 20)
+    done = run_command("train", run_folder / "idle.toml", "--check")
+    assert done.returncode == 2 and "20 rows, 0 of them bad" in done.stdout
+    assert "20 teach nothing" in done.stdout and "no row with a token to learn" in done.stdout
+
+
+QUOTED = {
+    "half": (r'{"\ud83d": 1}', r"has the keys \ud83d; give text"),
+    "line end": (r'{"a\nb": 1}', r"has the keys a\nb; give text"),
+    "colour": (r'{"\u001b[31m\u2028\u202e": 1}', r"keys \x1b[31m\u2028\u202e; give text"),
+    "long": (json.dumps({"k" * 200_000: 1}), "kkk ... kkk"),
+    "role": (r'{"messages": [{"role": "\ud83d", "content": "b"}]}', r"of the role"),
+}
+
+
+@pytest.mark.parametrize("kind", QUOTED)
+def test_what_is_quoted_of_a_row_is_one_line_that_can_be_printed(run_folder, kind):
+    row, said = QUOTED[kind]
+    config = make(run_folder, f"quoted-{kind.replace(' ', '-')}", [row] * 10)
+    found, _ = check_of(config)
+    (line, *_) = found.problems
+    assert said in line and line.isprintable() and line.encode() and len(line) < 800
+    assert ".jsonl line 1 " in line and ";" in line.rpartition(said)[2] + said  # with what to do
+
+
+@pytest.mark.parametrize("unknown", [None, "<unk>"])
+def test_characters_that_tokens_do_not_say_are_told(tmp_path, unknown):
+    """Once for a source; what normalisers may change is no loss."""
+    letters = "abcdefghijklmnopqrstuvwxyz ?."
+    vocab = {token: n for n, token in enumerate(["<s>", "</s>", "<unk>", *letters])}
+    core = Tokenizer(models.BPE(vocab=vocab, merges=[], unk_token=unknown))
+    core.normalizer = normalizers.Sequence(
+        [normalizers.NFKD(), normalizers.StripAccents(), normalizers.Lowercase()]
+    )
+    core.decoder = decoders.Fuse()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=core, bos_token="<s>", eos_token="</s>", unk_token=unknown
+    )
+    rows = [{"text": "Déjà  vu?\n"}, {"prompt": "Price? ", "completion": "It is € 5."}]
+    rows += [{"text": "ﬁne"}, {"text": "5"}]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    said = "2 of 4 rows looked at have characters that their tokens do not say (the first, '5€' in"
+    (line,) = lost_in_some(Source([tmp_path / "rows.jsonl"], tokenizer))
+    assert line.startswith(said) and "rows.jsonl line 2)" in line
+    (tmp_path / "rows.jsonl").write_text(json.dumps(rows[0]) + "\n" + json.dumps(rows[2]))
+    assert lost_in_some(Source([tmp_path / "rows.jsonl"], tokenizer)) == []
+
+
+def test_lost_characters_are_told_by_check_and_run(run_folder, monkeypatch):
+    monkeypatch.setattr(Source, "read", lambda source, document: "")
+    config = config_in(run_folder, "lost", **FIXED)
+    found, sources = check_of(config)
+    (line,) = found.lost
+    assert line.startswith("64 of 64 rows looked at have characters") and found.is_sound
+    assert f"warning: {line}" in found.lines()
+    warnings = look_ahead(config, check(config), sources, torch.device("cpu")).warnings
+    assert line in warnings
 
 
 # What counts, and of which source

@@ -19,7 +19,8 @@ from star_elastic.errors import CheckpointError, ConfigError
 from star_elastic.evaluate.tasks import messages, sample_problems
 from star_elastic.train.packing import PackedStream, merge_states
 from star_elastic.train.rendering import Document
-from star_elastic.train.sources import Source, calibration_batches, open_rows
+from star_elastic.train.row_files import open_rows
+from star_elastic.train.sources import Source, calibration_batches
 from tests.laws.parents import examples
 
 PAD = 99

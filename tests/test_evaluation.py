@@ -276,6 +276,12 @@ def test_rows_fall_into_a_split_by_their_prompt(tmp_path, monkeypatch):
         ('{"prompt": "2+2", "answer": "4", "task": 3}\n', "line 1 has a task that is no text"),
         ('{"prompt": "2", "answer": "4"}\n{"prompt": "2", "answer": "5"}', "line 2 has another"),
         ('{"prompt": "2+2", "answer": "4"}\n', "none falls into the"),
+        (
+            '{"prompt": "a \\ud83d", "answer": "4"}\n',
+            r"line 1 has half of a character, '\ud83d', in",
+        ),
+        ('{"prompt": "a", "answer": "\\udfff"}\n', "in its answer, which no tokenizer encodes"),
+        ('{"prompt": "a", "answer": "b", "task": "\\ud83d"}\n', "in its task, which no tokenizer"),
         ("[1]\n", "not a JSON object"),
         ("{\n", "not valid JSON"),
         ("\xff", "not valid JSON"),

@@ -156,6 +156,24 @@ def test_a_run_goes_on_with_corrected_rows_and_not_with_others(run_folder, tmp_p
     assert not any("looked at" in line for line in again.lines)
 
 
+def test_rows_that_say_the_same_are_the_same(tmp_path, tokenizer):
+    """However JSON spells them, and in whatever order their keys stand."""
+    rows = [{"text": f"é {n}", "id": n} for n in range(9)]
+    spelled = [
+        json.dumps(
+            {"id": row["id"], "text": row["text"]}, ensure_ascii=False, separators=(",", ":")
+        )
+        for row in rows
+    ]
+    (tmp_path / "other.jsonl").write_text("\n".join(spelled), encoding="utf-8")
+    one = sample_data([Source([write(tmp_path / "rows.jsonl", rows)], tokenizer)])
+    other = sample_data([Source([tmp_path / "other.jsonl"], tokenizer)])
+    assert compare_data(one, other) == ([], [])
+    rows[3]["text"] = "e 3"
+    third = sample_data([Source([write(tmp_path / "rows.jsonl", rows)], tokenizer)])
+    assert "1 of 9 rows" in compare_data(one, third)[1][0]
+
+
 def test_a_directory_without_measurements_may_begin_anew(run_folder, tmp_path):
     """What stopped the run before anything was measured may be mended in any way."""
     file = tmp_path / "rows.jsonl"

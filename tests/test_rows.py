@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models, processors
+from transformers import GenerationConfig, LlamaConfig, PreTrainedTokenizerFast
 
-from star_elastic.errors import RowError
+from star_elastic.errors import CheckpointError, RowError
 from star_elastic.generate.prompts import ThinkingTags
+from star_elastic.nesting.submodel import load_tokenizer
+from star_elastic.train.encoding import Encoder
 from star_elastic.train.rendering import Document, Renderer
 from tests.chat_templates import (
     ALTERNATES,
@@ -176,9 +181,85 @@ def test_ids_beyond_the_embeddings_are_refused():
         with pytest.raises(RowError, match=f"the token '<new>' with id {size}, but the model has"):
             renderer.document(row)
         assert max(Renderer(tokenizer).document(row).ids) == size
-    tokenizer.eos_token = "<new>"
-    with pytest.raises(RowError, match="'<new>'"):
-        Renderer(tokenizer, num_embeddings=size).document({"text": "old"})
+
+
+@pytest.mark.parametrize("end", ["front", "back", "eos"])
+def test_ends_beyond_the_embeddings_are_refused_before_any_row(end):
+    """Every row would have them."""
+    tokenizer = byte_tokenizer(CHATML)
+    size = len(tokenizer)
+    tokenizer.add_tokens(["<new>"])
+    if end == "eos":
+        tokenizer.eos_token = "<new>"
+    else:
+        own: Any = tokenizer
+        own.backend_tokenizer.post_processor = processors.TemplateProcessing(
+            single="<new> $A" if end == "front" else "$A <new>", special_tokens=[("<new>", size)]
+        )
+    Encoder(tokenizer)
+    Encoder(tokenizer, size + 1)
+    with pytest.raises(
+        CheckpointError, match=f"begins or ends with the token '<new>' with id {size}"
+    ):
+        Encoder(tokenizer, size)
+
+
+@pytest.mark.parametrize("alphabet", ["0123456789+=", "ACGT", "é"])
+def test_what_stands_around_a_text_is_told_from_its_own_tokens(alphabet):
+    """Whatever letters a vocabulary lacks."""
+    core = Tokenizer(
+        models.BPE(vocab={t: n for n, t in enumerate(["<s>", "</s>", *alphabet])}, merges=[])
+    )
+    core.add_special_tokens(["<s>", "</s>"])
+    core.decoder = decoders.Fuse()
+    core.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 1)]
+    )
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", eos_token="</s>")
+    row = {"prompt": alphabet[0], "completion": alphabet[-1]}
+    last = 1 + len(alphabet)
+    assert Renderer(tokenizer, "answers").document(row) == Document([0, 2, last, 1], 1)
+    assert Renderer(tokenizer).document({"text": alphabet}).ids == [0, *range(2, last + 1), 1]
+    assert ThinkingTags(tokenizer, END).encode_prompt(alphabet[0], thinking=False).ids == (0, 2)
+
+
+def test_a_tokenizer_that_encodes_nothing_is_refused():
+    core = Tokenizer(models.BPE(vocab={"<s>": 0}, merges=[]))
+    core.add_special_tokens(["<s>"])
+    with pytest.raises(CheckpointError, match="the tokenizer encodes no text of its own tokens"):
+        Encoder(PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>"))
+
+
+@pytest.mark.parametrize("kind", [kind for kind in PLAIN if kind != "no end"])
+@pytest.mark.parametrize("behind", ["", "\n", " \n\n"])
+def test_an_end_with_white_space_behind_it_is_not_doubled(kind, behind):
+    tokenizer = PLAIN[kind]
+    front = "<s>" if kind in ("front", "both") else ""
+    text = Renderer(tokenizer).document({"text": "c<|im_end|>" + behind})
+    assert tokenizer.decode(text.ids) == front + "c<|im_end|>"
+    row = {"prompt": "p ", "completion": "c<|im_end|>" + behind}
+    assert counted(tokenizer, row) == "c<|im_end|>"
+    row = {"prompt": "p<|im_end|>" + behind, "completion": "c"}
+    assert seen(tokenizer, Renderer(tokenizer, "answers").document(row)) == (
+        front + row["prompt"], "c<|im_end|>"
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("where", ["config", "generation config", "nowhere"])
+def test_rows_end_with_what_generation_stops_at(tmp_path, where):
+    """Of a tokenizer that names no end, that of the model's settings; its own goes first."""
+    tokenizer = byte_tokenizer(eos=None)
+    end = tokenizer.convert_tokens_to_ids("<|eot|>")
+    config = LlamaConfig(vocab_size=len(tokenizer), eos_token_id=end if where == "config" else None)
+    config.save_pretrained(tmp_path)
+    if where == "generation config":
+        GenerationConfig(eos_token_id=[9999, end, 2]).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    loaded = load_tokenizer(tmp_path)
+    said = "" if where == "nowhere" else "<|eot|>"
+    assert counted(loaded, {"prompt": "p", "completion": "c"}) == "c" + said
+    byte_tokenizer().save_pretrained(tmp_path)
+    assert counted(load_tokenizer(tmp_path), {"prompt": "p", "completion": "c"}) == "c<|im_end|>"
 
 
 # Conversations

@@ -21,7 +21,8 @@ from transformers import PreTrainedTokenizerBase
 from star_elastic.errors import ConfigError
 from star_elastic.evaluate.tasks import TASKS, Problem, sample_problems
 from star_elastic.nesting.submodel import load_tokenizer
-from star_elastic.train.sources import JsonLines
+from star_elastic.train.encoding import half_character
+from star_elastic.train.row_files import JsonLines
 
 VALIDATION, TEST = "validation", "test"
 VALIDATION_PERCENT = 40
@@ -117,6 +118,12 @@ def _problem(row: Mapping[str, Any], task: str, where: Any, number: int) -> Prob
     task = row.get("task", task)
     if not isinstance(task, str):
         raise ConfigError(f"{where(number)} has a task that is no text; name it by one, or by none")
+    for field, value in (("prompt", prompt), ("answer", answer), ("task", task)):
+        if half := half_character(str(value)):
+            raise ConfigError(
+                f"{where(number)} has half of a character, {half}, in its {field}, which no "
+                "tokenizer encodes and no file holds; correct it"
+            )
     return Problem(task, str(prompt).strip(), (), str(answer).strip())
 
 

@@ -90,20 +90,30 @@ def quantise_inputs(model: PreTrainedModel, inputs: QuantisedInputs, axis_map: A
 
 
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
-    """The tokenizer beside a checkpoint.
+    """The tokenizer beside a checkpoint. One that names no EOS has that of the model's settings, at
+    which generation stops.
 
     Raises CheckpointError if it has none that can be read, ConfigError for a config.json that
     transformers does not take, which tells it the kind of tokenizer.
     """
-    config = model_config(read_config(path), Path(path) / "config.json")
+    settings = read_config(path)
+    config = model_config(settings, Path(path) / "config.json")
     if os.path.isfile(path):
         raise CheckpointError(f"{path} is a file; name the checkpoint directory that it lies in")
     with library_boundary(
         f"{path} holds no usable tokenizer", "put the parent's tokenizer files beside the weights"
     ):
-        return AutoTokenizer.from_pretrained(
+        tokenizer = AutoTokenizer.from_pretrained(
             path, config=config, local_files_only=True, trust_remote_code=False
         )
+    if tokenizer.eos_token_id is None:
+        generation: Any = _generation_config(Path(path))
+        ends = generation.eos_token_id if generation else settings.get("eos_token_id")
+        known = set(tokenizer.get_vocab().values())
+        named = (end for end in (ends if isinstance(ends, list) else [ends]) if end in known)
+        if (end := next(named, None)) is not None:
+            tokenizer.eos_token = tokenizer.convert_ids_to_tokens(end)
+    return tokenizer
 
 
 def load_parent(

@@ -27,6 +27,7 @@ from star_elastic.router.grid import Grid, default_choices, make_grid, rank_grid
 from star_elastic.router.reach import check_budgets, check_reach
 from star_elastic.stored import StoredModel, most_common_dtype
 from star_elastic.train.config import RunConfig
+from star_elastic.train.row_kinds import find_files
 from star_elastic.train.state import has_state
 from star_elastic.widths import Widths, parse_widths
 
@@ -102,8 +103,7 @@ def check(config: RunConfig, world_size: int = 1) -> Checked:
     for name, given in budgets.items() if not fixed else ():
         (check_budgets if grid.is_ranked else check_reach)(name, given, cost, grid)
     for file in (file for source in config.data for file in source.files):
-        if not Path(file).exists():
-            raise ConfigError(f"{file} does not exist; name an existing JSONL file or dataset")
+        find_files(file)
     for number, stage in enumerate(config.stages):
         of_group = stage.batch_size // stage.groups
         if of_group % world_size:

@@ -30,7 +30,8 @@ class SourceConfig:
     """Rows of one kind. Several sources are mixed by weight."""
 
     files: tuple[str, ...]
-    """JSONL files, parquet files, or directories that `datasets` has saved. A row is `{"text"}`,
+    """JSONL files, parquet files, or directories that `datasets` has saved; also patterns
+    (`data/train-*.parquet`) and directories of such files. A row is `{"text"}`,
     `{"prompt", "completion"}` or `{"messages"}`. Start with the text that the sizes will be used
     on."""
     weight: float = 1.0

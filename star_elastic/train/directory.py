@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,12 @@ from star_elastic.quant.fake import FILE_NAME as FAKE
 from star_elastic.train.calibrate import DEPTH, SCORES
 from star_elastic.train.check import latency_file
 from star_elastic.train.config import RunConfig
-from star_elastic.train.fingerprint import compare_data, digest_model, sample_data
+from star_elastic.train.fingerprint import (
+    compare_data,
+    digest_model,
+    files_by_source,
+    sample_data,
+)
 from star_elastic.train.sources import Source
 from star_elastic.train.state import has_state
 from star_elastic.train.strict import to_plain
@@ -60,14 +65,26 @@ def require_ready(
         return []  # nothing but a config that was never used
     refused, allowed = _changes(run, config, sources)
     if refused:
+        fewer = any(re.match(r"the rows of .* now\)$", line) for line in refused)
+        told = "; a row that is taken out leaves its line empty" if fewer else ""
         raise ConfigError(
-            f"{', '.join(refused)} differ from the run in {run}; put back what changed, or start "
-            "another run in another directory"
+            f"{', '.join(refused)} differ from the run in {run}{told}; put back what changed, or "
+            "start another run in another directory"
         )
     judged = (run / VERDICT).exists() or not any(source.held_out for source in config.data)
     if resume and last_of(run, config).exists() and judged:
         raise CheckpointError(f"{last_of(run, config)} is complete already; nothing to resume")
     return allowed
+
+
+def begun_files(run: Path) -> list[list[Mapping[str, Any]]]:
+    """What the files of each source were when the run in a directory began; empty if there is none.
+    A file that cannot be read is `require_ready`'s to refuse."""
+    try:
+        saved = json.loads((run / RUN).read_text(encoding="utf-8"))
+        return files_by_source(saved[FILES]["data"])
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        return []
 
 
 def last_of(run: Path, config: RunConfig) -> Path:

@@ -6,19 +6,32 @@ at EOS; so do rows. Nothing here knows of rows or chat templates.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from star_elastic.errors import RowError, library_boundary
+from star_elastic.errors import CheckpointError, RowError, library_boundary
+
+_SURROGATE = re.compile("[\ud800-\udfff]")
+
+
+def half_character(text: str) -> str | None:
+    """The first half of a character in a text, as an escape: JSON may hold one (of an emoji that
+    was cut in the middle), but no tokenizer encodes it and no file holds it. None if there is none.
+    """
+    found = _SURROGATE.search(text)
+    return ascii(found[0]) if found else None
 
 
 class Encoder:
     """One tokenizer, and how many embedding rows its model has (None: not known).
 
     `front` and `back` are the ids that the tokenizer itself puts around a text. Raises
-    CheckpointError for a tokenizer that encodes nothing. The methods raise RowError for texts that
-    cannot be encoded and for ids beyond the embeddings.
+    CheckpointError for a tokenizer of which they cannot be told, or that ends every text with ids
+    beyond the embeddings. The methods raise RowError for texts that cannot be encoded and for ids
+    beyond the embeddings.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, num_embeddings: int | None = None):
@@ -27,12 +40,38 @@ class Encoder:
         eos = tokenizer.eos_token_id
         self.eos = eos if isinstance(eos, int) else None
         with library_boundary("the tokenizer encodes no text", "restore its files"):
-            plain = self._ids("a", special=False)
-            whole = self._ids("a", special=True)
-        starts = range(len(whole) - len(plain) + 1)
-        start = next((n for n in starts if whole[n : n + len(plain)] == plain), 0)
-        self.front = whole[:start]
-        self.back = whole[start + len(plain) :]
+            self.front, self.back = self._ends()
+        ends = [*self.front, *self.back, *([] if self.eos is None else [self.eos])]
+        if beyond := self._beyond(ends):
+            raise CheckpointError(
+                f"every text begins or ends with {beyond}; resize the embeddings, or restore the "
+                "tokenizer that the model was trained with"
+            )
+
+    def _ends(self) -> tuple[list[int], list[int]]:
+        """The ids that the tokenizer puts before a text and after it, told from the first text
+        whose own ids stand once in what it makes of it."""
+        for text in self._probes():
+            plain, whole = self._ids(text, special=False), self._ids(text, special=True)
+            starts = range(len(whole) - len(plain) + 1)
+            found = [n for n in starts if whole[n : n + len(plain)] == plain]
+            if plain and len(found) == 1:
+                return whole[: found[0]], whole[found[0] + len(plain) :]
+        raise CheckpointError(
+            "the tokenizer encodes no text of its own tokens, so that what it puts around one "
+            "cannot be told; restore its files"
+        )
+
+    def _probes(self) -> Iterator[str]:
+        """Texts to encode: a letter, and whatever the vocabulary holds, which may be digits or
+        nucleotides alone."""
+        yield "a"
+        special = set(self.tokenizer.all_special_ids)
+        own: Any = self.tokenizer
+        for token in sorted(set(own.get_vocab().values()) - special):
+            text = self._read([token])
+            if text.strip():
+                yield text
 
     def _ids(self, text: str, *, special: bool) -> list[int]:
         # Length is no concern here; transformers would warn of it once.
@@ -40,13 +79,10 @@ class Encoder:
 
     def encode(self, text: str) -> list[int]:
         """The ids of a text as it stands, with no special tokens around it."""
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            half = ascii(text[error.start])
+        if half := half_character(text):
             raise RowError(
                 f"has half of a character, {half}, which no tokenizer encodes; correct the text"
-            ) from None
+            )
         with library_boundary(
             "has a text that the tokenizer cannot encode", "correct the text", RowError
         ):
@@ -56,24 +92,31 @@ class Encoder:
 
     def require_embedded(self, ids: Sequence[int]) -> None:
         """Raises RowError for ids that the model has no embedding of."""
+        if beyond := self._beyond(ids):
+            raise RowError(
+                f"has {beyond}; take the token out, or resize the embeddings before another run"
+            )
+
+    def _beyond(self, ids: Sequence[int]) -> str:
+        """The first of some ids that the model has no embedding of, in words; empty if none."""
         if self.num_embeddings is None or not ids or max(ids) < self.num_embeddings:
-            return
-        beyond = next(i for i in ids if i >= self.num_embeddings)
-        raise RowError(
-            f"has the token {self.tokenizer.convert_ids_to_tokens(beyond)!r} with id {beyond}, but "
-            f"the model has {self.num_embeddings} embedding rows; take the token out, or resize "
-            "the embeddings before another run"
+            return ""
+        first = next(i for i in ids if i >= self.num_embeddings)
+        return (
+            f"the token {self.tokenizer.convert_ids_to_tokens(first)!r} with id {first}, but the "
+            f"model has {self.num_embeddings} embedding rows"
         )
 
     def text(self, text: str) -> list[int]:
         """A whole text: what the tokenizer puts before it, its ids, what it puts after it, EOS.
 
-        None of these is doubled where the text itself has it; an empty text has no ids.
+        None of these is doubled where the text itself has it, nor is EOS where only white space
+        follows the text's own; an empty text has no ids.
         """
         ids = self.encode(text)
         if not ids:
             return []
-        ids = self._opened(ids)
+        ids = self._opened(self.closed_at(ids))
         if self.back and ids[-len(self.back) :] != self.back:
             ids = ids + self.back
         return self._closed(ids)
@@ -85,7 +128,8 @@ class Encoder:
             return [], 0
         own = self.encode(prompt)
         head = self._opened(own)
-        return self._closed(head + self.after(own, prompt, completion)), len(head)
+        rest = self.closed_at(self.after(own, prompt, completion))
+        return self._closed(head + rest), len(head)
 
     def after(self, head: Sequence[int], opening: str, rest: str) -> list[int]:
         """The ids of `rest` behind an `opening` whose own ids are `head`.
@@ -120,7 +164,6 @@ class Encoder:
     def _closed(self, ids: list[int]) -> list[int]:
         if self.eos is None or (ids and ids[-1] == self.eos):
             return ids
-        self.require_embedded([self.eos])
         return [*ids, self.eos]
 
     def _read(self, ids: list[int]) -> str:

@@ -15,7 +15,7 @@ from typing import Any
 
 from star_elastic.checkpoint import INDEX_NAME, SINGLE_NAME, digest_files
 from star_elastic.companions import BASIS, MANIFEST, ORDERS, ROUTER, reading_files
-from star_elastic.errors import RowError
+from star_elastic.errors import RowError, library_boundary
 from star_elastic.train.sources import Source
 
 SAMPLED_ROWS = 64
@@ -48,20 +48,33 @@ def digest_model(directory: str | Path) -> str:
 
 
 def sample_data(sources: Sequence[Source]) -> list[dict[str, Any]]:
-    """Of every file of every source, how many `rows` it has and a `sample` of what they say.
+    """Of every file of every source (by its number), how many `rows` it has, which lines are blank,
+    and a `sample` of what the rows say.
 
-    The sample holds digests of rows as they are stored; an empty text stands for one that cannot
-    be read, whose correction is no change.
+    The sample holds digests of what rows say, however that is spelled in JSON; an empty text stands
+    for one that cannot be read, whose correction is no change.
     """
     sampled = []
-    for source in sources:
+    for number, source in enumerate(sources):
         start = 0
         for part in source.parts:
             count = len(part)
-            digests = [_digest_row(source, start + row) for row in spread(count)]
-            sampled.append({"file": str(part.path), "rows": count, "sample": digests})
+            sampled.append({
+                "source": number,
+                "file": str(part.path),
+                "rows": count,
+                "blank_lines": list(part.blank_lines),
+                "sample": [_digest_row(source, start + row) for row in spread(count)],
+            })  # fmt: skip
             start += count
     return sampled
+
+
+def files_by_source(saved: Sequence[Mapping[str, Any]]) -> list[list[Mapping[str, Any]]]:
+    """The files of `sample_data`, source by source. Raises LookupError or TypeError if `saved` is
+    no such sample."""
+    count = 1 + max((file["source"] for file in saved), default=-1)
+    return [[file for file in saved if file["source"] == number] for number in range(count)]
 
 
 def spread(count: int) -> list[int]:
@@ -74,9 +87,11 @@ def spread(count: int) -> list[int]:
 def _digest_row(source: Source, row: int) -> str:
     try:
         source.document(row)
+        with library_boundary("is nested too deeply", "correct it", RowError):
+            said = json.dumps(source.content(row), default=str, sort_keys=True)
     except RowError:
         return ""
-    return hashlib.blake2b(source.raw(row), digest_size=8).hexdigest()
+    return hashlib.blake2b(said.encode(), digest_size=8).hexdigest()
 
 
 def compare_data(

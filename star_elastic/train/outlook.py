@@ -23,6 +23,7 @@ from star_elastic.train.config import RunConfig
 from star_elastic.train.curriculum import Curriculum
 from star_elastic.train.directory import ELASTIC, TEACHER
 from star_elastic.train.distributed import multiplies_bf16
+from star_elastic.train.row_check import lost_in_some
 from star_elastic.train.sources import Source
 from star_elastic.train.state import STATE
 
@@ -91,6 +92,8 @@ class _Look:
         held_out = sum(len(source.held_out) for source in self.sources)
         kept = f"{_counted(held_out, 'other')} held out for the verdict"
         yield f"  rows: {rows}; {kept}"
+        for line in (line for source in self.sources for line in source.found):
+            yield f"  {line}"
         if not self.config.family:
             yield f"  ranking: {self._ranking()}"
             yield f"  choices: {self._choices()}"
@@ -163,6 +166,7 @@ class _Look:
         """What looks wrong: what is so, and what to do."""
         for line in beyond_positions(self.config, self.checked.model_config):
             yield f"{line}; lower it"
+        yield from (line for source in self.sources for line in lost_in_some(source))
         yield from self._stage_warnings()
         yield from self._router_warnings()
         yield from self._size_warnings()

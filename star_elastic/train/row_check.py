@@ -1,25 +1,34 @@
-"""Every row of a run's data read once, before hours are spent on them."""
+"""Rows of a run's data read before hours are spent on them: all of them, or until each source has
+something to teach; and what of them a tokenizer cannot write."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import unicodedata
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
-from star_elastic.errors import RowError
+from star_elastic.errors import CheckpointError, RowError, printable
 from star_elastic.progress import Progress
 from star_elastic.train.config import RunConfig
+from star_elastic.train.fingerprint import spread
+from star_elastic.train.rendering import Document
 from star_elastic.train.sources import Source
 
 SHOWN = 20
 """Bad rows that are told one by one."""
 TOLD_EVERY = 100
+LONGEST_LOST = 40
+"""Characters that are told of those that a tokenizer cannot write."""
 
 
 @dataclass(slots=True)
 class RowCheck:
     """What was found: rows in all, `bad` ones that cannot be read (what is wrong with the first
     SHOWN of them in `problems`), `tokens` that are fed and `counted` ones; and for every stage of
-    the run, rows `cut` to its context and rows `left_out` because nothing in them counts."""
+    the run, rows `cut` to its context and rows `left_out` because nothing in them counts. `idle`
+    and `lost` tell of sources that teach nothing in a stage, and of characters that their tokens
+    do not say."""
 
     rows: int = 0
     bad: int = 0
@@ -28,6 +37,13 @@ class RowCheck:
     counted: int = 0
     cut: list[int] = field(default_factory=list)
     left_out: list[int] = field(default_factory=list)
+    idle: list[str] = field(default_factory=list)
+    lost: list[str] = field(default_factory=list)
+
+    @property
+    def is_sound(self) -> bool:
+        """Whether a run with these rows would not be stopped by them."""
+        return not self.bad and not self.idle
 
     def lines(self) -> list[str]:
         """The same, to read."""
@@ -39,7 +55,7 @@ class RowCheck:
         )
         for number, (cut, left_out) in enumerate(zip(self.cut, self.left_out, strict=True)):
             lines.append(f"stages[{number}]: {cut:,} rows are cut, {left_out:,} teach nothing")
-        return lines
+        return [*lines, *self.idle, *(f"warning: {line}" for line in self.lost)]
 
 
 def check_rows(config: RunConfig, sources: Sequence[Source], progress: Progress) -> RowCheck:
@@ -49,6 +65,7 @@ def check_rows(config: RunConfig, sources: Sequence[Source], progress: Progress)
     found = RowCheck(cut=[0] * len(contexts), left_out=[0] * len(contexts))
     progress.stage("rows", sum(map(len, sources)))
     for source in sources:
+        lessons, lost = [0] * len(contexts), _Lost(source)
         for row in range(len(source)):
             found.rows += 1
             try:
@@ -62,9 +79,118 @@ def check_rows(config: RunConfig, sources: Sequence[Source], progress: Progress)
             found.tokens += fed
             found.counted += max(fed - document.first, 0)
             for number, context in enumerate(contexts):
+                teaches = _teaches(document, context)
                 found.cut[number] += fed > context
-                found.left_out[number] += document.first >= min(fed, context)
+                found.left_out[number] += not teaches
+                lessons[number] += teaches and not source.is_held_out(row)
+            lost.look(row, document)
             if found.rows % TOLD_EVERY == 0:
                 progress.advance(found.rows)
+        found.idle += [
+            _idle(source, n, contexts[n]) for n, count in enumerate(lessons) if not count
+        ]
+        found.lost += lost.lines()
     progress.advance(found.rows)
     return found
+
+
+def require_lessons(config: RunConfig, sources: Sequence[Source], progress: Progress) -> None:
+    """Raises CheckpointError unless every source has a row to learn from in every stage, RowError
+    at a bad row before it, unless its source skips these. Mostly reads a row of each."""
+    for source in sources:
+        missing = {number: stage.context for number, stage in enumerate(config.stages)}
+        for row in range(len(source)):
+            if not missing:
+                break
+            if row and row % TOLD_EVERY == 0:
+                if row == TOLD_EVERY:
+                    progress.stage("rows", len(source))
+                progress.advance(row)
+            if source.is_held_out(row):
+                continue
+            try:
+                document = source.document(row)
+            except RowError:
+                if source.skips_bad_rows:
+                    continue
+                raise
+            missing = {n: c for n, c in missing.items() if not _teaches(document, c)}
+        if missing:
+            raise CheckpointError(_idle(source, *next(iter(missing.items()))))
+
+
+def _teaches(document: Document, context: int) -> bool:
+    return document.first < min(len(document.fed), context)
+
+
+def _idle(source: Source, stage: int, context: int) -> str:
+    return (
+        f"{source.name} has no row with a token to learn from within stages[{stage}].context="
+        f"{context:,}; raise it, or name rows whose prompts are shorter"
+    )
+
+
+# What a tokenizer cannot write
+
+
+class _Lost:
+    """Rows of a source with characters that are not in their documents."""
+
+    def __init__(self, source: Source):
+        self.source = source
+        self.looked_at = self.count = 0
+        self.first = ""
+
+    def look(self, row: int, document: Document) -> None:
+        """Looks at a row and its document."""
+        self.looked_at += 1
+        said = _folded([self.source.read(document)])
+        lost = _folded(_texts(self.source.content(row))) - said
+        if lost:
+            self.count += 1
+            shown = printable("".join(sorted(lost)), LONGEST_LOST)
+            self.first = self.first or f"{shown!r} in {self.source.where(row)}"
+
+    def lines(self) -> list[str]:
+        """A line if there are any."""
+        if not self.count:
+            return []
+        return [
+            f"{self.count:,} of {self.looked_at:,} rows looked at have characters that their "
+            f"tokens do not say (the first, {self.first}): the tokenizer drops them or writes "
+            "<unk>; take them out if they matter"
+        ]
+
+
+def lost_in_some(source: Source) -> list[str]:
+    """A line if rows of a source, of some that are looked at, have characters that the tokenizer
+    cannot write."""
+    lost = _Lost(source)
+    for row in spread(len(source)):
+        try:
+            document = source.document(row)
+        except RowError:
+            continue
+        lost.look(row, document)
+    return lost.lines()
+
+
+def _texts(row: Mapping[str, Any]) -> Iterator[str]:
+    """What a row says, but for what a template may write as JSON."""
+    yield from (
+        row[key] for key in ("text", "prompt", "completion") if isinstance(row.get(key), str)
+    )
+    messages = row.get("messages")
+    for message in messages if isinstance(messages, list) else ():
+        content = message.get("content") if message.get("role") not in ("tool", "function") else ""
+        if isinstance(content, str):
+            yield content
+
+
+def _folded(texts: Iterator[str] | Sequence[str]) -> set[str]:
+    """The characters of some texts but white space, without what normalisers may take: case,
+    accents, forms of one character."""
+    characters = set().union(*texts)
+    plain = unicodedata.normalize("NFKD", "".join(characters)).casefold()
+    plain = unicodedata.normalize("NFKD", plain)
+    return {c for c in plain if not c.isspace() and unicodedata.category(c)[0] not in "MC"}

@@ -35,12 +35,21 @@ from star_elastic.train.build import build_trainer
 from star_elastic.train.calibrate import SCORES
 from star_elastic.train.check import Checked, check
 from star_elastic.train.config import RunConfig
-from star_elastic.train.directory import ELASTIC, METRICS, QUANTISED, begin, last_of, require_ready
+from star_elastic.train.directory import (
+    ELASTIC,
+    METRICS,
+    QUANTISED,
+    begin,
+    begun_files,
+    last_of,
+    require_ready,
+)
 from star_elastic.train.distributed import World, join_world
 from star_elastic.train.loop import StepReport, Trainer
 from star_elastic.train.outlook import look_ahead
 from star_elastic.train.pace import Pace
 from star_elastic.train.quantise import quantise_family
+from star_elastic.train.row_check import require_lessons
 from star_elastic.train.sources import Document, Source, open_sources
 from star_elastic.train.state import has_state, load_state, save_state
 from star_elastic.train.strict import to_plain
@@ -99,7 +108,8 @@ def _told_of_rows(go_on: str) -> Iterator[None]:
         yield
     except RowError as error:
         raise CheckpointError(
-            f'{error}, keeping one row a line, and {go_on}, or set bad_rows = "skip" in [[data]]'
+            f'{error}, keeping one row a line, and {go_on}, or set bad_rows = "skip" in [[data]] '
+            "(a row that is taken out, or joined to the line before, leaves its line empty)"
         ) from error
 
 
@@ -108,7 +118,9 @@ def _train(config: RunConfig, resume: bool, shown: Progress, stop: Stop, world: 
     progress = Stoppable(shown, stop, lambda: _how_to_go_on(run))
     checked = check(config, world.size)
     tokenizer = load_tokenizer(config.parent)
-    sources = open_sources(config.data, tokenizer, checked.axis_map.num_embeddings, config.seed)
+    sources = open_sources(
+        config.data, tokenizer, checked.axis_map.num_embeddings, config.seed, begun_files(run)
+    )
     told = require_ready(run, config, sources, resume)
     given = None
     if config.calibration.scores and not (run / SCORES).is_file():
@@ -128,6 +140,8 @@ def _train(config: RunConfig, resume: bool, shown: Progress, stop: Stop, world: 
     seconds = 0.0
     if not last_of(run, config).exists():
         if not has_state(run):
+            with _told_of_rows("start again"):
+                require_lessons(config, sources, progress)
             look_ahead(config, checked, sources, world.device).say(progress)
         seconds = _train_sizes(config, checked, sources, shown, progress, stop, world)
     verdict = None

@@ -1,8 +1,7 @@
-"""Rows of local data by number: JSONL files, saved Hugging Face datasets, parquet files.
+"""Sources of a run: the rows of some files as documents, shuffled, held out, in padded batches.
 
-Rows are found by number and read when they are asked for; no data is loaded whole and nothing
-reaches a hub. `rendering.py` makes documents of them; this file knows nothing of what a row says,
-nor of how training packs documents.
+`row_files.py` finds rows by number and `rendering.py` makes documents of them; this file knows
+nothing of what a row says, nor of how training packs documents.
 """
 
 from __future__ import annotations
@@ -10,24 +9,22 @@ from __future__ import annotations
 import bisect
 import copy
 import hashlib
-import importlib
 import itertools
-import json
-from array import array
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from star_elastic.errors import CheckpointError, ConfigError, RowError, library_boundary
+from star_elastic.errors import CheckpointError, ConfigError, RowError
 from star_elastic.train.config import SourceConfig
 from star_elastic.train.rendering import Document, LossOn, Renderer
+from star_elastic.train.row_files import Rows, open_rows
+from star_elastic.train.row_kinds import find_files
 
 LENGTH_STEP = 16
 """Padded batches have multiples of this many tokens: kernels are kept for every new shape."""
@@ -39,138 +36,9 @@ KEPT_ROWS = 1 << 20
 """Shuffled row numbers kept per source, or three epochs if these are longer."""
 
 
-class Rows(Protocol):
-    """Rows of one file or directory by number."""
-
-    path: Path
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, row: int) -> dict[str, Any]:
-        """A row. Raises RowError, naming it, if it is damaged."""
-        ...
-
-    def raw(self, row: int) -> bytes:
-        """A row as it is stored, to be told from another."""
-        ...
-
-    def where(self, row: int) -> str:
-        """The file and the place of a row in it, for messages."""
-        ...
-
-
-class JsonLines:
-    """Rows of a JSONL file: one byte offset per row in memory."""
-
-    def __init__(self, path: Path):
-        self.path = path
-        self._offsets = array("Q")
-        offset = 0
-        with self._reading(), open(path, "rb") as stream:
-            for line in stream:
-                if line.strip():
-                    self._offsets.append(offset)
-                offset += len(line)
-
-    def __len__(self) -> int:
-        return len(self._offsets)
-
-    def __getitem__(self, row: int) -> dict[str, Any]:
-        line = self.raw(row)
-        try:
-            # json itself raises many kinds: broken bytes, numbers and brackets without end.
-            with library_boundary("is not valid JSON", "correct the line", RowError):
-                content = json.loads(line)
-            if not isinstance(content, dict):
-                raise RowError("is not a JSON object; correct the line")
-        except RowError as error:
-            raise error.at(self.where(row)) from None
-        return content
-
-    def raw(self, row: int) -> bytes:
-        """The line."""
-        with self._reading(), open(self.path, "rb") as stream:
-            stream.seek(self._offsets[row])
-            return stream.readline().strip()
-
-    def _reading(self) -> AbstractContextManager[None]:
-        return library_boundary(f"{self.path} cannot be read", "restore the file")
-
-    def where(self, row: int) -> str:
-        """The file and the line of a row, counted from 1."""
-        left, lines = self._offsets[row], 1
-        with open(self.path, "rb") as stream:
-            while left:
-                part = stream.read(min(left, 1 << 20))
-                lines += part.count(b"\n")
-                left -= len(part)
-        return f"{self.path} line {lines}"
-
-
-class Table:
-    """Rows of a directory that `datasets.Dataset.save_to_disk` wrote, or of a parquet file.
-
-    The package `datasets` maps them from disk; it unpacks a parquet file into its cache once.
-    """
-
-    def __init__(self, path: Path):
-        self.path = path
-        if (path / "dataset_dict.json").is_file():
-            splits = sorted(p.parent.name for p in path.glob("*/state.json")) or ["train"]
-            raise ConfigError(
-                f"{path} holds the splits {', '.join(splits)}; name one, as {path / splits[0]}"
-            )
-        if path.is_dir() and not (path / "state.json").is_file():
-            raise ConfigError(
-                f"{path} holds no dataset; name what save_to_disk wrote, or JSONL or parquet files"
-            )
-        try:
-            datasets: Any = importlib.import_module("datasets")
-        except ImportError:
-            raise ConfigError(
-                f"{path} needs the package datasets; run pip install 'star-elastic[datasets]'"
-            ) from None
-        with library_boundary(f"{path} cannot be read", "write it again"):
-            read = datasets.load_from_disk if path.is_dir() else datasets.Dataset.from_parquet
-            self._rows: Any = read(str(path))
-
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    def __getitem__(self, row: int) -> dict[str, Any]:
-        """The row's columns that have a value (tables fill up with None)."""
-        problem = f"{self.where(row)} cannot be read"
-        with library_boundary(problem, "write the data again", RowError):
-            return _without_none(self._rows[row])
-
-    def raw(self, row: int) -> bytes:
-        """The row as a JSON text."""
-        return json.dumps(self[row], default=str, sort_keys=True).encode()
-
-    def where(self, row: int) -> str:
-        """The path and the number of a row, counted from 0."""
-        return f"{self.path} row {row}"
-
-
-def _without_none(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _without_none(v) for key, v in value.items() if v is not None}
-    return [_without_none(v) for v in value] if isinstance(value, list) else value
-
-
-def open_rows(path: str | Path) -> Rows:
-    """Rows of a JSONL file, a parquet file or a saved dataset. Raises ConfigError if there is no
-    such thing, CheckpointError if it is damaged."""
-    path = Path(path)
-    if path.is_dir() or (path.is_file() and path.suffix == ".parquet"):
-        return Table(path)
-    if not path.is_file():
-        raise ConfigError(f"{path} does not exist; name an existing JSONL file or dataset")
-    return JsonLines(path)
-
-
 class Source:
-    """The rows of some files, one file after the other, as documents.
+    """The rows of some files, one file after the other, as documents; a name may be a pattern, or a
+    directory of files. `begun`: what the files were when a run began, as `open_rows` takes it.
 
     A row is `{"text"}`, `{"prompt", "completion"}` or `{"messages"}` (through the chat template);
     `loss_on` and `num_embeddings` as in `Renderer`. `bad_rows`: whether a row that cannot be read
@@ -185,16 +53,23 @@ class Source:
         *,
         num_embeddings: int | None = None,
         bad_rows: Literal["stop", "skip"] = "stop",
+        begun: Sequence[Mapping[str, Any]] = (),
     ):
         self.name = ", ".join(map(str, files))
+        found = {str(name): find_files(name) for name in files}
+        self.found = [_told(name, of) for name, of in found.items() if of != [Path(name)]]
+        """What a pattern or a directory stands for, as lines to tell."""
         self.skips_bad_rows = bad_rows == "skip"
+        self._tokenizer = tokenizer
         self._renderer = Renderer(tokenizer, loss_on, num_embeddings)
         self.pad_id = 0
         pad = tokenizer.pad_token_id
         # What stands there is never learned from; but it must have an embedding.
         if isinstance(pad, int) and 0 <= pad < (num_embeddings or pad + 1):
             self.pad_id = pad
-        self.parts = [open_rows(file) for file in files]
+        paths = [path for name in files for path in found[str(name)]]
+        as_begun = begun if len(begun) == len(paths) else [None] * len(paths)
+        self.parts = [open_rows(*pair) for pair in zip(paths, as_begun, strict=True)]
         self._ends = list(itertools.accumulate(len(part) for part in self.parts))
         if not self.parts or not self._ends[-1]:
             raise ConfigError(f"{self.name or 'a source'} has no rows; name files that hold some")
@@ -237,10 +112,14 @@ class Source:
         rows, within = self._find(row)
         return rows.where(within)
 
-    def raw(self, row: int) -> bytes:
-        """A row as it is stored."""
+    def content(self, row: int) -> dict[str, Any]:
+        """What a row says. Raises RowError, naming the row, if it is damaged."""
         rows, within = self._find(row)
-        return rows.raw(within)
+        return rows[within]
+
+    def read(self, document: Document) -> str:
+        """What a document says, in words."""
+        return str(self._tokenizer.decode(document.ids, clean_up_tokenization_spaces=False))
 
     def document(self, row: int) -> Document:
         """A row's document, uncut. Raises RowError, naming the row, if it cannot be read as it was
@@ -253,20 +132,28 @@ class Source:
             raise error.at(rows.where(within)) from error
 
 
+def _told(name: str, found: Sequence[Path]) -> str:
+    count = "1 file" if len(found) == 1 else f"{len(found):,} files"
+    ends = " to ".join(dict.fromkeys(path.name for path in (found[0], found[-1])))
+    return f"{name}: {count}, {ends}"
+
+
 def open_sources(
     data: Sequence[SourceConfig],
     tokenizer: PreTrainedTokenizerBase,
     num_embeddings: int,
     seed: int = 0,
+    begun: Sequence[Sequence[Mapping[str, Any]]] = (),
 ) -> list[Source]:
     """The sources of a run config, for a model with so many embedding rows; `seed` decides which
-    rows are held out."""
+    rows are held out. `begun`: of each source, what its files were when the run began."""
+    as_begun = begun if len(begun) == len(data) else [()] * len(data)
     return [
         Source(
             source.files, tokenizer, source.loss_on,
-            num_embeddings=num_embeddings, bad_rows=source.bad_rows,
+            num_embeddings=num_embeddings, bad_rows=source.bad_rows, begun=files,
         ).hold_out(source.held_out, epochs_key(seed, 0, number))
-        for number, source in enumerate(data)
+        for number, (source, files) in enumerate(zip(data, as_begun, strict=True))
     ]  # fmt: skip
 
 

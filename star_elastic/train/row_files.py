@@ -1,0 +1,188 @@
+"""Rows of local data by number: JSONL files, saved Hugging Face datasets, parquet files.
+
+Rows are found by number and read when they are asked for; no data is loaded whole and nothing
+reaches a hub. What a row says is not known here.
+"""
+
+from __future__ import annotations
+
+import bisect
+import importlib
+import json
+import os
+from array import array
+from collections.abc import Collection, Mapping
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any, Protocol
+
+from star_elastic.errors import CheckpointError, ConfigError, RowError, library_boundary
+from star_elastic.train.row_kinds import is_parquet, require_json_lines
+
+MOST_BLANK = 1000
+"""Blank lines of a file that are remembered."""
+
+
+class Rows(Protocol):
+    """Rows of one file or directory by number."""
+
+    path: Path
+
+    @property
+    def blank_lines(self) -> tuple[int, ...]:
+        """Numbers of lines that are no rows, the first MOST_BLANK of them."""
+        ...
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, row: int) -> dict[str, Any]:
+        """A row. Raises RowError, naming it, if it is damaged."""
+        ...
+
+    def where(self, row: int) -> str:
+        """The file and the place of a row in it, for messages."""
+        ...
+
+
+class JsonLines:
+    """Rows of a JSONL file: one byte offset per row in memory.
+
+    Blank lines are no rows, but for those whose numbers are in `emptied`: these are rows that say
+    nothing. Raises ConfigError for a file of another kind. Rows are read while the file stays as it
+    is; where it does not, CheckpointError says so.
+    """
+
+    def __init__(self, path: Path, emptied: Collection[int] = ()):
+        self.path = path
+        self._offsets = array("Q")
+        self._blanks = array("Q")  # of each blank line, the rows before it
+        offset = 0
+        with self._reading():
+            require_json_lines(path)
+            with open(path, "rb") as stream:
+                self._stamp = _stamp(stream.fileno())
+                for number, line in enumerate(stream, start=1):
+                    if line.strip() or number in emptied:
+                        self._offsets.append(offset)
+                    else:
+                        self._blanks.append(len(self._offsets))
+                    offset += len(line)
+        self._emptied = frozenset(emptied)
+
+    def __len__(self) -> int:
+        return len(self._offsets)
+
+    def __getitem__(self, row: int) -> dict[str, Any]:
+        with self._reading(), open(self.path, "rb") as stream:
+            stream.seek(self._offsets[row])
+            line = stream.readline().strip()
+            is_as_found = _stamp(stream.fileno()) == self._stamp
+        if not line and self._line(row) in self._emptied:
+            return {"text": ""}
+        try:
+            # json itself raises many kinds: broken bytes, numbers and brackets without end.
+            with library_boundary("is not valid JSON", "correct the line", RowError):
+                content = json.loads(line)
+            if not isinstance(content, dict):
+                raise RowError("is not a JSON object; correct the line")
+        except RowError as error:
+            if not is_as_found:
+                raise CheckpointError(
+                    f"{self.path} has changed while it was read; leave it as it is until that is "
+                    "done, and begin again (a run that has a state, with --resume)"
+                ) from None
+            raise error.at(self.where(row)) from None
+        return content
+
+    def _reading(self) -> AbstractContextManager[None]:
+        return library_boundary(f"{self.path} cannot be read", "restore the file")
+
+    def _line(self, row: int) -> int:
+        return row + 1 + bisect.bisect_right(self._blanks, row)
+
+    def where(self, row: int) -> str:
+        """The file and the line of a row, counted from 1."""
+        return f"{self.path} line {self._line(row)}"
+
+    @property
+    def blank_lines(self) -> tuple[int, ...]:
+        """See `Rows`."""
+        before = self._blanks[:MOST_BLANK]
+        return tuple(rows + number for number, rows in enumerate(before, start=1))
+
+
+def _stamp(file: int) -> tuple[int, int]:
+    found = os.fstat(file)
+    return found.st_size, found.st_mtime_ns
+
+
+class Table:
+    """Rows of a directory that `datasets.Dataset.save_to_disk` wrote, or of a parquet file.
+
+    The package `datasets` maps them from disk; it unpacks a parquet file into its cache once.
+    """
+
+    blank_lines: tuple[int, ...] = ()
+
+    def __init__(self, path: Path):
+        self.path = path
+        if (path / "dataset_dict.json").is_file():
+            splits = sorted(p.parent.name for p in path.glob("*/state.json")) or ["train"]
+            raise ConfigError(
+                f"{path} holds the splits {', '.join(splits)}; name one, as {path / splits[0]}"
+            )
+        if path.is_dir() and not (path / "state.json").is_file():
+            raise ConfigError(
+                f"{path} holds no dataset; name what save_to_disk wrote, or JSONL or parquet files"
+            )
+        try:
+            datasets: Any = importlib.import_module("datasets")
+        except ImportError:
+            raise ConfigError(
+                f"{path} needs the package datasets; run pip install 'star-elastic[datasets]'"
+            ) from None
+        with library_boundary(f"{path} cannot be read", "write it again"):
+            read = datasets.load_from_disk if path.is_dir() else datasets.Dataset.from_parquet
+            self._rows: Any = read(str(path))
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, row: int) -> dict[str, Any]:
+        """The row's columns that have a value (tables fill up with None)."""
+        problem = f"{self.where(row)} cannot be read"
+        with library_boundary(problem, "write the data again", RowError):
+            return _without_none(self._rows[row])
+
+    def where(self, row: int) -> str:
+        """The path and the number of a row, counted from 0."""
+        return f"{self.path} row {row}"
+
+
+def _without_none(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_none(v) for key, v in value.items() if v is not None}
+    return [_without_none(v) for v in value] if isinstance(value, list) else value
+
+
+def open_rows(path: str | Path, begun: Mapping[str, Any] | None = None) -> Rows:
+    """Rows of a JSONL file, a parquet file or a saved dataset.
+
+    `begun`: how many `rows` a run began with, and which lines were blank (`blank_lines`). A line
+    that has been emptied since is a row that says nothing, so that the others keep their numbers.
+    Raises ConfigError if there is no such thing, CheckpointError if it is damaged.
+    """
+    path = Path(path)
+    if not path.exists() or not (path.is_dir() or path.is_file()):
+        raise ConfigError(f"{path} does not exist; name an existing JSONL file or dataset")
+    with library_boundary(f"{path} cannot be read", "restore the file"):
+        is_table = path.is_dir() or is_parquet(path)
+    if is_table:
+        return Table(path)
+    rows = JsonLines(path)
+    if begun and len(rows) < begun["rows"]:
+        blank = begun["blank_lines"]
+        emptied = {n for n in rows.blank_lines if n <= begun["rows"] + len(blank)} - set(blank)
+        if len(rows) + len(emptied) == begun["rows"]:
+            return JsonLines(path, emptied)
+    return rows
