@@ -27,6 +27,7 @@ from transformers import PreTrainedTokenizerBase
 
 from star_elastic.errors import CheckpointError, ConfigError, RowError, library_boundary
 from star_elastic.train.config import SourceConfig
+from star_elastic.train.json_text import read_json
 from star_elastic.train.rendering import Document, LossOn, Renderer
 
 LENGTH_STEP = 16
@@ -80,7 +81,7 @@ class JsonLines:
         try:
             # json itself raises many kinds: broken bytes, numbers and brackets without end.
             with library_boundary("is not valid JSON", "correct the line", RowError):
-                content = json.loads(line)
+                content = read_json(line)
             if not isinstance(content, dict):
                 raise RowError("is not a JSON object; correct the line")
         except RowError as error:
