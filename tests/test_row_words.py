@@ -160,7 +160,7 @@ TOOL = {
         "description": "Looks.",
         "parameters": {
             "type": "object",
-            "properties": {"x": {"type": "string", "nullable": True}},
+            "properties": {"x": {"type": "string"}},
         },
     },
 }
