@@ -56,7 +56,23 @@ def test_content_in_parts_is_their_text():
     parts = [part("say "), part("<think> twice")]
     assert encode([{"role": "user", "content": parts}]) == whole
     assert encode([{"role": "user", "content": (part("say <think> twice"),)}]) == whole
+    assert encode([{"role": "user", "content": ["say ", {"text": "<think> twice"}]}]) == whole
     assert encode("say <think> twice") == whole
+
+
+@pytest.mark.parametrize("thinking", [True, False])
+def test_contents_reach_a_template_that_knows_parts_alone(thinking):
+    """As those of models that see images; whether they are texts, parts or both."""
+    content = "{% for p in m.content %}{{ p.text }}{% endfor %}"
+    for written in (content, "{{ m.content[0]['text'] + '' }}"):
+        template = OPENS.replace("{{ m['content'] }}", written)
+        for ask in ("say <think> twice", [part("say <think> "), "twice"]):
+            talk = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": ask}]
+            expected = encode(talk, OPENS, thinking=thinking)
+            assert encode(talk, template, thinking=thinking) == expected
+    prints = OPENS.replace("{{ m['content'] }}", "{{ m['content'] if m.content[0].text }}")
+    with pytest.raises(ConfigError, match="leaves out message 1 .role 'user'."):
+        encode([{"role": "user", "content": "q"}], prints)
 
 
 def test_calls_of_tools_are_those_of_the_template():
@@ -134,7 +150,7 @@ def test_whatever_a_template_raises_is_one_line(statement):
             [TALK[0], {"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}],
             "message 2 holds a part of type 'image_url'",
         ),
-        ([{"role": "user", "content": ["x"]}], "message 1 holds a part of type 'str'"),
+        ([{"role": "user", "content": [7]}], "message 1 holds a part of type 'int'"),
         (TALK, "the chat template leaves out the tool_calls of message 2"),
         ([TALK[1]], "the prompt is empty"),
         (7, "prompts of type int cannot be read"),

@@ -354,13 +354,16 @@ def test_a_row_chooses_what_its_template_lets_it_choose():
     def text(**more):
         return tokenizer.decode(renderer.document({**row, **more}).ids)
 
-    assert text() == text(enable_thinking=False) == text(mood="kind")
+    assert text() == text(enable_thinking=False) == text(mood=5)
     assert text(enable_thinking=True).startswith("DEEP ")
     assert text(style="kind").endswith("Be kind.")
     options = {"enable_thinking": True, "style": "kind", "custom_instructions": "", "x": None}
     assert text(chat_template_kwargs=options) == text(enable_thinking=True, style="kind")
     with pytest.raises(RowError, match="chat_template_kwargs that are no JSON object"):
         text(chat_template_kwargs="x")
+    for unread in ({"mood": "kind"}, {"chat_template_kwargs": {"mood": "kind"}}):
+        with pytest.raises(RowError, match="has mood beside the messages, which would not be seen"):
+            text(**unread)
     with pytest.raises(RowError, match="has custom_instructions, which the chat template does not"):
         text(chat_template_kwargs={"custom_instructions": "Speak French."})
 

@@ -8,16 +8,20 @@ messages are replaced, so that nobody's words are taken for the template's.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from star_elastic.errors import ConfigError, library_boundary
+from star_elastic.train.messages import part_text
 
 Message = Mapping[str, Any]
-"""`role` and `content`: a text, or a list of parts `{"type": "text", "text": ...}`. Other fields,
-such as `tool_calls` (where `content` may be left out), go to the template as they are."""
+"""`role` and `content`: a text, or a list of texts and parts `{"type": "text", "text": ...}`, as in
+rows. Other fields, such as `tool_calls` (where `content` may be left out), go to the template as
+they are."""
 
 _DIGITS = "3141592653589793"
 """Digits pass through whatever templates do to a text: trimming, quoting, changes of case."""
@@ -42,11 +46,30 @@ def open_turn(
     """Renders a conversation and opens the assistant's next turn, also after one of its own.
 
     `thinking` is the template's `enable_thinking`; `tags` are texts that count as the template's in
-    `opening` and nowhere in the messages. Raises ConfigError for messages that are malformed, that
-    the template refuses, or that it leaves out.
+    `opening` and nowhere in the messages. Contents reach the template as texts or, if it loses
+    these, in parts. Raises ConfigError for messages that are malformed, that the template refuses,
+    or that it leaves out.
     """
     messages = [_with_text(message, number) for number, message in enumerate(messages, start=1)]
-    text = _render(tokenizer, messages, thinking)
+    try:
+        return _opened(tokenizer, messages, thinking, tags)
+    except ConfigError:
+        with suppress(ConfigError):  # what is told is what is wrong with texts
+            return _opened(tokenizer, messages, thinking, tags, in_parts=True)
+        raise
+
+
+def _opened(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[dict[str, Any]],
+    thinking: bool,
+    tags: Sequence[str],
+    *,
+    in_parts: bool = False,
+) -> Turn:
+    """The turn in one of the two forms of contents."""
+    render = partial(_render, tokenizer, thinking=thinking, in_parts=in_parts)
+    text = render(messages)
     mark = _DIGITS
     while mark in text or mark in repr(messages):
         mark += "8"
@@ -56,7 +79,9 @@ def open_turn(
         _marked(message, own, call + own, tags)
         for message, own in zip(messages, marks, strict=True)
     ]
-    shown = _render(tokenizer, marked, thinking)
+    shown = render(marked)
+    if in_parts and any(repr(_in_parts(message)["content"]) in shown for message in marked):
+        raise ConfigError("the chat template prints parts as Python does; give texts")
     for number, (message, own) in enumerate(zip(messages, marks, strict=True), start=1):
         # Templates cut old traces out of the assistant's messages; nobody else's words may go.
         if message["role"] != "assistant" and message["content"] and own not in shown:
@@ -71,7 +96,7 @@ def open_turn(
             )
     if messages[-1]["content"] and marks[-1] in shown:
         return Turn(text, shown.rpartition(marks[-1])[2])
-    without = _render(tokenizer, marked, thinking, opens_turn=False)
+    without = render(marked, opens_turn=False)
     both = min(len(shown), len(without))
     same = next((n for n in range(both) if shown[n] != without[n]), both)
     return Turn(text, shown[same:])
@@ -80,21 +105,28 @@ def open_turn(
 def _render(
     tokenizer: PreTrainedTokenizerBase,
     messages: Sequence[Message],
-    thinking: bool,
     *,
+    thinking: bool,
+    in_parts: bool,
     opens_turn: bool = True,
 ) -> str:
     with library_boundary(
         "the chat template refuses these messages", "correct their roles and contents", ConfigError
     ):
         text = tokenizer.apply_chat_template(
-            [dict(message) for message in messages],
+            [_in_parts(message) if in_parts else dict(message) for message in messages],
             tokenize=False,
             add_generation_prompt=opens_turn,
             enable_thinking=thinking,
         )
     assert isinstance(text, str), type(text)
     return text
+
+
+def _in_parts(message: Message) -> dict[str, Any]:
+    """The message with its content as a list of one part, as some templates read it."""
+    text = message["content"]
+    return {**message, "content": [{"type": "text", "text": text}] if text else text}
 
 
 def require_messages(messages: object) -> None:
@@ -133,10 +165,9 @@ def _with_text(message: Message, number: int) -> dict[str, Any]:
 
 
 def _part_text(part: Any, number: int) -> str:
-    if isinstance(part, Mapping) and part.get("type") == "text":
-        text = part.get("text")
-        if isinstance(text, str):
-            return text
+    text = part_text(part)
+    if text is not None:
+        return text
     kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
     raise ConfigError(
         f"message {number} holds a part of type {kind!r} that is no text; "

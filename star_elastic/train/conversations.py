@@ -5,16 +5,19 @@ message), write a list as Python does, or open the last answer elsewhere than wh
 every word of a row is looked for in what the template wrote, and a row that lacks one is refused.
 
 A word must stand there as it is: nothing was changed. And with a mark put into every word, every
-mark must come out: it is the row's own word, not by chance the same one of the template.
+mark must come out: it is the row's own word, not by chance the same one of the template. In the
+marked copy lists and objects tell, too, when they are printed as Python does, which is not JSON.
+
+An answer is one that the model could have written where its turn was opened: in an opened trace, it
+closes it.
 """
 
 from __future__ import annotations
 
 import inspect
-import json
-from collections import Counter
+import re
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, suppress
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -22,24 +25,35 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from star_elastic.errors import RowError, library_boundary
-from star_elastic.train.words import TRACES, Talk, Template, Word, read_template
+from star_elastic.train.messages import checked_list, checked_messages, forms
+from star_elastic.train.notes import first_unseen, is_blank, named
+from star_elastic.train.words import ASSISTANT, DELETE, Talk, Template, Word, read_template
 
 SYSTEM = ("system", "system_prompt", "system_message")
 SPOKEN = (
     *SYSTEM, "developer", "custom_instructions", "documents", "functions", "tools", "python_tools",
     "xml_tools", "reasoning_content", "thinking",
 )  # fmt: skip
-"""Keys of a row that hold words or tools for the model; whatever else it has is taken for notes."""
+"""Keys of a row that hold words or tools for the model, and no notes."""
+FIRST = ("system", "developer")
+"""Roles of a message that says what a system text says."""
 OPTIONS = "chat_template_kwargs"
 """Where some data sets keep a row's variables for the template."""
-ASSISTANT = ("assistant", "model")
 THINKING = ("enable_thinking", "thinking")
 """Variables with which templates open a turn with or without a trace."""
+NO_THINKING = "/no_think"
+"""The word by which some templates are told so in a message."""
 RESERVED = {"messages", *inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters}
 RESERVED -= {"tools", "documents"}
 """Names with a meaning of their own where a template is called."""
 OR_ALL = 'or set loss_on = "all"'
 REMEDY = "take that out of the row, or write the row as prompt and completion"
+CONSTANTS: tuple[tuple[str, bool | None, Any], ...] = (
+    ("True", True, 1), ("False", False, 0), ("None", None, ""),
+)  # fmt: skip
+"""How Python prints what JSON writes otherwise, and something like it that is printed otherwise."""
+_OPENED = re.compile(r"(?:<(\w+)>|\[([A-Z_]+)\])\s*\Z")
+_TRACE = re.compile("think|thought|reason", re.IGNORECASE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,11 +77,17 @@ class _Rendered:
     words: Sequence[Word]
 
 
+class _BrokenTrace(RowError):
+    """An answer in a trace that its turn opens and that it does not close, or opens again."""
+
+
 class Conversations:
     """Writes rows with `messages` through one tokenizer's chat template."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase):
         self.tokenizer = tokenizer
+        eos = tokenizer.eos_token
+        self._eos = eos if isinstance(eos, str) else ""
 
     def write(self, row: Mapping[str, Any], *, answers: bool) -> Written:
         """A row's conversation; with `answers`, its last turn must be the assistant's and be told
@@ -79,27 +99,30 @@ class Conversations:
                 f"ends with a message of the role {last!r}, so there is no answer to count; end it "
                 f"with the assistant's, {OR_ALL}"
             )
+        _require_weights(given.messages[-1:] if answers else given.messages)
         rendered = self._render_faithfully(given, template)
         try:
-            start, stop = self._find_answer(rendered, template)
-        except RowError:
-            if answers:
+            rendered, (start, stop) = self._answer_in_whole(rendered, template)
+            text = rendered.text
+            written = Written(text[:start], text[start:stop], text[stop:])
+        except RowError as error:
+            if answers or isinstance(error, _BrokenTrace):
                 raise
-            return Written("", rendered.text)
-        text = rendered.text
-        return Written(text[:start], text[start:stop], text[stop:])
+            written = Written("", rendered.text)
+        self._require_seen(row, rendered.text, template)
+        return written
 
     # What the template is given
 
     def _given(self, row: Mapping[str, Any]) -> tuple[Talk, Template]:
         """What a row gives to the template, and what the template reads."""
-        messages = _checked_messages(row["messages"])
+        messages = checked_messages(row["messages"])
         options = row.get(OPTIONS) or {}
         if not isinstance(options, Mapping):
             raise RowError(f"has {OPTIONS} that are no JSON object; correct them")
         values = {key: value for key, value in {**options, **row}.items() if not is_blank(value)}
         for key in {"tools", "documents"} & values.keys():
-            values[key] = _checked_list(key, values[key])
+            values[key] = checked_list(key, values[key])
         if self.tokenizer.chat_template is None:
             raise RowError(
                 "has messages, but the tokenizer has no chat template; write the row as prompt and "
@@ -118,12 +141,26 @@ class Conversations:
                 continue
             if key not in SYSTEM or not isinstance(value, str):
                 raise RowError(f"has {key}, which the chat template does not read; {REMEDY}")
-            if messages[0]["role"] in ("system", "developer"):
+            if messages[0]["role"] in FIRST:
                 raise RowError(f"has {key} beside a system message; keep one of the two")
             messages.insert(0, {"role": "system", "content": value})
-        spoken = {key: value for key, value in read.items() if key in SPOKEN}
-        switches = {key: value for key, value in read.items() if key not in SPOKEN}
+        # A text of several words is no switch.
+        spoken = {k: v for k, v in read.items() if k in SPOKEN or len(str(v).split()) > 1}
+        switches = {key: value for key, value in read.items() if key not in spoken}
         return Talk(messages, spoken, switches), template
+
+    def _require_seen(self, row: Mapping[str, Any], text: str, template: Template) -> None:
+        """Raises RowError for words beside the messages that the model would not see."""
+        options = row.get(OPTIONS) or {}
+        given = {**options, **row}
+        own = RESERVED | self.tokenizer.special_tokens_map.keys()
+        known = {"messages", OPTIONS, *SPOKEN, *(template.variables - own)}
+        unseen = first_unseen({k: v for k, v in given.items() if k not in known}, text)
+        if unseen is not None:
+            raise RowError(
+                f"has {named(unseen)} beside the messages, which would not be seen; write it into "
+                "a message, or take it out of the row"
+            )
 
     # What the template writes
 
@@ -139,19 +176,75 @@ class Conversations:
         """The conversation in the first form of which nothing is lost. Raises the RowError of the
         form that was written if there is none."""
         problem: RowError | None = None
-        for talk in _forms(given):
+        for talk in (form for way in _with_system_message(given) for form in forms(way)):
             try:
                 text = self._render(talk)
-                marked, words = talk.marked(template.tags)
-                rendered = _Rendered(talk, text, marked, self._render(marked), words)
-                _require_words(rendered, template)
-                return rendered
+                return self._faithful(talk, text, template)
             except RowError as error:
                 problem = problem or error
         assert problem is not None
         raise problem
 
+    def _faithful(self, talk: Talk, text: str, template: Template) -> _Rendered:
+        """Raises RowError unless all that the conversation says stands in its text, as JSON where
+        it is no text."""
+        marked, words = talk.marked(template)
+        marked_text = self._render(marked)
+        escaped = repr(DELETE)[1:-1]
+        is_python = marked_text.count(escaped) > text.count(escaped) or talk.is_printed_in(text)
+        for word in words:
+            if not (is_python or word.stands_in(text, marked_text)):
+                raise RowError(
+                    f"has {word.what} that the chat template leaves out or changes; {REMEDY}"
+                )
+        for name, constant, stand_in in CONSTANTS:
+            other = talk.replaced(constant, stand_in) if name in text else None
+            if other is not None and not is_python:
+                is_python = self._render(other).count(name) < text.count(name)
+        if is_python:
+            raise RowError(
+                "has values (of tools, calls or documents) that the chat template writes as Python "
+                f"does, not as JSON; {REMEDY}"
+            )
+        self._require_one_end(talk, text)
+        return _Rendered(talk, text, marked, marked_text, words)
+
+    def _require_one_end(self, talk: Talk, text: str) -> None:
+        """Raises RowError for a content with an end of turn that the template writes again."""
+        if not self._eos or text.count(self._eos) < 2:
+            return
+        twice = re.compile(rf"{re.escape(self._eos)}\s*{re.escape(self._eos)}")
+        for number, message in enumerate(talk.messages, start=1):
+            content = message.get("content")
+            last = content[-1]["text"] if content and isinstance(content, list) else content
+            if (last or "").rstrip().endswith(self._eos) and twice.search(text):
+                raise RowError(
+                    f"has {self._eos} at the end of message {number}, which the chat template "
+                    "writes itself; take it out of the content"
+                )
+
     # Where the last answer stands
+
+    def _answer_in_whole(
+        self, rendered: _Rendered, template: Template
+    ) -> tuple[_Rendered, tuple[int, int]]:
+        """The conversation, and characters [start, stop) of its last answer. Where that would break
+        the trace that its turn opens: the conversation without thinking, or with an answer that
+        leaves it to the template to open its trace."""
+        try:
+            found = self._find_answer(rendered, template)
+            _require_whole_trace(rendered.text, found, template)
+            return rendered, found
+        except _BrokenTrace as error:
+            for talk in _other_traces(rendered, template):
+                try:
+                    other = self._render_faithfully(talk, template)
+                    found = self._find_answer(other, template)
+                    _require_whole_trace(other.text, found, template)
+                    return other, found
+                except RowError:
+                    continue
+            raise error
 
     def _find_answer(self, rendered: _Rendered, template: Template) -> tuple[int, int]:
         """Characters [start, stop) of the last answer. Raises RowError if they cannot be told, or
@@ -163,7 +256,8 @@ class Conversations:
                 f"has an answer to nothing; put the user's message before the assistant's, {OR_ALL}"
             )
         if template.marks_answers:
-            found, again = (self._marked_answer(each) for each in (talk, rendered.marked))
+            found = self._marked_answer(talk, text)
+            again = self._marked_answer(rendered.marked, rendered.marked_text)
         else:
             way, found = self._opened_answer(talk, text, template)
             opening = self._open(rendered.marked, way)
@@ -172,8 +266,8 @@ class Conversations:
                 again = (0, 0)
         inside = rendered.marked_text[slice(*again)]
         own = [word for word in rendered.words if word.message == last]
-        strange = any(word.mark in inside for word in rendered.words if word.message != last)
-        lost = not template.marks_answers and not all(word.mark in inside for word in own)
+        strange = any(word.has_mark_in(inside) for word in rendered.words if word.message != last)
+        lost = not template.marks_answers and not all(word.has_mark_in(inside) for word in own)
         if strange or lost:
             raise RowError(
                 "has a last answer that the chat template does not write by itself at the end; "
@@ -181,7 +275,7 @@ class Conversations:
             )
         return found
 
-    def _marked_answer(self, talk: Talk) -> tuple[int, int]:
+    def _marked_answer(self, talk: Talk, text: str) -> tuple[int, int]:
         """By the template's own {% generation %} marks: those that the messages before the last
         one do not have."""
         before = len(self._generated(_without_last(talk)))
@@ -191,7 +285,12 @@ class Conversations:
                 "has a last answer in which the chat template marks nothing as generated; write "
                 f"the row as prompt and completion, {OR_ALL}"
             )
-        return spans[0][0], spans[-1][1]
+        start, stop = spans[0][0], spans[-1][1]
+        # An end behind the mark is one that the model has to write all the same.
+        if self._eos:
+            end = re.compile(rf"\s*{re.escape(self._eos)}").match(text, stop)
+            stop = end.end() if end else stop
+        return start, stop
 
     def _generated(self, talk: Talk) -> list[tuple[int, int]]:
         """The parts of a conversation's text that the template marks as generated."""
@@ -231,11 +330,6 @@ class Conversations:
         return self._render(_without_last(talk), add_generation_prompt=True, **way)
 
 
-def is_blank(value: Any) -> bool:
-    """Whether a value says nothing: None, or an empty text, list or object."""
-    return value is None or (isinstance(value, (str, list, dict)) and not value)
-
-
 def _refusing(what: str, remedy: str) -> AbstractContextManager[None]:
     return library_boundary(f"has {what}", remedy, RowError)
 
@@ -244,116 +338,73 @@ def _without_last(talk: Talk) -> Talk:
     return replace(talk, messages=talk.messages[:-1])
 
 
-# What a row may hold
+def _with_system_message(talk: Talk) -> Iterator[Talk]:
+    """A conversation as it is; and with a system text, which a template may only seem to read as a
+    variable, as a message."""
+    yield talk
+    for key, value in talk.spoken.items():
+        if key in SYSTEM and isinstance(value, str) and talk.messages[0]["role"] not in FIRST:
+            others = {k: v for k, v in talk.spoken.items() if k != key}
+            first = {"role": "system", "content": value}
+            yield replace(talk, messages=[first, *talk.messages], spoken=others)
 
 
-def _checked_messages(given: Any) -> list[dict[str, Any]]:
-    """Messages without empty fields, their content a text or a list of text parts."""
-    if not isinstance(given, list) or not given:
-        raise RowError('has no list of messages; give messages such as {"role", "content"}')
-    messages = []
-    for number, message in enumerate(given, start=1):
-        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-            raise RowError(f"has no role in message {number}; give each message role and content")
-        kept = {k: v for k, v in message.items() if k == "content" or not is_blank(v)}
-        first, *others = [key for key in TRACES if key in kept] or [""]
-        for key in others:
-            if kept[key] == kept[first]:  # the same trace under another of its names
-                del kept[key]
-        content = kept.get("content")
-        if content is None:
-            kept.pop("content", None)
-            if not kept.keys() & {"tool_calls", "function_call", *TRACES}:
-                raise RowError(f"has no content in message {number}; give it one, or take it out")
-        elif isinstance(content, list):
-            kept["content"] = [_checked_part(part, number) for part in content]
-        elif not isinstance(content, str):
-            raise RowError(f"has a content in message {number} that is no text; write it as text")
-        messages.append(kept)
-    return messages
-
-
-def _checked_part(part: Any, number: int) -> dict[str, Any]:
-    if isinstance(part, str):
-        return {"type": "text", "text": part}
-    text = part.get("text") if isinstance(part, dict) else None
-    if not isinstance(text, str) or part.get("type", "text") != "text":
-        kind = part.get("type") if isinstance(part, dict) else type(part).__name__
-        raise RowError(
-            f"has a part of type {kind!r} in message {number}, which a text model does not see; "
-            "say it in text, or take it out of the row"
-        )
-    return {"type": "text", "text": text}
-
-
-def _checked_list(key: str, value: Any) -> list[dict[str, Any]]:
-    """Tools or documents, which tables keep as a JSON text."""
-    if isinstance(value, str):
-        with _refusing(f"{key} that are no JSON list", "correct them"):
-            value = json.loads(value)
-    if not isinstance(value, list) or not all(isinstance(item, dict) for item in value):
-        raise RowError(f"has {key} that are no list of objects; correct them")
-    return value
-
-
-def _forms(talk: Talk) -> Iterator[Talk]:
-    """A conversation in the ways that templates read one: content in parts as one text or as it is,
-    arguments of calls as they are or the other way, object or JSON text."""
-    has_parts = any(isinstance(message.get("content"), list) for message in talk.messages)
-    has_calls = any("tool_calls" in message for message in talk.messages)
-    for joined in (True, False) if has_parts else (False,):
-        for other in (False, True) if has_calls else (False,):
-            messages = [_in_form(message, joined, other) for message in talk.messages]
-            yield replace(talk, messages=messages)
-
-
-def _in_form(message: dict[str, Any], joined: bool, other: bool) -> dict[str, Any]:
-    changed = dict(message)
-    if joined and isinstance(message.get("content"), list):
-        changed["content"] = "".join(part["text"] for part in message["content"])
-    if other and "tool_calls" in message:
-        changed["tool_calls"] = _other_arguments(message["tool_calls"])
-    return changed
-
-
-def _other_arguments(value: Any) -> Any:
-    if isinstance(value, list):
-        return [_other_arguments(item) for item in value]
-    if not isinstance(value, dict):
-        return value
-    changed = {**value}
-    if "function" in value:
-        changed["function"] = _other_arguments(value["function"])
-    given = value.get("arguments")
-    if isinstance(given, dict):
-        changed["arguments"] = json.dumps(given, ensure_ascii=False)
-    elif isinstance(given, str):
-        with suppress(ValueError):  # a text of another kind stays one
-            changed["arguments"] = json.loads(given)
-    return changed
-
-
-# What a template may lose
-
-
-def _require_words(rendered: _Rendered, template: Template) -> None:
-    """Raises RowError unless all that the conversation says stands in its text."""
-    talk, text = rendered.talk, rendered.text
-    for word in rendered.words:
-        if word.mark not in rendered.marked_text or not word.stands_in(text):
+def _require_weights(counted: Sequence[Mapping[str, Any]]) -> None:
+    """Raises RowError for messages that are not to count and would."""
+    for message in counted:
+        weight = message.get("weight", 1)
+        if weight != 1:
             raise RowError(
-                f"has {word.what} that the chat template leaves out or changes; {REMEDY}"
+                f"has the weight {weight!r} in a message that would count whole; take the message, "
+                "or its weight, out of the row"
             )
-    tags = Counter(tag for said in talk.texts() for tag in template.tags_in(said))
-    lost = next((tag for tag, count in tags.items() if text.count(tag) < count), None)
-    if lost is not None:
-        raise RowError(f"has {lost}, which the chat template leaves out; {REMEDY}")
-    for message in talk.messages:
-        for call in message.get("tool_calls", ()):
-            own = call.get("function", call) if isinstance(call, dict) else {}
-            given = own.get("arguments") if isinstance(own, dict) else None
-            if isinstance(given, dict) and given and repr(given) in text:
-                raise RowError(
-                    "has a call whose arguments the chat template writes as Python does, not as "
-                    f"JSON; {REMEDY}"
-                )
+
+
+# Traces
+
+
+def _opened_trace(opening: str, template: Template) -> tuple[str, str] | None:
+    """The tag of a trace that an opening ends in, and the one that closes it."""
+    found = _OPENED.search(opening)
+    if found is None:
+        return None
+    tag = found[0].rstrip()
+    closing = f"{tag[0]}/{tag[1:]}"
+    is_known = template.tags is not None and template.tags.fullmatch(closing) is not None
+    return (tag, closing) if is_known or _TRACE.search(tag) else None
+
+
+def _require_whole_trace(text: str, found: tuple[int, int], template: Template) -> None:
+    """Raises _BrokenTrace unless the answer at [start, stop) closes the trace, if there is one,
+    that is opened before it."""
+    start, stop = found
+    tags = _opened_trace(text[:start], template)
+    if tags is None:
+        return
+    tag, closing = tags
+    answer = text[start:stop]
+    if closing not in answer or answer.lstrip().startswith(tag):
+        switch = template.switches.fullmatch(NO_THINKING) if template.switches else None
+        advice = f"put {switch[0]} into the system message" if switch else "write the row as prompt"
+        raise _BrokenTrace(
+            f"has a last answer inside {tag}, which the chat template opens, that does not close "
+            f"it or opens it again; begin the content with the trace and {closing}, or {advice}"
+            + ("" if switch else " and completion")
+        )
+
+
+def _other_traces(rendered: _Rendered, template: Template) -> Iterator[Talk]:
+    """A conversation with a last answer that leaves it to the template to open its trace; without
+    thinking."""
+    talk, last = rendered.talk, rendered.talk.messages[-1]
+    content = last.get("content")
+    if (
+        template.tags
+        and isinstance(content, str)
+        and (tag := template.tags.match(content.lstrip()))
+    ):
+        own = content.lstrip()[tag.end() :].lstrip()
+        yield replace(talk, messages=[*talk.messages[:-1], {**last, "content": own}])
+    names = template.variables.intersection(THINKING) - talk.variables.keys()
+    if names:
+        yield replace(talk, switches=talk.switches | dict.fromkeys(names, False))

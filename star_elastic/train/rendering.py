@@ -13,14 +13,13 @@ from typing import Any, Literal
 
 from transformers import PreTrainedTokenizerBase
 
-from star_elastic.errors import RowError
-from star_elastic.train.conversations import SPOKEN, Conversations, is_blank
+from star_elastic.errors import RowError, library_boundary
+from star_elastic.train.conversations import Conversations
 from star_elastic.train.encoding import Encoder
+from star_elastic.train.notes import first_unseen, named
 
 LossOn = Literal["all", "answers"]
 FORMS = (("text",), ("prompt", "completion"), ("messages",))
-BESIDE_PROMPT = ("context", "instruction", "instructions")
-"""Keys that hold words for the model beside a prompt; beside a text they may be its parts."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,11 +55,16 @@ class Renderer:
 
     def document(self, row: Mapping[str, Any]) -> Document:
         """A row as a document, uncut; without ids if the row is empty. Raises RowError, which says
-        what about the row is wrong but not where it stands."""
+        what about the row is wrong but not where it stands; and nothing else, because a row that
+        nobody foresaw must not end a run which may leave it out."""
+        with library_boundary("cannot be read", "correct the row, or take it out", RowError):
+            return self._document(row)
+
+    def _document(self, row: Mapping[str, Any]) -> Document:
         row = {key: value for key, value in row.items() if value is not None}
         found = [form for form in FORMS if row.keys() >= set(form)]
         if not found:
-            keys = f"the keys {', '.join(sorted(row))}" if row else "no keys"
+            keys = f"the keys {', '.join(map(named, sorted(row)))}" if row else "no keys"
             raise RowError(f"has {keys}; give text, prompt and completion, or messages")
         if len(found) > 1:
             raise RowError(
@@ -72,12 +76,13 @@ class Renderer:
         for key in form:
             if not isinstance(row[key], str):
                 raise RowError(f"has a {key} that is no text; write it as text, or messages")
-        for key in SPOKEN if form == ("text",) else (*SPOKEN, *BESIDE_PROMPT):
-            if not is_blank(row.get(key)):
-                raise RowError(
-                    f"has {key} beside {' and '.join(form)}, which would not be seen; put it into "
-                    f"the {form[0]}, write the row as messages, or take it out"
-                )
+        beside = {key: value for key, value in row.items() if key not in form}
+        unseen = first_unseen(beside, "\n".join(row[key] for key in form))
+        if unseen is not None:
+            raise RowError(
+                f"has {named(unseen)} beside {' and '.join(form)}, which would not be seen; put it "
+                f"into the {form[0]}, write the row as messages, or take it out"
+            )
         if form == ("text",):
             return Document(self._encoder.text(row["text"]), 0)
         ids, num_prompt = self._encoder.completion(row["prompt"], row["completion"])

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import bisect
 import importlib
-import json
 import os
 from array import array
 from collections.abc import Collection, Mapping
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from star_elastic.errors import CheckpointError, ConfigError, RowError, library_boundary
+from star_elastic.train.json_text import read_json
 from star_elastic.train.row_kinds import is_parquet, require_json_lines
 
 MOST_BLANK = 1000
@@ -82,7 +82,7 @@ class JsonLines:
         try:
             # json itself raises many kinds: broken bytes, numbers and brackets without end.
             with library_boundary("is not valid JSON", "correct the line", RowError):
-                content = json.loads(line)
+                content = read_json(line)
             if not isinstance(content, dict):
                 raise RowError("is not a JSON object; correct the line")
         except RowError as error:
