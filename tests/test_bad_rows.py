@@ -225,12 +225,16 @@ def test_a_source_that_teaches_nothing_is_told_before_work(run_folder, tmp_path,
     if held_out:
         rows[ShuffledEpochs(20, "0/0/1").row(19)] = '{"prompt": "1", "completion": "2"}'
     (tmp_path / "idle.jsonl").write_text("\n".join(rows))
-    data = f'files = ["rows.jsonl"]\n[[data]]\nheld_out = 1\nfiles = ["{tmp_path / "idle.jsonl"}"]'
+    data = f'files = ["rows.jsonl"]\n[[data]]\nfiles = ["{tmp_path / "idle.jsonl"}"]'
     stage = "[[stages]]\ntokens = 4096\ncontext = 256\nbatch_size = 2\n[engine]"
     name = f"idle-{held_out}"
     config = config_in(
-        run_folder, name, **{**FIXED, 'files = ["rows.jsonl"]': data, "[engine]": stage}
-    )
+        run_folder, name,
+        **{
+            **FIXED, 'files = ["rows.jsonl"]': data, "[engine]": stage,
+            "held_out = 0": "held_out = 1",
+        },
+    )  # fmt: skip
     found, sources = check_of(config)
     (line,) = found.idle
     assert "idle.jsonl has no row with a token to learn from within stages[0].context=96" in line

@@ -306,7 +306,7 @@ def test_pictures_are_refused(value):
      ("reasoning_details", [{"text": "x y"}]), ("refusal", "no"), ("line\nend", "x y")],
 )  # fmt: skip
 def test_words_beside_a_content_are_refused_unless_they_are_written(field, value):
-    name = "'line" if field == "line\nend" else field
+    name = "line" if field == "line\nend" else field
     for loss_on in ("answers", "all"):
         refused(CHATML, talk(**{field: value}), f"has {name}.* in message 2 that", loss_on)
     reads = CHATML.replace("{{ m['content'] }}", "{{ m.tool_plan }}{{ m['content'] }}")

@@ -133,7 +133,7 @@ def test_words_beside_a_plain_row_are_refused(row, key):
     renderer = Renderer(byte_tokenizer(CHATML))
     for blank in (None, "", []):
         assert renderer.document({**row, key: blank}) == renderer.document(row)
-    with pytest.raises(RowError, match=f"has {key} beside .* write the row as messages, or take"):
+    with pytest.raises(RowError, match=f"has {key} beside .* write the row as messages, take it"):
         renderer.document({**row, key: ["words"]})
 
 

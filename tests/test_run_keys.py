@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from star_elastic.axes import axis_keys
-from star_elastic.errors import RowError
+from star_elastic.errors import ConfigError, RowError
 from star_elastic.importance.files import ScoreInfo, load_scores, save_scores
 from star_elastic.latency import save_table
 from star_elastic.nesting.gate import Mixture
@@ -166,6 +166,19 @@ def test_bad_rows_stop_or_are_left_out(run_folder, watch):
         watch(**bad)
     skipped = watch(**{'"rows.jsonl"]': '"bad.jsonl"]\nbad_rows = "skip"'})
     assert skipped.reports[0].rows_skipped > 0
+
+
+@hears("data.notes")
+def test_notes_need_not_be_seen(run_folder, watch):
+    rows = [json.loads(row) for row in (run_folder / "rows.jsonl").read_text().splitlines()]
+    for row in rows:
+        row["solution"] = "words that nobody sees"
+    (run_folder / "noted.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(RowError, match="solution beside the messages.*or name it in data.notes"):
+        watch(**{'"rows.jsonl"]': '"noted.jsonl"]'})
+    watch(**{'"rows.jsonl"]': '"noted.jsonl"]\nnotes = ["solution"]'})
+    with pytest.raises(ConfigError, match="data.notes names messages, which rows are made of"):
+        watch(**{'"rows.jsonl"]': '"rows.jsonl"]\nnotes = ["messages"]'})
 
 
 @hears("data.held_out")

@@ -42,12 +42,17 @@ class SourceConfig:
     bad_rows: Literal["stop", "skip"] = "stop"
     """Whether a row that cannot be read as it was written stops the run (with its state saved) or
     is left out and counted. Start with `stop`, and with `star-elastic train RUN.toml --check`."""
+    notes: tuple[str, ...] = ()
+    """Columns that the model need not see, beside those whose names say so (id, source, score).
+    Any other words of a row that would not be seen are an error. Start with none."""
     held_out: int = 64
     """Rows drawn from the source that training and ranking never see, at most a tenth of it: the
     verdict is measured on them. 0: none, and no verdict on this source."""
 
     def __post_init__(self):
         require(self.held_out >= 0, f"data.held_out={self.held_out} is negative")
+        forms = sorted({"text", "prompt", "completion", "messages"} & set(self.notes))
+        require(not forms, f"data.notes names {', '.join(forms)}, which rows are made of")
         require(bool(self.files), "data.files names no file; list JSONL files or datasets")
         require(self.weight > 0, f"data.weight={self.weight} is not > 0; leave the source out")
 

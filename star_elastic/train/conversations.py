@@ -26,7 +26,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from star_elastic.errors import RowError, library_boundary
 from star_elastic.train.messages import checked_list, checked_messages, forms
-from star_elastic.train.notes import first_unseen, is_blank, named
+from star_elastic.train.notes import first_unseen, is_blank
 from star_elastic.train.words import ASSISTANT, DELETE, Talk, Template, Word, read_template
 
 SYSTEM = ("system", "system_prompt", "system_message")
@@ -158,8 +158,8 @@ class Conversations:
         unseen = first_unseen({k: v for k, v in given.items() if k not in known}, text)
         if unseen is not None:
             raise RowError(
-                f"has {named(unseen)} beside the messages, which would not be seen; write it into "
-                "a message, or take it out of the row"
+                f"has {unseen} beside the messages, which would not be seen; write it into "
+                "a message, take it out of the row, or name it in data.notes"
             )
 
     # What the template writes

@@ -15,7 +15,7 @@ from typing import Any
 
 from star_elastic.errors import RowError, library_boundary
 from star_elastic.train.json_text import read_json
-from star_elastic.train.notes import MEDIA, first_unseen, is_blank, is_note, named
+from star_elastic.train.notes import MEDIA, first_unseen, is_blank, is_note
 from star_elastic.train.words import FIELDS, TRACES, Talk
 
 Message = dict[str, Any]
@@ -85,7 +85,7 @@ def _without_repeats(message: Message, number: int) -> Message:
     for key in beside:
         if key.lower() in MEDIA:
             raise RowError(
-                f"has {named(key)} in message {number}, which a text model does not see; say it in "
+                f"has {key} in message {number}, which a text model does not see; say it in "
                 "text, or take it out of the row"
             )
     content = message.get("content", "")
@@ -101,7 +101,7 @@ def _checked_part(part: Any, number: int) -> dict[str, Any]:
         strange: str | None = f"a part of type {kind!r}"
     else:
         unseen = first_unseen({} if isinstance(part, str) else part, text)
-        strange = unseen and f"{named(unseen)} in a part"
+        strange = unseen and f"{unseen} in a part"
     if text is None or strange:
         raise RowError(
             f"has {strange} in message {number}, which a text model does not see; "
@@ -122,7 +122,7 @@ def _checked_call(call: Any, key: str, where: str) -> dict[str, Any]:
         beside = {k: v for k, v in item.items() if k not in CALL_KEYS and not is_note(k, v)}
         for other in beside:
             raise RowError(
-                f"has {named(other)} in {key} {where}, which templates do not read; name the "
+                f"has {other} in {key} {where}, which templates do not read; name the "
                 "arguments of a call arguments, or take it out"
             )
     arguments = own.get("arguments", {})

@@ -40,11 +40,6 @@ _SWITCH = re.compile("on|off|auto")
 _DAY = re.compile(r"\d{4}-\d\d-\d\d([T ]\d\d:\d\d(:\d\d)?\S*)?")
 
 
-def named(key: str) -> str:
-    """A key as messages name it: in one line, not without end."""
-    return key if key.isprintable() and len(key) <= 40 else repr(key[:40])
-
-
 def is_blank(value: Any) -> bool:
     """Whether a value says nothing: None, or an empty text, list or object."""
     return value is None or (isinstance(value, (str, list, dict)) and not value)

@@ -7,7 +7,7 @@ tokenizer's own template, an end that it can learn to stop at. What cannot be wr
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from star_elastic.errors import RowError, library_boundary
 from star_elastic.train.conversations import Conversations
 from star_elastic.train.encoding import Encoder
-from star_elastic.train.notes import first_unseen, named
+from star_elastic.train.notes import first_unseen
 
 LossOn = Literal["all", "answers"]
 FORMS = (("text",), ("prompt", "completion"), ("messages",))
@@ -40,7 +40,8 @@ class Renderer:
     """Makes documents of rows with one tokenizer.
 
     `loss_on="answers"`: only the completion, or the last message, counts; a text counts whole.
-    `num_embeddings`: embedding rows of the model, None if they are not known.
+    `num_embeddings`: embedding rows of the model, None if they are not known. `notes`: keys that
+    nobody need see.
     """
 
     def __init__(
@@ -48,8 +49,9 @@ class Renderer:
         tokenizer: PreTrainedTokenizerBase,
         loss_on: LossOn = "all",
         num_embeddings: int | None = None,
+        notes: Collection[str] = (),
     ):
-        self.loss_on = loss_on
+        self.loss_on, self.notes = loss_on, frozenset(notes)
         self._encoder = Encoder(tokenizer, num_embeddings)
         self._conversations = Conversations(tokenizer)
 
@@ -61,10 +63,10 @@ class Renderer:
             return self._document(row)
 
     def _document(self, row: Mapping[str, Any]) -> Document:
-        row = {key: value for key, value in row.items() if value is not None}
+        row = {k: v for k, v in row.items() if v is not None and k not in self.notes}
         found = [form for form in FORMS if row.keys() >= set(form)]
         if not found:
-            keys = f"the keys {', '.join(map(named, sorted(row)))}" if row else "no keys"
+            keys = f"the keys {', '.join(sorted(row))}" if row else "no keys"
             raise RowError(f"has {keys}; give text, prompt and completion, or messages")
         if len(found) > 1:
             raise RowError(
@@ -80,8 +82,9 @@ class Renderer:
         unseen = first_unseen(beside, "\n".join(row[key] for key in form))
         if unseen is not None:
             raise RowError(
-                f"has {named(unseen)} beside {' and '.join(form)}, which would not be seen; put it "
-                f"into the {form[0]}, write the row as messages, or take it out"
+                f"has {unseen} beside {' and '.join(form)}, which would not be seen; put it "
+                f"into the {form[0]}, write the row as messages, take it out, or name it in "
+                "data.notes"
             )
         if form == ("text",):
             return Document(self._encoder.text(row["text"]), 0)

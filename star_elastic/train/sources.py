@@ -41,8 +41,8 @@ class Source:
     directory of files. `begun`: what the files were when a run began, as `open_rows` takes it.
 
     A row is `{"text"}`, `{"prompt", "completion"}` or `{"messages"}` (through the chat template);
-    `loss_on` and `num_embeddings` as in `Renderer`. `bad_rows`: whether a row that cannot be read
-    stops a run or is left out of it. Raises ConfigError if the files hold no rows.
+    `loss_on`, `num_embeddings` and `notes` as in `Renderer`. `bad_rows`: whether a row that cannot
+    be read stops a run or is left out of it. Raises ConfigError if the files hold no rows.
     """
 
     def __init__(
@@ -53,6 +53,7 @@ class Source:
         *,
         num_embeddings: int | None = None,
         bad_rows: Literal["stop", "skip"] = "stop",
+        notes: Sequence[str] = (),
         begun: Sequence[Mapping[str, Any]] = (),
     ):
         self.name = ", ".join(map(str, files))
@@ -61,7 +62,7 @@ class Source:
         """What a pattern or a directory stands for, as lines to tell."""
         self.skips_bad_rows = bad_rows == "skip"
         self._tokenizer = tokenizer
-        self._renderer = Renderer(tokenizer, loss_on, num_embeddings)
+        self._renderer = Renderer(tokenizer, loss_on, num_embeddings, notes)
         self.pad_id = 0
         pad = tokenizer.pad_token_id
         # What stands there is never learned from; but it must have an embedding.
@@ -151,7 +152,8 @@ def open_sources(
     return [
         Source(
             source.files, tokenizer, source.loss_on,
-            num_embeddings=num_embeddings, bad_rows=source.bad_rows, begun=files,
+            num_embeddings=num_embeddings, bad_rows=source.bad_rows, notes=source.notes,
+            begun=files,
         ).hold_out(source.held_out, epochs_key(seed, 0, number))
         for number, (source, files) in enumerate(zip(data, as_begun, strict=True))
     ]  # fmt: skip

@@ -14,7 +14,7 @@ from typing import Any
 from jinja2 import meta, nodes
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from star_elastic.train.notes import is_note, named
+from star_elastic.train.notes import is_note
 
 ASSISTANT = ("assistant", "model")
 TRACES = ("reasoning_content", "thinking", "reasoning")
@@ -272,7 +272,7 @@ def _middle(text: str, start: int, stop: int, template: Template) -> int:
 def _visited_message(message: dict[str, Any], number: int, visit: Visit) -> dict[str, Any]:
     changed = dict(message)
     for key, value in message.items():
-        what = f"{named(key)} in message {number}"
+        what = f"{key} in message {number}"
 
         def own(text: str, manner: Manner = Manner.GIVEN, what: str = what) -> str:
             return visit(what, number, text, manner)
