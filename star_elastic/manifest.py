@@ -6,7 +6,6 @@ as the parent, plus this file: the axes with their choices and the named sizes w
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -16,6 +15,7 @@ from star_elastic.axes import AxisMap
 from star_elastic.checkpoint import read_json, write_json
 from star_elastic.companions import MANIFEST as FILE_NAME
 from star_elastic.errors import CheckpointError, library_boundary
+from star_elastic.paths import has_file
 from star_elastic.widths import Widths
 
 FORMAT_VERSION = 1
@@ -98,7 +98,7 @@ def load_manifest(directory: str | Path, axis_map: AxisMap) -> Manifest:
     ShapeError if a size does not fit the model.
     """
     file = Path(directory) / FILE_NAME
-    if not os.path.lexists(file):
+    if not has_file(file):
         raise CheckpointError(
             f"{directory} holds no {FILE_NAME}, so it is not an elastic checkpoint; "
             "make one with star-elastic train"

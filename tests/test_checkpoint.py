@@ -17,6 +17,8 @@ from star_elastic.checkpoint import (
     Planned,
     load_tensors,
     new_directory,
+    require_folder,
+    require_writable,
     save_tensors,
     write_json,
     write_tensors,
@@ -158,6 +160,46 @@ def test_an_empty_directory_may_be_filled(saved, tmp_path):
     (tmp_path / "empty").mkdir()
     slice_checkpoint(saved, {}, tmp_path / "empty")
     reload(tmp_path / "empty", torch.float32)
+
+
+def test_a_link_to_an_empty_directory_is_that_directory(saved, tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "link").symlink_to("empty")
+    slice_checkpoint(saved, {}, tmp_path / "link")
+    reload(tmp_path / "link", torch.float32)
+    assert (tmp_path / "link").is_symlink()
+
+
+@pytest.mark.parametrize("out", [".", "", "../here"])
+def test_the_folder_that_one_is_in_is_not_replaced(tmp_path, monkeypatch, out):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    with pytest.raises(CheckpointError, match="is the folder you are in; name a new one"):
+        require_writable(out)
+
+
+@pytest.mark.parametrize(
+    ("out", "said"),
+    [
+        ("/proc/x", "/proc cannot be written in"), ("/dev/null", "exists already"),
+        ("/dev/null/x", "cannot be written in"), ("a" * 250, "too long"), ("a" * 300, "too long"),
+        ("a\0b", "cannot be written"),
+    ],
+)  # fmt: skip
+def test_places_where_nothing_can_be_written(tmp_path, monkeypatch, out, said):
+    monkeypatch.chdir(tmp_path)
+    with nothing_changes_in(tmp_path), pytest.raises(CheckpointError, match=said):
+        require_writable(out)
+
+
+def test_asking_for_a_place_leaves_nothing_there(tmp_path):
+    with nothing_changes_in(tmp_path):
+        assert require_writable(tmp_path / "a/b/c") == tmp_path / "a/b/c"
+        assert require_writable(tmp_path / "a.json", as_file=True) == tmp_path / "a.json"
+        assert require_folder(tmp_path / "a/b") == tmp_path / "a/b"
+        assert require_folder(tmp_path) == tmp_path
+        with pytest.raises(CheckpointError, match="a is not a directory; make it"):
+            require_writable(tmp_path / "a/b.json", as_file=True)
 
 
 def test_a_disk_error_half_way_leaves_nothing_behind(saved, tmp_path):

@@ -20,9 +20,10 @@ from star_elastic.amounts import parse_budget
 from star_elastic.cost import METRICS, Workload
 from star_elastic.errors import ConfigError, library_boundary
 from star_elastic.families.base import is_hub_name, not_a_directory
+from star_elastic.paths import is_file, is_folder
 from star_elastic.quant.formats import FORMATS
 from star_elastic.router.router import Annealing
-from star_elastic.train.strict import parse, require
+from star_elastic.strict import parse, require
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -396,11 +397,11 @@ class RunConfig:
 def load_run_config(file: str | Path) -> RunConfig:
     """Reads a run config. Relative paths in it are relative to the file. Raises ConfigError."""
     file = Path(file)
-    if file.is_dir():
+    if is_folder(file):
         inside = sorted(found.name for found in file.glob("*.toml"))
         advice = f", for example {file / inside[0]}" if inside else ""
         raise ConfigError(f"{file} is a directory; name a run config, which is a TOML file{advice}")
-    if not file.is_file():
+    if not is_file(file):
         raise ConfigError(f"{file} does not exist; name a run config (TOML)")
     with library_boundary(f"{file} is not valid TOML", "correct the file", ConfigError):
         content = tomllib.loads(file.read_text(encoding="utf-8"))

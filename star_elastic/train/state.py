@@ -25,6 +25,7 @@ from torch.distributed.checkpoint.state_dict_saver import save
 
 from star_elastic.checkpoint import write_json
 from star_elastic.errors import CheckpointError, reason
+from star_elastic.paths import is_file
 from star_elastic.router.commit import Commitment
 from star_elastic.train.loop import Trainer
 
@@ -96,12 +97,12 @@ def _progress(trainer: Trainer, positions: list[dict]) -> dict[str, Any]:
 
 def has_state(run: Path) -> bool:
     """Whether a run can be resumed."""
-    return any((run / name / PROGRESS).is_file() for name in (STATE, PREVIOUS))
+    return any(is_file(run / name / PROGRESS) for name in (STATE, PREVIOUS))
 
 
 def load_state(trainer: Trainer, run: Path) -> None:
     """Puts the trainer where the saved state left it. Raises CheckpointError."""
-    folder = next((run / n for n in (STATE, PREVIOUS) if (run / n / PROGRESS).is_file()), None)
+    folder = next((run / n for n in (STATE, PREVIOUS) if is_file(run / n / PROGRESS)), None)
     if folder is None:
         raise CheckpointError(f"{run} holds no saved state; start without --resume")
     try:

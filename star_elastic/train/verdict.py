@@ -20,6 +20,7 @@ from star_elastic.errors import RowError
 from star_elastic.families import family_of, read_config
 from star_elastic.manifest import Size, load_manifest
 from star_elastic.nesting.submodel import build_submodel, load_parent, load_tokenizer, sort_in_place
+from star_elastic.paths import has_file
 from star_elastic.progress import Progress
 from star_elastic.quant.checkpoint import load_input_scales
 from star_elastic.train.divergence import (
@@ -169,8 +170,8 @@ def judge_run(
     """
     judge = _Judge(held_out, load_tokenizer(parent), progress)
     family, judged = _Family(elastic), _Family(quantised or elastic)
-    orders = load_tensors(elastic / ORDERS) if (elastic / ORDERS).is_file() else None
-    basis = load_tensors(elastic / BASIS)["hidden"] if (elastic / BASIS).is_file() else None
+    orders = load_tensors(elastic / ORDERS) if has_file(elastic / ORDERS) else None
+    basis = load_tensors(elastic / BASIS)["hidden"] if has_file(elastic / BASIS) else None
     cut = {n: s.widths for n, s in family.sizes.items() if not family.is_full(s)}
     if orders is None:  # whoever made the family did not say
         cut = {}
