@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from star_elastic.errors import CheckpointError, library_boundary, reason
 from star_elastic.paths import exists, has_file, is_file, is_folder, names_in, require_content
@@ -254,7 +254,8 @@ def write_text(file: Path, text: str) -> None:
     """Writes a text file under a temporary name, then renames it into place. Raises CheckpointError
     if the disk does not take it."""
     with _replaced(file) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        # A name of a file may hold what is no text; JSON has the same escape for it.
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 @contextmanager
@@ -262,9 +263,10 @@ def _replaced(file: Path) -> Iterator[Path]:
     """A temporary file that takes the place of `file` when the block ends well, else vanishes."""
     temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
     try:
-        with library_boundary(f"{file} cannot be written", MAKE_ROOM):
-            yield temporary
-            os.replace(temporary, file)
+        yield temporary
+        os.replace(temporary, file)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{file} cannot be written ({reason(error)}); {MAKE_ROOM}") from error
     finally:
         with suppress(OSError):
             temporary.unlink()

@@ -17,7 +17,7 @@ RANKS = (
     "errors", "paths", "strict", "progress", "signals", "widths", "amounts", "axes", "cost",
     "checkpoint", "companions", "latency", "families", "manifest", "stored", "placement", "quant",
     "importance", "nesting", "router", "train", "generate", "evaluate", "bars", "terminal", "demo",
-    "cli",
+    "commands", "cli",
 )  # fmt: skip
 LAZY_FACADE = PACKAGE / "__init__.py"
 

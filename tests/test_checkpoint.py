@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -22,6 +23,7 @@ from star_elastic.checkpoint import (
     save_tensors,
     write_json,
     write_tensors,
+    write_text,
 )
 from star_elastic.companions import copy_companions
 from star_elastic.errors import CheckpointError, ConfigError, ShapeError
@@ -449,3 +451,28 @@ def test_a_damaged_manifest_is_refused(tmp_path, change, kind, reason):
         file.write_text(changed if isinstance(changed, str) else json.dumps(changed))
     with pytest.raises(kind, match=reason):
         load_manifest(tmp_path, parent.axis_map)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        {"budgets": None}, {"budgets": {"active": "x"}}, {"repair": 3}, {"cost": []},
+        {"widths_from": []}, {"data_free_steps": "1"}, {"argmax": 3},
+    ],
+)  # fmt: skip
+def test_values_of_a_manifest_have_their_types(tmp_path, value):
+    parent = make_parent(fixed_config("llama"), 0, torch.float32)
+    save_manifest(manifest_of(parent, {}), tmp_path)
+    content = json.loads((tmp_path / "elastic.json").read_text())
+    next(iter(content["sizes"].values())).update(value)
+    (tmp_path / "elastic.json").write_text(json.dumps(content))
+    (key,) = value
+    with pytest.raises(CheckpointError, match=rf"is damaged \(sizes\..*{key}.*; restore the file"):
+        load_manifest(tmp_path, parent.axis_map)
+
+
+def test_only_the_disks_errors_ask_for_room(tmp_path):
+    """A mistake of ours is no want of room."""
+    nothing: Any = None
+    with nothing_changes_in(tmp_path), pytest.raises(TypeError):
+        write_text(tmp_path / "x.json", nothing)

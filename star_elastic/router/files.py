@@ -23,6 +23,7 @@ from star_elastic.quant.layout import CONFIG_KEY
 from star_elastic.router.commit import Commitment, settle_between
 from star_elastic.router.grid import make_grid
 from star_elastic.router.router import Router
+from star_elastic.strict import parse
 
 
 def load_router(directory: str | Path, manifest: Manifest, axis_map: AxisMap) -> Router:
@@ -65,8 +66,10 @@ def widths_for(
     table = Path(directory) / LATENCY
     needed = "ms" in budget and has_file(table)
     measured = load_table(table, axis_map).milliseconds if needed else None
-    with library_boundary("elastic.json is damaged", "restore the file"):
-        workload = Workload(**manifest.provenance.get("workload", {}))
+    try:
+        workload = parse(Workload, manifest.provenance.get("workload", {}), "provenance.workload.")
+    except ConfigError as error:
+        raise CheckpointError(f"elastic.json is damaged ({error}); restore the file") from None
     cost = CostModel(axis_map, workload, measured)
     full = cost.count(axis_map.full)
     amounts = {metric: parse_budget(amount, metric) for metric, amount in budget.items()}

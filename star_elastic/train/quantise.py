@@ -159,7 +159,8 @@ def calibrate_sizes(
         return {}
     # Without padding, whose activations would count, too.
     documents = first_documents(sources, [1.0] * len(sources), calibration.samples)
-    progress.stage("read", calibration.samples)
+    held = sum(len(source) for source in sources)
+    progress.stage("read", min(calibration.samples, held))
     rows = []
     for document in documents:
         rows.append(document.fed[: calibration.context])

@@ -7,6 +7,8 @@ parent, a quantised family against the family that it was made from.
 from __future__ import annotations
 
 import itertools
+import os
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -224,6 +226,12 @@ def judge_quantised(
     return judge.verdict(judged, "itself unquantised", sizes, going_on, said)
 
 
+def free_name(folder: Path, name: str) -> Path:
+    """A path in a folder where nothing is yet: of this name, or of one like it."""
+    names = itertools.chain([name], (f"{name}-{number}" for number in itertools.count(2)))
+    return next(folder / own for own in names if not os.path.lexists(folder / own))
+
+
 class _Family:
     """An elastic checkpoint on disk."""
 
@@ -301,10 +309,11 @@ class _Judge:
     ) -> Verdict:
         """Everything that was found."""
         smallest = list(sizes)[-1]
-        folder = judged.path.parent / smallest
-        command = f"star-elastic slice {judged.path} --size {smallest} --out {folder}"
+        folder = free_name(judged.path.parent, smallest)
+        words = ["slice", str(judged.path), "--size", smallest, "--out", str(folder)]
         if judged.manifest.per_layer:  # which no plain checkpoint can hold
-            command = f'star-elastic generate {judged.path} --size {smallest} "..."'
+            words = ["generate", str(judged.path), "--size", smallest, "..."]
+        command = shlex.join(["star-elastic", *words])
         return Verdict(
             elastic=judged.path,
             reference=reference,
