@@ -27,7 +27,7 @@ from star_elastic.generate.phases import (
     Plan,
     parse_phases,
 )
-from star_elastic.paths import exists, has_file, is_folder
+from star_elastic.paths import OTHER, exists, has_file, is_folder, kind_of
 from star_elastic.progress import staged
 from star_elastic.terminal import (
     print_generation,
@@ -162,6 +162,8 @@ def rank(
     from star_elastic.train.sources import Source, calibration_batches
 
     require_writable(out, as_file=True)
+    if kind_of(data) == OTHER:
+        raise ConfigError(f"{data} is a device or a pipe; name a JSONL file or a saved dataset")
     config = read_config(model)
     axis_map = family_of(config).axis_map(config)
     source = Source([data], load_tokenizer(model), num_embeddings=axis_map.num_embeddings)

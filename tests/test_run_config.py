@@ -131,7 +131,7 @@ def test_names_of_sizes_are_names_of_files(name):
         ({"stages": ({"tokens": 8, "batch_size": 10**18},)}, "stages.batch_size="),
         (
             {"stages": ({"tokens": 8, "context": 2**24, "batch_size": 2**20},)},
-            "make a step of more",
+            "make a step of",
         ),
         ({"engine": {"workers": 10**18}}, "engine.workers="),
         ({"engine": {"micro_batch": 10**18}}, "engine.micro_batch="),
