@@ -9,7 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from typing import Any, Protocol
 
 from rich.console import Console
@@ -73,7 +73,8 @@ def _is_terminal() -> bool:
 
 
 def _print(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
+    with suppress(OSError, ValueError):  # whoever shows nothing may not end the work
+        print(line, file=sys.stderr, flush=True)
 
 
 class _OnTerminal:

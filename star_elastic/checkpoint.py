@@ -18,9 +18,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from star_elastic.errors import CheckpointError, library_boundary, reason
+from star_elastic.paths import exists, has_file, is_file, is_folder, names_in, require_content
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
@@ -81,16 +82,19 @@ class CheckpointReader:
         index = self.path / INDEX_NAME
         single = self.path / SINGLE_NAME
         # With both present, transformers reads the single file: so do we.
-        if os.path.isfile(single):
+        if is_file(single):
             self._files = dict.fromkeys(self._handle(single).keys(), single)
-        elif os.path.isfile(index):
+        elif is_file(index):
             with library_boundary(f"{index} is damaged", "restore the file"):
                 weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
                 self._files = {name: self.path / file for name, file in weight_map.items()}
             # transformers loads whatever the files hold, in the index or not.
+            found: dict[str, Path] = {}
             for file in sorted(set(self._files.values())):
-                self._files = dict.fromkeys(self._handle(file).keys(), file) | self._files
-        elif os.path.isfile(self.path):
+                for name in list(self._handle(file).keys()):
+                    self._require_same(name, found.setdefault(name, file), file)
+            self._files = found | self._files
+        elif is_file(self.path):
             raise CheckpointError(
                 f"{self.path} is a file; name the checkpoint directory that it lies in"
             )
@@ -99,8 +103,24 @@ class CheckpointReader:
                 f"{self.path} holds no {SINGLE_NAME}; name a directory with safetensors weights"
             )
 
+    def _require_same(self, name: str, first: Path, second: Path) -> None:
+        """Raises CheckpointError for a tensor that two files hold with different values: which of
+        them is the model's, nobody can tell, and transformers takes the last."""
+        if first == second:
+            return
+        with library_boundary(f"{name} of {second} cannot be read", "restore the file"):
+            one, other = (self._handle(file).get_tensor(name) for file in (first, second))
+            same = one.dtype == other.dtype and torch.equal(one, other)
+        if not same:
+            raise CheckpointError(
+                f"{name} is in {first} and in {second} with different values; remove one of the "
+                "two, or restore the files"
+            )
+
     def _handle(self, file: Path):
         if file not in self._open:
+            if is_file(file):
+                require_content(file)
             with library_boundary(f"{file} cannot be read", "restore the file"):
                 self._open[file] = safe_open(file, framework="pt")
         return self._open[file]
@@ -234,7 +254,8 @@ def write_text(file: Path, text: str) -> None:
     """Writes a text file under a temporary name, then renames it into place. Raises CheckpointError
     if the disk does not take it."""
     with _replaced(file) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        # A name of a file may hold what is no text; JSON has the same escape for it.
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 @contextmanager
@@ -242,20 +263,76 @@ def _replaced(file: Path) -> Iterator[Path]:
     """A temporary file that takes the place of `file` when the block ends well, else vanishes."""
     temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
     try:
-        with library_boundary(f"{file} cannot be written", MAKE_ROOM):
-            yield temporary
-            os.replace(temporary, file)
+        yield temporary
+        os.replace(temporary, file)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{file} cannot be written ({reason(error)}); {MAKE_ROOM}") from error
     finally:
         with suppress(OSError):
             temporary.unlink()
 
 
-def require_free(out: str | Path) -> Path:
-    """The output path, if nothing is there yet. Raises CheckpointError otherwise."""
-    out = Path(out)
-    if os.path.lexists(out) and not (out.is_dir() and not any(out.iterdir())):
-        raise CheckpointError(f"{out} exists already; name a new directory or remove it first")
+def require_writable(out: str | Path, *, as_file: bool = False) -> Path:
+    """Where a new directory or file goes, links resolved, if it can be written there: a temporary
+    sibling is made and removed. An empty directory may be filled.
+
+    Raises CheckpointError if something is there already, or if nothing can be made there. Commands
+    ask before they work, so that nothing is lost for want of a place.
+    """
+    given, out = out, _resolved(out)
+    if out == Path.cwd():
+        raise CheckpointError(f"{given or '.'} is the folder you are in; name a new one")
+    if os.path.lexists(out) and (as_file or not is_folder(out) or names_in(out)):
+        kind = "file" if as_file else "directory"
+        raise CheckpointError(f"{out} exists already; name a new {kind} or remove it first")
+    if os.path.ismount(out):
+        raise CheckpointError(f"{out} is a mount point; name a new directory inside of it")
+    if as_file and not is_folder(out.parent):
+        raise CheckpointError(f"{out.parent} is not a directory; make it, or name another file")
+    _try_to_write(out.parent, sibling_of(out))
     return out
+
+
+def require_folder(out: str | Path) -> Path:
+    """A directory, there or not, that files can be written in, links resolved; nothing stays there.
+    Raises CheckpointError otherwise."""
+    out = _resolved(out)
+    if exists(out) and not is_folder(out):
+        raise CheckpointError(f"{out} is not a directory; name another")
+    _try_to_write(out, sibling_of(out / "written"))
+    return out
+
+
+def _resolved(out: str | Path) -> Path:
+    with library_boundary(f"{out} cannot be written", "choose another"):
+        return Path(os.path.realpath(out))
+
+
+def sibling_of(out: Path) -> Path:
+    """The temporary name under which `out` is written."""
+    return out.parent / f".{out.name}.{os.getpid()}.partial"
+
+
+def _try_to_write(folder: Path, temporary: Path) -> None:
+    """Makes a directory in a folder, and folders that are missing on the way, and removes them."""
+    made: list[Path] = []
+    try:
+        for missing in reversed([folder, *folder.parents]):
+            if not exists(missing):
+                missing.mkdir()
+                made.append(missing)
+        temporary.mkdir()
+        made.append(temporary)
+    except OSError as error:
+        raise CheckpointError(_unwritable(folder, error)) from None
+    finally:
+        for path in reversed(made):
+            with suppress(OSError):
+                path.rmdir()
+
+
+def _unwritable(folder: Path, error: OSError) -> str:
+    return f"{folder} cannot be written in ({error.strerror or reason(error)}); choose another"
 
 
 @contextmanager
@@ -264,15 +341,13 @@ def new_directory(out: str | Path) -> Iterator[Path]:
 
     Raises CheckpointError if `out` exists and is not empty, or cannot be written.
     """
-    out = require_free(out)
-    temporary = out.parent / f".{out.name}.{os.getpid()}.partial"
+    out = require_writable(out)
+    temporary = sibling_of(out)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         temporary.mkdir()
     except OSError as error:
-        raise CheckpointError(
-            f"{out} cannot be written ({error.strerror}); choose another"
-        ) from None
+        raise CheckpointError(_unwritable(out.parent, error)) from None
     try:
         yield temporary
         if out.exists():
@@ -300,7 +375,7 @@ def load_tensors(file: Path) -> dict[str, torch.Tensor]:
     """All tensors of a small safetensors file. Raises CheckpointError."""
     from safetensors.torch import load_file
 
-    if not os.path.isfile(file):
+    if not has_file(file):
         raise CheckpointError(f"{file} does not exist; name an existing safetensors file")
     with library_boundary(f"{file} cannot be read", "restore the file"):
         return load_file(file)

@@ -16,6 +16,7 @@ from typing import Any
 
 from star_elastic.checkpoint import read_json, write_json
 from star_elastic.errors import library_boundary
+from star_elastic.paths import has_file, is_file, is_folder, names_in, require_content
 
 MANIFEST = "elastic.json"
 """The sizes of a family."""
@@ -51,8 +52,17 @@ POINTERS = ("auto_map", "custom_pipelines", "processor_class", "_name_or_path", 
 
 def reading_files(source: Path) -> list[Path]:
     """The files of a checkpoint that decide how it reads text: tokenizer and chat templates."""
-    found = [f for f in source.iterdir() if _matches(f.name, READING)] if source.is_dir() else []
+    names = names_in(source) if is_folder(source) else []
+    found = [source / name for name in names if _matches(name, READING)]
     return sorted([*found, *(source / TEMPLATES).glob("*.jinja")])
+
+
+def require_reading_files(source: Path) -> None:
+    """Raises CheckpointError for a file that decides how text is read and is none: a link that
+    leads nowhere, a pointer of Git LFS, a folder. Loaders would take another tokenizer, or none."""
+    for file in reading_files(source):
+        if has_file(file):
+            require_content(file)
 
 
 def _matches(name: str, patterns: tuple[str, ...]) -> bool:
@@ -63,17 +73,17 @@ def copy_companions(source: Path, target: Path) -> None:
     """Copies what stands beside the weights of a parent and is of use beside others made of it.
 
     The card becomes `PARENT_README.md`. Keys of the tokenizer's config that point to files that do
-    not come along are left out. Raises CheckpointError for a file that cannot be read.
+    not come along are left out. Raises CheckpointError for a file that cannot be read, or is none.
     """
-    with library_boundary(f"{source} cannot be read", "make it readable"):
-        names = sorted(os.listdir(source))
+    names = names_in(source)
+    require_reading_files(source)
     for name in names:
-        if os.path.isfile(source / name) and _matches(name, TRAVELS):
+        if _matches(name, TRAVELS) and is_file(source / name):
             _copy(source / name, target / name)
     cards = [name for name in names if name.lower() == CARD]
     if cards and PARENT_CARD not in names:
         _copy(source / cards[0], target / PARENT_CARD)
-    if os.path.isdir(source / TEMPLATES):
+    if is_folder(source / TEMPLATES):
         (target / TEMPLATES).mkdir()
         for file in sorted((source / TEMPLATES).glob("*.jinja")):
             _copy(file, target / TEMPLATES / file.name)
@@ -87,7 +97,7 @@ def copy_family_files(source: Path, target: Path) -> None:
     The table goes on saying which dtype it was measured in.
     """
     for name in CARRIED:
-        if os.path.isfile(source / name):
+        if has_file(source / name):
             _copy(source / name, target / name)
 
 

@@ -20,7 +20,7 @@ import torch
 import transformers
 
 import star_elastic
-from star_elastic.checkpoint import load_tensors, write_json, write_text
+from star_elastic.checkpoint import load_tensors, require_folder, write_json, write_text
 from star_elastic.companions import BASIS
 from star_elastic.cost import CostModel, Workload
 from star_elastic.errors import CheckpointError, Interrupted
@@ -34,7 +34,9 @@ from star_elastic.importance.files import load_scores
 from star_elastic.importance.orders import orders_from_scores
 from star_elastic.nesting.stream import slice_checkpoint
 from star_elastic.nesting.submodel import build_submodel, load_parent, sort_in_place
+from star_elastic.paths import exists, names_in
 from star_elastic.progress import Progress, Silent
+from star_elastic.strict import to_plain
 from star_elastic.train.config import (
     CalibrationConfig,
     EngineConfig,
@@ -47,7 +49,6 @@ from star_elastic.train.directory import ELASTIC, METRICS
 from star_elastic.train.losses import distillation_loss
 from star_elastic.train.run import train
 from star_elastic.train.state import has_state
-from star_elastic.train.strict import to_plain
 
 PARENT = "parent"
 UNTRAINED = "untrained"
@@ -146,15 +147,16 @@ def run_recipe(recipe: Recipe, out: str | Path, progress: Progress | None = None
     """
     out, progress = Path(out), progress or Silent()
     rows_file, run = out / "train.jsonl", out / "run"
-    if (out / "report.json").exists():
+    require_folder(out)
+    if exists(out / "report.json"):
         raise CheckpointError(f"{out} holds a finished run; name another directory for a new one")
-    if out.exists() and any(out.iterdir()) and not rows_file.exists():
+    if exists(out) and names_in(out) and not exists(rows_file):
         raise CheckpointError(f"{out} is not empty; name a new directory")
     out.mkdir(parents=True, exist_ok=True)
-    if not rows_file.exists():
+    if not exists(rows_file):
         write_rows(rows_file, recipe.num_rows, recipe.seed)
     elastic = run / ELASTIC
-    if not elastic.exists():
+    if not exists(elastic):
         try:
             train(run_config(recipe, rows_file, run), resume=has_state(run), progress=progress)
         except Interrupted:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
@@ -20,6 +19,7 @@ from typing import Any
 
 from star_elastic.axes import LAYERS, AxisMap, StateSpec, TensorSpec
 from star_elastic.errors import CheckpointError, library_boundary
+from star_elastic.paths import exists
 
 FORMAT_VERSION = 1
 PHASES = ("decode", "prefill")
@@ -277,7 +277,7 @@ def load_table(file: str | Path, axis_map: AxisMap) -> LatencyTable:
     from star_elastic.checkpoint import read_json
 
     file = Path(file)
-    if not os.path.lexists(file):
+    if not exists(file):
         raise CheckpointError(f"{file} does not exist; {MEASURE}")
     content = read_json(file, MEASURE)
     with library_boundary(f"{file} is damaged", MEASURE):

@@ -6,7 +6,6 @@ as the parent, plus this file: the axes with their choices and the named sizes w
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -15,10 +14,25 @@ from typing import Any
 from star_elastic.axes import AxisMap
 from star_elastic.checkpoint import read_json, write_json
 from star_elastic.companions import MANIFEST as FILE_NAME
-from star_elastic.errors import CheckpointError, library_boundary
+from star_elastic.errors import CheckpointError, ConfigError, library_boundary
+from star_elastic.paths import has_file
+from star_elastic.strict import read_value
 from star_elastic.widths import Widths
 
 FORMAT_VERSION = 1
+
+
+SIZE_TYPES = {
+    "widths": Mapping[str, Any], "argmax": Mapping[str, Any], "budgets": Mapping[str, float],
+    "cost": Mapping[str, float], "repair": Mapping[str, int | tuple[int, ...]],
+    "data_free_steps": int, "widths_from": str,
+}  # fmt: skip
+TYPES = {
+    "format_version": int, "family": str, "choices": Mapping[str, tuple[int, ...]],
+    "sizes": Mapping[str, Mapping[str, Any]], "per_layer": tuple[str, ...],
+    "depth": tuple[int, ...], "provenance": Mapping[str, Any],
+}  # fmt: skip
+"""What the values of `elastic.json` are."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,8 +57,12 @@ class Size:
     widths_from: str = ""
 
     @classmethod
-    def from_json(cls, content: Mapping[str, Any], axis_map: AxisMap) -> Size:
-        """From what `elastic.json` holds, checked against the model's axis map."""
+    def from_json(cls, content: Mapping[str, Any], axis_map: AxisMap, where: str = "") -> Size:
+        """From what `elastic.json` holds, checked against the model's axis map. `where`: its keys'
+        place in messages. Raises ConfigError for values of another type, ShapeError for widths."""
+        for key, kind in SIZE_TYPES.items():
+            if key in content and not (key == "argmax" and content[key] is None):
+                read_value(kind, content[key], f"{where}{key}")
         widths = axis_map.complete(Widths(content["widths"]))
         argmax = content.get("argmax")
         return cls(**{
@@ -98,14 +116,17 @@ def load_manifest(directory: str | Path, axis_map: AxisMap) -> Manifest:
     ShapeError if a size does not fit the model.
     """
     file = Path(directory) / FILE_NAME
-    if not os.path.lexists(file):
+    if not has_file(file):
         raise CheckpointError(
             f"{directory} holds no {FILE_NAME}, so it is not an elastic checkpoint; "
             "make one with star-elastic train"
         )
     content = read_json(file)
     with library_boundary(f"{file} is damaged", "restore the file"):
-        manifest = _parse(content, axis_map, file)
+        try:
+            manifest = _parse(content, axis_map, file)
+        except ConfigError as error:
+            raise CheckpointError(f"{file} is damaged ({error}); restore the file") from None
     if manifest.family != axis_map.family or not manifest.sizes:
         raise CheckpointError(
             f"{file} describes {len(manifest.sizes)} sizes of a {manifest.family} model, but "
@@ -121,7 +142,13 @@ def _parse(content: Any, axis_map: AxisMap, file: Path) -> Manifest:
             f"{file} has format version {version}, this package reads {FORMAT_VERSION}; "
             "upgrade star-elastic"
         )
-    sizes = {name: Size.from_json(size, axis_map) for name, size in content["sizes"].items()}
+    for key, kind in TYPES.items():
+        if key in content:
+            read_value(kind, content[key], key)
+    sizes = {
+        name: Size.from_json(size, axis_map, f"sizes.{name}.")
+        for name, size in content["sizes"].items()
+    }
     return Manifest(
         family=content["family"],
         choices={axis: tuple(grid) for axis, grid in content["choices"].items()},

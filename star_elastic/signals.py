@@ -13,7 +13,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from star_elastic.errors import Interrupted
 from star_elastic.progress import Progress
@@ -102,6 +102,46 @@ def stop_on_signals(say: Callable[[str], None]) -> Iterator[Stop]:
         os.close(writing)
         watcher.join()
         os.close(reading)
+
+
+@contextmanager
+def ending_on_signals() -> Iterator[None]:
+    """While the block runs, SIGINT and SIGTERM end the process at once, in one line with exit code
+    1, as long as nothing in it asks to be told of them in another way (`stop_on_signals`,
+    `interrupting`). A signal that is ignored (nohup, jobs in the background) stays ignored."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    previous = {number: signal.getsignal(number) for number in SIGNALS}
+    for number, handler in previous.items():
+        if handler is not signal.SIG_IGN:
+            signal.signal(number, end_quietly)
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def end_quietly(*_: object) -> None:
+    """Ends the process with one line. What is under a temporary name stays there."""
+    if os.environ.get("RANK", "0") == "0":
+        with suppress(OSError):
+            os.write(2, (SHOW_CURSOR if os.isatty(2) else b"") + b"stopped\n")
+    os._exit(1)
+
+
+@contextmanager
+def interrupting() -> Iterator[None]:
+    """SIGINT raises KeyboardInterrupt while the block runs, for work that ends by it."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    previous = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, previous)
 
 
 def _watch(reading: int, stop: Stop, say: Callable[[str], None]) -> None:

@@ -5,27 +5,31 @@ Results go to stdout, progress to stderr.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
+from typer import Abort, TyperException
 
 from star_elastic.bars import Bars, is_first_rank
-from star_elastic.errors import Interrupted, StarElasticError
+from star_elastic.errors import ConfigError, Interrupted, StarElasticError
 from star_elastic.evaluate.findings import with_interval
 from star_elastic.generate.phases import THINKING, Generation, Token
+from star_elastic.signals import interrupting
 
 
 def print_json(content: object) -> None:
     """One JSON object on stdout."""
-    sys.stdout.write(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+    spells_all = (sys.stdout.encoding or "").lower().startswith("utf")
+    sys.stdout.write(json.dumps(content, indent=2, ensure_ascii=not spells_all) + "\n")
 
 
 def print_table(
@@ -144,6 +148,8 @@ def _say(console: Console, text: str, style: str | None = None, end: str = "\n")
         sys.stdout.write(text + end)
 
 
+LOST = (errno.ENOSPC, errno.EPIPE, errno.EIO, errno.EBADF, errno.EDQUOT)
+"""What an output says that takes nothing more."""
 BY_SIGINT = 130
 """How typer ends on Ctrl-C."""
 COLOURS = ("cyan", "yellow", "green", "magenta")
@@ -157,25 +163,32 @@ def print_stream(
     Where some were printed as the answer and turned out to be thinking, the answer comes once more
     by itself. Ctrl-C ends the line at hand.
     """
-    texts: list[str] = []
-    is_recalled = False
     try:
-        for event in events:
-            if isinstance(event, Generation):
-                _say(console, "")
-                if is_recalled:
-                    _say(console, "[a part of this was still thinking; the answer is:]", "dim")
-                    _say(console, event.answer)
-                return event
-            colour = COLOURS[sizes.index(event.size) % len(COLOURS)] if event.size else "white"
-            style = f"dim {colour}" if event.phase == THINKING else colour
-            _say(console, event.text, style, end="")
-            sys.stdout.flush()
-            is_recalled |= any(texts[len(texts) - event.recalled :])
-            texts.append(event.text)
+        with interrupting():
+            return _print_events(events, console, sizes)
     except KeyboardInterrupt:
         _say(console, "")
         raise Interrupted("stopped; what is written above is not all") from None
+
+
+def _print_events(
+    events: Iterator[Token | Generation], console: Console, sizes: Sequence[str]
+) -> Generation:
+    texts: list[str] = []
+    is_recalled = False
+    for event in events:
+        if isinstance(event, Generation):
+            _say(console, "")
+            if is_recalled:
+                _say(console, "[a part of this was still thinking; the answer is:]", "dim")
+                _say(console, event.answer)
+            return event
+        colour = COLOURS[sizes.index(event.size) % len(COLOURS)] if event.size else "white"
+        style = f"dim {colour}" if event.phase == THINKING else colour
+        _say(console, event.text, style, end="")
+        sys.stdout.flush()
+        is_recalled |= any(texts[len(texts) - event.recalled :])
+        texts.append(event.text)
     raise AssertionError("a stream ends with its result")
 
 
@@ -195,10 +208,27 @@ def print_generation(console: Console, result: Generation, *, streamed: bool = F
         )
 
 
+def run_app(app: Any, arguments: Sequence[str] | None) -> None:
+    """Runs typer's app. A mistake in the arguments is a ConfigError, not a box."""
+    try:
+        code = app(args=arguments, standalone_mode=False)
+    except TyperException as error:
+        said = " ".join(error.format_message().split())
+        if not said:  # no arguments: the help was printed
+            raise SystemExit(error.exit_code) from None
+        context = getattr(error, "ctx", None)
+        command = context.command_path if context else "star-elastic"
+        raise ConfigError(f"{said.rstrip('.')}; see {command} --help") from None
+    except Abort:  # the end of an input
+        raise Interrupted("stopped") from None
+    if isinstance(code, int) and code:
+        raise SystemExit(code)
+
+
 @contextmanager
 def at_the_command_line() -> Iterator[None]:
     """What every program of ours does around its work: libraries stay quiet, a mistake of the user
-    or a stop ends in one line with its exit code."""
+    or a stop ends in one line with its exit code, and so does an output that takes nothing more."""
     # Progress is ours to draw; which kernels are missing on this machine is no news to its owner.
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -207,9 +237,11 @@ def at_the_command_line() -> Iterator[None]:
 
         logging.set_verbosity_error()
         logging.disable_progress_bar()
+    _open_outputs()
     said, code = "", 0
     try:
         yield
+        sys.stdout.flush()
     except StarElasticError as error:
         if os.environ.get("STAR_ELASTIC_TRACEBACK"):
             raise
@@ -218,20 +250,49 @@ def at_the_command_line() -> Iterator[None]:
         said, code = str(error) if is_first_rank() else "", 1
     except KeyboardInterrupt:  # before long work began
         said, code = "stopped", 1
-    except SystemExit as error:  # how typer ends, also when all went well
-        if error.code == BY_SIGINT:
-            said, code = "stopped", 1
-        elif error.code:
+    except OSError as error:
+        # What is written to files has its own message; an error of an open stream names none.
+        if error.filename is not None or error.errno not in LOST:
             raise
+        said, code = f"error: the output cannot be written ({error.strerror}); make room", 1
+        if error.errno == errno.EPIPE:  # whoever reads has enough
+            said = ""
+    except SystemExit as error:
+        if error.code and not isinstance(error.code, int):
+            raise
+        said, code = ("stopped", 1) if error.code == BY_SIGINT else ("", error.code or 0)
     if said:  # by every rank: torchrun stops the others as soon as one has ended
-        print(said, file=sys.stderr)
+        with suppress(OSError):
+            print(said, file=sys.stderr, flush=True)
+    for stream in (sys.stdout, sys.stderr):
+        _empty(stream)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         # gloo's threads may abort a process that ends in the ordinary way, after all work is done.
-        sys.stdout.flush()
-        sys.stderr.flush()
         os._exit(code)
     if code:
         raise SystemExit(code)
+
+
+def _open_outputs() -> None:
+    """Lets both outputs take any text, and be there: what an encoding lacks is written as escapes,
+    and what goes to an output that the caller has closed goes nowhere."""
+    for name in ("stdout", "stderr"):
+        stream: Any = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
+        elif hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def _empty(stream: Any) -> None:
+    """Writes what is left in an output, or, where it takes nothing more, nowhere: so that the
+    interpreter does not try when it ends."""
+    try:
+        stream.flush()
+    except (OSError, ValueError):
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, stream.fileno())
+        os.close(nowhere)
 
 
 def command_line(script: str) -> str:

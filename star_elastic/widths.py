@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import re
+import reprlib
 from collections.abc import Iterator, Mapping
 
 from star_elastic.errors import ConfigError
 
+NUMBER = re.compile(r"[0-9]{1,18}")
 Width = int | tuple[int, ...]
 
 
@@ -54,14 +57,21 @@ def parse_widths(text: str) -> dict[str, Width]:
     """`"hidden=1920,expert_ffn=960/960/480"` as a dict; slashes separate the widths of the layers
     that have the axis. Raises ConfigError on anything else."""
     widths: dict[str, Width] = {}
-    for part in filter(None, (p.strip() for p in text.split(","))):
+    parts = [p.strip() for p in text.split(",")]
+    if not any(parts) and text:
+        raise ConfigError(
+            f"widths {text!r} name no axis; write for example hidden=1920,expert_ffn=960"
+        )
+    for part in filter(None, parts):
         name, separator, value = part.partition("=")
         numbers = [number.strip() for number in value.split("/")]
-        if not separator or not all(number.isdigit() for number in numbers):
+        if not separator or not all(NUMBER.fullmatch(number) for number in numbers):
             raise ConfigError(
-                f"widths {part!r} is not of the form axis=number; "
+                f"widths {reprlib.repr(part)} is not of the form axis=number; "
                 "write for example hidden=1920,expert_ffn=960"
             )
+        if name.strip() in widths:
+            raise ConfigError(f"widths name {name.strip()} twice; leave one of the two out")
         per_layer = list(map(int, numbers))
         widths[name.strip()] = tuple(per_layer) if len(per_layer) > 1 else per_layer[0]
     return widths

@@ -30,7 +30,7 @@ from typing import Any, NoReturn
 
 ROOT = Path(__file__).parent.parent
 HEAVY = (
-    "star_elastic.cli",
+    "star_elastic.commands",
     "star_elastic.demo",
     "star_elastic.evaluate.latency",
     "star_elastic.evaluate.report",

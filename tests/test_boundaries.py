@@ -18,7 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoConfig
 
-from star_elastic.checkpoint import SINGLE_NAME
+from star_elastic.checkpoint import SINGLE_NAME, CheckpointReader
 from star_elastic.cli import main
 from star_elastic.cost import CostModel
 from star_elastic.errors import CheckpointError, ConfigError, StarElasticError, library_boundary
@@ -26,6 +26,7 @@ from star_elastic.evaluate.latency_bench import Bench, Setting
 from star_elastic.families import family_of, read_config
 from star_elastic.nesting.stream import slice_checkpoint
 from star_elastic.nesting.submodel import build_submodel, load_parent, load_tokenizer
+from star_elastic.train.config import load_run_config
 from tests.architectures import ROWS, fixed_config
 from tests.checkpoints import (
     edit_json,
@@ -318,12 +319,61 @@ def test_what_may_not_be_read_is_one_line(copied, tmp_path):
                 refused(copied)
     copied.chmod(0o755)
     (copied / "config.json").chmod(0o644)
-    with as_nobody(), pytest.raises(StarElasticError, match=f"{SINGLE_NAME} cannot be read|no dir"):
+    with (
+        as_nobody(),
+        pytest.raises(StarElasticError, match="cannot be read"),
+    ):
         load_parent(copied)
+
+
+def test_what_cannot_be_looked_at_is_one_line():
+    for look in (read_config, load_parent, load_tokenizer, CheckpointReader, load_run_config):
+        for path in ("a" * 300, "a\0b"):
+            with pytest.raises(StarElasticError, match=r"cannot be read \(.+\); allow it, or name"):
+                look(Path(path) / "x.toml")
 
 
 def read_whole_slice(path: Path) -> None:
     slice_checkpoint(path, {}, path.parent / "slice")
+
+
+# Keys that only caches and masks read
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"sliding_window": 4}, {"sliding_window": "4"}, {"attention_chunk_size": 4},
+        {"layer_types": ["sliding_attention", "full_attention"]}, {"layer_types": 3},
+        {"layer_types": ["full_attention"] * 3}, {"is_causal": False},
+        {"per_layer_config": [{}, {"sliding_window": 4}]}, {"kv_sharing_modes": ["reuse", None]},
+    ],
+)  # fmt: skip
+def test_keys_that_only_caches_obey_are_refused_everywhere(copied, change):
+    edit_json(copied / "config.json", **change)
+    (key,) = change
+    for refused in (load_parent, read_whole_slice, count_of):
+        with pytest.raises(ConfigError, match=f"{key}.*config.json"):
+            refused(copied)
+
+
+def count_of(path: Path) -> int:
+    config = read_config(path)
+    axis_map = family_of(config).axis_map(config)
+    return CostModel(axis_map).count(axis_map.full).total
+
+
+def test_keys_that_only_caches_obey_are_dropped_where_they_say_nothing(copied, tmp_path):
+    """A null is no default to transformers: `is_causal: null` lets tokens see those after them."""
+    ids = torch.arange(12)[None]
+    expected = load_parent(copied)[0](ids).logits
+    nothing = dict.fromkeys(("sliding_window", "attention_chunk_size", "is_causal"))
+    edit_json(copied / "config.json", layer_types=["full_attention"] * 2, **nothing)
+    model, _ = load_parent(copied)
+    assert torch.equal(model(ids).logits, expected)
+    read_whole_slice(copied)
+    assert not nothing.keys() & read_config(tmp_path / "slice").keys()
+    assert not nothing.keys() & json.loads((tmp_path / "slice/config.json").read_text()).keys()
 
 
 # Paths that are no checkpoints

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,9 +18,12 @@ from star_elastic.checkpoint import (
     Planned,
     load_tensors,
     new_directory,
+    require_folder,
+    require_writable,
     save_tensors,
     write_json,
     write_tensors,
+    write_text,
 )
 from star_elastic.companions import copy_companions
 from star_elastic.errors import CheckpointError, ConfigError, ShapeError
@@ -158,6 +162,46 @@ def test_an_empty_directory_may_be_filled(saved, tmp_path):
     (tmp_path / "empty").mkdir()
     slice_checkpoint(saved, {}, tmp_path / "empty")
     reload(tmp_path / "empty", torch.float32)
+
+
+def test_a_link_to_an_empty_directory_is_that_directory(saved, tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "link").symlink_to("empty")
+    slice_checkpoint(saved, {}, tmp_path / "link")
+    reload(tmp_path / "link", torch.float32)
+    assert (tmp_path / "link").is_symlink()
+
+
+@pytest.mark.parametrize("out", [".", "", "../here"])
+def test_the_folder_that_one_is_in_is_not_replaced(tmp_path, monkeypatch, out):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    with pytest.raises(CheckpointError, match="is the folder you are in; name a new one"):
+        require_writable(out)
+
+
+@pytest.mark.parametrize(
+    ("out", "said"),
+    [
+        ("/proc/x", "/proc cannot be written in"), ("/dev/null", "exists already"),
+        ("/dev/null/x", "cannot be written in"), ("a" * 250, "too long"), ("a" * 300, "too long"),
+        ("a\0b", "cannot be written"),
+    ],
+)  # fmt: skip
+def test_places_where_nothing_can_be_written(tmp_path, monkeypatch, out, said):
+    monkeypatch.chdir(tmp_path)
+    with nothing_changes_in(tmp_path), pytest.raises(CheckpointError, match=said):
+        require_writable(out)
+
+
+def test_asking_for_a_place_leaves_nothing_there(tmp_path):
+    with nothing_changes_in(tmp_path):
+        assert require_writable(tmp_path / "a/b/c") == tmp_path / "a/b/c"
+        assert require_writable(tmp_path / "a.json", as_file=True) == tmp_path / "a.json"
+        assert require_folder(tmp_path / "a/b") == tmp_path / "a/b"
+        assert require_folder(tmp_path) == tmp_path
+        with pytest.raises(CheckpointError, match="a is not a directory; make it"):
+            require_writable(tmp_path / "a/b.json", as_file=True)
 
 
 def test_a_disk_error_half_way_leaves_nothing_behind(saved, tmp_path):
@@ -407,3 +451,28 @@ def test_a_damaged_manifest_is_refused(tmp_path, change, kind, reason):
         file.write_text(changed if isinstance(changed, str) else json.dumps(changed))
     with pytest.raises(kind, match=reason):
         load_manifest(tmp_path, parent.axis_map)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        {"budgets": None}, {"budgets": {"active": "x"}}, {"repair": 3}, {"cost": []},
+        {"widths_from": []}, {"data_free_steps": "1"}, {"argmax": 3},
+    ],
+)  # fmt: skip
+def test_values_of_a_manifest_have_their_types(tmp_path, value):
+    parent = make_parent(fixed_config("llama"), 0, torch.float32)
+    save_manifest(manifest_of(parent, {}), tmp_path)
+    content = json.loads((tmp_path / "elastic.json").read_text())
+    next(iter(content["sizes"].values())).update(value)
+    (tmp_path / "elastic.json").write_text(json.dumps(content))
+    (key,) = value
+    with pytest.raises(CheckpointError, match=rf"is damaged \(sizes\..*{key}.*; restore the file"):
+        load_manifest(tmp_path, parent.axis_map)
+
+
+def test_only_the_disks_errors_ask_for_room(tmp_path):
+    """A mistake of ours is no want of room."""
+    nothing: Any = None
+    with nothing_changes_in(tmp_path), pytest.raises(TypeError):
+        write_text(tmp_path / "x.json", nothing)

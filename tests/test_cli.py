@@ -15,10 +15,12 @@ import pytest
 
 from star_elastic.cli import main
 from star_elastic.demo import bundled_parent
+from star_elastic.errors import ConfigError
 from star_elastic.evaluate.run import Settings, evaluate_family
 from star_elastic.families import family_of, read_config
 from star_elastic.manifest import Manifest, Size, save_manifest
 from star_elastic.train.config import RunConfig, parse
+from star_elastic.widths import parse_widths
 from tests.processes import ROOT, answer, refusal, run_code, run_command, run_script
 from tests.tiny_run import RUN
 
@@ -257,3 +259,92 @@ def test_plans_are_replayed_by_a_larger_model(tmp_path):
     assert {plan["label"] for plan in plans} == {
         "large", "small", "small>large", "small~large 5%", "small~large 5% lines",
     }  # fmt: skip
+
+
+# Outputs, mistakes in arguments, places to write
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["count", "x", "--context", "-1"], "--context"),
+        (["count", "x", "--context", str(10**18)], "--context"),
+        (["rank", "x", "--data", "y", "--out", "z", "--samples", "1e3"], "--samples"),
+        (["latency", "x", "--out", "z", "--seconds", "inf"], "--seconds"),
+        (["latency", "x", "--out", "z", "--batch", str(10**18)], "--batch"),
+        (["count", "x", "--colour"], "No such option: --colour"),
+        (["slice", "x"], "Missing option '--out'"),
+        (["nonsense"], "No such command 'nonsense'"),
+    ],
+)
+def test_mistakes_in_arguments_are_one_line(arguments, said):
+    line = refusal(*arguments)
+    assert line.startswith("error: ") and said in line and "--help" in line
+
+
+@pytest.mark.parametrize(
+    ("widths", "said"),
+    [
+        ("hidden=16,hidden=24", "name hidden twice"), (",", "name no axis"),
+        ("ffn=" + "9" * 5000, "is not of the form"), ("ffn=٣", "is not of the form"),
+    ],
+)  # fmt: skip
+def test_widths_that_say_nothing_or_two_things(widths, said):
+    with pytest.raises(ConfigError, match=said) as refused:
+        parse_widths(widths)
+    assert len(str(refused.value)) < 200
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["slice", "--size", "small"], ["rank", "--data", "rows.jsonl"], ["latency"],
+        ["latency", "--sizes"], ["quantize", "--format", "fp8", "--data", "rows.jsonl"], ["eval"],
+    ],
+)  # fmt: skip
+def test_a_place_that_takes_nothing_is_told_before_the_work(arguments, tmp_path):
+    """Before anything else: neither the checkpoint nor the rows are there."""
+    command, *options = arguments
+    line = refusal(command, tmp_path / "none", *options, "--out", "/proc/none/x")
+    assert "/proc/none" in line and str(tmp_path) not in line
+
+
+@pytest.mark.parametrize("options", [[], ["--json"]])
+def test_an_output_that_is_full_or_closed_is_one_line(options):
+    command = [sys.executable, "-m", "star_elastic.cli", "count", str(bundled_parent()), *options]
+    for where, code, said in (
+        (">/dev/full", 1, "No space left"),
+        (">&-", 0, ""),
+        ("| true", 0, ""),
+    ):
+        done = subprocess.run(
+            ["sh", "-c", f'"$@" {where}', "sh", *command],
+            capture_output=True, text=True, check=False, cwd=ROOT,
+        )  # fmt: skip
+        assert done.returncode == code, (where, done.stderr)
+        assert done.stderr.count("\n") == bool(said) and said in done.stderr, done.stderr
+
+
+def test_what_an_encoding_lacks_is_written_as_escapes(tmp_path):
+    """As in the C locale; JSON has escapes of its own."""
+    checkpoint = tmp_path / "größe"
+    shutil.copytree(bundled_parent(), checkpoint)
+    for options, said in (([], "gr\\xf6\\xdfe"), (["--json"], "gr\\u00f6\\u00dfe")):
+        done = subprocess.run(
+            [sys.executable, "-m", "star_elastic.cli", "check", checkpoint, *options],
+            capture_output=True, check=False, cwd=ROOT,
+            env={**os.environ, "PYTHONIOENCODING": "ascii", "COLUMNS": "500"},
+        )  # fmt: skip
+        assert done.returncode == 0 and said in done.stdout.decode("ascii"), done.stderr
+        if options:
+            assert json.loads(done.stdout)["checkpoint"] == str(checkpoint)
+
+
+@pytest.mark.parametrize("method", ["gptq", "awq"])
+@pytest.mark.parametrize("command", ["count", "latency"])
+def test_weights_that_others_have_quantised_are_not_counted(tmp_path, method, command):
+    config = json.loads((bundled_parent() / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": method, "bits": 4}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    options = [] if command == "count" else ["--out", tmp_path / "l.json"]
+    assert "quantised in a way that" in refusal(command, tmp_path, *options)

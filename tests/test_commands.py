@@ -20,7 +20,8 @@ from safetensors.torch import load_file
 
 import star_elastic
 from star_elastic import demo
-from star_elastic.cli import app, main
+from star_elastic.cli import main
+from star_elastic.commands import app
 from star_elastic.cost import CostModel, Workload
 from star_elastic.evaluate import run as evaluation
 from star_elastic.evaluate import size_latency

@@ -19,8 +19,8 @@ from star_elastic.checkpoint import (
     save_tensors,
     write_json,
 )
-from star_elastic.companions import CARRIED, LATENCY, copy_companions
-from star_elastic.errors import CheckpointError, ConfigError
+from star_elastic.companions import CARRIED, LATENCY, copy_companions, copy_family_files
+from star_elastic.errors import CheckpointError, ConfigError, StarElasticError
 from star_elastic.families import family_of, read_config
 from star_elastic.latency import save_table
 from star_elastic.nesting.stream import slice_checkpoint, sort_checkpoint
@@ -135,6 +135,31 @@ def test_configs_point_to_nothing_that_is_absent(copied, tmp_path):
         assert model.config.intermediate_size == 16
         assert AutoTokenizer.from_pretrained(out, trust_remote_code=trust).encode("1+2")
     assert load_tokenizer(copied).encode("1+2")  # without running what lies beside it
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "chat_template.jinja", "LICENSE"])
+def test_what_is_missing_from_a_pruned_cache_is_told(copied, tmp_path, name):
+    (copied / name).unlink(missing_ok=True)
+    (copied / name).symlink_to("../../blobs/gone")
+    with nothing_changes_in(tmp_path), pytest.raises(CheckpointError, match=f"{name} is a link to"):
+        slice_checkpoint(copied, {}, tmp_path / "slice")
+
+
+@pytest.mark.parametrize("name", CARRIED)
+def test_what_is_missing_of_a_family_is_told(copied, tmp_path, name):
+    (copied / name).symlink_to("gone")
+    with pytest.raises(CheckpointError, match=f"{name} is a link to gone"):
+        copy_family_files(copied, tmp_path)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "config.json", SINGLE_NAME])
+def test_pointers_of_git_lfs_are_no_files(copied, tmp_path, name):
+    (copied / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+    refused = pytest.raises(StarElasticError, match=f"{name} is a pointer of Git LFS")
+    with nothing_changes_in(tmp_path), refused:
+        slice_checkpoint(copied, {}, tmp_path / "slice")
+    with pytest.raises(StarElasticError, match="pointer of Git LFS"):
+        load_tokenizer(copied) if name != SINGLE_NAME else load_parent(copied)
 
 
 def test_a_snapshot_of_the_hub_cache_is_a_checkpoint(plain, tmp_path):
@@ -431,3 +456,47 @@ def test_a_config_error_comes_before_any_weight_is_read(copied):
     edit_json(copied / "config.json", hidden_size=48)
     with pytest.raises(CheckpointError, match="but config.json says"):
         load_parent(copied)
+
+
+# Lists by layer, and tensors in two files
+
+
+def test_lists_by_layer_are_cut_with_the_layers(copied, tmp_path):
+    other = {"eos_token_id": [2, 3], "architectures": ["LlamaForCausalLM"]}
+    edit_json(
+        copied / "config.json", layer_types=["full_attention"] * 2, no_rope_layers=[1, 0], **other
+    )  # fmt: skip
+    slice_checkpoint(copied, {"layers": (0, 1)}, tmp_path / "slice")
+    config = read_config(tmp_path / "slice")
+    assert config["layer_types"] == ["full_attention"] and config["no_rope_layers"] == [0]
+    assert {key: config[key] for key in other} == other
+    AutoModelForCausalLM.from_pretrained(tmp_path / "slice")
+
+
+def test_a_slice_that_no_loader_opens_is_not_written(copied, tmp_path):
+    edit_json(copied / "config.json", mlp_layer_types=["dense"] * 3, layer_types=None)
+    edit_json(copied / "config.json", hidden_act=3)
+    refused = pytest.raises(ConfigError, match="slice's config.json.*cannot be used.*hidden_act")
+    with nothing_changes_in(tmp_path), refused:
+        slice_checkpoint(copied, {"ffn": 16}, tmp_path / "slice")
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_a_tensor_in_two_files_must_be_the_same(copied, tmp_path, same):
+    tensors = load_file(copied / SINGLE_NAME)
+    (copied / SINGLE_NAME).unlink()
+    names = sorted(tensors)
+    first = {name: tensors[name] for name in names[:9]}
+    second = {name: tensors[name] for name in names[9:]}
+    second[names[0]] = tensors[names[0]] + (0 if same else 1)
+    for file, part in (("a.safetensors", first), ("b.safetensors", second)):
+        save_file(part, copied / file, metadata={"format": "pt"})
+    weight_map = dict.fromkeys(second, "b.safetensors") | dict.fromkeys(first, "a.safetensors")
+    write_json(copied / INDEX_NAME, {"metadata": {}, "weight_map": weight_map})
+    if same:
+        slice_checkpoint(copied, {}, tmp_path / "slice")
+        assert torch.equal(load_file(tmp_path / "slice" / SINGLE_NAME)[names[0]], tensors[names[0]])
+        return
+    refused = pytest.raises(CheckpointError, match=f"{names[0]} is in .*a.safe.* and in .*b.safe")
+    with nothing_changes_in(tmp_path), refused:
+        slice_checkpoint(copied, {}, tmp_path / "slice")

@@ -14,8 +14,8 @@ from star_elastic.errors import ConfigError
 from star_elastic.evaluate.accuracy import SizeCost
 from star_elastic.families import family_of
 from star_elastic.generate.decode import BatchDecoder
+from star_elastic.strict import parse
 from star_elastic.train.config import RunConfig
-from star_elastic.train.strict import parse
 from tests.architectures import fixed_config
 
 ROWS = ([5, 6, 7, 8, 9, 10, 11], [6, 7, 8], [9, 10, 11, 5, 6])

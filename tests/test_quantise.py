@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 import star_elastic
-from star_elastic.cli import app
+from star_elastic.commands import app
 from star_elastic.errors import CheckpointError, ConfigError, ShapeError
 from star_elastic.families import family_of, read_config
 from star_elastic.nesting.submodel import load_parent

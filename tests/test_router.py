@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from benchmarks import planting
 from star_elastic.cost import CostModel
-from star_elastic.errors import BudgetError, ShapeError
+from star_elastic.errors import BudgetError, CheckpointError, ShapeError
 from star_elastic.nesting.elastic import ElasticModel
 from star_elastic.nesting.gate import Mixture
 from star_elastic.nesting.slice import slice_tensor
@@ -272,3 +272,12 @@ def test_budget_gradient_points_to_the_budget():
     half = elastic.axis_map.full.replace(ffn=32)
     weight = elastic.state()[spec.name]
     assert slice_tensor(weight, spec, elastic.axis_map, half).shape == (32, 32)
+
+
+def test_a_decision_that_is_not_finite_is_refused():
+    router = Router({"ffn": (4, 2)}, 2)
+    with torch.no_grad():
+        for parameter in router.parameters():
+            parameter.fill_(1e30)
+    with pytest.raises(CheckpointError, match="decision on ffn is not finite; lower router"):
+        router.decide(router.one_hot(0), Temperature(1.0, 1.0))

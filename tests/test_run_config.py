@@ -11,6 +11,7 @@ import pytest
 from star_elastic.amounts import parse_budget
 from star_elastic.cli import main
 from star_elastic.cost import CostModel
+from star_elastic.errors import ConfigError
 from star_elastic.families import family_of
 from star_elastic.router.grid import default_choices, make_grid
 from star_elastic.router.reach import check_budgets
@@ -111,3 +112,42 @@ def test_the_learning_rate_reaches_its_peak_in_short_runs(steps, warm):
     rates = [Curriculum([stage]).learning_rate(step) for step in range(steps)]
     assert max(rates) > 0.97e-3
     assert run(tokens=128 * steps, warmup_steps=7).stages[0].warmup_steps == 7
+
+
+# Slips of the pen
+
+
+@pytest.mark.parametrize("name", ["..", "-x", "a b", "a/b", "$(id)", "", "é", "a" * 65])
+def test_names_of_sizes_are_names_of_files(name):
+    with pytest.raises(ConfigError, match="sizes has the name .*begin with a letter or a digit"):
+        small_run(sizes={name: {"active": 1.0}})
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"stages": ({"tokens": 10**30},)}, "stages.tokens=1000.* is more than"),
+        ({"stages": ({"tokens": 8, "context": 10**18},)}, "stages.context="),
+        ({"stages": ({"tokens": 8, "batch_size": 10**18},)}, "stages.batch_size="),
+        (
+            {"stages": ({"tokens": 8, "context": 2**24, "batch_size": 2**20},)},
+            "make a step of",
+        ),
+        ({"engine": {"workers": 10**18}}, "engine.workers="),
+        ({"engine": {"micro_batch": 10**18}}, "engine.micro_batch="),
+        ({"calibration": {"context": 10**18}}, "calibration.context="),
+        ({"workload": {"dtype_bytes": 10**18}}, "workload.dtype_bytes="),
+        ({"seed": 10**30}, "seed="),
+    ],
+)
+def test_numbers_have_bounds(change, said):
+    with pytest.raises(ConfigError, match=said):
+        small_run(**change)
+
+
+def small_run(**changes) -> RunConfig:
+    plain = {
+        "parent": "p", "out": "o", "sizes": {"small": {"active": 0.5}},
+        "data": [{"files": ["rows.jsonl"]}], "stages": [{"tokens": 8}], **changes,
+    }  # fmt: skip
+    return parse(RunConfig, plain, "")

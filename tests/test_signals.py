@@ -20,9 +20,10 @@ from star_elastic.cli import main
 from star_elastic.demo import write_rows
 from star_elastic.errors import CheckpointError, ConfigError, Interrupted
 from star_elastic.progress import Silent
-from star_elastic.signals import STOPPING, Stoppable, stop_on_signals
+from star_elastic.signals import STOPPING, Stoppable, end_quietly, stop_on_signals
 from star_elastic.train.run import train
 from star_elastic.train.state import has_state
+from tests.processes import run_code
 from tests.tiny_run import config_in
 from tests.watchers import KillIn, Stages
 
@@ -206,7 +207,7 @@ def many_rows(tmp_path_factory):
 
 def kill_when_watched() -> None:
     """Sends this process SIGINT half a second after it began to watch for it."""
-    while signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    while signal.getsignal(signal.SIGINT) in (signal.default_int_handler, end_quietly):
         time.sleep(0.01)
     time.sleep(0.5)
     os.kill(os.getpid(), signal.SIGINT)
@@ -237,6 +238,28 @@ def test_commands_end_with_one_message_and_write_nothing(
     assert not out.is_file() and not list(tmp_path.glob(".*"))
     if command != "eval":  # which keeps what it has solved
         assert not out.exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_command_that_is_stopped_while_it_imports_says_so(number, tmp_path):
+    """An import that takes long and swallows interrupts, as libraries do."""
+    code = (
+        "import builtins, os, signal, sys, time\n"
+        "original = builtins.__import__\n"
+        "def slow(name, *rest):\n"
+        "    if name == 'star_elastic.commands':\n"
+        f"        os.kill(os.getpid(), {int(number)})\n"
+        "        try:\n"
+        "            time.sleep(5)\n"
+        "        except BaseException:\n"
+        "            pass\n"
+        "    return original(name, *rest)\n"
+        "builtins.__import__ = slow\n"
+        "from star_elastic.cli import main\n"
+        "main(['count', 'nowhere'])\n"
+    )
+    done = run_code(code, cwd=tmp_path)
+    assert (done.returncode, done.stdout, done.stderr) == (1, "", "stopped\n")
 
 
 # Ranks

@@ -35,6 +35,7 @@ from star_elastic.train.verdict import (
     Sample,
     SizeVerdict,
     Verdict,
+    free_name,
     held_out_documents,
 )
 from tests.tiny_run import JUDGED, RUN, config_in
@@ -384,3 +385,13 @@ def test_trouble_is_remarked_with_what_to_do(judged, said, tmp_path):
         return
     (line,) = lines
     assert re.search(said, line), line
+
+
+# The next command
+
+
+def test_the_next_command_names_a_place_that_is_free(tmp_path):
+    (tmp_path / "elastic").mkdir()
+    (tmp_path / "elastic-2").symlink_to("nowhere")
+    assert free_name(tmp_path, "small") == tmp_path / "small"
+    assert free_name(tmp_path, "elastic") == tmp_path / "elastic-3"

@@ -21,6 +21,7 @@ from transformers import PreTrainedTokenizerBase
 from star_elastic.errors import ConfigError
 from star_elastic.evaluate.tasks import TASKS, Problem, sample_problems
 from star_elastic.nesting.submodel import load_tokenizer
+from star_elastic.paths import is_file
 from star_elastic.train.encoding import half_character
 from star_elastic.train.row_files import JsonLines
 
@@ -74,7 +75,7 @@ def read_problems(
     JSON.
     """
     file = Path(file)
-    if not file.is_file():
+    if not is_file(file):
         raise ConfigError(f"{file} is not a file; name a JSONL file of prompts and answers")
     rows = JsonLines(file)
     if not len(rows):

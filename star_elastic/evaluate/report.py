@@ -16,6 +16,7 @@ from star_elastic.evaluate.pareto import plot_pareto
 from star_elastic.evaluate.run import FORMAT_VERSION, RESULT
 from star_elastic.evaluate.style import STYLE
 from star_elastic.evaluate.verdicts import summary
+from star_elastic.paths import is_file
 
 PAGE, PLOT = "report.html", "pareto.png"
 
@@ -44,7 +45,7 @@ def write_report(out: str | Path) -> tuple[Path, Path]:
 def load_result(out: str | Path) -> Data:
     """What `evaluation.json` of a directory holds. Raises CheckpointError."""
     file = Path(out) / RESULT
-    if not file.is_file():
+    if not is_file(file):
         raise CheckpointError(f"{out} holds no {RESULT}; make one with star-elastic eval")
     try:
         result = json.loads(file.read_text(encoding="utf-8"))

@@ -50,6 +50,7 @@ from star_elastic.generate.caches import HandOver
 from star_elastic.generate.family import ElasticFamily, load
 from star_elastic.generate.phased import DEFAULT_BATCH_SIZE
 from star_elastic.generate.phases import DEFAULT_MAX_NEW_TOKENS, Plan, Switch
+from star_elastic.paths import is_file, names_in
 from star_elastic.progress import Progress, Silent
 from star_elastic.widths import Widths
 
@@ -185,7 +186,8 @@ def _lasting(
     family: ElasticFamily, sizes: Sequence[str], splits: Splits, settings: Settings
 ) -> dict[str, Any]:
     """What must not change while an evaluation goes on."""
-    files = sorted(file for file in family.path.iterdir() if file.is_file())
+    paths = [family.path / name for name in names_in(family.path)]
+    files = [path for path in paths if is_file(path)]
     lasting = {**asdict(settings), "sizes": sizes, "data": splits.name}
     return {
         "package_version": star_elastic.__version__,

@@ -7,12 +7,14 @@ import math
 import os
 import re
 import reprlib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Protocol
 
 from star_elastic.axes import LAYERS, AxisMap
-from star_elastic.errors import ConfigError, ShapeError, library_boundary
+from star_elastic.errors import CheckpointError, ConfigError, ShapeError, library_boundary
+from star_elastic.paths import exists, is_folder, require_content
 from star_elastic.widths import Widths
 
 Config = dict[str, Any]
@@ -23,6 +25,16 @@ MOST_LAYERS = 2**10
 MOST_EXPERTS = 2**18
 """Of all layers together: every expert is a tensor with a name of its own on disk."""
 MOST_PARAMETERS = 10**14
+ATTENTION_KEYS: Mapping[str, tuple[Any, ...]] = MappingProxyType({
+    "sliding_window": (), "attention_chunk_size": (), "per_layer_config": ({}, []),
+    "kv_sharing_modes": (), "is_causal": (True,), "number_of_conv_states": (1,),
+    "text_config": (), "decoder": (), "generator": (), "text_encoder": (),
+})  # fmt: skip
+"""Keys of a config that no table knows, with their values that say nothing. transformers' caches
+and masks read them whatever the model type is, but the layers of our models do not: text that is
+generated with a cache would be another model's than the one that is trained and judged."""
+NOT_BY_LAYER = re.compile(r"architectures|.*_token_ids?|.*_tokens|time_step_limit|mtp_.*")
+"""Lists in a config that may be as long as there are layers and have nothing to do with them."""
 
 
 class Family(Protocol):
@@ -56,13 +68,19 @@ class Family(Protocol):
 def read_config(path: str | Path) -> Config:
     """The config of a checkpoint directory or config.json file.
 
-    Raises ConfigError if there is none, or if it cannot be read; for a name of the Hub it says how
-    to get the model here.
+    Keys that only caches and masks read (`ATTENTION_KEYS`) are left out where they are null. Raises
+    ConfigError if there is none, or if it cannot be read; for a name of the Hub it says how to get
+    the model here.
     """
     path = Path(path)
-    file = path / "config.json" if os.path.isdir(path) else path
-    if file == path and file.suffix != ".json":
-        raise ConfigError(not_a_directory(path))
+    try:
+        file = path / "config.json" if is_folder(path) else path
+        if file == path and file.suffix != ".json":
+            raise ConfigError(not_a_directory(path))
+        if exists(file):
+            require_content(file)
+    except CheckpointError as error:
+        raise ConfigError(str(error)) from None
     try:
         with library_boundary(f"{file} is not valid JSON", "restore the file", ConfigError):
             config = json.loads(file.read_text(encoding="utf-8"), object_hook=_decode_float)
@@ -79,7 +97,7 @@ def read_config(path: str | Path) -> Config:
         raise
     if not isinstance(config, dict):
         raise ConfigError(f"{file} is not a JSON object; it cannot be a model config")
-    return config
+    return {k: v for k, v in config.items() if not (k in ATTENTION_KEYS and v is None)}
 
 
 def is_hub_name(text: str) -> bool:
@@ -144,6 +162,30 @@ def get_bool(config: Config, key: str, default: bool) -> bool:
     if not isinstance(value, bool):
         raise ConfigError(f"{told(key, value)} is neither true nor false; correct config.json")
     return value
+
+
+def require_whole_attention(config: Config) -> None:
+    """Raises ConfigError for a key that would let caches or masks show layers a part of the text
+    only (`ATTENTION_KEYS`)."""
+    for key, harmless in ATTENTION_KEYS.items():
+        value = config.get(key)
+        if value is not None and not any(
+            value == own and type(value) is type(own) for own in harmless
+        ):
+            raise ConfigError(
+                f"{told(key, value)} is not known for model_type={config.get('model_type')}: "
+                "caches would obey it, the layers do not; remove it from config.json"
+            )
+
+
+def cut_by_layer(config: Config, num_layers: int, kept: Collection[int]) -> Config:
+    """A config whose lists with an entry for each of `num_layers` hold those of the kept ones."""
+    return {
+        key: [item for layer, item in enumerate(value) if layer in kept]
+        if isinstance(value, list) and len(value) == num_layers and not NOT_BY_LAYER.fullmatch(key)
+        else value
+        for key, value in config.items()
+    }
 
 
 def require_size(axis_map: AxisMap) -> AxisMap:

@@ -22,9 +22,11 @@ from star_elastic.axes import (
     WorkSpec,
     fixed,
 )
+from star_elastic.errors import ConfigError
 from star_elastic.families.base import (
     MOST_LAYERS,
     Config,
+    cut_by_layer,
     get_bool,
     get_float,
     get_int,
@@ -32,7 +34,12 @@ from star_elastic.families.base import (
     homogeneous,
     require_multiple,
     require_size,
+    require_whole_attention,
+    told,
 )
+
+FULL = ("full_attention", "attention")
+"""How a config names a layer that sees the whole text."""
 
 
 class Llama:
@@ -51,6 +58,8 @@ class Llama:
     def axis_map(self, config: Config) -> AxisMap:
         """See `Family.axis_map`. Defaults are those of transformers' LlamaConfig."""
         num_layers = get_int(config, "num_hidden_layers", 32, most=MOST_LAYERS)
+        require_whole_attention(config)
+        _require_full_layers(config.get("layer_types"), num_layers)
         hidden_size = get_int(config, "hidden_size", 4096)
         ffn_size = get_int(config, "intermediate_size", 11008)
         num_heads = get_int(config, "num_attention_heads", 32)
@@ -131,12 +140,30 @@ class Llama:
         complete = axis_map.complete(widths)
         kept = homogeneous(complete, axis_map)
         num_heads = get_int(config, "num_attention_heads", 32)
+        layers = axis_map.kept_layers(complete)
         return {
-            **config,
+            **cut_by_layer(config, len(axis_map.axes[LAYERS].layers), layers),
             "hidden_size": kept["hidden"],
             "intermediate_size": kept["ffn"],
-            "num_hidden_layers": len(axis_map.kept_layers(complete)),
+            "num_hidden_layers": len(layers),
             "num_attention_heads": kept["heads"],
             "num_key_value_heads": config.get("num_key_value_heads") or num_heads,
             "head_dim": config.get("head_dim") or axis_map.axes["hidden"].size // num_heads,
         }
+
+
+def _require_full_layers(layer_types: object, num_layers: int) -> None:
+    """Raises ConfigError for `layer_types` of which one does not see the whole text, or that are
+    not as many as the layers."""
+    if layer_types is None:
+        return
+    if not isinstance(layer_types, list) or any(kind not in FULL for kind in layer_types):
+        raise ConfigError(
+            f"{told('layer_types', layer_types)} is not known for model_type=llama, whose layers "
+            "all see the whole text: caches would obey it; remove it from config.json"
+        )
+    if len(layer_types) != num_layers:
+        raise ConfigError(
+            f"layer_types names {len(layer_types)} layers, num_hidden_layers={num_layers}; correct "
+            "config.json"
+        )

@@ -34,6 +34,7 @@ from star_elastic.families.base import (
     MOST_EXPERTS,
     MOST_LAYERS,
     Config,
+    cut_by_layer,
     get_bool,
     get_float,
     get_int,
@@ -41,6 +42,7 @@ from star_elastic.families.base import (
     homogeneous,
     require_multiple,
     require_size,
+    require_whole_attention,
     told,
 )
 
@@ -343,6 +345,7 @@ class NemotronH:
     def axis_map(self, config: Config) -> AxisMap:
         """See `Family.axis_map`."""
         shape = read_shape(config)
+        require_whole_attention(config)
         table = _Builder(shape)
         vocab = fixed(shape.vocab)
         table.add("embeddings", "model.embeddings.weight", vocab, table.hidden, lookup=True)
@@ -392,8 +395,10 @@ class NemotronH:
             TOP_K: "num_experts_per_tok",
         }
         letters = layer_pattern(config)
-        pattern = "".join(letters[layer] for layer in axis_map.kept_layers(complete))
-        renamed = {k: v for k, v in config.items() if k not in ("layer_types", "num_local_experts")}
+        layers = axis_map.kept_layers(complete)
+        pattern = "".join(letters[layer] for layer in layers)
+        cut = cut_by_layer(config, len(letters), layers)
+        renamed = {k: v for k, v in cut.items() if k not in ("layer_types", "num_local_experts")}
         return {
             **renamed,
             **{fields[axis]: width for axis, width in kept.items()},

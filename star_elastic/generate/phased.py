@@ -119,12 +119,14 @@ class PhasedGenerator:
         newest tokens as they are written, and with its result once its batch is done."""
         models = {size: self.model(size) for size in plan.sizes}
         hand_overs = self._hand_overs(plan)
-        plan.require_room(self.tags.max_closing if plan.thinking_budget else 0)
         rules = Rules(plan, self.tags, self._end_of_turn(models.values()))
         sequences = [
             self._open(index, prompt, rules, seed) for index, prompt in enumerate(_listed(prompts))
         ]
-        _require_context(max(s.num_prompt for s in sequences), plan, models.values())
+        longest = max(sequence.num_prompt for sequence in sequences)
+        closing = self.tags.max_closing if plan.thinking_budget else 0
+        plan.require_room(closing, _context(models.values()) - longest)
+        _require_context(longest, plan, models.values())
         self._require_embedded(sequences, models.values())
         if not all(map(pads_exactly, models.values())):
             limits = BatchLimits(1, limits.tokens)
@@ -310,10 +312,15 @@ def _run_batch(
     return seconds
 
 
+def _context(models: Iterable[PreTrainedModel]) -> float:
+    """Tokens of the longest text that all models have positions for; infinite if none has any."""
+    contexts = [getattr(model.config, "max_position_embeddings", None) for model in models]
+    return min((c for c in contexts if c), default=math.inf)
+
+
 def _require_context(longest: int, plan: Plan, models: Iterable[PreTrainedModel]) -> None:
     """Raises BudgetError unless the longest prompt and all new tokens fit the context."""
-    contexts = [getattr(model.config, "max_position_embeddings", None) for model in models]
-    context = min((c for c in contexts if c), default=math.inf)
+    context = _context(models)
     if longest + plan.max_new_tokens > context:
         room = context - longest
         advice = f"use max_new_tokens={room} or less" if room > 0 else "shorten the prompt"

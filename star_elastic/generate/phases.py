@@ -185,16 +185,23 @@ class Plan:
         end = self.end_of_thinking
         return 0 if end is None else self.phases[end].budget
 
-    def require_room(self, num_closing: int) -> None:
+    def require_room(self, num_closing: int, room: float = math.inf) -> None:
         """Raises BudgetError unless an answer fits behind the phases before it, each at its limit,
-        and an injected end of thinking of `num_closing` tokens."""
+        and an injected end of thinking of `num_closing` tokens. `room`: new tokens that the model's
+        context has room for, so that no more are advised."""
         spent = [p.budget + p.grace for p in self.phases[:-1] if p.budget is not None]
         needed = sum(spent) + num_closing + 1
         if needed > self.max_new_tokens:
+            advice = f"use max_new_tokens={needed} or more"
+            if needed > room:
+                advice = (
+                    f"the context has room for {room} new tokens: use budgets and grace of "
+                    f"{max(int(room) - num_closing - 1, 0)} in all, or less"
+                )
             raise BudgetError(
                 f"max_new_tokens={self.max_new_tokens} leaves no token for an answer after "
                 f"{sum(spent)} of the phases before (budget and grace) and {num_closing} to end "
-                f"thinking; use max_new_tokens={needed} or more"
+                f"thinking; {advice}"
             )
 
     @property

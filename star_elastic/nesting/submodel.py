@@ -5,7 +5,6 @@ The slices are assigned, as views where possible, so that all sizes share one co
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from transformers import (
 from transformers.utils import GENERATION_CONFIG_NAME
 
 from star_elastic.axes import AxisMap
+from star_elastic.companions import require_reading_files
 from star_elastic.errors import CheckpointError, library_boundary
 from star_elastic.families import family_of, read_config
 from star_elastic.families.base import Config
@@ -34,6 +34,7 @@ from star_elastic.nesting.skeleton import (
     probe_positions,
 )
 from star_elastic.nesting.slice import Orders, slice_state, sort_state
+from star_elastic.paths import has_file, is_file
 from star_elastic.quant.checkpoint import model_state, read_input_scales
 from star_elastic.quant.engines import require_readable
 from star_elastic.quant.inputs import INPUTS, QuantisedInputs
@@ -98,8 +99,9 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     """
     settings = read_config(path)
     config = model_config(settings, Path(path) / "config.json")
-    if os.path.isfile(path):
+    if is_file(path):
         raise CheckpointError(f"{path} is a file; name the checkpoint directory that it lies in")
+    require_reading_files(Path(path))
     with library_boundary(
         f"{path} holds no usable tokenizer", "put the parent's tokenizer files beside the weights"
     ):
@@ -190,7 +192,7 @@ def require_loadable(path: Path, config: Config) -> None:
 
 def _generation_config(path: Path) -> GenerationConfig | None:
     file = path / GENERATION_CONFIG_NAME
-    if not os.path.isfile(file):
+    if not has_file(file):
         return None
     with library_boundary(f"{file} cannot be read", "correct the file or remove it"):
         return GenerationConfig.from_pretrained(path, local_files_only=True)

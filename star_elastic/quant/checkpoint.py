@@ -26,6 +26,7 @@ from star_elastic.checkpoint import (
 from star_elastic.companions import INPUT_SCALES, copy_companions
 from star_elastic.errors import CheckpointError, ConfigError
 from star_elastic.families import family_of, read_config
+from star_elastic.paths import has_file
 from star_elastic.quant.engines import written_config
 from star_elastic.quant.formats import Quantised, dequantise, largest_of, quantise
 from star_elastic.quant.layout import (
@@ -265,7 +266,7 @@ def save_input_scales(directory: Path, scales: Mapping[str, Values]) -> None:
 def load_input_scales(directory: Path, size: str) -> dict[str, torch.Tensor]:
     """The scales of one size's inputs; empty if the checkpoint has none of its own."""
     file = directory / INPUT_SCALES
-    if not file.is_file():
+    if not has_file(file):
         return {}
     start = f"{size}/"
     found = load_tensors(file)

@@ -7,7 +7,6 @@ run here, but the tests run transformers on every kind that it is said to run.
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from star_elastic.companions import without_pointers
 from star_elastic.errors import ConfigError
 from star_elastic.families import family_of, read_config
 from star_elastic.families.base import Config
+from star_elastic.paths import has_file
 from star_elastic.quant.layout import (
     CONFIG_KEY,
     MODELOPT_FILE,
@@ -49,7 +49,7 @@ def check_engines(path: str | Path) -> list[Verdict]:
     path = Path(path)
     config = read_config(path)
     axis_map = family_of(config).axis_map(config)
-    is_modelopt = os.path.isfile(path / MODELOPT_FILE)
+    is_modelopt = has_file(path / MODELOPT_FILE)
     scheme = scheme_of_modelopt(path, axis_map) if is_modelopt else read_scheme(config, axis_map)
     verdicts = [_star_elastic(is_modelopt), _transformers(config, axis_map, scheme, is_modelopt)]
     verdicts += [_vllm(axis_map, scheme), _llama_cpp(scheme)]
@@ -170,7 +170,7 @@ def _quantises_experts(axis_map: AxisMap, scheme: Scheme | None) -> bool:
 
 def require_readable(path: Path) -> None:
     """Raises ConfigError for a checkpoint in ModelOpt's layout, which is for engines."""
-    if os.path.isfile(path / MODELOPT_FILE):
+    if has_file(path / MODELOPT_FILE):
         raise ConfigError(
             f"{path} is in ModelOpt's layout, which star-elastic writes for engines and does not "
             "read; name the quantised family, or a slice in the layout of compressed-tensors"

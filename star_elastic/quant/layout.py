@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from star_elastic.axes import AxisMap, Dim, Segment, TensorSpec, fixed
-from star_elastic.errors import ConfigError
+from star_elastic.errors import ConfigError, reason
 from star_elastic.quant.formats import E4M3, FORMATS, Format, format_of
 from star_elastic.widths import Width, Widths
 
@@ -351,7 +351,10 @@ def scheme_of_modelopt(path: Path, axis_map: AxisMap) -> Scheme:
         names = {algorithm: name for name, algorithm in MODELOPT_ALGORITHMS.items()}
         format, paths = FORMATS[names[details["quant_algo"]]], set(details["exclude_modules"])
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ConfigError(f"{file} is not one that star-elastic writes ({error!r})") from None
+        raise ConfigError(
+            f"{file} is not one that star-elastic writes ({reason(error)}); remove it if the "
+            "weights are not in ModelOpt's layout, or use the unquantised original"
+        ) from None
     kept = (s.name for s in quantisable(axis_map) if not paths.isdisjoint(ignored_paths(s)))
     return Scheme(format, frozenset(kept))
 

@@ -6,7 +6,6 @@ same shared weights, but only the named ones were trained.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -19,16 +18,18 @@ from star_elastic.errors import CheckpointError, ConfigError, ShapeError, librar
 from star_elastic.families import read_config
 from star_elastic.latency import load_table
 from star_elastic.manifest import Manifest
+from star_elastic.paths import has_file
 from star_elastic.quant.layout import CONFIG_KEY
 from star_elastic.router.commit import Commitment, settle_between
 from star_elastic.router.grid import make_grid
 from star_elastic.router.router import Router
+from star_elastic.strict import parse
 
 
 def load_router(directory: str | Path, manifest: Manifest, axis_map: AxisMap) -> Router:
     """The router of an elastic checkpoint. Raises CheckpointError if it is missing or damaged."""
     file = Path(directory) / ROUTER
-    if not os.path.isfile(file):
+    if not has_file(file):
         raise CheckpointError(
             f"{directory} has no router, so it has only the sizes {', '.join(manifest.sizes)}; "
             "name one of them"
@@ -63,10 +64,12 @@ def widths_for(
     """
     router = load_router(directory, manifest, axis_map)
     table = Path(directory) / LATENCY
-    needed = "ms" in budget and os.path.isfile(table)
+    needed = "ms" in budget and has_file(table)
     measured = load_table(table, axis_map).milliseconds if needed else None
-    with library_boundary("elastic.json is damaged", "restore the file"):
-        workload = Workload(**manifest.provenance.get("workload", {}))
+    try:
+        workload = parse(Workload, manifest.provenance.get("workload", {}), "provenance.workload.")
+    except ConfigError as error:
+        raise CheckpointError(f"elastic.json is damaged ({error}); restore the file") from None
     cost = CostModel(axis_map, workload, measured)
     full = cost.count(axis_map.full)
     amounts = {metric: parse_budget(amount, metric) for metric, amount in budget.items()}

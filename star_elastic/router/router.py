@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from star_elastic.axes import LAYERS
+from star_elastic.errors import CheckpointError
 from star_elastic.nesting.gate import Mixture, Mixtures
 from star_elastic.router.grid import Grid
 from star_elastic.widths import Width
@@ -108,7 +109,8 @@ class Router(nn.Module):
         """The decision for a budget vector.
 
         `noise_key` draws Gumbel noise keyed by it and the axis; without it there is none (as in
-        evaluation). `hard` returns one-hot samples whose gradient is that of the soft ones.
+        evaluation). `hard` returns one-hot samples whose gradient is that of the soft ones. Raises
+        CheckpointError for a decision that is not finite.
         """
         picks: list[Mixture] = []
         for axis, net in self.nets.items():
@@ -119,6 +121,11 @@ class Router(nn.Module):
                 noise = gumbel(logits_LC.numel(), *noise_key, axis).reshape(logits_LC.shape)
                 logits_LC = logits_LC + noise.to(logits_LC)
             probs_LC = (logits_LC / temperature.tau).softmax(-1)
+            if not torch.isfinite(probs_LC).all():
+                raise CheckpointError(
+                    f"the router's decision on {axis} is not finite; lower router.learning_rate "
+                    "and go on, with --resume if there is a saved state: the last one is intact"
+                )
             if hard:
                 one_hot_LC = F.one_hot(probs_LC.argmax(-1), len(choices)).to(probs_LC)
                 probs_LC = one_hot_LC + (probs_LC - probs_LC.detach())

@@ -12,6 +12,7 @@ from star_elastic.checkpoint import load_tensors
 from star_elastic.companions import BASIS, ORDERS
 from star_elastic.nesting.elastic import ElasticModel
 from star_elastic.nesting.submodel import load_parent, sort_in_place
+from star_elastic.paths import has_file
 from star_elastic.progress import Progress
 from star_elastic.quant.fake import FILE_NAME as FAKE
 from star_elastic.quant.fake import FakeQuantisation
@@ -83,8 +84,8 @@ def _family(
     """The weights of a family that is trained on, with the order and basis that it is in."""
     family = Path(config.family)
     parent, _ = load_parent(family, device=device)
-    orders = load_tensors(family / ORDERS) if (family / ORDERS).is_file() else {}
-    basis = load_tensors(family / BASIS)["hidden"] if (family / BASIS).is_file() else None
+    orders = load_tensors(family / ORDERS) if has_file(family / ORDERS) else {}
+    basis = load_tensors(family / BASIS)["hidden"] if has_file(family / BASIS) else None
     return parent, orders, basis
 
 
@@ -100,7 +101,7 @@ def _fake(
 ) -> FakeQuantisation:
     """What is frozen of the quantised weights and inputs; a run directory keeps it."""
     stored = checked.dtype
-    if world.agree((run / FAKE).is_file()):
+    if world.agree(has_file(run / FAKE)):
         return FakeQuantisation.load(run, checked.axis_map, scheme).on(world.device, stored)
     widths = {name: size.widths for name, size in checked.fixed.items()}
     samples = InputCalibration(

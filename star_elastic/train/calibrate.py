@@ -22,6 +22,7 @@ from star_elastic.importance.estimate import estimate_scores
 from star_elastic.importance.files import ScoreInfo, load_scores, save_scores
 from star_elastic.importance.orders import orders_from_scores
 from star_elastic.nesting.submodel import build_submodel
+from star_elastic.paths import has_file
 from star_elastic.progress import Progress
 from star_elastic.train.config import RunConfig
 from star_elastic.train.sources import Batch, Source, calibration_batches
@@ -62,7 +63,7 @@ class Calibration:
     def orders(self, *, write: bool) -> dict[str, torch.Tensor]:
         """The permutation of every axis, best unit first; scores are estimated if need be."""
         own = self.run / SCORES
-        if own.is_file():
+        if has_file(own):
             scores = load_scores(own, self.axis_map)[0]
         else:
             count = min(
@@ -85,7 +86,7 @@ class Calibration:
         if self.config.calibration.basis == "channels":
             return None
         own = self.run / BASIS
-        if own.is_file():
+        if has_file(own):
             return load_tensors(own)["hidden"]
         count = min(
             self.config.calibration.num_samples, sum(source.num_used for source in self.sources)
@@ -101,7 +102,7 @@ class Calibration:
         if LAYERS not in self.config.choices:
             return ()
         own = self.run / DEPTH
-        if own.is_file():
+        if has_file(own):
             return tuple(load_tensors(own)["layers"].tolist())
         samples = min(DEPTH_SAMPLES, self.config.calibration.num_samples)
         batches = list(self.batches(samples))

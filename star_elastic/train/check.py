@@ -20,6 +20,7 @@ from star_elastic.latency import LatencyTable, load_table
 from star_elastic.manifest import Manifest, Size, load_manifest
 from star_elastic.nesting.rotate import check_rotatable
 from star_elastic.nesting.submodel import require_loadable
+from star_elastic.paths import exists, is_file
 from star_elastic.quant.layout import CONFIG_KEY, Scheme, make_scheme, stored_map
 from star_elastic.router.budget import REACH, Budgets, budget_miss, describe
 from star_elastic.router.commit import Commitment
@@ -124,7 +125,7 @@ def read_parent(config: RunConfig) -> tuple[Config, AxisMap, Manifest | None, Gr
     of widths to choose from. Raises ConfigError, ShapeError or CheckpointError."""
     for key in ("parent", "family"):
         path = getattr(config, key)
-        if path and not Path(path).exists():
+        if path and not exists(path):
             raise ConfigError(
                 f"{key}={path!r} does not exist; name a directory on this machine (a model of a "
                 "hub is downloaded first: hf download NAME --local-dir DIRECTORY)"
@@ -193,7 +194,7 @@ def _family(config: RunConfig, axis_map: AxisMap) -> Manifest:
 def latency_file(config: RunConfig) -> Path:
     """The latency table: a run that has begun keeps its own copy."""
     own = Path(config.out) / LATENCY
-    return own if own.is_file() and has_state(Path(config.out)) else Path(config.latency)
+    return own if is_file(own) and has_state(Path(config.out)) else Path(config.latency)
 
 
 def _check_order(budgets: Mapping[str, Budgets]) -> None:

@@ -20,9 +20,22 @@ from star_elastic.amounts import parse_budget
 from star_elastic.cost import METRICS, Workload
 from star_elastic.errors import ConfigError, library_boundary
 from star_elastic.families.base import is_hub_name, not_a_directory
+from star_elastic.paths import is_file, is_folder
 from star_elastic.quant.formats import FORMATS
 from star_elastic.router.router import Annealing
-from star_elastic.train.strict import parse, require
+from star_elastic.strict import parse, require, require_within
+
+MOST_TOKENS, MOST_ROWS, MOST_THREADS = 2**24, 2**20, 2**10
+"""Of a text, of a batch, of a process."""
+MOST_BYTES = 16
+"""Of a number."""
+MOST_OF_A_STEP = 2**30
+"""Tokens."""
+MOST = 2**62
+"""Of whatever is only counted. More than any of these is a slip of the pen, and would fill the
+memory or never end."""
+LONGEST_NAME = 64
+"""Characters of a size's name, which names files."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +63,7 @@ class SourceConfig:
     verdict is measured on them. 0: none, and no verdict on this source."""
 
     def __post_init__(self):
-        require(self.held_out >= 0, f"data.held_out={self.held_out} is negative")
+        require_within("data.held_out", self.held_out, 0, MOST)
         forms = sorted({"text", "prompt", "completion", "messages"} & set(self.notes))
         require(not forms, f"data.notes names {', '.join(forms)}, which rows are made of")
         require(bool(self.files), "data.files names no file; list JSONL files or datasets")
@@ -93,17 +106,24 @@ class StageConfig:
     60 at most."""
 
     def __post_init__(self):
-        require(self.tokens >= 1, f"stages.tokens={self.tokens} is less than 1")
+        require_within("stages.tokens", self.tokens, 1, MOST)
+        if self.context:
+            require_within("stages.context", self.context, 2, MOST_TOKENS)
+        require_within("stages.batch_size", self.batch_size, 0, MOST_ROWS)
+        require_within("stages.groups", self.groups, 1, MOST_ROWS)
         require(
-            self.context == 0 or self.context >= 2, f"stages.context={self.context} is not >= 2"
+            self.context * self.batch_size <= MOST_OF_A_STEP,
+            f"stages.context={self.context} and batch_size={self.batch_size} make a step of more "
+            f"than {MOST_OF_A_STEP:,} tokens; lower one of them",
         )
-        require(self.batch_size >= 0, f"stages.batch_size={self.batch_size} is negative")
-        require(self.groups >= 1, f"stages.groups={self.groups} is less than 1")
         require(all(w > 0 for w in self.size_weights), "stages.size_weights must be positive")
         require(self.learning_rate > 0, f"stages.learning_rate={self.learning_rate} is not > 0")
-        for name in ("final_learning_rate", "warmup_steps"):
-            value = getattr(self, name)
-            require(value is None or value >= 0, f"stages.{name}={value} is negative")
+        require(
+            self.final_learning_rate >= 0,
+            f"stages.final_learning_rate={self.final_learning_rate} is negative",
+        )
+        if self.warmup_steps is not None:
+            require_within("stages.warmup_steps", self.warmup_steps, 0, MOST)
         require(
             self.final_learning_rate <= self.learning_rate,
             f"stages.final_learning_rate={self.final_learning_rate} is above learning_rate="
@@ -144,9 +164,10 @@ class CalibrationConfig:
     embeddings are tied, where it is refused."""
 
     def __post_init__(self):
-        for name, least in (("num_samples", 1), ("batch_size", 1), ("context", 2)):
-            value = getattr(self, name)
-            require(value >= least, f"calibration.{name}={value} is less than {least}")
+        for name, least, most in (
+            ("num_samples", 1, MOST), ("batch_size", 1, MOST_ROWS), ("context", 2, MOST_TOKENS),
+        ):  # fmt: skip
+            require_within(f"calibration.{name}", getattr(self, name), least, most)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -240,9 +261,10 @@ class EngineConfig:
     """Steps between two saved states."""
 
     def __post_init__(self):
-        for name, least in (("micro_batch", 0), ("workers", 1), ("save_every", 1)):
-            value = getattr(self, name)
-            require(value >= least, f"engine.{name}={value} is less than {least}")
+        for name, least, most in (
+            ("micro_batch", 0, MOST_ROWS), ("workers", 1, MOST_THREADS), ("save_every", 1, MOST),
+        ):  # fmt: skip
+            require_within(f"engine.{name}", getattr(self, name), least, most)
         require(
             0 <= self.teacher_samples <= 255,
             f"engine.teacher_samples={self.teacher_samples} is not in 0 to 255",
@@ -274,7 +296,7 @@ class QuantConfig:
         require(
             bool(self.format or not self.keep), "quant.keep needs quant.format; name one, as nvfp4"
         )
-        require(self.samples >= 1, f"quant.samples={self.samples} is less than 1")
+        require_within("quant.samples", self.samples, 1, MOST)
         require(
             0 < self.percentile <= 100, f"quant.percentile={self.percentile} is not in (0, 100]"
         )
@@ -335,8 +357,9 @@ class RunConfig:
         require(bool(self.stages), "stages is empty; add [[stages]] with tokens")
         for name, budgets in self.sizes.items():
             require(
-                re.fullmatch(r"[^\s/\\]+", name) is not None,
-                f"sizes has the name {name!r}; use no spaces and slashes",
+                len(name) <= LONGEST_NAME and re.fullmatch(r"[A-Za-z0-9][\w.-]*", name) is not None,
+                f"sizes has the name {name[: LONGEST_NAME + 1]!r}; use letters, digits, '.', '_' "
+                f"and '-', at most {LONGEST_NAME}, and begin with a letter or a digit",
             )
             require(bool(budgets), f"sizes.{name} has no budget; add for example active = 0.5")
             for metric, amount in budgets.items():
@@ -352,6 +375,12 @@ class RunConfig:
             f"dtype_bytes={load.dtype_bytes}, ssm_dtype_bytes={load.ssm_dtype_bytes}; "
             "give tokens >= 0, sequences and bytes >= 1",
         )
+        for name, most in (
+            ("context", MOST_TOKENS), ("batch", MOST_ROWS),
+            ("dtype_bytes", MOST_BYTES), ("ssm_dtype_bytes", MOST_BYTES),
+        ):  # fmt: skip
+            require_within(f"workload.{name}", getattr(load, name), 0, most)
+        require_within("seed", abs(self.seed), 0, MOST)
         require(
             bool(self.family or not self.quant.format),
             "quant.format needs family, the elastic checkpoint to quantise; name one",
@@ -402,11 +431,11 @@ class RunConfig:
 def load_run_config(file: str | Path) -> RunConfig:
     """Reads a run config. Relative paths in it are relative to the file. Raises ConfigError."""
     file = Path(file)
-    if file.is_dir():
+    if is_folder(file):
         inside = sorted(found.name for found in file.glob("*.toml"))
         advice = f", for example {file / inside[0]}" if inside else ""
         raise ConfigError(f"{file} is a directory; name a run config, which is a TOML file{advice}")
-    if not file.is_file():
+    if not is_file(file):
         raise ConfigError(f"{file} does not exist; name a run config (TOML)")
     with library_boundary(f"{file} is not valid TOML", "correct the file", ConfigError):
         content = tomllib.loads(file.read_text(encoding="utf-8"))

@@ -12,7 +12,9 @@ from typing import Any
 from star_elastic.checkpoint import read_json, write_json
 from star_elastic.companions import BASIS, LATENCY
 from star_elastic.errors import CheckpointError, ConfigError, reason
+from star_elastic.paths import exists, is_file, names_in
 from star_elastic.quant.fake import FILE_NAME as FAKE
+from star_elastic.strict import to_plain
 from star_elastic.train.calibrate import DEPTH, SCORES
 from star_elastic.train.check import latency_file
 from star_elastic.train.config import RunConfig
@@ -24,7 +26,6 @@ from star_elastic.train.fingerprint import (
 )
 from star_elastic.train.sources import Source
 from star_elastic.train.state import has_state
-from star_elastic.train.strict import to_plain
 from star_elastic.train.verdict import VERDICT
 
 ELASTIC, QUANTISED = "elastic", "quantised"
@@ -51,17 +52,17 @@ def require_ready(
     ranked by then is kept. Raises CheckpointError or ConfigError unless the run can begin in the
     directory, or go on.
     """
-    if not resume and (has_state(run) or (run / ELASTIC).exists()):
+    if not resume and (has_state(run) or exists(run / ELASTIC)):
         raise CheckpointError(f"{run} is not empty; resume it with --resume or name another out")
-    if resume and not run.exists():
+    if resume and not exists(run):
         raise CheckpointError(
             f"{run} holds no run to go on with; correct out, or start without --resume"
         )
-    if not run.exists() or not any(run.iterdir()):
+    if not exists(run) or not names_in(run):
         return []
-    if not (run / RUN).is_file():
+    if not is_file(run / RUN):
         raise CheckpointError(f"{run} holds something else; name another out")
-    if not has_state(run) and not any((run / file).exists() for file in MEASURED):
+    if not has_state(run) and not any(exists(run / file) for file in MEASURED):
         return []  # nothing but a config that was never used
     refused, allowed = _changes(run, config, sources)
     if refused:
@@ -71,8 +72,8 @@ def require_ready(
             f"{', '.join(refused)} differ from the run in {run}{told}; put back what changed, or "
             "start another run in another directory"
         )
-    judged = (run / VERDICT).exists() or not any(source.held_out for source in config.data)
-    if resume and last_of(run, config).exists() and judged:
+    judged = exists(run / VERDICT) or not any(source.held_out for source in config.data)
+    if resume and exists(last_of(run, config)) and judged:
         raise CheckpointError(f"{last_of(run, config)} is complete already; nothing to resume")
     return allowed
 
@@ -97,7 +98,7 @@ def begin(run: Path, config: RunConfig, sources: Sequence[Source]) -> None:
     latency table in use."""
     run.mkdir(parents=True, exist_ok=True)
     written = _written(config, sources)
-    if not (run / RUN).is_file() or read_json(run / RUN) != written:
+    if not is_file(run / RUN) or read_json(run / RUN) != written:
         write_json(run / RUN, written)
     if config.latency and latency_file(config) != run / LATENCY:
         shutil.copyfile(config.latency, run / LATENCY)

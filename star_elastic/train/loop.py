@@ -208,6 +208,9 @@ class Trainer:
         self.is_sound = False
         self.optimizer.step()
         self.router_optimizer.step()
+        if not self.committed:  # a decision that is not finite would be found a step too late
+            for number in range(len(self.names)):
+                self.router.decide(self.router.one_hot(number), self.temperature())
         self.is_sound = True
         self.step += 1
         self.tokens += num_tokens

@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 from star_elastic.amounts import show_amount
+from star_elastic.paths import is_file
 from star_elastic.progress import Progress
 from star_elastic.router.commit import LEARNED
 from star_elastic.train.calibrate import SCORES
@@ -131,7 +132,7 @@ class _Look:
 
     def _ranking(self) -> str:
         options = self.config.calibration
-        if (self.run / SCORES).is_file():
+        if is_file(self.run / SCORES):
             return "done before"
         if options.scores:
             return f"taken from {_short(options.scores)}"
@@ -202,7 +203,7 @@ class _Look:
                 "router.commit_at"
             )
         options = self.config.calibration
-        ranks = not (options.scores or self.config.family or (self.run / SCORES).is_file())
+        ranks = not (options.scores or self.config.family or is_file(self.run / SCORES))
         count = min(options.num_samples, self.num_rows) * options.context
         read = sum(self._step_tokens(n) * s.num_steps for n, s in enumerate(self.config.stages))
         if ranks and count > read:

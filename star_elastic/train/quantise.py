@@ -15,12 +15,13 @@ import torch
 from transformers import PreTrainedModel
 
 from star_elastic.axes import AxisMap
-from star_elastic.checkpoint import require_free
+from star_elastic.checkpoint import require_writable
 from star_elastic.companions import copy_family_files
 from star_elastic.errors import ConfigError
 from star_elastic.families import family_of, read_config
 from star_elastic.families.base import Config
 from star_elastic.manifest import load_manifest, save_manifest
+from star_elastic.nesting.model_config import model_config
 from star_elastic.nesting.submodel import build_submodel, load_parent, load_tokenizer
 from star_elastic.placement import choose_device, choose_dtype
 from star_elastic.progress import Progress, Silent, staged
@@ -72,7 +73,7 @@ def quantise_family(
     """
     path, progress = Path(elastic), progress or Silent()
     calibration = calibration or InputCalibration()
-    require_free(out)
+    require_writable(out)
     if not 0 < calibration.percentile <= 100:
         raise ConfigError(f"percentile={calibration.percentile} is not in (0, 100]; use 99.99")
     config = read_config(path)
@@ -80,6 +81,7 @@ def quantise_family(
     manifest = load_manifest(path, axis_map)
     if config.get(CONFIG_KEY):
         raise ConfigError(f"{path} is quantised already; quantise the checkpoint it was made from")
+    model_config(config, path / "config.json")
     scheme = make_scheme(axis_map, format_name, keep)
     stored = stored_map(axis_map, scheme)
     for size in manifest.sizes.values():
@@ -157,7 +159,8 @@ def calibrate_sizes(
         return {}
     # Without padding, whose activations would count, too.
     documents = first_documents(sources, [1.0] * len(sources), calibration.samples)
-    progress.stage("read", calibration.samples)
+    held = sum(len(source) for source in sources)
+    progress.stage("read", min(calibration.samples, held))
     rows = []
     for document in documents:
         rows.append(document.fed[: calibration.context])

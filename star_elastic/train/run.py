@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 import star_elastic
-from star_elastic.checkpoint import save_tensors
+from star_elastic.checkpoint import require_folder, save_tensors
 from star_elastic.companions import BASIS, LATENCY, ORDERS, ROUTER
 from star_elastic.errors import CheckpointError, Interrupted, RowError, reason
 from star_elastic.importance.files import load_scores, save_scores
@@ -27,10 +27,12 @@ from star_elastic.manifest import Manifest, Size, load_manifest, save_manifest
 from star_elastic.nesting.elastic import ElasticModel
 from star_elastic.nesting.stream import save_model
 from star_elastic.nesting.submodel import load_tokenizer
+from star_elastic.paths import exists, has_file
 from star_elastic.progress import Progress, Silent, staged
 from star_elastic.router.budget import AIM
 from star_elastic.router.commit import Commitment
 from star_elastic.signals import Stop, Stoppable, stop_on_signals
+from star_elastic.strict import to_plain
 from star_elastic.train.build import build_trainer
 from star_elastic.train.calibrate import SCORES
 from star_elastic.train.check import Checked, check
@@ -52,7 +54,6 @@ from star_elastic.train.quantise import quantise_family
 from star_elastic.train.row_check import require_lessons
 from star_elastic.train.sources import Document, Source, open_sources
 from star_elastic.train.state import has_state, load_state, save_state
-from star_elastic.train.strict import to_plain
 from star_elastic.train.verdict import VERDICT, Verdict, held_out_documents, judge_run
 
 
@@ -115,6 +116,8 @@ def _told_of_rows(go_on: str) -> Iterator[None]:
 
 def _train(config: RunConfig, resume: bool, shown: Progress, stop: Stop, world: World) -> RunResult:
     run = Path(config.out)
+    if world.is_first:
+        require_folder(run)
     progress = Stoppable(shown, stop, lambda: _how_to_go_on(run))
     checked = check(config, world.size)
     tokenizer = load_tokenizer(config.parent)
@@ -123,7 +126,7 @@ def _train(config: RunConfig, resume: bool, shown: Progress, stop: Stop, world: 
     )
     told = require_ready(run, config, sources, resume)
     given = None
-    if config.calibration.scores and not (run / SCORES).is_file():
+    if config.calibration.scores and not has_file(run / SCORES):
         given = load_scores(Path(config.calibration.scores), checked.axis_map)
     for line in told:
         progress.say(line)
@@ -138,7 +141,7 @@ def _train(config: RunConfig, resume: bool, shown: Progress, stop: Stop, world: 
     world.wait()
 
     seconds = 0.0
-    if not last_of(run, config).exists():
+    if not exists(last_of(run, config)):
         if not has_state(run):
             with _told_of_rows("start again"):
                 require_lessons(config, sources, progress)
@@ -180,7 +183,7 @@ def _train_sizes(
             save_tensors(directory / ROUTER, trainer.router.state_dict())
         # A table stays true of a family that is trained on: its shapes are the same.
         table = (run if config.latency else Path(config.family or run)) / LATENCY
-        if table.is_file():
+        if has_file(table):
             shutil.copyfile(table, directory / LATENCY)
         save_tensors(directory / ORDERS, dict(orders))
         if basis is not None:
@@ -232,7 +235,7 @@ def _has_its_router(config: RunConfig, checked: Checked) -> bool:
     sizes = load_manifest(config.family, checked.axis_map).sizes
     budgets = {name: dict(size.budgets) for name, size in sizes.items()}
     same = list(budgets.items()) == [(n, dict(b)) for n, b in checked.budgets.items()]
-    return same and (Path(config.family) / ROUTER).is_file()
+    return same and has_file(Path(config.family) / ROUTER)
 
 
 def _whole_state(student: ElasticModel, world: World) -> dict[str, torch.Tensor]:
@@ -298,15 +301,17 @@ def _loop(trainer: Trainer, run: Path, progress: Progress, stop: Stop) -> float:
 def _drop_later_metrics(run: Path, step: int) -> None:
     """Drops the log's rows after the last saved state; the run writes them again."""
     file = run / METRICS
-    if not file.is_file():
+    if not has_file(file):
         return
     rows = []
-    for line in file.read_text(encoding="utf-8").splitlines():
+    for line in file.read_bytes().splitlines():
         try:
-            rows.append(json.loads(line))
-        except ValueError:
-            break  # a line that a killed run began
-    text = "".join(json.dumps(row) + "\n" for row in rows if row["step"] < step)
+            row = json.loads(line)
+            if row["step"] < step:
+                rows.append(row)
+        except (ValueError, LookupError, TypeError):
+            break  # a line that a killed run began, or that something else has written
+    text = "".join(json.dumps(row) + "\n" for row in rows)
     temporary = file.with_suffix(".tmp")
     temporary.write_text(text, encoding="utf-8")
     temporary.replace(file)

@@ -7,6 +7,8 @@ parent, a quantised family against the family that it was made from.
 from __future__ import annotations
 
 import itertools
+import os
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +22,7 @@ from star_elastic.errors import RowError
 from star_elastic.families import family_of, read_config
 from star_elastic.manifest import Size, load_manifest
 from star_elastic.nesting.submodel import build_submodel, load_parent, load_tokenizer, sort_in_place
+from star_elastic.paths import has_file
 from star_elastic.progress import Progress
 from star_elastic.quant.checkpoint import load_input_scales
 from star_elastic.train.divergence import (
@@ -169,8 +172,8 @@ def judge_run(
     """
     judge = _Judge(held_out, load_tokenizer(parent), progress)
     family, judged = _Family(elastic), _Family(quantised or elastic)
-    orders = load_tensors(elastic / ORDERS) if (elastic / ORDERS).is_file() else None
-    basis = load_tensors(elastic / BASIS)["hidden"] if (elastic / BASIS).is_file() else None
+    orders = load_tensors(elastic / ORDERS) if has_file(elastic / ORDERS) else None
+    basis = load_tensors(elastic / BASIS)["hidden"] if has_file(elastic / BASIS) else None
     cut = {n: s.widths for n, s in family.sizes.items() if not family.is_full(s)}
     if orders is None:  # whoever made the family did not say
         cut = {}
@@ -221,6 +224,12 @@ def judge_quantised(
         sizes[name] = SizeVerdict(trained=judge.compare(before[name], judge.read(submodel)))
         said[name] = judge.go_on(submodel)
     return judge.verdict(judged, "itself unquantised", sizes, going_on, said)
+
+
+def free_name(folder: Path, name: str) -> Path:
+    """A path in a folder where nothing is yet: of this name, or of one like it."""
+    names = itertools.chain([name], (f"{name}-{number}" for number in itertools.count(2)))
+    return next(folder / own for own in names if not os.path.lexists(folder / own))
 
 
 class _Family:
@@ -300,10 +309,11 @@ class _Judge:
     ) -> Verdict:
         """Everything that was found."""
         smallest = list(sizes)[-1]
-        folder = judged.path.parent / smallest
-        command = f"star-elastic slice {judged.path} --size {smallest} --out {folder}"
+        folder = free_name(judged.path.parent, smallest)
+        words = ["slice", str(judged.path), "--size", smallest, "--out", str(folder)]
         if judged.manifest.per_layer:  # which no plain checkpoint can hold
-            command = f'star-elastic generate {judged.path} --size {smallest} "..."'
+            words = ["generate", str(judged.path), "--size", smallest, "..."]
+        command = shlex.join(["star-elastic", *words])
         return Verdict(
             elastic=judged.path,
             reference=reference,

@@ -19,6 +19,12 @@ def require(condition: bool, message: str) -> None:
         raise ConfigError(message)
 
 
+def require_within(name: str, value: int, least: int, most: int) -> None:
+    """Raises ConfigError unless an integer lies from `least` to `most`."""
+    require(value >= least, f"{name}={value} is less than {least}; raise it")
+    require(value <= most, f"{name}={value} is more than {most:,}; lower it")
+
+
 def parse(kind: type, content: Any, where: str) -> Any:
     """A config dataclass from plain data, strictly. `where` is the dotted path for messages."""
     if not isinstance(content, dict):
@@ -30,7 +36,7 @@ def parse(kind: type, content: Any, where: str) -> Any:
             near = difflib.get_close_matches(key, known, n=1)
             advice = f"did you mean {near[0]}?" if near else f"use {', '.join(known)}"
             raise ConfigError(f"{where}{key} is not a key of the run config; {advice}")
-    values = {key: _value(hints[key], value, f"{where}{key}") for key, value in content.items()}
+    values = {key: read_value(hints[key], value, f"{where}{key}") for key, value in content.items()}
     for name, entry in known.items():
         required = entry.default is dataclasses.MISSING
         if name not in values and required and entry.default_factory is dataclasses.MISSING:
@@ -38,7 +44,8 @@ def parse(kind: type, content: Any, where: str) -> Any:
     return kind(**values)
 
 
-def _value(hint: Any, value: Any, where: str) -> Any:
+def read_value(hint: Any, value: Any, where: str) -> Any:
+    """A value from plain data as `hint` says, strictly; `where` names it. Raises ConfigError."""
     origin = typing.get_origin(hint)
     if isinstance(hint, type) and dataclasses.is_dataclass(hint):
         return parse(hint, value, f"{where}.")
@@ -55,14 +62,20 @@ def _value(hint: Any, value: Any, where: str) -> Any:
         if not isinstance(value, list):
             raise ConfigError(f"{where}={value!r} is not a list")
         inner = typing.get_args(hint)[0]
-        return tuple(_value(inner, item, f"{where}[{i}]") for i, item in enumerate(value))
+        return tuple(read_value(inner, item, f"{where}[{i}]") for i, item in enumerate(value))
     if origin is Mapping or origin is typing.get_origin(Mapping[str, Any]):
         if not isinstance(value, dict):
             raise ConfigError(f"{where}={value!r} is not a table")
         inner = typing.get_args(hint)[1]
-        return {key: _value(inner, item, f"{where}.{key}") for key, item in value.items()}
+        return {key: read_value(inner, item, f"{where}.{key}") for key, item in value.items()}
+    if hint is Any:
+        return value
     if origin in (types.UnionType, typing.Union):
         kinds = typing.get_args(hint)
+        lists = [kind for kind in kinds if typing.get_origin(kind) is tuple]
+        if lists and isinstance(value, (list, tuple)):
+            return read_value(lists[0], value, where)
+        kinds = tuple(kind for kind in kinds if kind not in lists)
         if type(value) is int and float in kinds:
             return float(value)
         if type(value) not in kinds:
