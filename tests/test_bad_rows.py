@@ -210,6 +210,21 @@ def test_rows_are_checked_before_a_run(run_folder, lines, tmp_path):
     assert last[1] == "stages[0]: 1 rows are cut, 0 teach nothing"
 
 
+def test_a_prompt_that_fills_the_context_teaches_nothing(run_folder):
+    """As training leaves it out, stage by stage; a token more of the context, and it counts."""
+    rows = [json.dumps({"prompt": "1" * 100, "completion": "2"}), '{"text": ""}', '{"text": "3"}']
+    config = make(run_folder, "full", rows)
+    stages = tuple(replace(config.stages[0], context=context) for context in (99, 100, 101))
+    config = replace(config, stages=stages)
+    tokenizer = load_tokenizer(config.parent)
+    source = Source(config.data[0].files, tokenizer, "answers")
+    num_prompt = source.document(0).first + 1
+    assert num_prompt == 100
+    found = check_rows(config, [source], Silent())
+    assert found.left_out == [2, 1, 1] and found.cut == [1, 1, 0]
+    assert found.lines()[1] == "stages[0]: 1 rows are cut, 2 teach nothing"
+
+
 def check_of(config):
     """What the rows of a run config are, and its sources."""
     tokenizer = load_tokenizer(config.parent)

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Nemot
 import star_elastic
 from star_elastic.cost import CostModel, Workload
 from star_elastic.errors import ConfigError
+from star_elastic.evaluate import pareto
 from star_elastic.evaluate.accuracy import Evaluation, evaluate_plan, solve, summarise
 from star_elastic.evaluate.pareto import pareto_front, plot_pareto
 from star_elastic.evaluate.tasks import messages, sample_problems
@@ -243,6 +244,18 @@ def test_plot_is_a_small_png(tmp_path):
     assert 20_000 < file.stat().st_size < 300_000
     plot_pareto(results[:1], file)
     assert list(tmp_path.iterdir()) == [file]
+
+
+def test_error_bars_end_where_the_intervals_do(tmp_path, monkeypatch):
+    """Down to the lower end and up to the upper one, which lie at different distances."""
+    figures = []
+    monkeypatch.setattr(pareto, "_save", lambda figure, file: figures.append(figure))
+    results = [make_evaluation("size", 0.1, 0.9), make_evaluation("one>other", 0.2, 0.4)]
+    plot_pareto(results, tmp_path / "pareto.png")
+    for panel in figures[0].axes:
+        bars = [segment for c in panel.containers for segment in c.lines[2][0].get_segments()]
+        found = [end for bar in bars for end in (bar[0, 1], bar[1, 1])]
+        assert found == pytest.approx([45, 95, 20, 70])
 
 
 def test_plot_mistakes(tmp_path):

@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -298,8 +299,8 @@ def test_the_dtype_is_that_of_the_file_whatever_the_config_says(plain, tmp_path,
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "slice").dtype == stored
 
 
-def run_on(parent: Path, tmp_path: Path) -> Path:
-    """The elastic checkpoint of a run of four steps."""
+def run_on(parent: Path, tmp_path: Path, **changed: Any) -> Path:
+    """The elastic checkpoint of a run of four steps; some keys of its config may be others."""
     content = {
         "parent": str(parent), "out": str(tmp_path / "run"),
         "sizes": {"large": {"active": 1.0}, "small": {"active": 0.9}},
@@ -308,7 +309,7 @@ def run_on(parent: Path, tmp_path: Path) -> Path:
         "calibration": {"num_samples": 4, "context": 16},
         "stages": [{"tokens": 128, "context": 16, "batch_size": 2, "learning_rate": 1e-4}],
     }  # fmt: skip
-    return train(parse(RunConfig, content, "")).elastic
+    return train(parse(RunConfig, content | changed, "")).elastic
 
 
 def test_training_stores_every_tensor_as_the_parent_does(copied, tmp_path):
@@ -345,6 +346,15 @@ def test_what_belongs_to_a_family_survives_quantisation_and_no_slice(copied, tmp
 def test_training_writes_what_a_family_has(copied, tmp_path):
     elastic = run_on(copied, tmp_path)
     assert {"elastic.json", "orders.safetensors", "tokenizer.json"} <= everything_under(elastic)
+
+
+def test_a_family_that_is_trained_on_keeps_its_table(copied, tmp_path):
+    """Its shapes, and so its times, are the same."""
+    family = run_on(copied, tmp_path)
+    (family / LATENCY).write_bytes(b"times")
+    (tmp_path / "on").mkdir()
+    on = run_on(copied, tmp_path / "on", family=str(family), router={})
+    assert (on / LATENCY).read_bytes() == b"times"
 
 
 def test_a_table_measured_before_quantisation_tells_shares_but_no_times(trained, tmp_path):

@@ -18,10 +18,11 @@ from star_elastic.nesting.submodel import load_parent
 from star_elastic.quant import formats
 from star_elastic.quant.checkpoint import INPUT_SCALES, load_input_scales, quantise_checkpoint
 from star_elastic.quant.engines import check_engines
+from star_elastic.quant.fake import FakeQuantisation
 from star_elastic.quant.formats import fake_activation, format_of, quantise
 from star_elastic.quant.inputs import FakeInput, calibrate_inputs
 from star_elastic.quant.layout import BEFORE_ATTENTION, make_scheme, read_scheme
-from star_elastic.train.quantise import quantise_family
+from star_elastic.train.quantise import quantise_family, shared_scales
 from star_elastic.train.run import train
 from tests.architectures import fixed_config
 from tests.laws.parents import make_parent
@@ -82,6 +83,40 @@ def test_every_size_has_the_scales_of_its_own_inputs(elastic, nvfp4, tmp_path):
     with torch.no_grad():
         ours, theirs = (m(input_ids=ids).logits for m in (family["small"], model))
     assert (ours - theirs).abs().max() < 1e-5 * theirs.abs().max()
+
+
+def test_the_checkpoint_has_the_largest_scales_of_any_size(elastic):
+    """The largest size need not have the largest inputs."""
+    config = read_config(elastic)
+    axis_map = family_of(config).axis_map(config)
+    scheme = make_scheme(axis_map, "fp8")
+    first, second, *others = scheme.quantised(axis_map)
+    one, two, three = (torch.tensor([value]) for value in (1.0, 2.0, 3.0))
+    scales = {"large": {first: one, second: three}, "small": {first: two, second: one}}
+    assert others and shared_scales(scales, scheme, axis_map) == {first: two, second: three}
+
+
+@pytest.mark.parametrize("name", ["fp8", "nvfp4"])
+def test_layers_that_engines_fuse_have_one_scale(name, tmp_path):
+    """vLLM makes one layer of q, k and v, and one of gate and up, with the larger scale of all."""
+    config = {**fixed_config("llama"), "hidden_size": 32, "intermediate_size": 32}
+    parent = make_parent(config, 3, torch.float32)
+    scheme = make_scheme(parent.axis_map, name)
+    inputs = {weight: torch.ones(1) for weight in scheme.quantised(parent.axis_map)}
+    quantise_checkpoint(parent.save(tmp_path), scheme, tmp_path / "q", input_scales=inputs)
+    written = load_file(tmp_path / "q" / "model.safetensors")
+    last = "weight_global_scale" if name == "nvfp4" else "weight_scale"
+    state = {name: value.detach() for name, value in parent.state.items()}
+    frozen = FakeQuantisation.of(state, parent.axis_map, scheme, inputs).largest
+    for fused in (
+        "self_attn.q_proj self_attn.k_proj self_attn.v_proj",
+        "mlp.gate_proj mlp.up_proj",
+    ):
+        layers = [f"model.layers.0.{layer}" for layer in fused.split()]
+        magnitudes = {float(state[f"{layer}.weight"].abs().max()) for layer in layers}
+        assert len(magnitudes) == len(layers)
+        assert len({float(written[f"{layer}.{last}"]) for layer in layers}) == 1
+        assert {float(frozen[f"{layer}.weight"]) for layer in layers} == {max(magnitudes)}
 
 
 def test_modelopt_has_the_same_values_under_its_own_names(nvfp4, tmp_path):
@@ -154,6 +189,14 @@ def test_parts_are_kept_by_name(elastic):
     assert {spec.part for spec in kept.values()} == {"routed experts", "shared experts"}
     with pytest.raises(ConfigError, match="nothing is left to quantise"):
         make_scheme(axis_map, "fp8-block")
+
+
+def test_of_all_mamba_layers_the_last_before_attention_is_kept():
+    config = fixed_config("moe")
+    assert config["hybrid_override_pattern"] == "MEM*E"
+    axis_map = family_of(config).axis_map(config)
+    kept = make_scheme(axis_map, "fp8", [BEFORE_ATTENTION]).kept
+    assert {axis_map.tensors[name].layer for name in kept} == {2}
 
 
 def test_calibration_by_percentile_and_by_the_largest():

@@ -82,6 +82,15 @@ def test_axes_with_equal_choices_draw_independent_noise():
     assert not torch.equal(gumbel(5, 1, 2, "a"), gumbel(5, 1, 3, "a"))
 
 
+def test_scale_multiplies_all_of_the_logits_and_tau_divides_them_with_their_noise():
+    router = Router({"ffn": (4, 3, 2)}, 1, seed=0)
+    logits = router.decide(router.one_hot(0), ASKED).picks[0].probs.log()
+    for key, noise in ((None, torch.zeros(3)), ((7, 1), gumbel(3, 7, 1, "ffn"))):
+        found = router.decide(router.one_hot(0), Temperature(tau=0.5, scale=2.0), noise_key=key)
+        expected = ((2 * logits + noise) / 0.5).softmax(-1)
+        assert torch.allclose(found.picks[0].probs, expected, atol=1e-6)
+
+
 def test_hard_sample_is_one_hot_with_the_soft_gradient():
     router = Router({"a": (4, 3, 2)}, 2)
     soft = router.decide(router.one_hot(1), Temperature(1.0, 1.0), noise_key=(5,))
@@ -258,6 +267,18 @@ def test_budgets_between_trained_ones_are_interpolated_and_outside_refused():
             settle_between(router, trained, asked, cost)
     with pytest.raises(BudgetError, match="give one budget"):
         settle_between(router, trained, {"active": 0.8, "total": 0.8}, cost)
+
+
+def test_between_budgets_the_nearer_one_weighs_more(monkeypatch):
+    cost = CostModel(random_parent(LLAMA).axis_map)
+    router = Router({"ffn": tuple(range(64, 15, -2))}, 3, seed=0)
+    asked, decide = [], router.decide
+    monkeypatch.setattr(router, "decide", lambda v, *rest: asked.append(v) or decide(v, *rest))
+    trained = [{"active": 0.9}, {"total": 0.5}, {"active": 0.7}]
+    for share in (0.9, 0.85, 0.8, 0.7):
+        settle_between(router, trained, {"active": share}, cost)
+    expected = [[1.0, 0.0, 0.0], [0.75, 0.0, 0.25], [0.5, 0.0, 0.5], [0.0, 0.0, 1.0]]
+    assert torch.allclose(torch.stack(asked), torch.tensor(expected))
 
 
 def test_budget_gradient_points_to_the_budget():

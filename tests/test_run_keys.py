@@ -540,6 +540,10 @@ def test_training_through_a_format(blocks, watch):
     assert all(few[name] <= base[name] for name in base) and few != base
     assert any(few[name] < base[name] for name in base)
     assert all(low[name] < base[name] for name in base)
+    brief = {"num_samples = 16\ncontext = 96": "num_samples = 16\ncontext = 3"}
+    cut = watch(**family, **brief, **{"[engine]": '[quant]\nformat = "fp8"\nsamples = 4\n[engine]'})
+    scales = cut.trainer.student.fake.inputs
+    assert all(scales[name] <= base[name] for name in base) and scales != base
 
 
 def test_every_key_is_watched():

@@ -33,7 +33,8 @@ from star_elastic.generate.sequence import Rules, Sequence
 from star_elastic.generate.text import TextStream
 from star_elastic.manifest import Manifest, Size, save_manifest
 from star_elastic.nesting.slice import slice_tensor
-from tests.thinking import parts_streamed
+from tests.thinking import PLAIN, one, parts_streamed, table_generator
+from tests.thinking import make_tokenizer as make_byte_tokenizer
 from tests.tiny_family import (
     ALWAYS_THINKS,
     END,
@@ -395,6 +396,29 @@ def test_stop_strings_end_a_sequence_wherever_they_are_written(family, thinking_
                     streamed[event.index] += event.text
             assert streamed == [result.text for result in results]
     assert "stop_string" in ended
+
+
+def test_a_stop_string_may_take_several_tokens_a_letter():
+    tags = ThinkingTags(make_byte_tokenizer(), END)
+    plan = think_and_answer("s", "s", thinking_budget=0, stop=["終わり"])
+    sequence = Sequence(Rules(plan, tags, frozenset()), 0, [5], 1, torch.Generator())
+    for token in tags.encode("ab終わり"):
+        assert not sequence.is_done
+        sequence.accept(token)
+    assert sequence.is_done and sequence.result([0.0]).answer == "ab"
+
+
+@pytest.mark.parametrize("ends", ["b", ["b"], ["z", "b"], None])
+def test_a_turn_ends_at_what_the_model_says_ends_it(ends):
+    """At the tokenizer's own end, and at any that generation_config.json names."""
+    generator = table_generator({"\n": "a", "a": "b", "b": "c"}, PLAIN)
+    ids = {text: one(generator.tokenizer, text) for text in "abcz"}
+    settings = generator.models["small"].generation_config
+    settings.eos_token_id = [ids[e] for e in ends] if type(ends) is list else ids.get(ends)
+    plan = think_and_answer("small", "small", max_new_tokens=6)
+    (result,) = generator.generate("q", plan)
+    assert result.phases[-1].ended == "natural"
+    assert result.answer == ("abc" if ends is None else "a")
 
 
 def test_an_end_of_thinking_that_the_prompt_leaves_open_is_streamed():

@@ -20,6 +20,7 @@ from star_elastic.nesting.submodel import load_parent, sort_in_place
 from star_elastic.router.budget import AIM, REACH
 from star_elastic.router.files import widths_for
 from star_elastic.router.grid import default_choices
+from star_elastic.train.check import check
 from star_elastic.train.config import StageConfig
 from star_elastic.train.curriculum import Curriculum, Position
 from star_elastic.train.distributed import World
@@ -97,7 +98,8 @@ def test_training_brings_the_small_size_closer_to_the_parent(run_folder, trained
 
 
 def same_run(one, other):
-    """Bit for bit the same result and losses."""
+    """Bit for bit the same result and losses, after as many steps and tokens."""
+    assert (one.steps, one.tokens) == (other.steps, other.tokens)
     for name in ("model.safetensors", "router.safetensors", "orders.safetensors"):
         ours, theirs = (load_tensors(r.elastic / name) for r in (one, other))
         assert ours.keys() == theirs.keys()
@@ -365,6 +367,27 @@ def test_budgets_in_milliseconds_come_from_the_table(run_folder):
     assert not (run_folder / "ms-cut" / "latency.json").exists()
     between = widths_for(result.elastic, family.manifest, axis_map, {"ms": 0.95})
     assert table.milliseconds(between.widths, axis_map) == pytest.approx(0.95 * full, rel=REACH)
+
+
+def test_a_run_that_goes_on_counts_with_the_table_that_it_began_with(run_folder):
+    """Whatever has been measured since."""
+    model_config = read_config(run_folder / "parent")
+    axis_map = family_of(model_config).axis_map(model_config)
+    choices = config_in(run_folder, "own-ms").choices
+    first, later = (made_up(axis_map, seed, choices=choices) for seed in (0, 1))
+    save_table(first, run_folder / "own-table.json")
+    changes = {
+        **SHORT,
+        "[sizes.large]\nactive = 1.0": 'latency = "own-table.json"\n[sizes.large]\nms = 1.0',
+        "active = 0.7": "ms = 0.9",
+    }
+    config = config_in(run_folder, "own-ms", **changes)
+    with pytest.raises(Interrupted):
+        train(config, progress=StopAt(2))
+    save_table(later, run_folder / "own-table.json")
+    full = check(config).cost.count(axis_map.full).ms
+    assert full == first.milliseconds(axis_map.full, axis_map)
+    assert full != later.milliseconds(axis_map.full, axis_map)
 
 
 def test_stages_have_their_steps_rates_and_sizes():

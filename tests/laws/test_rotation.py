@@ -125,6 +125,26 @@ def test_principal_basis_finds_the_subspace_that_the_stream_lives_in():
             assert state[name][:, kept:].abs().max() < 1e-8 < state[name][:, :kept].abs().max()
 
 
+def test_every_token_and_norm_weighs_the_same_in_the_principal_basis():
+    """However large the stream is there: in plain code, the second moment of unit vectors."""
+    parent = make_parent(fixed_config("dense"), 0, torch.float64)
+    mask = torch.ones_like(parent.ids)
+    mask[0, 5:] = 0
+    seen = []
+    for norm in parent.axis_map.norms:
+        if norm.axis == "hidden":
+            module = parent.model.get_submodule(norm.path)
+            module.register_forward_pre_hook(lambda _, args: seen.append(args[0][mask.bool()]))
+    with precision(torch.float64):
+        found = principal_basis(parent.model, parent.axis_map, [(parent.ids, mask)])
+    units = [x / x.norm(dim=-1, keepdim=True) for x in seen]
+    assert max(x.norm(dim=-1).max() for x in seen) > 2 * min(x.norm(dim=-1).min() for x in seen)
+    moment = found.mT @ sum(x.mT @ x for x in units) @ found
+    strengths = moment.diagonal()
+    assert (moment - strengths.diag()).abs().max() < 1e-10 * strengths[0]
+    assert (strengths.diff() < 1e-10).all()
+
+
 def test_what_cannot_be_rotated_is_refused():
     tied = fixed_config("llama")
     assert tied["tie_word_embeddings"]
