@@ -21,7 +21,8 @@ def require(condition: bool, message: str) -> None:
 
 def require_within(name: str, value: int, least: int, most: int) -> None:
     """Raises ConfigError unless an integer lies from `least` to `most`."""
-    require(value >= least, f"{name}={value} is less than {least}; raise it")
+    below = "is negative" if value < 0 == least else f"is less than {least}"
+    require(value >= least, f"{name}={value} {below}; raise it")
     require(value <= most, f"{name}={value} is more than {most:,}; lower it")
 
 
