@@ -221,9 +221,7 @@ def _end(work: Callable[[], object]) -> NoReturn:
     except BaseException:
         traceback.print_exc()
         code = 1
-    for thread in threading.enumerate():
-        if thread is not threading.current_thread() and not thread.daemon:
-            thread.join()
+    threading._shutdown()  # type: ignore[attr-defined]  # pools end and threads are joined
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code or 0)

@@ -490,7 +490,7 @@ def test_default_stages_are_the_papers(run_folder):
             "final_learning_rate=.*above",
         ),
         ("active = 1.0", "active = 0.65", ConfigError, "'small' has a larger budget than 'large'"),
-        ("[sizes.small]", '[sizes." "]', ConfigError, "sizes has the name ' '; use no spaces"),
+        ("[sizes.small]", '[sizes." "]', ConfigError, "sizes has the name ' '; use letters"),
         ('out = "mistake"', 'out = ""', ConfigError, "out is empty; name a directory"),
         ("batch_size = 4", "batch_size = 4\ngroups = 3", ConfigError, "groups=3 does not divide"),
         (
@@ -510,7 +510,7 @@ def test_mistakes_end_before_any_work(run_folder, old, new, kind, message):
 
 def test_a_place_that_cannot_be_written_is_told_in_one_line(run_folder):
     config = replace(config_in(run_folder, "below"), out=str(run_folder / "rows.jsonl" / "below"))
-    with pytest.raises(CheckpointError, match=r"rows.jsonl.* cannot be .*written \(.*correct the"):
+    with pytest.raises(CheckpointError, match=r"rows.jsonl.* cannot be written in \(Not a dir"):
         train(config)
 
 

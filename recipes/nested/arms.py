@@ -268,7 +268,7 @@ def parse_options(
     if options.smoke:
         options.seeds, options.router_steps, options.steps, options.problems = 1, 2, 2, 1
         options.watched, options.calibration_rows, options.max_new_tokens = 2, 4, 8
-        options.context = 32
+        options.context = 64  # half of it still holds what some prompts ask for
     return options
 
 

@@ -357,9 +357,10 @@ class RunConfig:
         require(bool(self.stages), "stages is empty; add [[stages]] with tokens")
         for name, budgets in self.sizes.items():
             require(
-                len(name) <= LONGEST_NAME and re.fullmatch(r"[A-Za-z0-9][\w.-]*", name) is not None,
-                f"sizes has the name {name[: LONGEST_NAME + 1]!r}; use letters, digits, '.', '_' "
-                f"and '-', at most {LONGEST_NAME}, and begin with a letter or a digit",
+                len(name) <= LONGEST_NAME
+                and re.fullmatch(r"[A-Za-z0-9][\w.=-]*", name) is not None,
+                f"sizes has the name {name[: LONGEST_NAME + 1]!r}; use letters, digits, '.', '_', "
+                f"'=' and '-', at most {LONGEST_NAME}, and begin with a letter or a digit",
             )
             require(bool(budgets), f"sizes.{name} has no budget; add for example active = 0.5")
             for metric, amount in budgets.items():

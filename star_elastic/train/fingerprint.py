@@ -16,6 +16,7 @@ from typing import Any
 from star_elastic.checkpoint import INDEX_NAME, SINGLE_NAME, digest_files
 from star_elastic.companions import BASIS, MANIFEST, ORDERS, ROUTER, reading_files
 from star_elastic.errors import RowError, library_boundary
+from star_elastic.paths import is_file
 from star_elastic.train.sources import Source
 
 SAMPLED_ROWS = 64
@@ -29,9 +30,9 @@ def model_files(directory: str | Path) -> list[Path]:
     path = Path(directory)
     names = ["config.json", *FAMILY]
     # With both present, the single file is read.
-    names += [SINGLE_NAME] if (path / SINGLE_NAME).is_file() else [INDEX_NAME, *_shards(path)]
+    names += [SINGLE_NAME] if is_file(path / SINGLE_NAME) else [INDEX_NAME, *_shards(path)]
     files = {path / name for name in names} | set(reading_files(path))
-    return sorted(file for file in files if file.is_file())
+    return sorted(file for file in files if is_file(file))
 
 
 def _shards(path: Path) -> list[str]:

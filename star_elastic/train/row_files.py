@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from star_elastic.errors import CheckpointError, ConfigError, RowError, library_boundary
+from star_elastic.paths import FILE, FOLDER, is_file, is_folder, kind_of
 from star_elastic.train.json_text import read_json
 from star_elastic.train.row_kinds import is_parquet, require_json_lines
 
@@ -126,12 +127,12 @@ class Table:
 
     def __init__(self, path: Path):
         self.path = path
-        if (path / "dataset_dict.json").is_file():
+        if is_file(path / "dataset_dict.json"):
             splits = sorted(p.parent.name for p in path.glob("*/state.json")) or ["train"]
             raise ConfigError(
                 f"{path} holds the splits {', '.join(splits)}; name one, as {path / splits[0]}"
             )
-        if path.is_dir() and not (path / "state.json").is_file():
+        if is_folder(path) and not is_file(path / "state.json"):
             raise ConfigError(
                 f"{path} holds no dataset; name what save_to_disk wrote, or JSONL or parquet files"
             )
@@ -142,7 +143,7 @@ class Table:
                 f"{path} needs the package datasets; run pip install 'star-elastic[datasets]'"
             ) from None
         with library_boundary(f"{path} cannot be read", "write it again"):
-            read = datasets.load_from_disk if path.is_dir() else datasets.Dataset.from_parquet
+            read = datasets.load_from_disk if is_folder(path) else datasets.Dataset.from_parquet
             self._rows: Any = read(str(path))
 
     def __len__(self) -> int:
@@ -173,10 +174,10 @@ def open_rows(path: str | Path, begun: Mapping[str, Any] | None = None) -> Rows:
     Raises ConfigError if there is no such thing, CheckpointError if it is damaged.
     """
     path = Path(path)
-    if not path.exists() or not (path.is_dir() or path.is_file()):
+    if kind_of(path) not in (FILE, FOLDER):
         raise ConfigError(f"{path} does not exist; name an existing JSONL file or dataset")
     with library_boundary(f"{path} cannot be read", "restore the file"):
-        is_table = path.is_dir() or is_parquet(path)
+        is_table = is_folder(path) or is_parquet(path)
     if is_table:
         return Table(path)
     rows = JsonLines(path)

@@ -10,6 +10,7 @@ import re
 from pathlib import Path
 
 from star_elastic.errors import ConfigError
+from star_elastic.paths import exists, is_file, is_folder, names_in
 
 FIRST_BYTES = 1 << 16
 PARQUET = b"PAR1"
@@ -77,26 +78,27 @@ def find_files(name: str | Path) -> list[Path]:
     Raises ConfigError if there are none, or if files of a directory do not belong together.
     """
     path = Path(name)
-    if path.is_dir():
+    if is_folder(path):
         return [path] if _is_saved(path) else _inside(path)
-    if path.exists() or not glob.has_magic(str(name)):
-        if not path.is_file():
+    if exists(path) or not glob.has_magic(str(name)):
+        if not is_file(path):
             raise ConfigError(f"{path} does not exist; name an existing JSONL file or dataset")
         return [path]
     found = sorted(Path(file) for file in glob.glob(str(name), recursive=True))
-    files = [file for file in found if file.is_file()]
+    files = [file for file in found if is_file(file)]
     if not files:
         raise ConfigError(f"{path} matches no file; correct the pattern")
     return files
 
 
 def _is_saved(path: Path) -> bool:
-    return any((path / name).is_file() for name in ("state.json", "dataset_dict.json"))
+    return any(is_file(path / name) for name in ("state.json", "dataset_dict.json"))
 
 
 def _inside(path: Path) -> list[Path]:
     """The files of rows in a directory, all of one kind and of one split."""
-    files = sorted(f for f in path.iterdir() if f.suffix.lower() in ROW_SUFFIXES and f.is_file())
+    found = (path / name for name in names_in(path))
+    files = [file for file in found if file.suffix.lower() in ROW_SUFFIXES and is_file(file)]
     if not files:
         raise ConfigError(
             f"{path} holds no dataset; name what save_to_disk wrote, or JSONL or parquet files"
