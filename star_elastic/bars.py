@@ -17,7 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemaini
 from rich.progress import Progress as RichProgress
 
 from star_elastic.progress import Progress, Silent, duration
-from star_elastic.signals import Stoppable, stop_on_signals
+from star_elastic.signals import Stoppable, is_first_rank, stop_on_signals
 
 STAGES = {
     "rank": "Rank units", "rank layers": "Rank layers", "train": "Train sizes", "slice": "Slice",
@@ -61,11 +61,6 @@ class _Drawing(Progress, Protocol):
 class _Unseen(Silent):
     def close(self) -> None:
         """Nothing was drawn."""
-
-
-def is_first_rank() -> bool:
-    """Whether this process speaks, of all that torchrun started."""
-    return os.environ.get("RANK", "0") == "0"
 
 
 def _is_terminal() -> bool:

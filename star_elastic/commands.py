@@ -17,7 +17,7 @@ import typer
 from rich.console import Console
 
 from star_elastic.axes import LAYERS, AxisMap
-from star_elastic.bars import Bars, is_first_rank
+from star_elastic.bars import Bars
 from star_elastic.cost import Workload
 from star_elastic.errors import ConfigError
 from star_elastic.families.base import Config
@@ -29,6 +29,8 @@ from star_elastic.generate.phases import (
 )
 from star_elastic.paths import OTHER, exists, has_file, is_folder, kind_of
 from star_elastic.progress import staged
+from star_elastic.signals import is_first_rank
+from star_elastic.strict import MOST_ROWS, MOST_TOKENS
 from star_elastic.terminal import (
     print_generation,
     print_json,
@@ -45,8 +47,8 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-MOST_TOKENS, MOST_ROWS, MOST_SECONDS = 2**24, 2**20, 10**6
-"""Of a text, of a batch, of a measurement: more is a slip of the pen."""
+MOST_SECONDS = 10**6
+"""Of a measurement: more is a slip of the pen."""
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...; auto: a GPU if there is one.")]
 Dtype = Annotated[

@@ -104,6 +104,11 @@ def stop_on_signals(say: Callable[[str], None]) -> Iterator[Stop]:
         os.close(reading)
 
 
+def is_first_rank() -> bool:
+    """Whether this process speaks, of all that torchrun started."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 @contextmanager
 def ending_on_signals() -> Iterator[None]:
     """While the block runs, SIGINT and SIGTERM end the process at once, in one line with exit code
@@ -125,7 +130,7 @@ def ending_on_signals() -> Iterator[None]:
 
 def end_quietly(*_: object) -> None:
     """Ends the process with one line. What is under a temporary name stays there."""
-    if os.environ.get("RANK", "0") == "0":
+    if is_first_rank():
         with suppress(OSError):
             os.write(2, (SHOW_CURSOR if os.isatty(2) else b"") + b"stopped\n")
     os._exit(1)

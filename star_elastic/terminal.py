@@ -19,11 +19,11 @@ from rich.console import Console
 from rich.table import Table
 from typer import Abort, TyperException
 
-from star_elastic.bars import Bars, is_first_rank
+from star_elastic.bars import Bars
 from star_elastic.errors import ConfigError, Interrupted, StarElasticError
 from star_elastic.evaluate.findings import with_interval
 from star_elastic.generate.phases import THINKING, Generation, Token
-from star_elastic.signals import interrupting
+from star_elastic.signals import interrupting, is_first_rank
 
 
 def print_json(content: object) -> None:

@@ -121,7 +121,7 @@ def test_configs_point_to_nothing_that_is_absent(copied, tmp_path):
     )  # fmt: skip
     edit_json(
         copied / "tokenizer_config.json", auto_map={"AutoTokenizer": ["tokenization_x.T", None]},
-        processor_class="XProcessor", special_tokens_map_file="/root/.cache/special_tokens.json",
+        processor_class="XProcessor", special_tokens_map_file="/home/me/.cache/special_tokens.json",
     )  # fmt: skip
     for name in ("configuration_x.py", "modeling_x.py", "tokenization_x.py"):
         (copied / name).write_text("raise RuntimeError('the code of others')")

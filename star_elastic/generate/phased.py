@@ -28,6 +28,7 @@ from star_elastic.generate.prompts import Prompt, ThinkingTags
 from star_elastic.generate.sequence import Rules, Sequence
 from star_elastic.generate.steps import StepPool, pool_for
 from star_elastic.generate.tokens import TokenStream
+from star_elastic.nesting.submodel import end_of_turn
 
 DEFAULT_BATCH_SIZE = 64
 DEFAULT_BATCH_TOKENS = 65_536
@@ -119,7 +120,7 @@ class PhasedGenerator:
         newest tokens as they are written, and with its result once its batch is done."""
         models = {size: self.model(size) for size in plan.sizes}
         hand_overs = self._hand_overs(plan)
-        rules = Rules(plan, self.tags, self._end_of_turn(models.values()))
+        rules = Rules(plan, self.tags, end_of_turn(self.tokenizer, models.values()))
         sequences = [
             self._open(index, prompt, rules, seed) for index, prompt in enumerate(_listed(prompts))
         ]
@@ -197,15 +198,6 @@ class PhasedGenerator:
                 f"size {size!r} is not in this family; it has {', '.join(self.models)}"
             )
         return self.models[size]
-
-    def _end_of_turn(self, models: Iterable[PreTrainedModel]) -> frozenset[int]:
-        """Token ids that end a turn: the tokenizer's and those of the models' own settings."""
-        ends: list[object] = [self.tokenizer.eos_token_id]
-        for model in models:
-            settings = model.generation_config
-            ids = settings.eos_token_id if settings is not None else None
-            ends += ids if isinstance(ids, list) else [ids]
-        return frozenset(i for i in ends if isinstance(i, int))
 
 
 @dataclass(frozen=True, slots=True)

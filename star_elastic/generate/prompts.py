@@ -21,13 +21,12 @@ from transformers import PreTrainedTokenizerBase
 
 from star_elastic.errors import ConfigError, library_boundary
 from star_elastic.generate.chat import Message, open_turn, require_messages
-from star_elastic.train.encoding import Encoder
+from star_elastic.train.encoding import HALF_CHARACTER, Encoder
 
 Prompt = str | Sequence[Message]
 """A user's text, or a conversation of messages with `role` and `content`."""
 
 _CLOSING_TAG = re.compile(r"</[^<>/]+>|\[/[^\[\]/]+\]")
-_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +81,7 @@ class ThinkingTags:
     def encode(self, text: str) -> list[int]:
         """Token ids of a text as it stands, without special tokens around it. Raises ConfigError
         for what the tokenizer cannot read."""
-        if half := _SURROGATE.search(text):
+        if half := HALF_CHARACTER.search(text):
             raise ConfigError(
                 f"the prompt holds half a character (U+{ord(half[0]):04X} at position "
                 f"{half.start()}), which no tokenizer reads; remove it"

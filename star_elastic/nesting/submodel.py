@@ -5,7 +5,7 @@ The slices are assigned, as views where possible, so that all sizes share one co
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -116,6 +116,18 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
         if (end := next(named, None)) is not None:
             tokenizer.eos_token = tokenizer.convert_ids_to_tokens(end)
     return tokenizer
+
+
+def end_of_turn(
+    tokenizer: PreTrainedTokenizerBase, models: Iterable[PreTrainedModel]
+) -> frozenset[int]:
+    """Token ids that end a turn: the tokenizer's and those of the models' own settings."""
+    ends: list[object] = [tokenizer.eos_token_id]
+    for model in models:
+        settings = model.generation_config
+        ids = settings.eos_token_id if settings is not None else None
+        ends += ids if isinstance(ids, list) else [ids]
+    return frozenset(i for i in ends if isinstance(i, int))
 
 
 def load_parent(

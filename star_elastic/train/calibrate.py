@@ -60,15 +60,19 @@ class Calibration:
             context=options.context,
         )
 
+    @property
+    def _count(self) -> int:
+        """Rows to read, of those that are not held out."""
+        there = sum(source.num_used for source in self.sources)
+        return min(self.config.calibration.num_samples, there)
+
     def orders(self, *, write: bool) -> dict[str, torch.Tensor]:
         """The permutation of every axis, best unit first; scores are estimated if need be."""
         own = self.run / SCORES
         if has_file(own):
             scores = load_scores(own, self.axis_map)[0]
         else:
-            count = min(
-                self.config.calibration.num_samples, sum(source.num_used for source in self.sources)
-            )
+            count = self._count
             scores, info = rank(
                 self.model,
                 self.axis_map,
@@ -88,9 +92,7 @@ class Calibration:
         own = self.run / BASIS
         if has_file(own):
             return load_tensors(own)["hidden"]
-        count = min(
-            self.config.calibration.num_samples, sum(source.num_used for source in self.sources)
-        )
+        count = self._count
         batches = watched(self.batches(count), "basis", count, self.progress)
         basis = find_basis(self.model, self.axis_map, batches)
         if write:

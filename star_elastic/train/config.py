@@ -23,10 +23,10 @@ from star_elastic.families.base import is_hub_name, not_a_directory
 from star_elastic.paths import is_file, is_folder
 from star_elastic.quant.formats import FORMATS
 from star_elastic.router.router import Annealing
-from star_elastic.strict import parse, require, require_within
+from star_elastic.strict import MOST_ROWS, MOST_TOKENS, parse, require, require_within
 
-MOST_TOKENS, MOST_ROWS, MOST_THREADS = 2**24, 2**20, 2**10
-"""Of a text, of a batch, of a process."""
+MOST_THREADS = 2**10
+"""Of a process."""
 MOST_BYTES = 16
 """Of a number."""
 MOST_OF_A_STEP = 2**30

@@ -173,9 +173,9 @@ def shorten(documents: Iterable[Document], max_tokens: int, context: int) -> lis
     found: list[Document] = []
     left = max_tokens
     for document in documents:
-        ids = document.ids[: context + 1]
-        if document.first >= len(ids) - 1:
+        if not document.teaches(context):
             continue
+        ids = document.ids[: context + 1]
         if found and len(ids) > left:
             break
         found.append(Document(ids, document.first))

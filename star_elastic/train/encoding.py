@@ -14,14 +14,14 @@ from transformers import PreTrainedTokenizerBase
 
 from star_elastic.errors import CheckpointError, RowError, library_boundary
 
-_SURROGATE = re.compile("[\ud800-\udfff]")
+HALF_CHARACTER = re.compile("[\ud800-\udfff]")
 
 
 def half_character(text: str) -> str | None:
     """The first half of a character in a text, as an escape: JSON may hold one (of an emoji that
     was cut in the middle), but no tokenizer encodes it and no file holds it. None if there is none.
     """
-    found = _SURROGATE.search(text)
+    found = HALF_CHARACTER.search(text)
     return ascii(found[0]) if found else None
 
 

@@ -165,8 +165,7 @@ class _Look:
 
     def warnings(self) -> Iterator[str]:
         """What looks wrong: what is so, and what to do."""
-        for line in beyond_positions(self.config, self.checked.model_config):
-            yield f"{line}; lower it"
+        yield from beyond_positions(self.config, self.checked.model_config)
         yield from (line for source in self.sources for line in lost_in_some(source))
         yield from self._stage_warnings()
         yield from self._router_warnings()

@@ -292,7 +292,7 @@ class PackedStream:
         document = self.sources[source].document(row)
         ids = np.asarray(document.ids, dtype=np.int32)
         cut = ids[: self.context + 1]
-        if document.first >= len(cut) - 1:
+        if not document.teaches(self.context):
             return None
         self._teaches.add(source)
         return _Held(source, row, cut, document.first, len(cut) < len(ids), _digest(ids))

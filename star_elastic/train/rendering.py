@@ -35,6 +35,10 @@ class Document:
         """What a model reads of it: the last id is only predicted."""
         return self.ids[:-1]
 
+    def teaches(self, context: int) -> bool:
+        """Whether anything of it counts within `context` tokens."""
+        return self.first < min(len(self.ids) - 1, context)
+
 
 class Renderer:
     """Makes documents of rows with one tokenizer.

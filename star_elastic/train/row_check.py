@@ -79,7 +79,7 @@ def check_rows(config: RunConfig, sources: Sequence[Source], progress: Progress)
             found.tokens += fed
             found.counted += max(fed - document.first, 0)
             for number, context in enumerate(contexts):
-                teaches = _teaches(document, context)
+                teaches = document.teaches(context)
                 found.cut[number] += fed > context
                 found.left_out[number] += not teaches
                 lessons[number] += teaches and not source.is_held_out(row)
@@ -114,13 +114,9 @@ def require_lessons(config: RunConfig, sources: Sequence[Source], progress: Prog
                 if source.skips_bad_rows:
                     continue
                 raise
-            missing = {n: c for n, c in missing.items() if not _teaches(document, c)}
+            missing = {n: c for n, c in missing.items() if not document.teaches(c)}
         if missing:
             raise CheckpointError(_idle(source, *next(iter(missing.items()))))
-
-
-def _teaches(document: Document, context: int) -> bool:
-    return document.first < min(len(document.fed), context)
 
 
 def _idle(source: Source, stage: int, context: int) -> str:

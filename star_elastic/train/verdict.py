@@ -21,7 +21,13 @@ from star_elastic.companions import BASIS, ORDERS
 from star_elastic.errors import RowError
 from star_elastic.families import family_of, read_config
 from star_elastic.manifest import Size, load_manifest
-from star_elastic.nesting.submodel import build_submodel, load_parent, load_tokenizer, sort_in_place
+from star_elastic.nesting.submodel import (
+    build_submodel,
+    end_of_turn,
+    load_parent,
+    load_tokenizer,
+    sort_in_place,
+)
 from star_elastic.paths import has_file
 from star_elastic.progress import Progress
 from star_elastic.quant.checkpoint import load_input_scales
@@ -193,7 +199,7 @@ def judge_run(
         sizes[name] = SizeVerdict(
             trained=judge.compare(reference, judge.read(submodel)),
             untrained=untrained.get(name),
-            widths_from=getattr(size, "widths_from", ""),
+            widths_from=size.widths_from,
             is_full=quantised is None and judged.is_full(size),
         )
         said[name] = judge.go_on(submodel)
@@ -294,8 +300,7 @@ class _Judge:
 
     def go_on(self, model: PreTrainedModel) -> str:
         """How a model goes on from the prompt."""
-        also: Any = model.generation_config.eos_token_id if model.generation_config else None
-        ends: list[Any] = [self.tokenizer.eos_token_id, *(also if type(also) is list else [also])]
+        ends = end_of_turn(self.tokenizer, [model])
         ids = continue_greedily(model, self.prompt, ends, SAMPLE_TOKENS)
         return str(self.tokenizer.decode(ids))
 

@@ -298,22 +298,18 @@ def _visited_message(message: dict[str, Any], number: int, visit: Visit) -> dict
     return changed
 
 
-def _words(value: Any, change: Change) -> Any:
-    """Every text but notes."""
+def _words(value: Any, change: Change, stays: Callable[[str, Any], bool] = is_note) -> Any:
+    """Every text, but for the keys of objects that stay as they are: notes."""
     if isinstance(value, dict):
-        return {k: v if is_note(k, v) else _words(v, change) for k, v in value.items()}
+        return {k: v if stays(k, v) else _words(v, change, stays) for k, v in value.items()}
     if isinstance(value, list):
-        return [_words(item, change) for item in value]
+        return [_words(item, change, stays) for item in value]
     return change(value) if isinstance(value, str) else value
 
 
 def _all(value: Any, change: Change) -> Any:
     """Every text, of documents all but their ids."""
-    if isinstance(value, dict):
-        return {k: v if k in NOT_SPOKEN else _all(v, change) for k, v in value.items()}
-    if isinstance(value, list):
-        return [_all(item, change) for item in value]
-    return change(value) if isinstance(value, str) else value
+    return _words(value, change, lambda key, _: key in NOT_SPOKEN)
 
 
 def _tools(value: Any, change: Change) -> Any:
