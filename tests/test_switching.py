@@ -33,6 +33,7 @@ from star_elastic.generate.sequence import Rules, Sequence
 from star_elastic.generate.text import TextStream
 from star_elastic.manifest import Manifest, Size, save_manifest
 from star_elastic.nesting.slice import slice_tensor
+from star_elastic.nesting.submodel import end_of_turn
 from tests.thinking import PLAIN, one, parts_streamed, table_generator
 from tests.thinking import make_tokenizer as make_byte_tokenizer
 from tests.tiny_family import (
@@ -97,7 +98,7 @@ def switching(plan: Plan, switch) -> Plan:
 def without_caches(family, plan: Plan, sampling: Sampling, seed: int) -> list[list[int]]:
     """The tokens of a generation that reads everything anew for every token, row by row."""
     generator = family.generator
-    ends = generator._end_of_turn([family[size] for size in family])
+    ends = end_of_turn(generator.tokenizer, [family[size] for size in family])
     rules = Rules(plan, generator.tags, ends)
     found = []
     for index, prompt in enumerate(PROMPTS):
