@@ -87,7 +87,7 @@ def write_parent(path: Path, config: dict[str, Any]) -> int:
     state = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     save_model(state, config, bundled_parent(), path, dtype=torch.float32)
     axis_map = family_of(config).axis_map(config)
-    return CostModel(axis_map).count(axis_map.full).total
+    return CostModel(axis_map).full.total
 
 
 def run_config(folder: Path, options: argparse.Namespace) -> RunConfig:

@@ -125,7 +125,7 @@ def budget_of(axis_map: AxisMap, planted: Mapping, axis: str) -> tuple[str, floa
     is on the total."""
     metric = "total" if axis == "experts" else "active"
     cost = CostModel(axis_map)
-    return metric, cost.count(planted).metric(metric) / cost.count(axis_map.full).metric(metric)
+    return metric, cost.count(planted).metric(metric) / cost.full.metric(metric)
 
 
 def answers(size: Size, planted: Mapping, choices: Mapping) -> dict[str, Any]:

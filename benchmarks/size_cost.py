@@ -50,7 +50,7 @@ def main() -> None:
     result = {
         "command": "python benchmarks/size_cost.py" + (" --smoke" if options.smoke else ""),
         "machine": {"cpus": os.cpu_count(), "threads": torch.get_num_threads()},
-        "parameters": CostModel(elastic.axis_map).count(elastic.axis_map.full).total,
+        "parameters": CostModel(elastic.axis_map).full.total,
         "training": training_steps(elastic, sizes, options.tokens, options.rounds),
         "decoding": decoding(elastic, sizes, options),
     }
@@ -75,7 +75,7 @@ def training_steps(elastic: ElasticModel, sizes, tokens: int, rounds: int) -> di
     seconds = medians_in_turn(sides, rounds)
     elastic.zero_grad(set_to_none=True)
     cost = CostModel(elastic.axis_map, Workload(context=length // 2))
-    full = cost.count(elastic.axis_map.full).flops_per_token
+    full = cost.full.flops_per_token
     return {
         name: {
             "time_ratio": seconds[name] / seconds["parent"],

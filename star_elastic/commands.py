@@ -413,7 +413,7 @@ def sizes(
     _require_known_weights(config, axis_map)
     manifest = load_manifest(elastic, axis_map)
     cost = CostModel(axis_map)
-    full = cost.count(axis_map.full)
+    full = cost.full
     # Layers and top_k are shown where a size cuts them.
     shown = [
         name for name, axis in axis_map.axes.items()

@@ -11,6 +11,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from star_elastic.axes import LAYERS, TOP_K, AxisMap, Dim, TensorSpec
@@ -119,6 +120,11 @@ class CostModel:
         for work in self.axis_map.work:
             add("context" if work.per_context else "work", work.dims, work.layer, work.flops)
         return [_Row(*key, count=count) for key, count in rows.items()]
+
+    @cached_property
+    def full(self) -> Cost:
+        """The cost of the parent itself, of which budgets are fractions."""
+        return self.count(self.axis_map.full)
 
     def count(self, widths: Mapping) -> Cost:
         """The cost at `widths` (integers, per-layer tuples, or tensors of expected widths)."""

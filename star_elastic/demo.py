@@ -20,6 +20,7 @@ import torch
 import transformers
 
 import star_elastic
+from star_elastic.axes import LAYERS
 from star_elastic.checkpoint import load_tensors, require_folder, write_json, write_text
 from star_elastic.companions import BASIS
 from star_elastic.cost import CostModel, Workload
@@ -27,6 +28,7 @@ from star_elastic.errors import CheckpointError, Interrupted
 from star_elastic.evaluate.accuracy import Evaluation, evaluate_plan
 from star_elastic.evaluate.pareto import plot_pareto
 from star_elastic.evaluate.tasks import TASKS, Problem, draw_conversation, messages, sample_problems
+from star_elastic.families import read_config
 from star_elastic.generate.family import ElasticFamily, load
 from star_elastic.generate.phased import PhasedGenerator
 from star_elastic.generate.phases import Plan, think_and_answer
@@ -63,13 +65,24 @@ def bundled_parent() -> Path:
     return Path(str(resources.files("star_elastic") / "bundled"))
 
 
+def shallow_parent(out: Path) -> Path:
+    """`out`, where the bundled parent's slice of five layers is written unless it is there: two of
+    each kind but attention, in less than half of the time. Smoke runs of recipes train it."""
+    if not exists(out):
+        count = read_config(bundled_parent())["num_hidden_layers"]
+        kept = tuple(int(layer < 3 or layer >= count - 2) for layer in range(count))
+        slice_checkpoint(bundled_parent(), {LAYERS: kept}, out)
+    return out
+
+
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """A run of the whole road.
+    """A run of the whole road on a parent of the bundled one's kind.
 
     `sizes` from the largest, each with its budgets; `budgets` are the thinking budgets (tokens) to
     try beside none at all; `pairs` the (thinks, answers) pairs; `max_new_tokens` of a problem;
-    `calibration_rows` are ranked on; the rest as in the run config.
+    `calibration_rows` are ranked on; `parent` other than the bundled one; the rest as in the run
+    config.
     """
 
     sizes: Mapping[str, Mapping[str, float]]
@@ -84,6 +97,12 @@ class Recipe:
     router: RouterConfig = field(default_factory=RouterConfig)
     calibration_rows: int = 512
     seed: int = 0
+    parent: str = ""
+
+    @property
+    def parent_folder(self) -> Path:
+        """Where the parent is; without a name the bundled one."""
+        return Path(self.parent) if self.parent else bundled_parent()
 
 
 def stages(
@@ -165,7 +184,7 @@ def run_recipe(recipe: Recipe, out: str | Path, progress: Progress | None = None
     cut_slices(family, out / "slices", progress)
     problems = sample_problems(TASKS, "test", recipe.problems_per_task, recipe.seed)
     generator = PhasedGenerator(
-        _models(family, run), family.tokenizer, family.table.end_of_thinking
+        _models(family, recipe.parent_folder, run), family.tokenizer, family.table.end_of_thinking
     )
     evaluations = evaluate(generator, problems, plans(recipe), progress)
     report = make_report(recipe, family, generator, evaluations, problems, run)
@@ -186,9 +205,9 @@ def write_rows(file: Path, count: int, seed: int) -> None:
 
 
 def run_config(recipe: Recipe, rows: Path, run: Path) -> RunConfig:
-    """The run config of a recipe on the bundled parent."""
+    """The run config of a recipe."""
     return RunConfig(
-        parent=str(bundled_parent()),
+        parent=str(recipe.parent_folder),
         out=str(run),
         seed=recipe.seed,
         sizes=recipe.sizes,
@@ -227,14 +246,14 @@ def cut_slices(family: ElasticFamily, directory: Path, progress: Progress) -> No
         progress.advance(number, name)
 
 
-def _models(family: ElasticFamily, run: Path) -> dict:
+def _models(family: ElasticFamily, path: Path, run: Path) -> dict:
     """The parent, every size, and the same widths cut from the sorted parent without training."""
-    parent, config = load_parent(bundled_parent())
+    parent, config = load_parent(path)
     basis = load_tensors(run / BASIS)["hidden"]
     models: dict = {PARENT: parent, **{name: family[name] for name in family.sizes}}
     scores, _ = load_scores(run / "scores.safetensors", family.axis_map)
     orders = orders_from_scores(scores, family.axis_map)
-    sorted_parent, _ = load_parent(bundled_parent())
+    sorted_parent, _ = load_parent(path)
     sort_in_place(sorted_parent, family.axis_map, orders, basis)
     for name, size in family.sizes.items():
         if size.widths != family.axis_map.full:
@@ -316,7 +335,7 @@ def make_report(
 ) -> dict[str, Any]:
     """Everything measured, as plain data."""
     cost = CostModel(family.axis_map, recipe.workload)
-    full = cost.count(family.axis_map.full)
+    full = cost.full
     parent = next(e for e in evaluations if e.label == PARENT)
     solved = problems[:: max(len(problems) // KL_PROBLEMS, 1)]
     by_label = {e.label: e for e in evaluations}

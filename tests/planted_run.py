@@ -65,7 +65,7 @@ class Planted:
         """A run with the router's defaults whose small size is met by the planted widths alone;
         the router learns in all of its steps."""
         cost = CostModel(self.axis_map)
-        share = cost.count(self.widths).active / cost.count(self.axis_map.full).active
+        share = cost.count(self.widths).active / cost.full.active
         return RunConfig(
             parent=str(self.folder / "parent"),
             out=str(self.folder / name),

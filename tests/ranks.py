@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import time
 from collections.abc import Sequence
@@ -13,6 +14,7 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import _set_pg_timeout as set_timeout
 
 from star_elastic.errors import CheckpointError, Interrupted
+from star_elastic.progress import Silent
 from star_elastic.train.config import RunConfig, load_run_config
 from star_elastic.train.distributed import World, join_world
 from star_elastic.train.run import RunResult, train
@@ -53,6 +55,31 @@ def stop(file: Path, step: int) -> str:
     except Interrupted as stopped:
         return str(stopped)
     raise AssertionError("the run was not interrupted")
+
+
+def stop_ranking(file: Path) -> str:
+    """Trains until the first rank ranks, then all stop as if interrupted; what is said then."""
+    pids = file.with_suffix(".pids")
+    with pids.open("a") as written:
+        written.write(f"{os.getpid()}\n")
+    try:
+        train(load_run_config(file), progress=StopRanking(pids))
+    except Interrupted as stopped:
+        return str(stopped)
+    raise AssertionError("the run was not interrupted")
+
+
+class StopRanking(Silent):
+    """Asks all ranks to stop, once, at the first progress that is no step's, as torchrun does."""
+
+    def __init__(self, pids: Path):
+        self.pids, self.asked = pids, False
+
+    def advance(self, done: int, note: str = "") -> None:
+        if not note and not self.asked:
+            self.asked = True
+            for pid in self.pids.read_text().split():
+                os.kill(int(pid), signal.SIGINT)
 
 
 def refused(file: Path) -> str:

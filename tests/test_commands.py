@@ -105,7 +105,7 @@ def test_count(told, printed):
     for option, value in options.items():  # each by itself
         one = told("count", model, f"--{option.replace('_', '-')}", value)
         load = Workload(**{option: value})
-        assert one["state_bytes"] == CostModel(axis_map, load).count(axis_map.full).state_bytes
+        assert one["state_bytes"] == CostModel(axis_map, load).full.state_bytes
         assert (one["weight_bytes"], one["state_bytes"]) != (
             plain["weight_bytes"], plain["state_bytes"],
         )  # fmt: skip

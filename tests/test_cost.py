@@ -212,7 +212,7 @@ def test_one_width_per_layer_counts_layer_by_layer(kind, data):
 def test_nemotron_3_nano_30b():
     """31.6B parameters of which a token uses 3.6B, as built by transformers and as published."""
     axis_map = table(NANO_30B)
-    cost = CostModel(axis_map).count(axis_map.full)
+    cost = CostModel(axis_map).full
     assert (cost.total, cost.active) == (31_577_937_344, 3_580_073_408)
     model = build_skeleton(NANO_30B)
     assert sum(parameter.numel() for parameter in model.parameters()) == cost.total
@@ -257,4 +257,4 @@ def test_tied_embeddings_are_counted_once():
 def test_unknown_budget_is_refused():
     axis_map = table(fixed_config("dense"))
     with pytest.raises(BudgetError, match="budget 'speed' is unknown; use active, total, bytes"):
-        CostModel(axis_map).count(axis_map.full).metric("speed")
+        CostModel(axis_map).full.metric("speed")

@@ -628,7 +628,7 @@ def test_the_committed_result_counts_as_the_table_does() -> None:
     report = json.loads((ROOT / "results" / "smollm2_cuts.json").read_text())
     assert "recipes/smollm2/rank_and_cut.py --work WORK" in report["command"]
     axis_map = family_of(SMOLLM2).axis_map(SMOLLM2)
-    full = CostModel(axis_map).count(axis_map.full).total
+    full = CostModel(axis_map).full.total
     assert report["parent"]["parameters"] == full
     assert len(report["cuts"]) > 20
     for cut in report["cuts"]:

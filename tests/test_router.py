@@ -136,9 +136,7 @@ def test_commit_keeps_an_argmax_that_meets_its_budget():
     cost = CostModel(elastic.axis_map)
     mixtures = {"hidden": one_hot((32, 24), 1), "heads": one_hot((4, 2), 0)}
     choice = {"hidden": 24, "heads": 4}
-    target = (
-        cost.count(cost.axis_map.complete(choice)).active / cost.count(cost.axis_map.full).active
-    )
+    target = cost.count(cost.axis_map.complete(choice)).active / cost.full.active
     grid = Grid({axis: mixture.choices for axis, mixture in mixtures.items()})
     decision = Decision(mixtures, tuple(mixtures.values()), choice)
     fixed = commit(decision, {"active": target}, cost, grid)
@@ -192,7 +190,7 @@ def test_layers_of_their_own_widths_meet_budgets_that_one_width_cannot():
     cost = CostModel(random_parent(LLAMA).axis_map)
     ends = {"ffn": (64, 24)}
     alike, own = Grid(ends), Grid(ends, {"ffn": 2})
-    full, mixed = cost.count(cost.axis_map.full), cost.axis_map.complete({"ffn": (64, 24)})
+    full, mixed = cost.full, cost.axis_map.complete({"ffn": (64, 24)})
     share = {"active": cost.count(mixed).active / full.active}
     assert nearest_possible(share, cost, alike)[0] > REACH
     miss, widths = nearest_possible(share, cost, own)

@@ -55,7 +55,7 @@ def test_the_planted_axis_is_cut_first(config, axis):
     }
     # Experts cost hardly any active parameters, so their budget is on the total.
     metric = "total" if axis == "experts" else "active"
-    target = cost.count(half).metric(metric) / cost.count(axis_map.full).metric(metric)
+    target = cost.count(half).metric(metric) / cost.full.metric(metric)
     router = Router(choices, 1, seed=3)
     optimizer = shipped_optimizer(router)
     for step in range(LEARNED):
@@ -203,12 +203,12 @@ def test_repair_is_told_layer_by_layer():
     # The likeliest is (96, 96), which costs what (128, 64) costs, but hidden must be whole.
     picks = (pick("ffn", 0.3, 0.6, 0.1), pick("ffn", 0.1, 0.6, 0.3), pick("hidden", 0.1, 0.9))
     target = cost.count(axis_map.complete({"ffn": 96})).active
-    share = {"active": target / cost.count(axis_map.full).active}
+    share = {"active": target / cost.full.active}
     fixed = commit(Decision({}, picks, {}), share, cost, grid)
     assert fixed.argmax == axis_map.complete({"ffn": 96, "hidden": 24})
     assert fixed.widths == axis_map.complete({"ffn": 96}) and fixed.repair == {"hidden": 1}
     uneven = {"active": cost.count(axis_map.complete({"ffn": (128, 96)})).active
-              / cost.count(axis_map.full).active}  # fmt: skip
+              / cost.full.active}  # fmt: skip
     fixed = commit(Decision({}, picks, {}), uneven, cost, grid)
     assert fixed.repair == {"ffn": (1, 0), "hidden": 1} and fixed.data_free_steps == 0
 
@@ -220,7 +220,7 @@ def test_a_choice_that_is_far_from_its_budget_was_not_the_datas():
     sure[2] = 1.0  # 112
 
     def fixed_at(ffn: int) -> Commitment:
-        counted, full = cost.count(axis_map.complete({"ffn": ffn})), cost.count(axis_map.full)
+        counted, full = cost.count(axis_map.complete({"ffn": ffn})), cost.full
         decision = Decision({}, (Mixture(grid.choices["ffn"], sure),), {})
         return commit(decision, {"active": counted.active / full.active}, cost, grid)
 

@@ -64,7 +64,7 @@ def test_the_commented_config_fits_any_llama():
             share = parse_budget(budgets["active"], "active").value
             check_budgets(name, {"active": share}, cost, grid)
         assert not beyond_positions(config, shape)
-    parameters = CostModel(axis_map).count(axis_map.full).total
+    parameters = CostModel(axis_map).full.total
     assert parameters == 361_821_120  # of the last one, which it is written for
     text = file.read_text(encoding="utf-8")
     assert f"360M take {20 * parameters / 1e9:.1f} GB" in text

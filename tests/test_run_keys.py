@@ -474,7 +474,7 @@ def test_bytes_are_counted_for_the_workload(watch):
 
     def count(load: str) -> int:
         trainer = watch(0, **{"[engine]": f"[workload]\n{load}\n[engine]"}).trainer
-        return trainer.cost.count(trainer.student.axis_map.full).bytes
+        return trainer.cost.full.bytes
 
     plain = count("")
     for load, factor in (
@@ -505,7 +505,7 @@ def test_milliseconds_are_those_of_the_table(run_folder, watch):
                 "[sizes.large]": f'latency = "table-{seed}.json"\n[sizes.large]',
             }
         )
-        full = seen.trainer.cost.count(axis_map.full).ms
+        full = seen.trainer.cost.full.ms
         assert full == pytest.approx(table.milliseconds(axis_map.full, axis_map))
         losses.append(seen.reports[0].budget["small"])
     assert losses[0] != losses[1]

@@ -23,7 +23,8 @@ from star_elastic.progress import Silent
 from star_elastic.signals import STOPPING, Stoppable, end_quietly, stop_on_signals
 from star_elastic.train.run import train
 from star_elastic.train.state import has_state
-from tests.processes import run_code
+from tests import ranks
+from tests.processes import on_ranks, run_code
 from tests.tiny_run import config_in
 from tests.watchers import KillIn, Stages
 
@@ -265,9 +266,16 @@ def test_a_command_that_is_stopped_while_it_imports_says_so(number, tmp_path):
 # Ranks
 
 
-@pytest.mark.parametrize("stage", ["rank", "train"])
-def test_ranks_stop_together(run_folder, stage):
-    name = f"ranks-stop-{stage}"
+def test_ranks_stop_together_while_they_rank(run_folder):
+    config_in(run_folder, "ranks-stop-rank", **BRIEF)
+    said = on_ranks(2, ranks.stop_ranking, run_folder / "ranks-stop-rank.toml")
+    assert said[0] == said[1] and "the same command goes on" in said[0]
+    assert not has_state(run_folder / "ranks-stop-rank")
+
+
+def test_ranks_stop_together(run_folder):
+    """Under torchrun, which hands on the signal that it gets."""
+    name = "ranks-stop"
     config_in(run_folder, name, **{"tokens = 15360": "tokens = 384000"})
     command = [
         sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
@@ -278,12 +286,11 @@ def test_ranks_stop_together(run_folder, stage):
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
     )  # fmt: skip
     run = run_folder / name
-    while not (run / ("metrics.jsonl" if stage == "train" else "run.json")).exists():
+    while not (run / "metrics.jsonl").exists():
         assert process.poll() is None
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)
     _, said = process.communicate(timeout=120)
     assert said.count(STOPPING) == 1
-    assert said.count("go on with --resume") + said.count("the same command goes on") == 1
-    assert has_state(run) == ("go on with --resume" in said)
+    assert said.count("go on with --resume") == 1 and has_state(run)
     assert not list(run.glob(".*"))

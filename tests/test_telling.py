@@ -217,7 +217,7 @@ def test_a_run_says_what_it_will_do(run_folder):
 
 def count_active(config) -> float:
     checked = check(config)
-    return checked.cost.count(checked.axis_map.full).active
+    return checked.cost.full.active
 
 
 @pytest.mark.parametrize(

@@ -385,7 +385,7 @@ def test_a_run_that_goes_on_counts_with_the_table_that_it_began_with(run_folder)
     with pytest.raises(Interrupted):
         train(config, progress=StopAt(2))
     save_table(later, run_folder / "own-table.json")
-    full = check(config).cost.count(axis_map.full).ms
+    full = check(config).cost.full.ms
     assert full == first.milliseconds(axis_map.full, axis_map)
     assert full != later.milliseconds(axis_map.full, axis_map)
 

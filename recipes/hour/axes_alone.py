@@ -21,9 +21,9 @@ from star_elastic.demo import (
     DEMO,
     PARENT,
     Recipe,
-    bundled_parent,
     divergence_from_parent,
     run_config,
+    shallow_parent,
     stages,
     write_rows,
 )
@@ -94,7 +94,10 @@ def main() -> None:
     recipe, max_new_tokens = DEMO, DEFAULT_MAX_NEW_TOKENS
     if options.smoke:
         options.steps, options.problems, max_new_tokens = 2, 1, 8
-        recipe = replace(DEMO, calibration_rows=16, stages=stages(1, 1, windows=2, context=32))
+        recipe = replace(
+            DEMO, parent=str(shallow_parent(options.out / "parent")),
+            calibration_rows=16, stages=stages(1, 1, windows=2, context=32),
+        )  # fmt: skip
     report = measure(recipe, options.out, options.steps, options.problems, max_new_tokens)
     columns = ["cut alone", "cost", "saved", "KL untrained", "KL trained",
                "accuracy untrained", "accuracy trained"]  # fmt: skip
@@ -113,9 +116,9 @@ def measure(
     out.mkdir(parents=True, exist_ok=True)
     rows = out / "train.jsonl"
     write_rows(rows, max(16 * steps, 64), DEMO.seed)
-    parent, config = load_parent(bundled_parent())
-    teacher, _ = load_parent(bundled_parent())
-    tokenizer = load_tokenizer(bundled_parent())
+    parent, config = load_parent(recipe.parent_folder)
+    teacher, _ = load_parent(recipe.parent_folder)
+    tokenizer = load_tokenizer(recipe.parent_folder)
     elastic = ElasticModel(parent, config)
     cost = CostModel(elastic.axis_map)
     cuts = [*equal_cuts(cost, "active", 0.12), *equal_cuts(cost, "total", 0.2)]

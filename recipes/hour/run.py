@@ -16,7 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from star_elastic.cost import Workload
-from star_elastic.demo import DEMO, Recipe, run_recipe, stages
+from star_elastic.demo import DEMO, Recipe, run_recipe, shallow_parent, stages
 from star_elastic.terminal import at_the_command_line, run_and_show
 
 HOUR: Recipe = replace(
@@ -54,7 +54,10 @@ def main() -> None:
     parser.add_argument("--smoke", action="store_true", help="a few steps, same code path")
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
     options = parser.parse_args()
-    run_and_show(SMOKE if options.smoke else HOUR, options.out, options.json, run_recipe)
+    recipe = HOUR
+    if options.smoke:
+        recipe = replace(SMOKE, parent=str(shallow_parent(options.out.with_suffix(".parent"))))
+    run_and_show(recipe, options.out, options.json, run_recipe)
 
 
 if __name__ == "__main__":

@@ -32,6 +32,7 @@ from star_elastic.demo import (
     bundled_parent,
     divergence_from_parent,
     run_config,
+    shallow_parent,
     write_rows,
 )
 from star_elastic.errors import ConfigError
@@ -99,14 +100,16 @@ class Lab:
         watched: int,
         calibration_rows: int,
         max_new_tokens: int,
+        smoke: bool,
         progress: Progress,
     ):
         folder.mkdir(parents=True, exist_ok=True)
         rows = folder / f"rows-{seed}.jsonl"
         write_rows(rows, num_rows, seed)
         self.rows, self.folder, self.seed, self.progress = rows, folder, seed, progress
-        self.teacher, self.config = load_parent(bundled_parent())
-        self.tokenizer = load_tokenizer(bundled_parent())
+        self.parent = shallow_parent(folder / "parent") if smoke else bundled_parent()
+        self.teacher, self.config = load_parent(self.parent)
+        self.tokenizer = load_tokenizer(self.parent)
         self.source = Source([rows], self.tokenizer, "answers")
         self.elastic_teacher = ElasticModel(self.teacher, self.config)
         self.family, self.axis_map = self.elastic_teacher.family, self.elastic_teacher.axis_map
@@ -134,7 +137,7 @@ class Lab:
         commit_at: float,
     ) -> RunConfig:
         recipe = replace(
-            DEMO, sizes=sizes, stages=tuple(stages), seed=self.seed,
+            DEMO, parent=str(self.parent), sizes=sizes, stages=tuple(stages), seed=self.seed,
             router=replace(DEMO.router, commit_at=commit_at),
         )  # fmt: skip
         calibration = CalibrationConfig(
@@ -145,7 +148,7 @@ class Lab:
 
     def student(self) -> ElasticModel:
         """A fresh sorted parent to be trained."""
-        parent, _ = load_parent(bundled_parent())
+        parent, _ = load_parent(self.parent)
         sort_in_place(parent, self.axis_map, self._orders, self._basis)
         return ElasticModel(parent, self.config)
 
@@ -192,7 +195,7 @@ class Lab:
             report = trainer.train_step()
             seconds += time.monotonic() - begin
             flops += self._flops(trainer, report.num_tokens, list(report.kd))
-            if trainer.step in marks and trainer.committed:
+            if trainer.step in marks and trainer.committed and trainer.step < steps:
                 for name, kl in self.divergences(trainer, self.watched).items():
                     curves[name].append((trainer.tokens, kl))
             self.progress.advance(trainer.step)
@@ -202,21 +205,21 @@ class Lab:
                 arm=arm, size=name, widths=trainer.committed[name].widths, kl=kl,
                 active=self.active(trainer.committed[name].widths),
                 accuracy=accuracy, tokens=trainer.tokens, flops=flops,
-                seconds=seconds, curve=curves[name],
+                seconds=seconds, curve=[*curves[name], (trainer.tokens, kl)],
             )
             for name, (accuracy, kl) in measured.items()
         ]  # fmt: skip
 
     def active(self, widths: Widths) -> float:
         """Share of the parent's active parameters at some of its widths."""
-        return self.cost.count(widths).active / self.cost.count(self.axis_map.full).active
+        return self.cost.count(widths).active / self.cost.full.active
 
     def _flops(self, trainer: Trainer, num_tokens: int, names: Sequence[str]) -> float:
         """Operations of a step: the teacher's forward once, three forwards' worth per size (forward
         and backward). While the router learns, a size costs up to the whole parent and is counted
         as such.
         """
-        full = self.cost.count(self.axis_map.full).flops_per_token
+        full = self.cost.full.flops_per_token
         own = CostModel(trainer.student.axis_map)
         each = [
             own.count(trainer.committed[name].widths).flops_per_token if trainer.committed else full
@@ -267,7 +270,7 @@ def parse_options(
     options.context = CONTEXT
     if options.smoke:
         options.seeds, options.router_steps, options.steps, options.problems = 1, 2, 2, 1
-        options.watched, options.calibration_rows, options.max_new_tokens = 2, 4, 8
+        options.watched, options.calibration_rows, options.max_new_tokens = 1, 4, 8
         options.context = 64  # half of it still holds what some prompts ask for
     return options
 
@@ -294,7 +297,7 @@ def run_seeds(
                     num_rows=40 * (options.router_steps + options.steps) + 64,
                     problems_per_task=options.problems, watched=options.watched,
                     calibration_rows=options.calibration_rows,
-                    max_new_tokens=options.max_new_tokens, progress=bars,
+                    max_new_tokens=options.max_new_tokens, smoke=options.smoke, progress=bars,
                 )  # fmt: skip
                 found = [replace(outcome, seed=seed) for outcome in arms(lab, options)]
                 rows = [outcome.to_json() for outcome in found]

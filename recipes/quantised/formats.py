@@ -38,6 +38,7 @@ from star_elastic.demo import (
     bundled_parent,
     divergence_from_parent,
     run_config,
+    shallow_parent,
     stages,
     write_rows,
 )
@@ -142,6 +143,11 @@ class Lab:
             raise ConfigError(f"{self.folder} was made otherwise; name another directory")
 
     @property
+    def parent(self) -> Path:
+        """The bundled parent, or what stands for it in a smoke run."""
+        return shallow_parent(self.folder / "parent") if self.options.smoke else bundled_parent()
+
+    @property
     def rows(self) -> Path:
         """Training rows, drawn by this seed."""
         file, options = self.folder / "rows.jsonl", self.options
@@ -155,7 +161,8 @@ class Lab:
         if not (run / ELASTIC).exists():
             share = options.router_steps / (options.router_steps + options.steps)
             recipe = replace(
-                DEMO, choices=CHOICES, calibration_rows=2 * options.samples,
+                DEMO, parent=str(self.parent), choices=CHOICES,
+                calibration_rows=2 * options.samples,
                 stages=stages(options.router_steps, options.steps, context=options.context),
                 router=replace(DEMO.router, commit_at=share), seed=self.seed,
             )  # fmt: skip
@@ -188,7 +195,9 @@ class Lab:
                 learning_rate=rate, final_learning_rate=rate / 20, warmup_steps=4,
                 size_weights=(0.4, 0.3, 0.3),
             )  # fmt: skip
-            recipe = replace(DEMO, choices={}, stages=(stage,), seed=self.seed)
+            recipe = replace(
+                DEMO, parent=str(self.parent), choices={}, stages=(stage,), seed=self.seed
+            )  # fmt: skip
             self.train(replace(
                 run_config(recipe, self.rows, out),
                 family=str(family), objective=objective, router=RouterConfig(),
@@ -207,7 +216,7 @@ class Lab:
         """Accuracy, KL to the parent and bytes of every size."""
         options = self.options
         family = load(path, "float32", "cpu")
-        parent, _ = load_parent(bundled_parent())
+        parent, _ = load_parent(self.parent)
         models = {PARENT: parent, **{name: family[name] for name in family}}
         generator = PhasedGenerator(models, family.tokenizer, family.table.end_of_thinking)
         problems = sample_problems(TASKS, "test", options.problems, self.seed)

@@ -129,7 +129,7 @@ def main() -> int:
         "evaluation": {"text": "Wikipedia passages", "predicted_tokens": before.num_tokens},
         "checks": checks,
         "parent": {
-            "parameters": int(CostModel(axis_map).count(axis_map.full).total),
+            "parameters": int(CostModel(axis_map).full.total),
             "nats": before.nats_per_token,
             "perplexity": before.perplexity,
             "standard_error": before.standard_error,
@@ -249,7 +249,7 @@ def find_widths(axis_map: AxisMap, axes: tuple[str, ...]) -> list[Widths]:
             widths[axis] = max(round(size * percent / 1000 / step), 1) * step
         grid.add(axis_map.complete(widths))
     cost = CostModel(axis_map)
-    total = cost.count(axis_map.full).total
+    total = cost.full.total
 
     def distance(removed: float, widths: Widths) -> tuple[float, str]:
         return abs(cost.count(widths).total - (1 - removed) * total), str(widths)
@@ -268,7 +268,7 @@ def measure_cuts(
 ) -> Iterator[Cut]:
     """Perplexity of every cut in every order; the runner holds the sorted weights in turn."""
     state = {name: value.clone() for name, value in runner.state_dict().items()}
-    full = CostModel(axis_map).count(axis_map.full).total
+    full = CostModel(axis_map).full.total
     plan = [(axes, widths) for axes in CASES for widths in find_widths(axis_map, axes)]
     for (name, order), start in zip(orders.items(), itertools.count(1), strict=False):
         runner.load_state_dict(sort_state(state, axis_map, order), strict=False)

@@ -34,10 +34,9 @@ def describe(budgets: Budgets) -> str:
 def overspent(widths: Mapping, budgets: Budgets, cost: CostModel) -> list[Any]:
     """C / (b * C_full) - 1 at `widths` for every budget: the relative distance of the cost to it,
     above zero where it costs more. Numbers, or tensors for widths that are tensors."""
-    full = cost.count(cost.axis_map.full)
     now = cost.count({**cost.axis_map.full, **widths})
     return [
-        now.metric(metric) / (fraction * full.metric(metric)) - 1
+        now.metric(metric) / (fraction * cost.full.metric(metric)) - 1
         for metric, fraction in budgets.items()
     ]
 

@@ -71,13 +71,14 @@ def widths_for(
     except ConfigError as error:
         raise CheckpointError(f"elastic.json is damaged ({error}); restore the file") from None
     cost = CostModel(axis_map, workload, measured)
-    full = cost.count(axis_map.full)
     amounts = {metric: parse_budget(amount, metric) for metric, amount in budget.items()}
     if needed and not amounts["ms"].is_fraction and read_config(directory).get(CONFIG_KEY):
         raise ConfigError(
             f"ms={budget['ms']!r} is a time, but {table} was measured before the family was "
             "quantised; give a share of the parent's time, like ms=0.6"
         )
-    asked = {metric: amount.fraction_of(full.metric(metric)) for metric, amount in amounts.items()}
+    asked = {
+        metric: amount.fraction_of(cost.full.metric(metric)) for metric, amount in amounts.items()
+    }
     trained = [size.budgets for size in manifest.sizes.values()]
     return settle_between(router, trained, asked, cost)

@@ -78,10 +78,11 @@ def check(config: RunConfig, world_size: int = 1) -> Checked:
     if table and any("ms" in budgets for budgets in config.sizes.values()):
         require_covered(table, grid)
     cost = CostModel(axis_map, config.workload, table.milliseconds if table else None)
-    full = cost.count(axis_map.full)
     budgets = {
         name: {
-            metric: parse_budget(amount, metric, f"sizes.{name}.").fraction_of(full.metric(metric))
+            metric: parse_budget(amount, metric, f"sizes.{name}.").fraction_of(
+                cost.full.metric(metric)
+            )
             for metric, amount in given.items()
         }
         for name, given in config.sizes.items()
@@ -212,8 +213,8 @@ def _fix(name: str, widths: Widths, budgets: Budgets, cost: CostModel) -> Commit
     """Widths that the config gives. Raises BudgetError if they are far from their budget."""
     miss = float(budget_miss(widths, budgets, cost))
     if miss > REACH:
-        counted, full = cost.count(widths), cost.count(cost.axis_map.full)
-        costs = describe({m: counted.metric(m) / full.metric(m) for m in budgets})
+        counted = cost.count(widths)
+        costs = describe({m: counted.metric(m) / cost.full.metric(m) for m in budgets})
         raise BudgetError(
             f"router.fixed.{name} costs {costs}, which misses {describe(budgets)} by {miss:.1%}; "
             "change the widths or the budget"

@@ -76,7 +76,7 @@ class _Look:
         self.steps = Curriculum(config.stages).num_steps
         self.learns = not checked.fixed
         self.router_steps = config.router.num_steps(self.steps)
-        self.parameters = int(checked.cost.count(checked.axis_map.full).total)
+        self.parameters = int(checked.cost.full.total)
 
     def facts(self) -> Iterator[str]:
         """What will happen, in its order."""
@@ -99,7 +99,7 @@ class _Look:
             yield f"  ranking: {self._ranking()}"
             yield f"  choices: {self._choices()}"
         for name, budgets in self.checked.budgets.items():
-            full = self.checked.cost.count(self.checked.axis_map.full)
+            full = self.checked.cost.full
             asked = ", ".join(
                 f"{metric} {show_amount(fraction * full.metric(metric), metric)} ({fraction:.1%})"
                 for metric, fraction in budgets.items()
