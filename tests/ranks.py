@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
 import signal
 import time
@@ -13,8 +15,10 @@ import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import _set_pg_timeout as set_timeout
 
+from star_elastic.commands import app
 from star_elastic.errors import CheckpointError, Interrupted
 from star_elastic.progress import Silent
+from star_elastic.terminal import run_app
 from star_elastic.train.config import RunConfig, load_run_config
 from star_elastic.train.distributed import World, join_world
 from star_elastic.train.run import RunResult, train
@@ -94,6 +98,14 @@ def refused(file: Path) -> str:
 def run(file: Path, *, resume: bool = False) -> RunResult:
     """A whole run, or what is left of it."""
     return train(load_run_config(file), resume=resume)
+
+
+def command(*arguments: str) -> str:
+    """What this rank prints for a command that ends well."""
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        run_app(app, arguments)
+    return printed.getvalue()
 
 
 def wait(seconds: float) -> float:

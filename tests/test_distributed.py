@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -61,18 +58,6 @@ def test_two_ranks_compute_the_gradients_of_one(gradients, phase):
             assert (two[key] - expected).abs().max() <= ranks.TOLERANCE * largest, key
 
 
-def torchrun(*arguments) -> str:
-    """Two ranks of the command line as torchrun starts them; what they print."""
-    launcher = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command = [sys.executable, "-m", *launcher, "-m", "star_elastic.cli", *map(str, arguments)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        command, capture_output=True, text=True, check=False, cwd=ROOT, env=environment, timeout=300
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    return done.stdout
-
-
 @pytest.mark.long
 def test_states_load_on_another_number_of_ranks(run_folder, short):
     """From two ranks to one, and back to two from the command line, which ends the run."""
@@ -83,8 +68,8 @@ def test_states_load_on_another_number_of_ranks(run_folder, short):
     assert len(list((run_folder / "two-ranks" / "state").glob("*.safetensors"))) == 2
     with pytest.raises(Interrupted, match="stopped at step 8"):
         train(config, resume=True, progress=StopAt(8))
-    said = torchrun("train", file, "--resume", "--json")
-    assert json.loads(said)["steps"] == 12
+    first, other = on_ranks(2, ranks.command, "train", str(file), "--resume", "--json")
+    assert json.loads(first)["steps"] == 12 and other == ""
     log = (run_folder / "two-ranks" / "metrics.jsonl").read_text().splitlines()
     for a, b in zip(map(json.loads, log), metrics(short), strict=True):
         assert a["num_tokens"] == b["num_tokens"]

@@ -162,16 +162,18 @@ def test_a_nested_layer_is_the_layer(nested_dims):
 
 @pytest.mark.parametrize(("kind", "case"), AXIS_CASES)
 @given(data=st.data())
-@examples(4)
+@examples(3)
 def test_every_size_equals_its_saved_slice(kind, case, data):
-    """Logits and cached decoding, the full size included; sizes that no plain checkpoint can hold
-    are compared with copies cut from a plain parent."""
+    """Logits and cached decoding, with all axes the full size's, too; sizes that no plain
+    checkpoint can hold are compared with copies cut from a plain parent."""
     parent = data.draw(parents(kind, torch.float32))
     grid = data.draw(grids(parent.axis_map, case))
-    sizes = {"full": {}} | {
+    sizes = {
         name: each(grid, lambda choices: data.draw(st.sampled_from(choices[1:] or choices)))
         for name in ("medium", "small")
     }
+    if case == "all":
+        sizes["full"] = {}
     with tempfile.TemporaryDirectory() as folder:
         path = save_family(Path(folder), parent, sizes)
         family = load_family(path)
