@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
@@ -33,6 +34,18 @@ def plain_checkpoint(
     make_model(config).to(dtype).save_pretrained(path)
     tokenizer.save_pretrained(path)
     return path
+
+
+@pytest.fixture(scope="session")
+def plain(tmp_path_factory) -> Path:
+    """A llama with a tokenizer and a head of its own. Not to be changed."""
+    return plain_checkpoint(tmp_path_factory.mktemp("plain") / "llama")
+
+
+@pytest.fixture
+def copied(plain, tmp_path) -> Path:
+    """The same, to be changed."""
+    return shutil.copytree(plain, tmp_path / "parent")
 
 
 def make_elastic(plain: Path, out: Path, widths: Mapping[str, int] | None = None) -> Path:

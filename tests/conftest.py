@@ -53,6 +53,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason="no CUDA device"))
 
 
+from tests.checkpoints import copied, plain  # noqa: E402, F401
 from tests.planted_run import (  # noqa: E402, F401
     planted,
     planted_hybrid,

@@ -32,22 +32,9 @@ from tests.checkpoints import (
     edit_json,
     make_elastic,
     nothing_changes_in,
-    plain_checkpoint,
     write_rows,
 )
 from tests.laws.parents import examples, make_parent
-
-
-@pytest.fixture(scope="module")
-def plain(tmp_path_factory) -> Path:
-    """A llama with a tokenizer."""
-    return plain_checkpoint(tmp_path_factory.mktemp("plain") / "llama")
-
-
-@pytest.fixture
-def copied(plain, tmp_path) -> Path:
-    return shutil.copytree(plain, tmp_path / "parent")
-
 
 # Every field of a config
 

@@ -63,17 +63,6 @@ LEFT_BEHIND = (
 )  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def plain(tmp_path_factory) -> Path:
-    """A llama with a head of its own."""
-    return plain_checkpoint(tmp_path_factory.mktemp("plain") / "llama")
-
-
-@pytest.fixture
-def copied(plain, tmp_path) -> Path:
-    return shutil.copytree(plain, tmp_path / "parent")
-
-
 # What travels
 
 
