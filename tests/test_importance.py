@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -29,6 +31,7 @@ from star_elastic.nesting.slice import check_orders, slice_state, sort_state
 from star_elastic.nesting.submodel import build_submodel
 from star_elastic.progress import Silent
 from star_elastic.train.sources import Batch
+from tests.architectures import fixed_config
 from tests.laws.parents import Parent, assert_equal, make_parent, precision
 from tests.processes import ROOT, run_script
 
@@ -662,6 +665,27 @@ def plain_ranking(parent: Parent, ids: torch.Tensor) -> tuple[int, ...]:
         kept.remove(least)
         removed.append(least)
     return (*kept, *reversed(removed))
+
+
+class Redundant:
+    """A model of three layers of which the first two say the same, and the third half as much."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, kept):
+        self.said = torch.tensor([float(bool({0, 1} & set(kept))), 0.5 * (2 in kept)])
+
+    def __call__(self, input_ids, use_cache):
+        return SimpleNamespace(logits=self.said.expand(*input_ids.shape, 2))
+
+
+def test_a_layer_counts_anew_when_what_stood_in_for_it_is_gone():
+    config = {**fixed_config("llama"), "num_hidden_layers": 3}
+    ids = torch.ones(1, 4, dtype=torch.long)
+    model: Any = Redundant(range(3))
+    found = rank_layers(model, config, [Batch(ids, ids)], Silent(), Redundant)
+    # Without each alone the first two change nothing, and both would go before the third.
+    assert found == (0, 2, 1)
 
 
 @torch.no_grad()

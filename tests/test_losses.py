@@ -328,6 +328,21 @@ def test_a_longer_document_takes_the_place_of_its_prefix(tmp_path):
     assert not list(tmp_path.glob(".*"))
 
 
+def test_a_shard_that_was_removed_takes_no_other_with_it(tmp_path):
+    """As a damaged one is, on the message's advice."""
+    cache, whole = cache_in(tmp_path), [targets_of(row, 5) for row in range(4)]
+    for row in range(3):
+        cache.add(0, row, whole[row])
+        cache.flush()
+    sorted(tmp_path.glob("shard-*"))[1].unlink()
+    again = cache_in(tmp_path)
+    again.add(0, 3, whole[3])
+    again.flush()
+    opened = cache_in(tmp_path)
+    assert [row for row in range(4) if opened.has(0, row, 5)] == [0, 2, 3]
+    assert_equal(opened.get(0, 2, 5), whole[2])
+
+
 def test_what_was_not_flushed_is_drawn_again_and_alike(tmp_path):
     *_, teacher, head = heads(num_rows=6)
     documents = [[(0, 0, 0, 4)], [(0, 1, 0, 4)]]

@@ -503,8 +503,9 @@ def with_system(**more):
         (CHATML, {"messages": TOOL_ROW["messages"]}, "has tool_calls in message 2 that the"),
         (WITH_TOOLS, in_call(name=""), None),
         (WITH_TOOLS.replace("call.arguments | tojson", "'{}'"), TOOL_ROW, "has tool_calls in mess"),
-        (CHATML, with_system(messages=[user("a"), assistant("b", reasoning_content="t")]),
-         "has reasoning_content in message 2 that the chat template leaves out"),
+        *((CHATML, with_system(messages=[user("a"), assistant("b", **{name: "t"})]),
+           f"has {name} in message 2 that the chat template leaves out")
+          for name in ("reasoning_content", "reasoning", "thinking")),
         (SWITCHES, {"messages": [user("a"), assistant("b", reasoning_content="t"), user("c"),
                                  assistant("d")]}, "has reasoning_content in message 2"),
         (CHATML.replace("{{ m['content'] }}", "{{ m['content'][:9] }}"),
