@@ -17,9 +17,9 @@ from star_elastic.errors import ConfigError, RowError
 from star_elastic.importance.files import ScoreInfo, load_scores, save_scores
 from star_elastic.latency import save_table
 from star_elastic.nesting.gate import Mixture
+from star_elastic.train import loop
 from star_elastic.train import run as run_module
 from star_elastic.train.config import RunConfig, load_run_config
-from star_elastic.train.distributed import multiplies_bf16
 from star_elastic.train.losses import next_token_targets, sampled_kl
 from star_elastic.train.run import train
 from star_elastic.widths import Widths
@@ -429,13 +429,17 @@ def test_how_a_step_is_computed_shows_and_changes_nothing(watch):
 
 
 @hears("engine.autocast")
-def test_products_are_in_bf16_where_autocast_is_on(watch):
+def test_products_are_in_bf16_where_autocast_is_on(watch, monkeypatch):
     """Weights and their gradients stay in fp32. Left out: where the device has units for it."""
+    for has_units in (True, False):
+        monkeypatch.setattr(loop, "multiplies_bf16", lambda device, answer=has_units: answer)
+        for said, expected in (("true", True), ("false", False), (None, has_units)):
+            line = f"autocast = {said}" if said else ""
+            seen = watch(**FIXED, **{"autocast = false": line})
+            assert {f.autocast for f in seen.forwards} == {expected}, (has_units, said)
     base = watch(**FIXED)
     low = watch(**FIXED, **{"autocast = false": "autocast = true"})
     assert not any(f.autocast for f in base.forwards) and all(f.autocast for f in low.forwards)
-    left_out = watch(**FIXED, **{"autocast = false": ""})
-    assert {f.autocast for f in left_out.forwards} == {multiplies_bf16(torch.device("cpu"))}
     assert low.kd != base.kd
     assert low.kd[0]["small"] == pytest.approx(base.kd[0]["small"], rel=0.05)
     assert {g.dtype for g in low.gradients[0].values()} == {torch.float32}
