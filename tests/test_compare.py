@@ -124,6 +124,8 @@ def test_only_pairs_that_differ_make_an_interval_wide():
     bootstrap = PairedBootstrap(["a"] * 150 + ["b"] * 150)
     same = bootstrap.interval(ours, ours)
     assert (same.difference, same.low, same.high) == (0, -0.01, 0.01)  # the rule of three
+    few = PairedBootstrap(["t"] * 2).interval([1, 0], [1, 0])
+    assert (few.low, few.high) == (-1, 1)  # no accuracies are further apart
     one_better = bootstrap.interval(ours | (np.arange(300) == np.flatnonzero(~ours)[0]), ours)
     assert 0 == one_better.low < one_better.difference < one_better.high < 0.02
 

@@ -138,6 +138,9 @@ def test_windows_that_ranks_cannot_share_are_refused(run_folder):
     config = config_in(run_folder, "three-ranks")
     with pytest.raises(ConfigError, match="batch_size=4 .* cannot be shared by 3 ranks; start"):
         check(config, world_size=3)
+    config_in(run_folder, "of-three", **{"batch_size = 4": "batch_size = 3"})
+    with pytest.raises(ConfigError, match="batch_size=3 .* cannot be shared by 2 ranks; start"):
+        on_ranks(2, ranks.run, run_folder / "of-three.toml")
 
 
 def test_ranks_that_torchrun_did_not_start_are_refused(monkeypatch):

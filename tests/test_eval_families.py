@@ -11,7 +11,7 @@ import torch
 
 import star_elastic
 from star_elastic.cli import main
-from star_elastic.evaluate import answers
+from star_elastic.evaluate import answers, run
 from star_elastic.evaluate.accuracy import LEFT_OUT, MAX_TEXT, _shorten
 from star_elastic.evaluate.bootstrap import PairedBootstrap
 from star_elastic.evaluate.budgets import Thought, alike_budgets, common_groups, cut_place
@@ -20,6 +20,7 @@ from star_elastic.evaluate.difficulty import ALWAYS_SMALL, Dial, Look, write_tex
 from star_elastic.evaluate.grid import make_grid
 from star_elastic.evaluate.matching import parse_match
 from star_elastic.evaluate.report import load_result, make_page
+from star_elastic.evaluate.reuse import study_reuse
 from star_elastic.evaluate.run import Settings, evaluate_family
 from star_elastic.evaluate.tasks import Problem
 from star_elastic.families import family_of, read_config
@@ -228,8 +229,16 @@ def test_budgets_that_cut_alike_are_one():
     assert cut_place([5, newline, 5, 5], 1, lambda token: token == newline) == 2
 
 
-def test_coinciding_budgets_make_no_plans(thinking, tmp_path):
-    """Budgets that no trace reaches are no budget at all: said, and tried once."""
+def test_coinciding_budgets_make_no_plans(thinking, tmp_path, monkeypatch):
+    """Budgets that no trace reaches are no budget at all: said, and tried once. What is matched
+    how, is so in every section."""
+    rules = []
+
+    def study(*args, **options):
+        rules.append(options.get("match"))
+        return study_reuse(*args, **options)
+
+    monkeypatch.setattr(run, "study_reuse", study)
     family = star_elastic.load(thinking)
     asked = [f"{a}+{b}" for a in range(1, 10) for b in range(1, 10)]
     problems = [Problem("t", question, (), "1") for question in asked]
@@ -244,7 +253,7 @@ def test_coinciding_budgets_make_no_plans(thinking, tmp_path):
     listener = Listener()
     settings = replace(
         SETTINGS, data=file, budgets=(20, 30, None), dials=(0.3,), max_new_tokens=70,
-        num_validation=3, num_test=2,
+        num_validation=3, num_test=2, match="contains",
     )  # fmt: skip
     result = evaluate_family(thinking, settings, tmp_path / "out", progress=listener)
     assert result["calibration"]["alike"] == {size: [[20, 30, None]] for size in family}
@@ -253,7 +262,7 @@ def test_coinciding_budgets_make_no_plans(thinking, tmp_path):
     assert [label for label in plans if "~" not in label] == alone
     assert plans["small"]["budgets"] == [20, 30, None]
     assert listener.totals["evaluate"] == len(plans) <= len(alone) + 2
-    assert listener.totals["reuse"] == 2
+    assert listener.totals["reuse"] == 2 and rules == [parse_match("contains")] * 2
     told = "20, 30 and none (of large and small)"
     assert listener.lines == [
         f"thinking budgets that cut the same of every validation trace: {told}; tried once"

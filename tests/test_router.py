@@ -1,19 +1,25 @@
 """The router: independent draws, exact budgets, and proof that it learns what may be cut."""
 
+import json
+import shutil
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from benchmarks import planting
-from star_elastic.cost import CostModel
+from star_elastic.cost import CostModel, Workload
 from star_elastic.errors import BudgetError, CheckpointError, ShapeError
+from star_elastic.families import family_of, read_config
+from star_elastic.manifest import load_manifest
 from star_elastic.nesting.elastic import ElasticModel
 from star_elastic.nesting.gate import Mixture
 from star_elastic.nesting.slice import slice_tensor
 from star_elastic.router import search
 from star_elastic.router.budget import AIM, REACH, budget_loss, budget_miss
 from star_elastic.router.commit import ASKED, commit, settle_between
+from star_elastic.router.files import widths_for
 from star_elastic.router.grid import Grid, make_grid
 from star_elastic.router.reach import check_budgets, nearest_possible
 from star_elastic.router.router import Annealing, Decision, Router, Temperature, gumbel
@@ -184,6 +190,21 @@ def test_budgets_out_of_reach_are_refused_with_the_range():
         check_budgets("tiny", {"time": 0.9}, cost, grid)
     with pytest.raises(BudgetError, match="has no budget"):
         check_budgets("tiny", {}, cost, grid)
+
+
+def test_a_budget_between_sizes_is_counted_for_the_workload_of_the_run(trained, tmp_path):
+    family = shutil.copytree(trained.elastic, tmp_path / "family")
+    axis_map = family_of(read_config(family)).axis_map(read_config(family))
+    content = json.loads((family / "elastic.json").read_text())
+    content["provenance"]["workload"] = {"context": 64, "batch": 4}
+    for size, share in (("large", 1.0), ("small", 0.6)):
+        content["sizes"][size]["budgets"] = {"bytes": share}
+    (family / "elastic.json").write_text(json.dumps(content))
+    manifest = load_manifest(family, axis_map)
+    found = widths_for(family, manifest, axis_map, {"bytes": 0.8})
+    assert budget_miss(found.widths, {"bytes": 0.8}, CostModel(axis_map)) > 2 * AIM
+    cost = CostModel(axis_map, Workload(context=64, batch=4))
+    assert budget_miss(found.widths, {"bytes": 0.8}, cost) <= AIM
 
 
 def test_layers_of_their_own_widths_meet_budgets_that_one_width_cannot():

@@ -55,11 +55,13 @@ class PairedBootstrap:
         """Of our mean minus theirs; both (N,), in the order of the problems.
 
         Where no problem tells the two apart, resampling knows no spread: then it is 3 / N to both
-        sides, above which 95 % of such samples would have shown a difference (the rule of three).
+        sides, above which 95 % of such samples would have shown a difference (the rule of three),
+        and no more than 1.
         """
         differences_N = np.asarray(ours, float) - np.asarray(theirs, float)
         if not differences_N.any():
-            return Interval(0.0, -3 / len(differences_N), 3 / len(differences_N))
+            spread = min(3 / len(differences_N), 1.0)
+            return Interval(0.0, -spread, spread)
         weighted_N = differences_N * self._weight_N
         tail = (1 - LEVEL) / 2
         low, high = np.quantile(self._times_RN @ weighted_N, [tail, 1 - tail])
