@@ -22,8 +22,8 @@ from star_elastic.signals import Stoppable, is_first_rank, stop_on_signals
 STAGES = {
     "rank": "Rank units", "rank layers": "Rank layers", "train": "Train sizes", "slice": "Slice",
     "evaluate": "Evaluate", "latency": "Latency", "calibrate": "Calibrate", "reuse": "Hand over",
-    "quantize": "Quantise", "rows": "Read rows", "basis": "Find basis", "write": "Write",
-    "judge": "Judge",
+    "compare": "Compare", "quantize": "Quantise", "rows": "Read rows", "basis": "Find basis",
+    "write": "Write", "judge": "Judge",
 }  # fmt: skip
 FIRST_LINE, LINE_EVERY = 5.0, 30.0
 """Seconds after which a stage is first told of where there is no terminal, and between two lines.

@@ -11,7 +11,9 @@ import os
 import platform
 import random
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -57,7 +59,9 @@ UNTRAINED = "untrained"
 CONTEXT = 256
 EVALUATION_BATCH = 200
 MAX_NEW_TOKENS = 192
-KL_PROBLEMS = 80
+KL_PROBLEMS = 40
+WORKERS = 2
+"""Threads that train and evaluate: the smallest machines have two cores."""
 
 
 def bundled_parent() -> Path:
@@ -150,11 +154,12 @@ DEMO = Recipe(
         "ssm_heads": (16, 14, 12, 10, 8),
     },
     num_rows=10_000,
-    stages=stages(80, 360),
+    stages=stages(80, 280),
     problems_per_task=20,
-    budgets=(0, 32, 64),
-    pairs=(("small", "large"), ("medium", "large")),
-    router=RouterConfig(commit_at=80 / 440),
+    budgets=(0, 64),
+    pairs=(("small", "large"),),
+    router=RouterConfig(commit_at=80 / 360),
+    calibration_rows=256,
 )
 
 
@@ -187,7 +192,10 @@ def run_recipe(recipe: Recipe, out: str | Path, progress: Progress | None = None
         _models(family, recipe.parent_folder, run), family.tokenizer, family.table.end_of_thinking
     )
     evaluations = evaluate(generator, problems, plans(recipe), progress)
-    report = make_report(recipe, family, generator, evaluations, problems, run)
+    solved = problems[:: max(len(problems) // KL_PROBLEMS, 1)]
+    sizes = [name for name in generator.models if name != PARENT]
+    divergences = divergences_from_parent(generator, sizes, solved, progress)
+    report = make_report(recipe, family, evaluations, divergences, run)
     plot_pareto(
         [e for e in evaluations if UNTRAINED not in e.label],
         out / "pareto.png",
@@ -221,7 +229,7 @@ def run_config(recipe: Recipe, rows: Path, run: Path) -> RunConfig:
         ),
         router=recipe.router,
         # On so small a model fp32 on two threads is as fast as bf16, and exact.
-        engine=EngineConfig(save_every=100, workers=2, autocast=False),
+        engine=EngineConfig(save_every=100, workers=WORKERS, autocast=False),
     )
 
 
@@ -290,29 +298,63 @@ def evaluate(
     plans: Sequence[Plan],
     progress: Progress,
 ) -> list[Evaluation]:
-    """Evaluates every plan on the same problems."""
+    """Evaluates every plan on the same problems, as many at once as there are workers."""
     progress.stage("evaluate", len(plans))
     done = []
-    for number, plan in enumerate(plans, start=1):
-        done.append(evaluate_plan(generator, problems, plan, batch_size=EVALUATION_BATCH))
-        progress.advance(number, f"{plan.label} {done[-1].accuracy:.1%}")
+    with _workers() as pool:
+        work = partial(evaluate_plan, generator, problems, batch_size=EVALUATION_BATCH)
+        for number, found in enumerate(pool.map(work, plans), start=1):
+            done.append(found)
+            progress.advance(number, f"{plans[number - 1].label} {found.accuracy:.1%}")
     return done
 
 
-@torch.inference_mode()
+def _workers() -> ThreadPoolExecutor:
+    """Threads that each compute alone: products of so small a model keep one core busy, not two."""
+    count = min(WORKERS, os.cpu_count() or 1)
+    return ThreadPoolExecutor(count, "evaluation", torch.set_num_threads, (1,))
+
+
 def divergence_from_parent(
     generator: PhasedGenerator, name: str, problems: Sequence[Problem]
 ) -> float:
     """KL(parent || size) in nats per token of the assistant's turns of solved problems."""
-    total = count = 0.0
-    for problem in problems:
-        whole, first = _solved(generator.tokenizer, problem)
-        ids = torch.tensor([whole])
-        parent, size = (generator.models[m](input_ids=ids).logits[0] for m in (PARENT, name))
-        tokens = len(whole) - first
-        total += float(distillation_loss(parent[first - 1 : -1], size[first - 1 : -1])) * tokens
-        count += tokens
-    return total / count
+    return divergences_from_parent(generator, [name], problems, Silent())[name]
+
+
+def divergences_from_parent(
+    generator: PhasedGenerator,
+    names: Sequence[str],
+    problems: Sequence[Problem],
+    progress: Progress,
+) -> dict[str, float]:
+    """The same of several sizes, by name; the parent reads every problem once."""
+    progress.stage("compare", len(problems))
+    totals, count = dict.fromkeys(names, 0.0), 0
+    with _workers() as pool:
+        work = partial(_divergences, generator, names)
+        for number, (tokens, found) in enumerate(pool.map(work, problems), start=1):
+            count += tokens
+            for name, value in found.items():
+                totals[name] += value
+            progress.advance(number)
+    return {name: total / count for name, total in totals.items()}
+
+
+@torch.inference_mode()
+def _divergences(
+    generator: PhasedGenerator, names: Sequence[str], problem: Problem
+) -> tuple[int, dict[str, float]]:
+    """Counted tokens of a solved problem, and KL in nats, summed over them, by name."""
+    whole, first = _solved(generator.tokenizer, problem)
+    counted, ids = slice(first - 1, -1), torch.tensor([whole])
+    parent = generator.models[PARENT](input_ids=ids).logits[0, counted]
+    found = {
+        name: distillation_loss(parent, generator.models[name](input_ids=ids).logits[0, counted])
+        for name in names
+    }
+    tokens = len(whole) - first
+    return tokens, {name: float(value) * tokens for name, value in found.items()}
 
 
 def _solved(tokenizer, problem) -> tuple[list[int], int]:
@@ -328,16 +370,14 @@ def _solved(tokenizer, problem) -> tuple[list[int], int]:
 def make_report(
     recipe: Recipe,
     family: ElasticFamily,
-    generator: PhasedGenerator,
     evaluations: Sequence[Evaluation],
-    problems: Sequence[Problem],
+    divergences: Mapping[str, float],
     run: Path,
 ) -> dict[str, Any]:
     """Everything measured, as plain data."""
     cost = CostModel(family.axis_map, recipe.workload)
     full = cost.full
     parent = next(e for e in evaluations if e.label == PARENT)
-    solved = problems[:: max(len(problems) // KL_PROBLEMS, 1)]
     by_label = {e.label: e for e in evaluations}
     sizes = {}
     for name, size in family.sizes.items():
@@ -359,10 +399,8 @@ def make_report(
             "interval": by_label[name].interval,
             "share_of_parent": by_label[name].accuracy / max(parent.accuracy, 1e-9),
             "untrained_accuracy": untrained.accuracy if untrained else None,
-            "kl_to_parent": divergence_from_parent(generator, name, solved),
-            "untrained_kl": divergence_from_parent(generator, f"{name} {UNTRAINED}", solved)
-            if untrained
-            else None,
+            "kl_to_parent": divergences[name],
+            "untrained_kl": divergences.get(f"{name} {UNTRAINED}"),
         }
     rows = [json.loads(line) for line in (run / METRICS).read_text().splitlines()]
     return {

@@ -30,6 +30,7 @@ HOUR: Recipe = replace(
     choices={**DEMO.choices, "shared_ffn": tuple(range(128, 15, -8))},
     workload=Workload(context=256, batch=64),
     num_rows=50_000,
+    calibration_rows=512,
     stages=stages(220, 1_980),
     problems_per_task=50,
     budgets=(0, 32, 64),
