@@ -315,20 +315,15 @@ def _workers() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(count, "evaluation", torch.set_num_threads, (1,))
 
 
-def divergence_from_parent(
-    generator: PhasedGenerator, name: str, problems: Sequence[Problem]
-) -> float:
-    """KL(parent || size) in nats per token of the assistant's turns of solved problems."""
-    return divergences_from_parent(generator, [name], problems, Silent())[name]
-
-
 def divergences_from_parent(
     generator: PhasedGenerator,
     names: Sequence[str],
     problems: Sequence[Problem],
-    progress: Progress,
+    progress: Progress | None = None,
 ) -> dict[str, float]:
-    """The same of several sizes, by name; the parent reads every problem once."""
+    """KL(parent || size) of sizes by name, in nats per token of the assistant's turns of solved
+    problems; the parent reads every problem once."""
+    progress = progress or Silent()
     progress.stage("compare", len(problems))
     totals, count = dict.fromkeys(names, 0.0), 0
     with _workers() as pool:

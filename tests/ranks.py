@@ -54,11 +54,7 @@ def gradients_of(files: Sequence[Path], folder: Path) -> list[dict[str, torch.Te
 
 def stop(file: Path, step: int) -> str:
     """Trains until a step, then stops as if interrupted; what is said then."""
-    try:
-        train(load_run_config(file), progress=StopAt(step, signal.SIGTERM))
-    except Interrupted as stopped:
-        return str(stopped)
-    raise AssertionError("the run was not interrupted")
+    return _interrupted(file, StopAt(step, signal.SIGTERM))
 
 
 def stop_ranking(file: Path) -> str:
@@ -66,8 +62,13 @@ def stop_ranking(file: Path) -> str:
     pids = file.with_suffix(".pids")
     with pids.open("a") as written:
         written.write(f"{os.getpid()}\n")
+    return _interrupted(file, StopRanking(pids))
+
+
+def _interrupted(file: Path, progress: Silent) -> str:
+    """Trains with a progress that stops the run; what is said then."""
     try:
-        train(load_run_config(file), progress=StopRanking(pids))
+        train(load_run_config(file), progress=progress)
     except Interrupted as stopped:
         return str(stopped)
     raise AssertionError("the run was not interrupted")

@@ -21,7 +21,7 @@ from star_elastic.demo import (
     DEMO,
     PARENT,
     Recipe,
-    divergence_from_parent,
+    divergences_from_parent,
     run_config,
     shallow_parent,
     stages,
@@ -138,13 +138,12 @@ def measure(
             models |= {c.name: build_submodel(parent, config, c.widths) for c in cuts}
             generator = PhasedGenerator(models, tokenizer, elastic.family.end_of_thinking)
             bars.stage("evaluate", len(models))
+            apart = divergences_from_parent(generator, list(models), problems[::5])
             found = {}
             for number, name in enumerate(models, start=1):
                 plan = think_and_answer(name, name, max_new_tokens=max_new_tokens)
                 accuracy = evaluate_plan(generator, problems, plan)
-                found[name] = (
-                    accuracy.accuracy, divergence_from_parent(generator, name, problems[::5])
-                )  # fmt: skip
+                found[name] = (accuracy.accuracy, apart[name])
                 bars.advance(number, name)
             return found
 

@@ -30,7 +30,7 @@ from star_elastic.demo import (
     MAX_NEW_TOKENS,
     PARENT,
     bundled_parent,
-    divergence_from_parent,
+    divergences_from_parent,
     run_config,
     shallow_parent,
     write_rows,
@@ -230,18 +230,17 @@ class Lab:
     def measure(self, trainer: Trainer) -> dict[str, tuple[float, float]]:
         """Accuracy with thinking, and KL to the parent, of every size."""
         generator = self._generator(trainer)
+        apart = divergences_from_parent(generator, trainer.names, self.watched)
         found = {}
         for name in trainer.names:
             plan = think_and_answer(name, name, max_new_tokens=self._max_new_tokens)
             result = evaluate_plan(generator, self.problems, plan, batch_size=200)
-            kl = divergence_from_parent(generator, name, self.watched)
-            found[name] = (result.accuracy, kl)
+            found[name] = (result.accuracy, apart[name])
         return found
 
     def divergences(self, trainer: Trainer, problems: Sequence[Problem]) -> dict[str, float]:
         """KL to the parent of every size, nats per token."""
-        generator = self._generator(trainer)
-        return {name: divergence_from_parent(generator, name, problems) for name in trainer.names}
+        return divergences_from_parent(self._generator(trainer), trainer.names, problems)
 
     def _generator(self, trainer: Trainer) -> PhasedGenerator:
         student = trainer.student

@@ -36,7 +36,7 @@ from star_elastic.demo import (
     MAX_NEW_TOKENS,
     PARENT,
     bundled_parent,
-    divergence_from_parent,
+    divergences_from_parent,
     run_config,
     shallow_parent,
     stages,
@@ -221,6 +221,7 @@ class Lab:
         generator = PhasedGenerator(models, family.tokenizer, family.table.end_of_thinking)
         problems = sample_problems(TASKS, "test", options.problems, self.seed)
         watched = problems[:: max(len(problems) // options.watched, 1)]
+        apart = divergences_from_parent(generator, list(family), watched)
         for name, size in family.sizes.items():
             plan = think_and_answer(name, name, max_new_tokens=options.max_new_tokens)
             result = evaluate_plan(generator, problems, plan, batch_size=200)
@@ -234,7 +235,7 @@ class Lab:
                     "widths": str(size.widths),
                     "accuracy": result.accuracy,
                     "per_task": dict(result.per_task),
-                    "kl": divergence_from_parent(generator, name, watched),
+                    "kl": apart[name],
                     "bytes": sum(file.stat().st_size for file in cut.glob("*.safetensors")),
                 },
             )
