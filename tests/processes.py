@@ -30,6 +30,9 @@ from typing import Any, NoReturn
 
 ROOT = Path(__file__).parent.parent
 HEAVY = (
+    "pydantic.json_schema",
+    "pydantic.type_adapter",
+    "star_elastic.cli",
     "star_elastic.commands",
     "star_elastic.demo",
     "star_elastic.evaluate.latency",
