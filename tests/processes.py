@@ -14,6 +14,7 @@ import os
 import pickle
 import runpy
 import signal
+import subprocess
 import sys
 import tempfile
 import threading
@@ -181,8 +182,7 @@ def _run(
         target = os.open(file, os.O_WRONLY | os.O_APPEND)
         os.dup2(target, number)
         os.close(target)
-    sys.stdout = open(1, "w", encoding="utf-8", closefd=False)  # noqa: SIM115
-    sys.stderr = open(2, "w", encoding="utf-8", closefd=False, buffering=1)  # noqa: SIM115
+    _open_streams()
     _end(lambda: _become(kind, arguments))
 
 
@@ -195,12 +195,45 @@ def _become(kind: str, arguments: list[str]) -> None:
     elif kind == "script":
         sys.argv = arguments
         sys.path.insert(0, str(Path(arguments[0]).parent))
+        subprocess.Popen = _Forked
         runpy.run_path(arguments[0], run_name="__main__")
     else:
         sys.argv = ["-c", *arguments[1:]]
         module = types.ModuleType("__main__")
         sys.modules["__main__"] = module
         exec(compile(arguments[0], "<string>", "exec"), module.__dict__)
+
+
+def _open_streams() -> None:
+    """The standard streams, on what their numbers now stand for."""
+    sys.stdin = open(0, encoding="utf-8", closefd=False)  # noqa: SIM115
+    sys.stdout = open(1, "w", encoding="utf-8", closefd=False)  # noqa: SIM115
+    sys.stderr = open(2, "w", encoding="utf-8", closefd=False, buffering=1)  # noqa: SIM115
+
+
+class _Forked(subprocess.Popen):
+    """A script's own child, if it is `python SCRIPT ARGUMENTS`: forked too, with the pipes that
+    were asked for. Anything else is started as it is."""
+
+    def _execute_child(self, args: Any, *rest: Any) -> None:
+        if not isinstance(args, list) or args[0] != sys.executable or not args[1].endswith(".py"):
+            super()._execute_child(args, *rest)  # type: ignore[misc]
+            return
+        stdin, own_in, own_out, stdout, own_err, stderr = pipes = rest[9:15]
+        sys.stdout.flush()
+        self.pid = os.fork()
+        if self.pid:
+            self._child_created = True
+            self._close_pipe_fds(*pipes)  # type: ignore[attr-defined]
+            return
+        for number, (theirs, ours) in enumerate(
+            [(stdin, own_in), (stdout, own_out), (stderr, own_err)]
+        ):
+            if theirs != -1:
+                os.dup2(theirs, number)
+                os.close(ours) if ours != -1 else None
+        _open_streams()
+        _end(lambda: _become("script", args[1:]))
 
 
 def _settle(environment: Mapping[str, str], cwd: str) -> None:
