@@ -18,12 +18,16 @@ TORCH := $(shell grep '^torch==' constraints.txt)
 export OMP_WAIT_POLICY := PASSIVE
 export HF_HUB_OFFLINE := 1
 
-.PHONY: demo test lint format clean
+.PHONY: demo test pytest lint format clean
 
 demo: $(STAMP)
 	$(BIN)/star-elastic demo --out $(OUT)
 
-test: lint
+# Side by side: the checks of types keep one core busy.
+test: $(STAMP)
+	+$(MAKE) --no-print-directory -j 2 lint pytest
+
+pytest: $(STAMP)
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
 lint: $(STAMP)

@@ -14,11 +14,11 @@ from star_elastic.signals import ending_on_signals
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the command that the arguments name; by default those of the process."""
     with ending_on_signals():
-        from star_elastic.commands import app
-        from star_elastic.terminal import at_the_command_line, run_app
+        from star_elastic.commands import program
+        from star_elastic.terminal import at_the_command_line, run_program
 
         with at_the_command_line():
-            run_app(app, arguments)
+            run_program(program, arguments)
 
 
 if __name__ == "__main__":

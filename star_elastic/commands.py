@@ -750,3 +750,7 @@ def report(
         require_folder(out)
     page, plot = write_report(out)
     print_json({"page": str(page), "plot": str(plot)}) if as_json else print(f"{page}   {plot}")
+
+
+program = typer.main.get_command(app)
+"""All of it, built once however often a process runs it: that takes longer than many a command."""

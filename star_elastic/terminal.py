@@ -208,17 +208,17 @@ def print_generation(console: Console, result: Generation, *, streamed: bool = F
         )
 
 
-def run_app(app: Any, arguments: Sequence[str] | None) -> None:
-    """Runs typer's app. A mistake in the arguments is a ConfigError, not a box."""
+def run_program(program: Any, arguments: Sequence[str] | None) -> None:
+    """Runs what typer made of an app. A mistake in the arguments is a ConfigError, not a box."""
     try:
-        code = app(args=arguments, standalone_mode=False)
+        code = program.main(args=arguments, standalone_mode=False)
     except TyperException as error:
         said = " ".join(error.format_message().split())
         if not said:  # no arguments: the help was printed
             raise SystemExit(error.exit_code) from None
         context = getattr(error, "ctx", None)
-        command = context.command_path if context else "star-elastic"
-        raise ConfigError(f"{said.rstrip('.')}; see {command} --help") from None
+        path = context.command_path if context else "star-elastic"
+        raise ConfigError(f"{said.rstrip('.')}; see {path} --help") from None
     except Abort:  # the end of an input
         raise Interrupted("stopped") from None
     if isinstance(code, int) and code:

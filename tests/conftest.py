@@ -12,10 +12,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("MPLBACKEND", "Agg")
 
 import pytest
-import torch
 from hypothesis import HealthCheck, Phase, settings
-
-torch.set_num_threads(1)
 
 # Examples are tiny by construction: a failing one is reported as it is, without shrinking.
 settings.register_profile(
@@ -38,30 +35,8 @@ settings.register_profile(
 settings.load_profile("suite")
 
 
-def pytest_sessionfinish() -> None:
-    """Waits for the processes that tests have started."""
-    stop_server()
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Long tests first; GPU tests are skipped where there is no GPU."""
-    items.sort(key=lambda item: item.get_closest_marker("long") is None)
-    if torch.cuda.is_available():
-        return
-    for item in items:
-        if item.get_closest_marker("gpu"):
-            item.add_marker(pytest.mark.skip(reason="no CUDA device"))
-
-
-from tests.checkpoints import copied, plain  # noqa: E402, F401
-from tests.planted_run import (  # noqa: E402, F401
-    planted,
-    planted_hybrid,
-    planted_llama,
-    planted_run,
-    unlearned_run,
-)
-from tests.processes import stop_server  # noqa: E402
-from tests.tiny_family import family, tiny_checkpoint  # noqa: E402, F401
-from tests.tiny_run import blocks, deep_folder, run_folder, short, trained  # noqa: E402, F401
-from tests.watched import scores, watch  # noqa: E402, F401
+def pytest_configure(config: pytest.Config) -> None:
+    """Loads what tests share, unless this process only hands them to others: imports are slow."""
+    hands_on = getattr(config.option, "numprocesses", None) and not hasattr(config, "workerinput")
+    if not hands_on:
+        config.pluginmanager.import_plugin("tests.fixtures")

@@ -31,6 +31,7 @@ def results_tables() -> dict[str, list[Rows]]:
         "Memory of the divergence": [measured.kl_memory()],
         "Latency tables": [measured.latency_table()],
         "Each axis alone": [figures.axes_alone()],
+        "Planted axes": [measured.planted_axes()],
         "Cost follows size": [measured.training_follows_size(), measured.decoding_follows_size()],
         "One resident copy": [measured.resident_memory(), measured.resident_times()],
         "Switching": [measured.switching()],
@@ -76,7 +77,7 @@ def readme_facts() -> list[str]:
     assert round(hour["training"]["steps"] / demo["training"]["steps"]) == 6
     assert tests["medium"]["accuracy"] == tests["small~medium 5%"]["accuracy"]
     return [
-        f"({hour['training']['seconds']:,.0f} s of training, beside other work;",
+        f"({hour['training']['seconds']:,.0f} s of training;",
         f"({hour['parent']['total'] / 1e6:.1f}M parameters, ten procedural tasks, "
         f"{hour['evaluations'][0]['num_problems']} held-out problems, 95 % intervals)",
         "takes a sixth of the steps: "
@@ -167,8 +168,8 @@ def results_facts() -> list[str]:
         "problems",
         f"{hour['training']['steps']:,} steps, "
         f"{hour['training']['tokens_per_size'] / 1e6:.2f}M tokens per size, "
-        f"{hour['training']['seconds']:,.0f} s of training beside other work on the same two "
-        f"cores; {hour['evaluations'][0]['num_problems']} held-out problems",
+        f"{hour['training']['seconds']:,.0f} s of training on two cores,",
+        f"{hour['evaluations'][0]['num_problems']} held-out problems (`results/hour.json`)",
         f"{len(control['plans'])} plans on {sum(control['problems']['test'].values()):,} test "
         f"problems, chosen on {sum(control['problems']['validation'].values())} others",
         f"as accurate as large alone ({100 * tests['small~medium 5%']['accuracy']:.1f} against "

@@ -30,6 +30,17 @@ def latency_table() -> Rows:
     ]  # fmt: skip
 
 
+def planted_axes() -> Rows:
+    return [
+        [
+            steps,
+            *(f"{own[name]} of {own['cases']}" for name in ("argmax_right", "widths_right")),
+            f"{own['from_data']} of {own['cases']}",
+        ]
+        for steps, own in read("planted_axes")["summary"].items()
+    ]
+
+
 def training_follows_size() -> Rows:
     return [
         [

@@ -1,6 +1,6 @@
 """Runs of the train command on parents with one axis planted half-dead (benchmarks/planting.py).
 
-Fixtures of this file are imported by conftest, so that every test can use them.
+Fixtures of this file are those of tests.fixtures, so that every test can use them.
 """
 
 from __future__ import annotations

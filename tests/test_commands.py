@@ -15,13 +15,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-import typer
 from safetensors.torch import load_file
 
 import star_elastic
 from star_elastic import demo
 from star_elastic.cli import main
-from star_elastic.commands import app
+from star_elastic.commands import program
 from star_elastic.cost import CostModel, Workload
 from star_elastic.evaluate import run as evaluation
 from star_elastic.evaluate import size_latency
@@ -648,10 +647,9 @@ def test_the_parent_is_computed_in_the_dtype_that_is_named(
 
 
 def test_every_option_is_watched():
-    group = typer.main.get_command(app)
     options = {
         (name, option.name)
-        for name, command in group.commands.items()
+        for name, command in program.commands.items()
         for option in command.params
         if option.name != "help"
     }

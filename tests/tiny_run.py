@@ -1,6 +1,6 @@
 """A tiny nested run: a random parent with the bundled tokenizer, rows, a run config, its result.
 
-Fixtures of this file are imported by conftest, so that every test can use them.
+Fixtures of this file are those of tests.fixtures, so that every test can use them.
 """
 
 from __future__ import annotations

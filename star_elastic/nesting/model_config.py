@@ -111,8 +111,9 @@ def buildable_config(
     if like is not None:
         made._attn_implementation = like.config._attn_implementation
         made._experts_implementation = like.config._experts_implementation
-    axis_map = family_of(config).axis_map(config)
-    if not grouped_products_fit(axis_map) and made._experts_implementation != EAGER:
+    if made._experts_implementation != EAGER and not grouped_products_fit(
+        family_of(config).axis_map(config)
+    ):
         made._experts_implementation = EAGER
         _warn_of_slow_experts()
     if deterministic:

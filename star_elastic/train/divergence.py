@@ -154,16 +154,17 @@ def _ratio_error(value_N: torch.Tensor, row_N: torch.Tensor, rows: int) -> float
 def continue_greedily(
     model: PreTrainedModel, ids: Sequence[int], ends: Collection[int], count: int
 ) -> list[int]:
-    """The likeliest next tokens, up to `count` of them or to one of `ends`. The whole text is read
-    for each: few tokens, and no cache to get wrong."""
+    """The likeliest next tokens, up to `count` of them or to one of `ends`."""
     found: list[int] = []
+    unread, cache = list(ids), None
     while len(found) < count:
-        text = torch.tensor([[*ids, *found]], device=model.device)
-        output: Any = model(input_ids=text, use_cache=False, logits_to_keep=1)
+        text = torch.tensor([unread], device=model.device)
+        output: Any = model(input_ids=text, past_key_values=cache, use_cache=True, logits_to_keep=1)
         token = int(output.logits[0, -1].argmax())
         if token in ends:
             break
         found.append(token)
+        unread, cache = [token], output.past_key_values
     return found
 
 

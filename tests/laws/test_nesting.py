@@ -108,6 +108,7 @@ def test_decoding_with_a_cache_equals_computing_anew(kind, case, data):
 
 @pytest.mark.parametrize("kind", ROWS)
 @given(data=st.data())
+@examples(6)
 def test_full_widths_are_the_parent_bit_for_bit(kind, data):
     parent = data.draw(parents(kind))
     full = parent.axis_map.full
