@@ -493,3 +493,17 @@ def test_tokenizer_without_template_reads_plain_text_only():
         generator.generate([{"role": "user", "content": "1"}], plan)
     result = generator.generate("1+2<think>\n", plan)[0]
     assert result.phase(THINKING).tokens <= 2
+
+
+@pytest.mark.parametrize(
+    ("named", "sizes"),
+    [
+        ({}, ("large", "large")),
+        ({"think": "small"}, ("small", "small")),
+        ({"answer": "small"}, ("small", "small")),
+        ({"think": "small", "answer": "large"}, ("small", "large")),
+    ],
+)
+def test_a_size_that_is_not_named_is_the_one_that_is(family, named, sizes):
+    plan = family.plan(**named, thinking_budget=4)
+    assert tuple(phase.size for phase in plan.phases) == sizes

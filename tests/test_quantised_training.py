@@ -12,16 +12,19 @@ import torch
 import star_elastic
 from star_elastic.checkpoint import CheckpointReader, load_tensors
 from star_elastic.errors import CheckpointError, ConfigError, Interrupted, ShapeError
+from star_elastic.families import family_of, read_config
 from star_elastic.nesting.stream import slice_checkpoint
 from star_elastic.nesting.submodel import load_parent
-from star_elastic.quant.fake import FILE_NAME
+from star_elastic.quant.fake import FILE_NAME, FakeQuantisation
+from star_elastic.quant.formats import dequantise, quantise
+from star_elastic.quant.layout import make_scheme
 from star_elastic.train import run as run_module
 from star_elastic.train.config import load_run_config
 from star_elastic.train.distributed import World
 from star_elastic.train.run import train
 from tests import ranks
 from tests.processes import on_ranks
-from tests.tiny_run import build_trainer
+from tests.tiny_run import StopAt, build_trainer
 
 RUN = """
 parent = "parent"
@@ -62,6 +65,39 @@ def quantised(folder, family, name, format="nvfp4", small=0.6, **replacements):
         text = text.replace(old, new)
     (folder / f"{name}.toml").write_text(text)
     return load_run_config(folder / f"{name}.toml")
+
+
+@pytest.mark.parametrize("format", ["fp8", "fp8-channel", "nvfp4"])
+def test_weights_are_rounded_to_what_is_stored_before_they_are_quantised(blocks, format):
+    """Codes are written of the stored bf16 weights, so they are what has to be trained with."""
+    axis_map = family_of(read_config(blocks)).axis_map(read_config(blocks))
+    scheme = make_scheme(axis_map, format)
+    weights = load_parent(blocks)[0].state_dict()
+    fake = FakeQuantisation.of(weights, axis_map, scheme, {})
+    fake = fake.on(torch.device("cpu"), torch.bfloat16)
+    differ = 0
+    for name, largest in fake.largest.items():
+        stored, direct = (
+            dequantise(quantise(weight, scheme.format, largest))
+            for weight in (weights[name].bfloat16(), weights[name])
+        )
+        assert torch.equal(fake.weight(name, weights[name], axis_map.full), stored), name
+        differ += not torch.equal(direct, stored)
+    assert differ, "rounding to bf16 changed no code"
+
+
+def test_what_was_calibrated_before_the_first_state_is_kept_for_its_config(run_folder, blocks):
+    """As it is left where a run is killed before it has saved its first state."""
+    config = quantised(run_folder, blocks, "calibrated")
+    with pytest.raises(Interrupted):
+        train(config, progress=StopAt(1))
+    shutil.rmtree(run_folder / "calibrated" / "state")
+    assert (run_folder / "calibrated" / FILE_NAME).is_file()
+    other = quantised(run_folder, blocks, "calibrated", **{"samples = 8": "samples = 4"})
+    with pytest.raises(ConfigError, match=r"quant.samples \(8 then, 4 now\)"):
+        train(other)
+    with pytest.raises(Interrupted):
+        train(config, progress=StopAt(1))
 
 
 @pytest.mark.parametrize("name", ["fp8", "nvfp4"])

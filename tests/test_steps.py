@@ -79,6 +79,21 @@ def test_two_decoders_share_static_memory_without_mixing(model, monkeypatch):
 
 
 @torch.inference_mode()
+def test_memory_that_longer_rows_have_left_shows_nothing_of_them(model, monkeypatch):
+    monkeypatch.setattr(steps, "MIN_COLUMNS", 32)
+    pool = StepPool(model, patience=1)
+    for rows in ([[7] * 20, [9] * 18], [[5, 6], [8]]):
+        decoders = BatchDecoder(model, pool), BatchDecoder(model)
+        for decoder in decoders:
+            decoder.prefill(rows)
+        for token in (5, 9, 12):
+            for decoder in decoders:
+                decoder.step([token] * len(rows))
+            assert near(*(decoder.logits_BV for decoder in decoders))
+    assert len(pool._steps) == 1, "the memory was not taken up again"
+
+
+@torch.inference_mode()
 def test_a_shape_is_captured_when_it_is_worth_it_and_few_are_kept(model):
     pool = StepPool(model, patience=3)
     decoder = BatchDecoder(model, pool)

@@ -13,6 +13,7 @@ import torch
 
 from star_elastic.amounts import show_amount
 from star_elastic.bars import Bars, Lines
+from star_elastic.checkpoint import SINGLE_NAME, load_tensors
 from star_elastic.cli import main
 from star_elastic.errors import ConfigError, Interrupted
 from star_elastic.families import family_of, read_config
@@ -261,6 +262,20 @@ def test_a_disk_and_a_device_that_are_too_small_are_told(run_folder, monkeypatch
     warnings = "\n".join(outlook_of(config).warnings)
     assert re.search(r"5 kB are free at .*writes up to .*; make room or name another out", warnings)
     assert re.search(r"training takes .* and there are 10 kB; train on more GPUs", warnings)
+
+
+def test_room_is_asked_for_the_state_and_for_the_one_that_replaces_it(run_folder, monkeypatch):
+    config = config_in(run_folder, "twice")
+    parameters = sum(
+        tensor.numel() for tensor in load_tensors(run_folder / "parent" / SINGLE_NAME).values()
+    )
+    weights, state = 4 * parameters, 3 * 4 * parameters  # weights and both moments, in fp32
+    for share in (0.98, 1.02):  # the estimate leaves small tensors out
+        free = round(share * (weights + 2 * state))
+        usage = namedtuple("usage", "total used free")(10**9, 10**9 - free, free)
+        monkeypatch.setattr("shutil.disk_usage", lambda _, usage=usage: usage)
+        warned = any("make room" in line for line in outlook_of(config).warnings)
+        assert warned == (share < 1)
 
 
 def test_given_widths_and_a_family_need_no_router(run_folder, trained):
