@@ -219,6 +219,7 @@ class _Forked(subprocess.Popen):
         if not isinstance(args, list) or args[0] != sys.executable or not args[1].endswith(".py"):
             super()._execute_child(args, *rest)  # type: ignore[misc]
             return
+        # Nine arguments on how to start it, then both ends of every pipe (-1 where there is none).
         stdin, own_in, own_out, stdout, own_err, stderr = pipes = rest[9:15]
         sys.stdout.flush()
         self.pid = os.fork()
@@ -231,7 +232,8 @@ class _Forked(subprocess.Popen):
         ):
             if theirs != -1:
                 os.dup2(theirs, number)
-                os.close(ours) if ours != -1 else None
+            if ours != -1:
+                os.close(ours)
         _open_streams()
         _end(lambda: _become("script", args[1:]))
 
