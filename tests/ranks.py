@@ -74,6 +74,23 @@ def _interrupted(file: Path, progress: Silent) -> str:
     raise AssertionError("the run was not interrupted")
 
 
+def told(file: Path) -> list[str]:
+    """Goes on with a run to its end; the lines that this rank says meanwhile."""
+    watcher = Listener()
+    train(load_run_config(file), resume=True, progress=watcher)
+    return watcher.lines
+
+
+class Listener(Silent):
+    """Keeps what a run says."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def say(self, line: str) -> None:
+        self.lines.append(line)
+
+
 class StopRanking(Silent):
     """Asks all ranks to stop, once, at the first progress that is no step's, as torchrun does."""
 

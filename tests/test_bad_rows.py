@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from typing import Any
 
@@ -153,6 +154,12 @@ def test_a_bad_row_of_one_rank_ends_all_of_them(run_folder, lines, good):
     assert "go on with --resume" in first
     saved = json.loads((run_folder / "on-ranks" / "state" / "state.json").read_text())
     assert 0 < saved["step"] < 12
+    # The second rank has left it out, the first one tells.
+    shutil.copytree(run_folder / "on-ranks", run_folder / "skip-on-ranks")
+    make(run_folder, "skip-on-ranks", broken(lines), bad_rows="skip")
+    said, unsaid = on_ranks(2, ranks.told, run_folder / "skip-on-ranks.toml", timeout=120)
+    assert any(f"skip-on-ranks.jsonl line {BAD + 1} is not valid JSON" in line for line in said)
+    assert not unsaid
     make(run_folder, "on-ranks", lines)
     result = train(config, resume=True)
     for ours, theirs in zip(metrics(result), metrics(good), strict=True):

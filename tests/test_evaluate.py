@@ -17,6 +17,7 @@ from star_elastic.evaluate import pareto
 from star_elastic.evaluate.accuracy import Evaluation, evaluate_plan, solve, summarise
 from star_elastic.evaluate.pareto import pareto_front, plot_pareto
 from star_elastic.evaluate.tasks import messages, sample_problems
+from star_elastic.evaluate.wilson import wilson_interval
 from star_elastic.families import family_of
 from star_elastic.generate.phased import PhasedGenerator
 from star_elastic.generate.phases import ANSWERING, THINKING, think_and_answer
@@ -140,6 +141,11 @@ def test_an_interval_is_that_of_the_mean_over_tasks(generator, problems):
     assert result.per_task == {"sort": 0.5, "modulo": 1.0}
     assert result.accuracy == 0.75
     assert result.interval == (pytest.approx(0.3006, abs=1e-4), pytest.approx(0.9544, abs=1e-4))
+    # A task with more problems than another one has no more weight: 4 of 5 are right here.
+    unlike = [*wrong, problems[2]]
+    result = evaluate_plan(generator, unlike, think_and_answer("trained", "trained"))
+    assert (result.accuracy, result.num_problems) == (0.75, 5)
+    assert result.interval == pytest.approx(wilson_interval(0.75, 4 / (1 / 2 + 1 / 3)))
 
 
 @pytest.mark.parametrize(("think", "answer"), [("hybrid", "hybrid"), ("hybrid", "trained")])

@@ -1,5 +1,6 @@
 """Elastic budget control: budgets to the token, exact hand-over, batches that change nothing."""
 
+import inspect
 import json
 import shutil
 
@@ -107,6 +108,28 @@ def test_answer_equals_plain_generate(family):
         ids, attention_mask=torch.ones_like(ids), max_new_tokens=len(answered), do_sample=False
     )
     assert output[0, ids.shape[1] :].tolist() == answered
+
+
+def test_options_of_generate_are_all_heard(family, monkeypatch):
+    """Each is set to what is not its default, and arrives at the plan or at the generator."""
+    asked = {
+        "think": "small", "answer": "large", "thinking_budget": 7, "grace": 3,
+        "max_new_tokens": 9, "switch": "project", "stop": ("x",), "temperature": 0.5,
+        "top_p": 0.9, "seed": 4, "batch_size": 2, "batch_tokens": 77,
+    }  # fmt: skip
+    options = inspect.signature(family.generate).parameters
+    assert {*asked, "prompts"} == set(options), "an option of generate is left out here"
+    assert all(value != options[name].default for name, value in asked.items())
+    plans, make_plan = [], family.plan
+
+    def plan(think, answer, **options):
+        plans.append({"think": think, "answer": answer, **options})
+        return make_plan()
+
+    monkeypatch.setattr(family, "plan", plan)
+    monkeypatch.setattr(family.generator, "generate", lambda prompts, plan, **options: options)
+    arrived = family.generate("1+2", **asked)
+    assert plans[0] | arrived == asked
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])

@@ -1,5 +1,6 @@
 """The router: independent draws, exact budgets, and proof that it learns what may be cut."""
 
+import itertools
 import json
 import shutil
 
@@ -18,7 +19,7 @@ from star_elastic.nesting.gate import Mixture
 from star_elastic.nesting.slice import slice_tensor
 from star_elastic.router import search
 from star_elastic.router.budget import AIM, REACH, budget_loss, budget_miss
-from star_elastic.router.commit import ASKED, commit, settle_between
+from star_elastic.router.commit import ASKED, commit, origin_line, settle_between
 from star_elastic.router.files import widths_for
 from star_elastic.router.grid import Grid, make_grid
 from star_elastic.router.reach import check_budgets, nearest_possible
@@ -137,18 +138,22 @@ def test_commit_meets_the_budget_and_tells_what_moved(fraction):
         assert abs(moved) <= 1 or fixed.data_free_steps
 
 
-def test_commit_keeps_an_argmax_that_meets_its_budget():
+@pytest.mark.parametrize("hidden", [32, 24])
+def test_commit_keeps_an_argmax_that_meets_its_budget(hidden):
+    """Also the whole parent, where the budget asks for all of it: the router is right there."""
     elastic = random_parent(LLAMA)
     cost = CostModel(elastic.axis_map)
-    mixtures = {"hidden": one_hot((32, 24), 1), "heads": one_hot((4, 2), 0)}
-    choice = {"hidden": 24, "heads": 4}
+    choices = (32, 24)
+    mixtures = {"hidden": one_hot(choices, choices.index(hidden)), "heads": one_hot((4, 2), 0)}
+    choice = {"hidden": hidden, "heads": 4}
     target = cost.count(cost.axis_map.complete(choice)).active / cost.full.active
     grid = Grid({axis: mixture.choices for axis, mixture in mixtures.items()})
     decision = Decision(mixtures, tuple(mixtures.values()), choice)
     fixed = commit(decision, {"active": target}, cost, grid)
     assert fixed.repair == {} and fixed.miss < 1e-9
-    assert fixed.widths["hidden"] == 24
+    assert fixed.widths["hidden"] == hidden
     assert fixed.data_free_steps == 0 and fixed.widths_from == "data"
+    assert origin_line("size", fixed, cost.axis_map.full, 100) == ""
 
 
 def test_choices_that_do_not_go_together_are_refused():
@@ -255,6 +260,29 @@ def test_a_beam_finds_what_trying_all_combinations_finds(monkeypatch):
         assert beam.misses[0] <= max(AIM, every.misses[0] + 1e-9)
         if every.misses[0] <= AIM:
             assert beam.log_probs[0] == pytest.approx(every.log_probs[0])
+
+
+def test_the_likeliest_of_the_widths_that_meet_a_budget_are_chosen():
+    """By plain loops over the grid; those with the fewest changed places are others here."""
+    cost = CostModel(random_parent(LLAMA).axis_map)
+    grid = Grid({"ffn": tuple(range(64, 15, -4)), "hidden": (32, 28, 24)}, {"ffn": 2})
+    sizes = [len(grid.choices[place.axis]) for place in grid.places]
+    generator = torch.Generator().manual_seed(0)
+    probs = [torch.rand(size, generator=generator).double() for size in sizes]
+    looking = search.Search(grid, {"active": 0.75}, cost, [values.log() for values in probs])
+    full = cost.full.metric("active")
+    meeting = []
+    for at in itertools.product(*map(range, sizes)):
+        active = cost.count(looking.widths(torch.tensor(at))).metric("active")
+        if abs(active / (0.75 * full) - 1) <= AIM:
+            meeting.append((sum(float(v[i].log()) for v, i in zip(probs, at, strict=True)), at))
+    assert len(meeting) > 1
+    likeliest = max(meeting)
+    chosen = looking.anywhere()
+    assert tuple(chosen.positions[0].tolist()) == likeliest[1]
+    start = looking.start.tolist()
+    moved = [sum(a != b for a, b in zip(at, start, strict=True)) for _, at in meeting]
+    assert min(moved) < moved[meeting.index(likeliest)], "too few places to tell them apart"
 
 
 def test_presence_follows_the_ranking():

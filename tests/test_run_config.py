@@ -31,6 +31,40 @@ def test_the_page_is_made_from_the_config(capsys):
     assert capsys.readouterr().out == page
 
 
+def test_relative_paths_are_relative_to_the_file(tmp_path, monkeypatch):
+    """Wherever the command is typed."""
+    folder = tmp_path / "configs"
+    folder.mkdir()
+    file = folder / "run.toml"
+    file.write_text("""
+parent = "../parent"
+family = "../runs/family"
+out = "runs/new"
+latency = "latency.json"
+[sizes.large]
+active = 0.5
+[[data]]
+files = ["rows/a.jsonl", "rows/b.jsonl"]
+[[stages]]
+tokens = 4096
+context = 64
+batch_size = 4
+[calibration]
+scores = "scores.safetensors"
+[quant]
+format = "fp8"
+""")
+    monkeypatch.chdir(tmp_path)
+    config = load_run_config(file)
+    scores, rows = config.calibration.scores, config.data[0].files
+    found = (config.parent, config.family, config.out, config.latency, scores, *rows)
+    assert found == (
+        str(tmp_path / "parent"), str(tmp_path / "runs/family"), str(folder / "runs/new"),
+        str(folder / "latency.json"), str(folder / "scores.safetensors"),
+        str(folder / "rows/a.jsonl"), str(folder / "rows/b.jsonl"),
+    )  # fmt: skip
+
+
 @pytest.mark.parametrize("title", SECTIONS)
 def test_every_key_says_what_it_does(title):
     kind = SECTIONS[title]

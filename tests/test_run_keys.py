@@ -253,6 +253,26 @@ def test_one_size_for_each_group_of_windows(watch):
     assert others and not any(torch.equal(first, other) for other in others)
 
 
+@hears("stages.sizes_per_step", "stages.size_weights")
+def test_weights_of_one_size_at_a_time_are_how_often_it_is_drawn(watch):
+    """Its loss then counts in full: once drawn, it has the same gradient whatever its weight."""
+
+    def seen(large: float, small: float):
+        stage = f'{STAGE}\nsizes_per_step = "one"\nsize_weights = [{large}, {small}]'
+        return watch(**{STAGE: stage, "[engine]": "[optimizer]\nclip_norm = 1e9\n[engine]"})
+
+    for often, rarely in (((9, 1), (7, 3)), ((1, 9), (3, 7))):
+        one, other = seen(*often), seen(*rarely)
+        drawn = [tuple(run.reports[0].kd) for run in (one, other)]
+        if drawn[0] != drawn[1]:
+            continue
+        gradients = [run.gradient(part="") for run in (one, other)]
+        assert torch.allclose(*gradients, rtol=1e-5, atol=1e-7)
+        break
+    else:
+        raise AssertionError("neither pair of weights draws the same size at the first step")
+
+
 @hears("stages.learning_rate", "stages.final_learning_rate", "stages.warmup_steps")
 def test_learning_rates(watch):
     """What the report says is what the weights have moved by: a first step of AdamW is its rate."""

@@ -27,6 +27,7 @@ from tests.thinking import (
     PLAIN,
     TEMPLATES,
     make_tokenizer,
+    one,
     parts_streamed,
     play,
     table_generator,
@@ -337,6 +338,16 @@ def test_tags_that_a_model_writes_by_itself(kind, script, budget, thinking, answ
 def test_what_is_left_of_the_budget(kind, script, thinking, answer, phases):
     """(A tag that is spelled takes tokens of the budget as long as it might be none.)"""
     assert told(kind, script, thinking_budget=6) == (thinking, answer, phases)
+
+
+def test_a_line_end_that_is_there_is_not_doubled_whatever_token_holds_it():
+    tokenizer = make_tokenizer(pieces=[".\u010a", "\u010a\u010a", "\u010aa"])
+    tags = ThinkingTags(tokenizer, CLOSING)
+    first = len(tokenizer) - 3
+    ids = [one(tokenizer, "\n"), first, first + 1, first + 2, one(tokenizer, "a")]
+    assert [tags.decode([i]) for i in ids] == ["\n", ".\n", "\n\n", "\na", "a"]
+    closings = [tags.decode(tags.closing_ids([one(tokenizer, "x"), i])) for i in ids]
+    assert closings == ["</think>\n"] * 3 + [CLOSING] * 2
 
 
 def test_a_cut_waits_for_the_line_in_a_trace_that_is_opened_again_too():

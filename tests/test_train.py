@@ -517,11 +517,18 @@ def test_a_place_that_cannot_be_written_is_told_in_one_line(run_folder):
 def test_resume_may_correct_learning_rates_and_how_steps_are_computed(run_folder):
     with pytest.raises(Interrupted):
         train(config_in(run_folder, "corrected", **SHORT), progress=StopAt(3))
-    changes = {"learning_rate = 2e-3": "learning_rate = 1e-4", "save_every = 16": "micro_batch = 2"}
+    changes = {
+        "learning_rate = 2e-3": "learning_rate = 1e-4",
+        "learning_rate = 3e-2": "learning_rate = 1e-3",
+        "[engine]\nsave_every = 16": "[optimizer]\nclip_norm = 0.5\n[engine]\nmicro_batch = 2",
+    }
     result = train(config_in(run_folder, "corrected", **SHORT, **changes), resume=True)
     rates = [row["learning_rate"] for row in metrics(result)]
     assert rates[2] > 1e-3 and max(rates[3:]) < 2e-4
-    assert json.loads((run_folder / "corrected/run.json").read_text())["engine"]["micro_batch"] == 2
+    went_on_with = json.loads((run_folder / "corrected/run.json").read_text())
+    assert went_on_with["engine"]["micro_batch"] == 2
+    assert went_on_with["router"]["learning_rate"] == 1e-3
+    assert went_on_with["optimizer"]["clip_norm"] == 0.5
 
 
 def test_resume_refuses_another_config(run_folder, trained):
