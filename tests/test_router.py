@@ -15,10 +15,10 @@ from star_elastic.errors import BudgetError, CheckpointError, ShapeError
 from star_elastic.families import family_of, read_config
 from star_elastic.manifest import load_manifest
 from star_elastic.nesting.elastic import ElasticModel
-from star_elastic.nesting.gate import Mixture
+from star_elastic.nesting.gate import Mixture, expected_widths
 from star_elastic.nesting.slice import slice_tensor
 from star_elastic.router import search
-from star_elastic.router.budget import AIM, REACH, budget_loss, budget_miss
+from star_elastic.router.budget import AIM, REACH, budget_loss, budget_miss, overspent
 from star_elastic.router.commit import ASKED, commit, origin_line, settle_between
 from star_elastic.router.files import widths_for
 from star_elastic.router.grid import Grid, make_grid
@@ -181,6 +181,30 @@ def test_full_budget_pulls_every_axis_to_full_width():
         optimizer.step()
     decision = router.decide(router.one_hot(0), Temperature(1.0, 1.0))
     assert decision.choice == {name: full for name, (full, _) in grids.items()}
+
+
+def test_only_a_size_whose_budgets_are_all_full_is_pulled_to_the_parent():
+    """One with total = 1 and active = 0.6 has to cut what is active: its loss is the distances."""
+    cost = CostModel(random_parent(HYBRID).axis_map)
+    grids = halves(cost.axis_map)
+    mixtures = {
+        name: Mixture(choices, torch.tensor([0.3, 0.7])) for name, choices in grids.items()
+    }
+    decision = Decision(mixtures, tuple(mixtures.values()), {})
+
+    def loss(**budgets: float) -> float:
+        return float(budget_loss(decision, budgets, cost))
+
+    def distances(**budgets: float) -> float:
+        expected = expected_widths(mixtures, cost.axis_map)
+        return sum(abs(float(value)) for value in overspent(expected, budgets, cost))
+
+    mixed = {"total": 1.0, "active": 0.6}
+    assert loss(**mixed) == pytest.approx(distances(**mixed), rel=1e-6)
+    full = {"total": 1.0, "active": 1.0}
+    # Ten times the mean of (0.3 - 1)^2 and 0.7^2, summed over the axes.
+    pull = 10 * 0.7**2 * len(grids)
+    assert loss(**full) == pytest.approx(distances(**full) + pull, rel=1e-6)
 
 
 def test_budgets_out_of_reach_are_refused_with_the_range():

@@ -239,7 +239,7 @@ def test_weights_and_router_follow_their_optimisers_at_the_rates_of_the_stages(t
     """Warm-up and cosine in every stage, betas, decay: none of them the default. The router's Adam
     has one second moment and no decay."""
     rates = {"learning_rate": 3e-3, "final_learning_rate": 1e-3, "warmup_steps": 3}
-    later = {"learning_rate": 2e-3, "final_learning_rate": 0.0, "warmup_steps": 0}
+    later = {"learning_rate": 2e-3, "final_learning_rate": 0.0, "warmup_steps": 2}
     shape = {"tokens": 5 * 384, "context": 96, "batch_size": 4}
     run = make_config(
         tmp_path,
@@ -260,8 +260,7 @@ def test_weights_and_router_follow_their_optimisers_at_the_rates_of_the_stages(t
         trainer.train_step()
         place, length, peak, end = (step, 5, 3e-3, 1e-3) if step < 5 else (step - 5, 3, 2e-3, 0.0)
         rate = end + (peak - end) * (1 + math.cos(math.pi * place / length)) / 2
-        if step < 5:
-            rate *= min(1, (place + 1) / 3)
+        rate *= min(1, (place + 1) / (3 if step < 5 else 2))
         found = gradients(trainer)
         plain["student"].step(in_one(found, "student"), rate)
         plain["router"].step(in_one(found, "router"), 5e-3)
