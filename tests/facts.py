@@ -74,13 +74,13 @@ def readme_facts() -> list[str]:
     arms_of = read("quantised")["arms"]
     fp8 = [100 * arms_of["FP8 PTQ"][size]["of_bf16"]["mean"] for size in SIZES]
     nvfp4 = [100 * arms_of["NVFP4 QAD"][size]["of_bf16"]["mean"] for size in SIZES]
-    assert round(hour["training"]["steps"] / demo["training"]["steps"]) == 6
+    assert round(hour["training"]["steps"] / demo["training"]["steps"]) == 7
     assert tests["medium"]["accuracy"] == tests["small~medium 5%"]["accuracy"]
     return [
         f"({hour['training']['seconds']:,.0f} s of training;",
         f"({hour['parent']['total'] / 1e6:.1f}M parameters, ten procedural tasks, "
         f"{hour['evaluations'][0]['num_problems']} held-out problems, 95 % intervals)",
-        "takes a sixth of the steps: "
+        "takes a seventh of the steps: "
         + " / ".join(f"{100 * demo['sizes'][size]['accuracy']:.1f}" for size in SIZES)
         + f" % (large / medium / small, {demo['evaluations'][0]['num_problems']} problems; the "
         f"parent {pct(demo['parent']['accuracy'])})",

@@ -150,6 +150,19 @@ def test_windows_that_ranks_cannot_share_are_refused(run_folder):
         on_ranks(2, ranks.run, run_folder / "of-three.toml")
 
 
+@pytest.mark.parametrize(("size", "groups", "count"), [(6, 2, 2), (12, 4, 2), (8, 4, 4), (9, 3, 3)])
+def test_ranks_share_every_group(run_folder, size, groups, count):
+    """A group has to have windows for every rank; that the batch has enough is not enough."""
+    shape = {"batch_size = 4": f"batch_size = {size}\ngroups = {groups}"}
+    config = config_in(run_folder, f"{size}-in-{groups}", **shape)
+    if size % (groups * count) == 0:
+        check(config, world_size=count)
+        return
+    message = f"batch_size={size} in {groups} groups cannot be shared by {count} ranks; start"
+    with pytest.raises(ConfigError, match=message):
+        check(config, world_size=count)
+
+
 def test_ranks_that_torchrun_did_not_start_are_refused(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.delenv("RANK", raising=False)
