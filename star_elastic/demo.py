@@ -116,14 +116,16 @@ def stages(
     windows: int = 4,
     context: int = CONTEXT,
     learning_rate: float = 1e-3,
+    size_weights: tuple[float, ...] = (0.4, 0.3, 0.3),
 ) -> tuple[StageConfig, ...]:
     """The curriculum of a short run on the bundled parent.
 
     While the router learns, few windows a step: its noise comes from the draws of widths, not from
     the data, and each of its steps costs as much as the widest choice. The large size weighs most:
-    it begins as the parent and must not lose what the others change for themselves.
+    it begins as the parent and must not lose what the others change for themselves. In a run of
+    minutes they change little, and the small one, which has the longest way to go, weighs most.
     """
-    common = {"context": context, "size_weights": (0.4, 0.3, 0.3)}
+    common = {"context": context, "size_weights": size_weights}
     return (
         StageConfig(
             tokens=router_steps * 2 * context,
@@ -154,11 +156,11 @@ DEMO = Recipe(
         "ssm_heads": (16, 14, 12, 10, 8),
     },
     num_rows=10_000,
-    stages=stages(80, 280),
-    problems_per_task=20,
+    stages=stages(80, 250, size_weights=(0.3, 0.3, 0.4)),
+    problems_per_task=15,
     budgets=(0, 64),
     pairs=(("small", "large"),),
-    router=RouterConfig(commit_at=80 / 360),
+    router=RouterConfig(commit_at=80 / 330),
     calibration_rows=256,
 )
 
@@ -302,7 +304,8 @@ def evaluate(
     progress.stage("evaluate", len(plans))
     done = []
     with _workers() as pool:
-        work = partial(evaluate_plan, generator, problems, batch_size=EVALUATION_BATCH)
+        size = min(EVALUATION_BATCH, len(problems))
+        work = partial(evaluate_plan, generator, problems, batch_size=size)
         for number, found in enumerate(pool.map(work, plans), start=1):
             done.append(found)
             progress.advance(number, f"{plans[number - 1].label} {found.accuracy:.1%}")

@@ -207,24 +207,6 @@ def test_sources_are_mixed_by_weight_in_tokens(run_folder, watch):
     assert share(4.0) == pytest.approx(4 / 5, abs=0.1)
 
 
-@hears("data.weight")
-def test_units_are_ranked_on_the_mixture_that_is_trained_on(run_folder, watch, tmp_path):
-    """With all of the weight on one source but a trace, as on that one alone."""
-    rows = (run_folder / "rows.jsonl").read_text().splitlines()
-    (tmp_path / "other.jsonl").write_text("\n".join(reversed(rows)) + "\n")
-    first, other = '["rows.jsonl"]', f'["{tmp_path / "other.jsonl"}"]'
-
-    def orders(files: str, more: str = "") -> dict[str, torch.Tensor]:
-        changes = {f"files = {first}": f"files = {files}", "[calibration]": f"{more}[calibration]"}
-        return watch(0, measure=True, **changes).orders
-
-    def same(ours: dict, theirs: dict) -> bool:
-        return all(torch.equal(ours[key], theirs[key]) for key in theirs)
-
-    mixed = orders(first, f"[[data]]\nfiles = {other}\nweight = 99\nheld_out = 0\n\n")
-    assert same(mixed, orders(other)) and not same(mixed, orders(first))
-
-
 # Stages
 
 
