@@ -379,7 +379,8 @@ def config_reference() -> None:
 
 
 def _check_rows(config: Any, as_json: bool) -> None:
-    """Tells what the rows of a run config are; exit code 2 if they would stop the run."""
+    """Tells what the rows of a run config are; exit code 2 if one is bad, also where a
+    run would leave it out, or if a source has none to learn from."""
     from dataclasses import asdict
 
     from star_elastic.nesting.submodel import load_tokenizer

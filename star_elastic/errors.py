@@ -41,6 +41,13 @@ def reason(error: BaseException, line: int = 0) -> str:
     return f"{name}: {lines[line]}" if isinstance(error, bare) else lines[line]
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out: Python's, a GPU's or that of torch's allocator on a CPU (torch's
+    class by its name, because it may not be imported)."""
+    of_torch = type(error).__name__ == "OutOfMemoryError" or "DefaultCPUAllocator" in str(error)
+    return isinstance(error, MemoryError) or of_torch
+
+
 class Interrupted(Exception):
     """The user stopped a run; its state is saved. Exit code 1."""
 

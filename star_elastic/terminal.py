@@ -20,7 +20,7 @@ from rich.table import Table
 from typer import Abort, TyperException
 
 from star_elastic.bars import Bars
-from star_elastic.errors import ConfigError, Interrupted, StarElasticError
+from star_elastic.errors import ConfigError, Interrupted, StarElasticError, is_out_of_memory, reason
 from star_elastic.evaluate.findings import with_interval
 from star_elastic.generate.phases import THINKING, Generation, Token
 from star_elastic.signals import interrupting, is_first_rank
@@ -257,6 +257,11 @@ def at_the_command_line() -> Iterator[None]:
         said, code = f"error: the output cannot be written ({error.strerror}); make room", 1
         if error.errno == errno.EPIPE:  # whoever reads has enough
             said = ""
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        advice = "use smaller batches or shorter texts, a smaller dtype, or another device"
+        said, code = f"error: memory ran out ({reason(error)}); {advice}", 2
     except SystemExit as error:
         if error.code and not isinstance(error.code, int):
             raise

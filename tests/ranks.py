@@ -23,6 +23,7 @@ from star_elastic.train.config import RunConfig, load_run_config
 from star_elastic.train.distributed import World, join_world
 from star_elastic.train.run import RunResult, train
 from tests.tiny_run import StopAt, build_trainer
+from tests.watchers import Said
 
 TOLERANCE = 1e-6
 """Of gradients, relative to the largest one of their tensor: sums run in another order."""
@@ -76,19 +77,9 @@ def _interrupted(file: Path, progress: Silent) -> str:
 
 def told(file: Path) -> list[str]:
     """Goes on with a run to its end; the lines that this rank says meanwhile."""
-    watcher = Listener()
+    watcher = Said()
     train(load_run_config(file), resume=True, progress=watcher)
     return watcher.lines
-
-
-class Listener(Silent):
-    """Keeps what a run says."""
-
-    def __init__(self) -> None:
-        self.lines: list[str] = []
-
-    def say(self, line: str) -> None:
-        self.lines.append(line)
 
 
 class StopRanking(Silent):

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,10 +21,11 @@ from star_elastic.nesting.submodel import load_parent, load_tokenizer
 from star_elastic.progress import Silent
 from star_elastic.train.calibrate import Calibration
 from star_elastic.train.check import beyond_positions, check
+from star_elastic.train.directory import MAY_CHANGE
 from star_elastic.train.distributed import World
 from star_elastic.train.outlook import look_ahead
 from star_elastic.train.packing import PackedStream
-from star_elastic.train.row_check import check_rows, lost_in_some, require_lessons
+from star_elastic.train.row_check import check_rows, require_lessons, warn_of_rows
 from star_elastic.train.run import train
 from star_elastic.train.sources import ShuffledEpochs, Source, first_documents, open_sources
 from tests import ranks
@@ -316,17 +319,17 @@ def test_characters_that_tokens_do_not_say_are_told(tmp_path, unknown):
     rows += [{"text": "ﬁne"}, {"text": "5"}]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     said = "2 of 4 rows looked at have characters that their tokens do not say (the first, '5€' in"
-    (line,) = lost_in_some(Source([tmp_path / "rows.jsonl"], tokenizer))
+    (line,) = warn_of_rows(Source([tmp_path / "rows.jsonl"], tokenizer))
     assert line.startswith(said) and "rows.jsonl line 2)" in line
     (tmp_path / "rows.jsonl").write_text(json.dumps(rows[0]) + "\n" + json.dumps(rows[2]))
-    assert lost_in_some(Source([tmp_path / "rows.jsonl"], tokenizer)) == []
+    assert warn_of_rows(Source([tmp_path / "rows.jsonl"], tokenizer)) == []
 
 
 def test_lost_characters_are_told_by_check_and_run(run_folder, monkeypatch):
     monkeypatch.setattr(Source, "read", lambda source, document: "")
     config = config_in(run_folder, "lost", **FIXED)
     found, sources = check_of(config)
-    (line,) = found.lost
+    (line,) = found.warnings
     assert line.startswith("64 of 64 rows looked at have characters") and found.is_sound
     assert f"warning: {line}" in found.lines()
     warnings = look_ahead(config, check(config), sources, torch.device("cpu")).warnings
@@ -336,13 +339,61 @@ def test_lost_characters_are_told_by_check_and_run(run_folder, monkeypatch):
 # What counts, and of which source
 
 
+@pytest.mark.parametrize("again", ["rows.jsonl", "r?ws.jsonl", "./rows.jsonl", "link.jsonl"])
+def test_a_file_whose_rows_judge_is_named_once(run_folder, again):
+    """By a pattern, another path or a link it would be named twice; and in another source."""
+    link = run_folder / "link.jsonl"
+    link.exists() or link.symlink_to("rows.jsonl")
+    one, out = 'files = ["rows.jsonl"]\nloss_on = "answers"\nheld_out = 0', "held_out = 4"
+    within = f'files = ["rows.jsonl", "{again}"]\n{out}'
+    beside = f'files = ["rows.jsonl"]\nheld_out = 0\n[[data]]\nfiles = ["{again}"]\n{out}'
+    for data in (within, beside, beside.replace("held_out = 0", "held_out = 9")):
+        with pytest.raises(ConfigError, match="named twice .* name it once"):
+            check_of(config_in(run_folder, "twice", **FIXED, **{one: data}))
+    apart = beside.replace(out, "held_out = 0")
+    found, _ = check_of(config_in(run_folder, "twice", **FIXED, **{one: apart}))
+    assert found.rows == 128
+
+
+def test_prompts_that_generation_writes_otherwise_are_told(run_folder, tmp_path):
+    """With a chat template it puts every prompt into a turn; a row of plain text has none."""
+    row = {"prompt": "add 12 34", "completion": " 46"}
+    (tmp_path / "plain.jsonl").write_text((json.dumps(row) + "\n") * 3)
+    tokenizer = load_tokenizer(run_folder / "parent")
+    (line,) = warn_of_rows(Source([tmp_path / "plain.jsonl"], tokenizer))
+    assert line.startswith("3 of 3 rows looked at are a prompt and a completion in plain text (the")
+    assert "plain.jsonl line 1)" in line and "write them as messages" in line
+    assert warn_of_rows(Source([run_folder / "rows.jsonl"], tokenizer)) == []
+    tokenizer.chat_template = None
+    assert warn_of_rows(Source([tmp_path / "plain.jsonl"], tokenizer)) == []
+
+
+@pytest.mark.parametrize("module", ["rendering", "conversations", "messages", "row_check"])
+def test_what_a_bad_row_is_told_to_change_may_change(module):
+    """Its message goes on with: and go on with --resume."""
+    text = (Path(__file__).parent.parent / f"star_elastic/train/{module}.py").read_text()
+    advised = set(re.findall(r"\bdata\.(\w+)", text))
+    assert advised == ({"notes"} if module in ("rendering", "conversations") else set())
+    assert all(MAY_CHANGE.fullmatch(f"data[0].{key}") for key in advised | {"bad_rows"})
+
+
+def test_a_run_that_stopped_at_a_row_goes_on_with_notes(run_folder, lines):
+    noted = json.dumps({**json.loads(lines[BAD]), "solution": "seven and two"})
+    rows = [*lines[:BAD], noted, *lines[BAD + 1 :]]
+    with pytest.raises(CheckpointError, match=r"name it in data.notes.*go on with --resume"):
+        train(make(run_folder, "noted", rows))
+    config = make(run_folder, "noted", rows)
+    config = replace(config, data=(replace(config.data[0], notes=("solution",)),))
+    assert train(config, resume=True).steps == 12
+
+
 def test_loss_on_answers_counts_less(run_folder):
     """From the run config to the log of a run, in every source by itself."""
     counts = {}
     for first in ("answers", "all"):
         for second in ("answers", "all"):
             data = (
-                f'files = ["rows.jsonl"]\nloss_on = "{first}"\n'
+                f'files = ["rows.jsonl"]\nheld_out = 0\nloss_on = "{first}"\n'
                 f'[[data]]\nfiles = ["rows.jsonl"]\nloss_on = "{second}"'
             )
             name = f"loss-{first}-{second}"
@@ -366,7 +417,7 @@ def test_loss_on_answers_counts_less(run_folder):
 @pytest.mark.parametrize("weights", [(3, 1), (1, 3)])
 def test_sources_have_their_weights_in_training_and_ranking(run_folder, weights):
     data = (
-        f'files = ["rows.jsonl"]\nweight = {weights[0]}\n'
+        f'files = ["rows.jsonl"]\nheld_out = 0\nweight = {weights[0]}\n'
         f'[[data]]\nfiles = ["rows.jsonl"]\nweight = {weights[1]}'
     )
     name = f"weights-{weights[0]}"

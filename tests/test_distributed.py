@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from safetensors.torch import load_file
 
 from star_elastic.errors import ConfigError, Interrupted
 from star_elastic.train.check import check
-from star_elastic.train.distributed import join_world
+from star_elastic.train.distributed import join_world, multiplies_bf16
 from star_elastic.train.run import train
 from tests import ranks
 from tests.processes import on_ranks
@@ -168,6 +169,29 @@ def test_ranks_that_torchrun_did_not_start_are_refused(monkeypatch):
     monkeypatch.delenv("RANK", raising=False)
     with pytest.raises(ConfigError, match="ranks cannot meet .*start with torchrun"), join_world():
         pass
+
+
+def test_an_address_that_is_taken_is_told(monkeypatch):
+    with socket.socket() as taken:
+        taken.bind(("localhost", 0))
+        taken.listen()
+        address = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(taken.getsockname()[1])}
+        for key, value in {"WORLD_SIZE": "2", "RANK": "0", **address}.items():
+            monkeypatch.setenv(key, value)
+        with pytest.raises(ConfigError, match="ranks cannot meet .*start with t"), join_world():
+            pass
+
+
+@pytest.mark.parametrize("has_units", [True, False])
+def test_gpus_without_units_for_bf16_train_in_fp32(monkeypatch, has_units):
+    asked = []
+
+    def supported(including_emulation: bool = True) -> bool:
+        asked.append(including_emulation)
+        return has_units
+
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", supported)
+    assert multiplies_bf16(torch.device("cuda")) is has_units and asked == [False]
 
 
 def test_a_process_group_of_the_caller_is_refused(monkeypatch):

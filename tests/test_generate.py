@@ -471,6 +471,12 @@ def test_package_offers_what_it_lists():
         ("1+2", {"max_new_tokens": 0}, BudgetError, "max_new_tokens=0 is not a number"),
         ("1+2", {"thinking_budget": 250}, BudgetError, "use max_new_tokens=28[67] or more"),
         ("1+2", {"thinking_budget": 380}, BudgetError, "for 3[0-9]+ new tokens: use budgets and"),
+        (
+            "1" * 390,
+            {"thinking_budget": 9},
+            BudgetError,
+            "exceed the .* of 384; shorten the prompt",
+        ),
         ("1" * 150, {}, BudgetError, "context of 384; use max_new_tokens=2[0-9]+ or less"),
         ("1" * 400, {"max_new_tokens": 1}, BudgetError, "context of 384; shorten the prompt"),
         ("1+2", {"temperature": -0.5}, ConfigError, "temperature=-0.5"),

@@ -15,6 +15,7 @@ from star_elastic.train.losses import (
     chunks,
     distillation_loss,
     linear_kl,
+    next_token_targets,
     sampled_kl,
     starts_of,
 )
@@ -210,6 +211,11 @@ def test_a_gpu_gives_what_the_cpu_gives():
         expected = with_gradients(ours, *inputs[:2])
         for value, truth in zip(with_gradients(theirs, *there[:2]), expected, strict=True):
             assert relative(value.cpu(), truth) < 1e-4
+    labels = torch.arange(40) % inputs[1].shape[0]
+    ours, theirs = (
+        sampled_kl(*of[:2], next_token_targets(labels.to(of[0].device))) for of in (inputs, there)
+    )
+    assert float(theirs) == pytest.approx(float(ours), rel=1e-4)
     there_targets = sample_targets(*there[2:], 8, [(0, 0, 40)], seed=0)
     assert (there_targets.entropy - targets.entropy).abs().mean() < 1e-2
 

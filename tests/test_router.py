@@ -187,9 +187,7 @@ def test_only_a_size_whose_budgets_are_all_full_is_pulled_to_the_parent():
     """One with total = 1 and active = 0.6 has to cut what is active: its loss is the distances."""
     cost = CostModel(random_parent(HYBRID).axis_map)
     grids = halves(cost.axis_map)
-    mixtures = {
-        name: Mixture(choices, torch.tensor([0.3, 0.7])) for name, choices in grids.items()
-    }
+    mixtures = {name: Mixture(choices, torch.tensor([0.3, 0.7])) for name, choices in grids.items()}
     decision = Decision(mixtures, tuple(mixtures.values()), {})
 
     def loss(**budgets: float) -> float:

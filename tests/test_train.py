@@ -1,6 +1,7 @@
 """Nested distillation end to end on a tiny parent: config, training, resume, the result."""
 
 import json
+import shutil
 import time
 from dataclasses import replace
 
@@ -12,6 +13,7 @@ from star_elastic.checkpoint import load_tensors
 from star_elastic.errors import BudgetError, CheckpointError, ConfigError, Interrupted, ShapeError
 from star_elastic.families import family_of, read_config
 from star_elastic.generate.family import load
+from star_elastic.importance.files import load_scores, save_scores
 from star_elastic.latency import load_table, save_table
 from star_elastic.manifest import load_manifest
 from star_elastic.nesting.elastic import ElasticModel
@@ -20,16 +22,19 @@ from star_elastic.nesting.submodel import load_parent, sort_in_place
 from star_elastic.router.budget import AIM, REACH
 from star_elastic.router.files import widths_for
 from star_elastic.router.grid import default_choices
+from star_elastic.terminal import at_the_command_line
 from star_elastic.train.check import check
 from star_elastic.train.config import StageConfig
 from star_elastic.train.curriculum import Curriculum, Position
 from star_elastic.train.distributed import World
+from star_elastic.train.loop import Trainer
 from star_elastic.train.losses import distillation_loss
 from star_elastic.train.run import train
 from tests.latencies import made_up
 from tests.laws.parents import assert_equal
 from tests.processes import run_code, start_command
 from tests.tiny_run import SHORT, TINY, StopAt, build_trainer, config_in, metrics
+from tests.watchers import Said
 
 TWO_STAGES = """
 [[stages]]
@@ -529,6 +534,64 @@ def test_resume_may_correct_learning_rates_and_how_steps_are_computed(run_folder
     assert went_on_with["engine"]["micro_batch"] == 2
     assert went_on_with["router"]["learning_rate"] == 1e-3
     assert went_on_with["optimizer"]["clip_norm"] == 0.5
+
+
+def test_given_scores_are_those_of_the_whole_run(run_folder, trained, tmp_path):
+    """Other ones are refused, also before the first state; the file may move, or go."""
+    scores = trained.elastic.parent / "scores.safetensors"
+    for name in ("mine", "moved"):
+        shutil.copyfile(scores, tmp_path / f"{name}.safetensors")
+    known, info = load_scores(scores, axis_map := check(config_in(run_folder, "x")).axis_map)
+    other = {key: 1 / (1 + value) for key, value in known.items()}
+    save_scores(tmp_path / "other.safetensors", other, axis_map, info)
+
+    def config(name: str = ""):
+        given = f'scores = "{tmp_path / name}.safetensors"' if name else "num_samples = 16"
+        return config_in(run_folder, "scored-once", **SHORT, **{"num_samples = 16": given})
+
+    with pytest.raises(Interrupted):
+        train(config("mine"), progress=StopAt(3))
+    (tmp_path / "mine.safetensors").unlink()
+    with pytest.raises(Interrupted):  # the run has its own copy
+        train(config("mine"), resume=True, progress=StopAt(4))
+    for wrong in (config("other"), config()):
+        with pytest.raises(ConfigError, match="the scores that calibration.scores names differ"):
+            train(wrong, resume=True)
+    assert train(config("moved"), resume=True).steps == 12
+
+
+def test_what_is_advised_before_training_can_be_done_with_given_scores(run_folder, trained):
+    """Nothing is fixed before the first line of advice: not by copying the scores either."""
+    given = {"num_samples = 16": f'scores = "{trained.elastic.parent / "scores.safetensors"}"'}
+    stage = {"context = 96\nbatch_size": "context = 4\nbatch_size"}
+    with pytest.raises(CheckpointError, match=r"within stages\[0\].context=4; raise it"):
+        train(config_in(run_folder, "advised", **SHORT, **given, **stage))
+    told = Said()
+    train(config_in(run_folder, "advised", **SHORT, **given), progress=told)
+    assert any("ranking: taken from scores.safetensors" in line for line in told.lines)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory"),
+        MemoryError(),
+    ],
+)
+def test_memory_that_runs_out_is_told_in_one_line(run_folder, monkeypatch, capsys, error):
+    def fail(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr(Trainer, "_learn", fail)
+    name = f"no-memory-{type(error).__name__}"
+    with pytest.raises(CheckpointError, match=r"memory ran out \(.*lower engine.micro_batch or"):
+        train(config_in(run_folder, name, **SHORT))
+    with pytest.raises(SystemExit) as ended, at_the_command_line():
+        raise error
+    assert ended.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: memory ran out (") and "use smaller batches" in line
 
 
 def test_resume_refuses_another_config(run_folder, trained):

@@ -12,6 +12,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
+import star_elastic.train.run as run_module
 from star_elastic.cli import main
 from star_elastic.demo import bundled_parent, write_rows
 from star_elastic.errors import CheckpointError, ConfigError, Interrupted
@@ -280,6 +281,17 @@ def test_rows_that_are_held_out_are_not_learned(run_folder, tmp_path):
     one, other = ((r.elastic / "model.safetensors").read_bytes() for r in results)
     assert one == other
     assert results[0].verdict.sizes["small"].trained != results[1].verdict.sizes["small"].trained
+
+
+def test_rows_whose_prompts_are_too_long_are_no_verdict_either(run_folder, monkeypatch):
+    """And are said to be the reason: some rows are held out."""
+    monkeypatch.setattr(run_module, "held_out_documents", lambda sources, context: [])
+    told = Said()
+    assert (
+        train(config_in(run_folder, "too-long", **STILL, **JUDGED), progress=told).verdict is None
+    )
+    (line,) = [line for line in told.lines if line.startswith("no verdict")]
+    assert re.match(r"no verdict: none of the 6 rows held out has a token that counts among", line)
 
 
 def test_no_row_no_verdict(run_folder):

@@ -126,7 +126,9 @@ class PhasedGenerator:
         ]
         longest = max(sequence.num_prompt for sequence in sequences)
         closing = self.tags.max_closing if plan.thinking_budget else 0
-        plan.require_room(closing, _context(models.values()) - longest)
+        room = _context(models.values()) - longest
+        if room > 0:  # or else no plan fits, and that is what to say
+            plan.require_room(closing, room)
         _require_context(longest, plan, models.values())
         self._require_embedded(sequences, models.values())
         if not all(map(pads_exactly, models.values())):

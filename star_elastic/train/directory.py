@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import shutil
@@ -36,11 +37,12 @@ MEASURED = (SCORES, BASIS, DEPTH, FAKE)
 FILES = "files"
 MAY_CHANGE = re.compile(
     r"stages\[\d+\]\.(final_)?learning_rate|router\.learning_rate|optimizer\.clip_norm"
-    r"|engine\.(?!teacher_samples).*|data\[\d+\]\.(bad_rows|files|loss_on)|out|parent|family|latency"
-    r"|calibration\.scores"
+    r"|engine\.(?!teacher_samples).*|data\[\d+\]\.(bad_rows|files|loss_on|notes)|out|parent|family"
+    r"|latency|calibration\.scores"
 )
 """Keys that may change when a run goes on: what messages advise to correct, how a step is computed,
-what becomes of bad rows, and where files are (what they hold is compared by itself)."""
+what becomes of bad rows, and where files are (what they hold is compared by itself, but for a
+latency table: the one in use is kept in the run)."""
 
 
 def require_ready(
@@ -109,9 +111,25 @@ def _written(config: RunConfig, sources: Sequence[Source]) -> dict[str, Any]:
     files = {
         "parent": digest_model(config.parent),
         "family": digest_model(config.family) if config.family else "",
+        "scores": _digest_scores(config),
         "data": sample_data(sources),
     }
     return {**json.loads(json.dumps(to_plain(config))), FILES: files}
+
+
+def _digest_scores(config: RunConfig) -> str:
+    """What the scores that the config gives are, as digits; empty without any. A run keeps a copy,
+    so the file itself may be gone when it goes on: then what it was."""
+    if not config.calibration.scores:
+        return ""
+    file = Path(config.calibration.scores)
+    if is_file(file):
+        return hashlib.blake2b(file.read_bytes(), digest_size=8).hexdigest()  # whatever its name
+    try:
+        saved = json.loads((Path(config.out) / RUN).read_text(encoding="utf-8"))
+        return str(saved[FILES]["scores"])
+    except (OSError, ValueError, LookupError, TypeError):
+        return ""
 
 
 def _changes(
@@ -127,6 +145,8 @@ def _changes(
         before = dict(_flat(saved))
         models = [key for key in ("parent", "family") if files[key] != now[FILES][key]]
         refused, allowed = compare_data(files["data"], now[FILES]["data"])
+        if files["scores"] != now[FILES]["scores"]:
+            refused.append("the scores that calibration.scores names")
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise CheckpointError(
             f"{run / RUN} cannot be read ({reason(error)}); start another run in another directory"

@@ -103,8 +103,10 @@ class World:
 
 
 def multiplies_bf16(device: torch.device) -> bool:
-    """Whether a device has units for bf16 products. A CPU without them imitates such products,
-    several times slower than those in fp32."""
+    """Whether a device has units for bf16 products. Without them a CPU, or a GPU before Ampere,
+    imitates such products, several times slower than those in fp32."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
     if device.type != "cpu":
         return True
     units = torch.cpu.get_capabilities()
@@ -139,7 +141,7 @@ def join_world() -> Iterator[World]:
         torch.cuda.set_device(device)
     try:
         dist.init_process_group("nccl" if on_gpu else "gloo")
-    except ValueError as error:
+    except (ValueError, RuntimeError) as error:  # no address, or one that is taken
         raise ConfigError(
             f"WORLD_SIZE={size}, but the ranks cannot meet ({reason(error)}); start with torchrun"
         ) from None

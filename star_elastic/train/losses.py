@@ -136,12 +136,16 @@ class SampledTargets:
 
 
 def next_token_targets(labels_N: torch.Tensor) -> SampledTargets:
-    """A teacher that is sure of these ids: the divergence from it is the cross-entropy."""
+    """A teacher that is sure of these ids: the divergence from it is the cross-entropy.
+
+    On the CPU, as samples of a teacher are: they are cut into chunks by numbers.
+    """
+    labels_N = labels_N.cpu()
     return SampledTargets(
         labels_N.to(torch.int32),
         torch.ones_like(labels_N, dtype=torch.uint8),
-        torch.arange(len(labels_N) + 1, device=labels_N.device),
-        torch.zeros(len(labels_N), device=labels_N.device),
+        torch.arange(len(labels_N) + 1),
+        torch.zeros(len(labels_N)),
     )
 
 

@@ -24,7 +24,7 @@ from star_elastic.train.config import RunConfig
 from star_elastic.train.curriculum import Curriculum
 from star_elastic.train.directory import ELASTIC, TEACHER
 from star_elastic.train.distributed import multiplies_bf16
-from star_elastic.train.row_check import lost_in_some
+from star_elastic.train.row_check import warn_of_rows
 from star_elastic.train.sources import Source
 from star_elastic.train.state import STATE
 
@@ -166,7 +166,7 @@ class _Look:
     def warnings(self) -> Iterator[str]:
         """What looks wrong: what is so, and what to do."""
         yield from beyond_positions(self.config, self.checked.model_config)
-        yield from (line for source in self.sources for line in lost_in_some(source))
+        yield from (line for source in self.sources for line in warn_of_rows(source))
         yield from self._stage_warnings()
         yield from self._router_warnings()
         yield from self._size_warnings()

@@ -1,8 +1,8 @@
 """Rows as documents: token ids, and from where on they count in the loss.
 
 What a row says is what a model sees, in the terms in which the model meets it when it runs: a plain
-prompt with the special tokens that generation puts before it, a conversation through the
-tokenizer's own template, an end that it can learn to stop at. What cannot be written so is refused.
+prompt with the special tokens that the tokenizer puts before a text, a conversation through its own
+template, an end that it can learn to stop at. What cannot be written so is refused.
 """
 
 from __future__ import annotations

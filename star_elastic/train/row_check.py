@@ -27,8 +27,8 @@ class RowCheck:
     """What was found: rows in all, `bad` ones that cannot be read (what is wrong with the first
     SHOWN of them in `problems`), `tokens` that are fed and `counted` ones; and for every stage of
     the run, rows `cut` to its context and rows `left_out` because nothing in them counts. `idle`
-    and `lost` tell of sources that teach nothing in a stage, and of characters that their tokens
-    do not say."""
+    tells of sources that teach nothing in a stage; `warnings` of characters that their tokens do
+    not say, and of prompts that generation writes otherwise."""
 
     rows: int = 0
     bad: int = 0
@@ -38,11 +38,11 @@ class RowCheck:
     cut: list[int] = field(default_factory=list)
     left_out: list[int] = field(default_factory=list)
     idle: list[str] = field(default_factory=list)
-    lost: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
 
     @property
     def is_sound(self) -> bool:
-        """Whether a run with these rows would not be stopped by them."""
+        """Whether no row is bad (also where bad rows are left out), and every source teaches."""
         return not self.bad and not self.idle
 
     def lines(self) -> list[str]:
@@ -55,7 +55,7 @@ class RowCheck:
         )
         for number, (cut, left_out) in enumerate(zip(self.cut, self.left_out, strict=True)):
             lines.append(f"stages[{number}]: {cut:,} rows are cut, {left_out:,} teach nothing")
-        return [*lines, *self.idle, *(f"warning: {line}" for line in self.lost)]
+        return [*lines, *self.idle, *(f"warning: {line}" for line in self.warnings)]
 
 
 def check_rows(config: RunConfig, sources: Sequence[Source], progress: Progress) -> RowCheck:
@@ -65,7 +65,7 @@ def check_rows(config: RunConfig, sources: Sequence[Source], progress: Progress)
     found = RowCheck(cut=[0] * len(contexts), left_out=[0] * len(contexts))
     progress.stage("rows", sum(map(len, sources)))
     for source in sources:
-        lessons, lost = [0] * len(contexts), _Lost(source)
+        lessons, lost, plain = [0] * len(contexts), _Lost(source), _Plain(source)
         for row in range(len(source)):
             found.rows += 1
             try:
@@ -84,12 +84,13 @@ def check_rows(config: RunConfig, sources: Sequence[Source], progress: Progress)
                 found.left_out[number] += not teaches
                 lessons[number] += teaches and not source.is_held_out(row)
             lost.look(row, document)
+            plain.look(row)
             if found.rows % TOLD_EVERY == 0:
                 progress.advance(found.rows)
         found.idle += [
             _idle(source, n, contexts[n]) for n, count in enumerate(lessons) if not count
         ]
-        found.lost += lost.lines()
+        found.warnings += [*lost.lines(), *plain.lines()]
     progress.advance(found.rows)
     return found
 
@@ -126,7 +127,33 @@ def _idle(source: Source, stage: int, context: int) -> str:
     )
 
 
-# What a tokenizer cannot write
+# What a tokenizer cannot write, and what generation does not
+
+
+class _Plain:
+    """Rows of a source whose prompts are plain text though the tokenizer has a chat template."""
+
+    def __init__(self, source: Source):
+        self.source, self.first = source, ""
+        self.looked_at = self.count = 0
+
+    def look(self, row: int) -> None:
+        """Looks at a row."""
+        self.looked_at += 1
+        if self.source.has_template and "prompt" in self.source.content(row):
+            self.count += 1
+            self.first = self.first or self.source.where(row)
+
+    def lines(self) -> list[str]:
+        """A line if there are any."""
+        if not self.count:
+            return []
+        return [
+            f"{self.count:,} of {self.looked_at:,} rows looked at are a prompt and a completion in "
+            f"plain text (the first, {self.first}), but the tokenizer has a chat template, which "
+            "generation puts around every prompt; write them as messages unless they are to "
+            "be read as they stand"
+        ]
 
 
 class _Lost:
@@ -158,17 +185,18 @@ class _Lost:
         ]
 
 
-def lost_in_some(source: Source) -> list[str]:
+def warn_of_rows(source: Source) -> list[str]:
     """A line if rows of a source, of some that are looked at, have characters that the tokenizer
-    cannot write."""
-    lost = _Lost(source)
+    cannot write; and one if they are prompts that generation writes otherwise."""
+    lost, plain = _Lost(source), _Plain(source)
     for row in spread(len(source)):
         try:
             document = source.document(row)
         except RowError:
             continue
         lost.look(row, document)
-    return lost.lines()
+        plain.look(row)
+    return [*lost.lines(), *plain.lines()]
 
 
 def _texts(row: Mapping[str, Any]) -> Iterator[str]:

@@ -21,7 +21,7 @@ import torch
 import star_elastic
 from star_elastic.checkpoint import require_folder, save_tensors
 from star_elastic.companions import BASIS, LATENCY, ORDERS, ROUTER
-from star_elastic.errors import CheckpointError, Interrupted, RowError, reason
+from star_elastic.errors import CheckpointError, Interrupted, RowError, is_out_of_memory, reason
 from star_elastic.importance.files import load_scores, save_scores
 from star_elastic.manifest import Manifest, Size, load_manifest, save_manifest
 from star_elastic.nesting.elastic import ElasticModel
@@ -54,7 +54,13 @@ from star_elastic.train.quantise import quantise_family
 from star_elastic.train.row_check import require_lessons
 from star_elastic.train.sources import Document, Source, open_sources
 from star_elastic.train.state import has_state, load_state, save_state
-from star_elastic.train.verdict import VERDICT, Verdict, held_out_documents, judge_run
+from star_elastic.train.verdict import (
+    MAX_CONTEXT,
+    VERDICT,
+    Verdict,
+    held_out_documents,
+    judge_run,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +95,13 @@ def train(
                     f"{error.filename or run} cannot be read or written ({reason(error)}); make "
                     "room or correct the path, then go on (with --resume if there is a saved state)"
                 ) from error
-            except RuntimeError:
+            except (RuntimeError, MemoryError) as error:
+                if is_out_of_memory(error):
+                    raise CheckpointError(
+                        f"memory ran out ({reason(error)}); lower engine.micro_batch or set "
+                        "engine.recompute = true (before training also calibration.batch_size), "
+                        "then go on (with --resume if there is a saved state)"
+                    ) from error
                 if stop.is_asked and world.size > 1:  # another rank has stopped before this one
                     raise Interrupted(_how_to_go_on(run)) from None
                 raise
@@ -136,8 +148,6 @@ def _train(config: RunConfig, resume: bool, shown: Progress, stop: Stop, world: 
     world.wait()
     if world.is_first:
         begin(run, config, sources)
-        if given:
-            save_scores(run / SCORES, given[0], checked.axis_map, given[1])
     world.wait()
 
     seconds = 0.0
@@ -146,10 +156,13 @@ def _train(config: RunConfig, resume: bool, shown: Progress, stop: Stop, world: 
             with _told_of_rows("start again"):
                 require_lessons(config, sources, progress)
             look_ahead(config, checked, sources, world.device).say(progress)
+            if given and world.is_first:  # from here on the run's config is fixed
+                save_scores(run / SCORES, given[0], checked.axis_map, given[1])
+            world.wait()
         seconds = _train_sizes(config, checked, sources, shown, progress, stop, world)
     verdict = None
     if world.is_first:
-        verdict = _judge(config, held_out, progress, world)
+        verdict = _judge(config, sources, held_out, progress, world)
     world.wait()
     made = load_manifest(run / ELASTIC, checked.axis_map).provenance
     return RunResult(run / ELASTIC, made["steps"], made["tokens"], seconds, verdict)
@@ -185,7 +198,8 @@ def _train_sizes(
         table = (run if config.latency else Path(config.family or run)) / LATENCY
         if has_file(table):
             shutil.copyfile(table, directory / LATENCY)
-        save_tensors(directory / ORDERS, dict(orders))
+        if orders:  # a family that is trained on may not say how it was sorted
+            save_tensors(directory / ORDERS, dict(orders))
         if basis is not None:
             save_tensors(directory / BASIS, {"hidden": basis})
 
@@ -211,12 +225,23 @@ def _train_sizes(
 
 
 def _judge(
-    config: RunConfig, held_out: list[Document], progress: Progress, world: World
+    config: RunConfig,
+    sources: list[Source],
+    held_out: list[Document],
+    progress: Progress,
+    world: World,
 ) -> Verdict | None:
-    """The verdict on what the run has written; kept beside it. None if no row is held out."""
+    """The verdict on what the run has written; kept beside it. None if nothing is held out that it
+    could be judged by."""
     run = Path(config.out)
     if not held_out:
-        progress.say("no verdict: no row is held out (see data.held_out; a source needs 10 rows)")
+        why = "no row is held out (see data.held_out; a source needs 10 rows)"
+        if count := sum(len(source.held_out) for source in sources):
+            why = (
+                f"none of the {count:,} rows held out has a token that counts among its first "
+                f"{MAX_CONTEXT:,}, which are read"
+            )
+        progress.say(f"no verdict: {why}")
         return None
     gc.collect()  # what training has left
     if world.device.type == "cuda":

@@ -10,6 +10,7 @@ import bisect
 import copy
 import hashlib
 import itertools
+import os
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -98,6 +99,11 @@ class Source:
         return row in self._held_out
 
     @property
+    def has_template(self) -> bool:
+        """Whether generation puts prompts into a chat template."""
+        return self._tokenizer.chat_template is not None
+
+    @property
     def num_used(self) -> int:
         """Rows that are not held out."""
         return len(self) - len(self.held_out)
@@ -147,7 +153,22 @@ def open_sources(
     begun: Sequence[Sequence[Mapping[str, Any]]] = (),
 ) -> list[Source]:
     """The sources of a run config, for a model with so many embedding rows; `seed` decides which
-    rows are held out. `begun`: of each source, what its files were when the run began."""
+    rows are held out. `begun`: of each source, what its files were when the run began.
+
+    Raises ConfigError for a file that is named twice, unless no row of it is held out: under one
+    name these would be trained on, under the other they judge.
+    """
+    seen: dict[str, int] = {}
+    for source in data:
+        for file in (path for name in source.files for path in find_files(name)):
+            real = os.path.realpath(file)
+            if real in seen and (source.held_out or seen[real]):
+                raise ConfigError(
+                    f"{file} is named twice in [[data]], so that rows that are held out would be "
+                    "trained on, too; name it once (weight says how much of it is read), or set "
+                    "held_out = 0 where it is named"
+                )
+            seen[real] = source.held_out
     as_begun = begun if len(begun) == len(data) else [()] * len(data)
     return [
         Source(

@@ -178,16 +178,16 @@ def judge_run(
     """
     judge = _Judge(held_out, load_tokenizer(parent), progress)
     family, judged = _Family(elastic), _Family(quantised or elastic)
-    orders = load_tensors(elastic / ORDERS) if has_file(elastic / ORDERS) else None
+    orders = load_tensors(elastic / ORDERS) if has_file(elastic / ORDERS) else {}
     basis = load_tensors(elastic / BASIS)["hidden"] if has_file(elastic / BASIS) else None
     cut = {n: s.widths for n, s in family.sizes.items() if not family.is_full(s)}
-    if orders is None:  # whoever made the family did not say
+    if not orders:  # whoever made the family did not say
         cut = {}
     judge.begin(1 + len(cut) + len(family.sizes))
     model, config = load_parent(parent, device=device)
     reference, going_on = judge.read(model).apart(), judge.go_on(model)
     untrained: dict[str, Divergence] = {}
-    if orders is not None and cut:
+    if cut:
         sort_in_place(model, family.axis_map, orders, basis)
         for name, widths in cut.items():
             submodel = build_submodel(model, config, widths)
