@@ -20,7 +20,14 @@ from rich.table import Table
 from typer import Abort, TyperException
 
 from star_elastic.bars import Bars
-from star_elastic.errors import ConfigError, Interrupted, StarElasticError, is_out_of_memory, reason
+from star_elastic.errors import (
+    ConfigError,
+    Interrupted,
+    StarElasticError,
+    is_out_of_memory,
+    printable,
+    reason,
+)
 from star_elastic.evaluate.findings import with_interval
 from star_elastic.generate.phases import THINKING, Generation, Token
 from star_elastic.signals import interrupting, is_first_rank
@@ -245,7 +252,7 @@ def at_the_command_line() -> Iterator[None]:
     except StarElasticError as error:
         if os.environ.get("STAR_ELASTIC_TRACEBACK"):
             raise
-        said, code = f"error: {error}", 2
+        said, code = f"error: {printable(str(error), sys.maxsize)}", 2  # a path may hold a line end
     except Interrupted as error:
         said, code = str(error) if is_first_rank() else "", 1
     except KeyboardInterrupt:  # before long work began

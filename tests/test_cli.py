@@ -352,3 +352,12 @@ def test_weights_that_others_have_quantised_are_not_counted(tmp_path, method, co
     (tmp_path / "config.json").write_text(json.dumps(config))
     options = [] if command == "count" else ["--out", tmp_path / "l.json"]
     assert "quantised in a way that" in refusal(command, tmp_path, *options)
+
+
+def test_a_line_end_in_a_name_stays_on_the_line(capsys):
+    """And what a terminal would obey is written out."""
+    with pytest.raises(SystemExit) as ended:
+        main(["sizes", "no\npe\x1b[31m é"])
+    assert ended.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "no\\npe\\x1b[31m é" in line

@@ -225,6 +225,14 @@ def test_draws_follow_the_softmax():
     assert shares[3] == 0
 
 
+@pytest.mark.parametrize("temperature", [1e-3, 1e-30, 1e-308, 5e-324])
+def test_a_temperature_that_is_nearly_zero_draws_the_likeliest(temperature):
+    logits = torch.tensor([[3.0, 70.0, 69.0, -2.0], [9.0, 1.0, 2.0, 8.5]])
+    generators = [torch.Generator().manual_seed(i) for i in range(2)]
+    drawn = choose_tokens(logits, Sampling(temperature=temperature), generators)
+    assert list(drawn) == [1, 0]
+
+
 # --- budgets ---------------------------------------------------------------------------------
 
 

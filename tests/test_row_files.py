@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bz2
 import gzip
+import importlib
 import io
 import json
 import lzma
@@ -12,7 +13,7 @@ import zipfile
 
 import pytest
 
-from star_elastic.errors import CheckpointError, ConfigError, RowError
+from star_elastic.errors import CheckpointError, ConfigError, RowError, StarElasticError
 from star_elastic.evaluate.problems import read_problems
 from star_elastic.train.row_files import JsonLines, open_rows
 from star_elastic.train.row_kinds import find_files
@@ -78,6 +79,35 @@ def test_json_lines_are_read_as_such(tmp_path, content):
     assert len(rows) > 0
     if "add 39" in content:
         assert rows[len(rows) - 1] == ROWS[-1]
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda good: good[:-20], "cannot be read (Parquet magic bytes not found in footer."),
+        (lambda good: b"", "cannot be read (Parquet file size is 0 bytes)"),
+        (lambda good: good[:4] + b"\xff" * 26 + good[30:], "cannot be read ("),
+        (None, "has no rows; name files that hold some"),
+    ],
+    ids=["cut short", "empty", "a page", "no rows"],
+)
+def test_a_damaged_table_is_one_line(tmp_path, capfd, damage, message):
+    """The libraries that read it tell nothing themselves, nor draw progress; their reason is told,
+    not that there was one."""
+    pytest.importorskip("datasets")
+    parquet, pyarrow = (
+        importlib.import_module("pyarrow.parquet"),
+        importlib.import_module("pyarrow"),
+    )
+    file = tmp_path / "x.parquet"
+    texts = pyarrow.array(["a", "b"] if damage else [], pyarrow.string())
+    parquet.write_table(pyarrow.table({"text": texts}), file)
+    if damage:
+        file.write_bytes(damage(file.read_bytes()))
+    with pytest.raises(StarElasticError) as raised:
+        Source([file], byte_tokenizer())
+    assert message in str(raised.value) and "error occurred while" not in str(raised.value)
+    assert capfd.readouterr() == ("", "")
 
 
 def test_parquet_is_told_by_its_content(tmp_path, monkeypatch):

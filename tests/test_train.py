@@ -1,7 +1,9 @@
 """Nested distillation end to end on a tiny parent: config, training, resume, the result."""
 
 import json
+import os
 import shutil
+import signal
 import time
 from dataclasses import replace
 
@@ -24,7 +26,7 @@ from star_elastic.router.files import widths_for
 from star_elastic.router.grid import default_choices
 from star_elastic.terminal import at_the_command_line
 from star_elastic.train.check import check
-from star_elastic.train.config import StageConfig
+from star_elastic.train.config import StageConfig, load_run_config
 from star_elastic.train.curriculum import Curriculum, Position
 from star_elastic.train.distributed import World
 from star_elastic.train.loop import Trainer
@@ -534,6 +536,40 @@ def test_resume_may_correct_learning_rates_and_how_steps_are_computed(run_folder
     assert went_on_with["engine"]["micro_batch"] == 2
     assert went_on_with["router"]["learning_rate"] == 1e-3
     assert went_on_with["optimizer"]["clip_norm"] == 0.5
+
+
+def test_a_directory_is_one_runs_at_a_time(run_folder):
+    """A second process, resuming what is still running, changes nothing."""
+    config_in(run_folder, "busy", **{"save_every = 16": "save_every = 2"})
+    process = start_command("train", run_folder / "busy.toml")
+    run = run_folder / "busy"
+    while not (run / "state" / "state.json").exists():
+        assert not process.has_ended
+        time.sleep(0.05)
+    with pytest.raises(CheckpointError, match="another process trains in .*busy; wait until"):
+        train(load_run_config(run_folder / "busy.toml"), resume=True)
+    os.kill(process.pid, signal.SIGINT)
+    process.wait()
+    steps = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert steps == list(range(len(steps)))
+    with pytest.raises(Interrupted):  # its lock has gone with it
+        train(load_run_config(run_folder / "busy.toml"), resume=True, progress=StopAt(39))
+
+
+def test_a_state_that_is_gone_is_told_and_half_of_one_is_refused(run_folder):
+    config = config_in(run_folder, "lost-state", **SHORT)
+    with pytest.raises(Interrupted):
+        train(config, progress=StopAt(3))
+    run = run_folder / "lost-state"
+    kept = (run / "state" / "state.json").read_text()
+    (run / "state" / "state.json").unlink()
+    with pytest.raises(CheckpointError, match="state is damaged .state.json is missing.; restore"):
+        train(config, resume=True)
+    (run / "state" / "state.json").write_text(kept)
+    shutil.rmtree(run / "state")
+    told = Said()
+    assert train(config, resume=True, progress=told).steps == 12
+    assert any("no state is saved" in line and "at the first step" in line for line in told.lines)
 
 
 def test_given_scores_are_those_of_the_whole_run(run_folder, trained, tmp_path):

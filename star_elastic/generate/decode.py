@@ -208,7 +208,10 @@ def choose_tokens(
     """
     if sampling.temperature == 0:
         return logits_BV.argmax(-1).tolist()
-    probs_BV = (logits_BV.double() / sampling.temperature).softmax(-1)
+    logits_BV = logits_BV.double()
+    # From the largest one, so that however small a temperature makes no infinity of it.
+    logits_BV = logits_BV - logits_BV.amax(-1, keepdim=True)
+    probs_BV = (logits_BV / sampling.temperature).softmax(-1)
     if sampling.top_p < 1:
         ranked_BV, order_BV = torch.sort(probs_BV, dim=-1, descending=True, stable=True)
         before_BV = ranked_BV.cumsum(-1) - ranked_BV

@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
+import os
 import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 from star_elastic.checkpoint import read_json, write_json
 from star_elastic.companions import BASIS, LATENCY
 from star_elastic.errors import CheckpointError, ConfigError, reason
-from star_elastic.paths import exists, is_file, names_in
+from star_elastic.paths import exists, has_file, is_file, names_in
 from star_elastic.quant.fake import FILE_NAME as FAKE
 from star_elastic.strict import to_plain
 from star_elastic.train.calibrate import DEPTH, SCORES
 from star_elastic.train.check import latency_file
 from star_elastic.train.config import RunConfig
+from star_elastic.train.distributed import World
 from star_elastic.train.fingerprint import (
     compare_data,
     digest_model,
@@ -26,7 +30,7 @@ from star_elastic.train.fingerprint import (
     sample_data,
 )
 from star_elastic.train.sources import Source
-from star_elastic.train.state import has_state
+from star_elastic.train.state import PROGRESS, STATE, has_state
 from star_elastic.train.verdict import VERDICT
 
 ELASTIC, QUANTISED = "elastic", "quantised"
@@ -62,6 +66,11 @@ def require_ready(
         )
     if not exists(run) or not names_in(run):
         return []
+    if exists(run / STATE) and not has_state(run):
+        raise CheckpointError(
+            f"{run / STATE} is damaged ({PROGRESS} is missing); restore it, or start another run in "
+            "another directory"
+        )
     if not is_file(run / RUN):
         raise CheckpointError(f"{run} holds something else; name another out")
     if not has_state(run) and not any(exists(run / file) for file in MEASURED):
@@ -77,7 +86,37 @@ def require_ready(
     judged = exists(run / VERDICT) or not any(source.held_out for source in config.data)
     if resume and exists(last_of(run, config)) and judged:
         raise CheckpointError(f"{last_of(run, config)} is complete already; nothing to resume")
+    if resume and has_file(run / METRICS) and not has_state(run) and not exists(run / ELASTIC):
+        return [f"no state is saved in {run}: it begins again, at the first step", *allowed]
     return allowed
+
+
+@contextmanager
+def alone_in(run: Path, world: World) -> Iterator[None]:
+    """While the block runs, no other process may train in the directory, which is made if need be.
+
+    The lock is one on the directory, and goes with the process. Raises CheckpointError on all ranks
+    if another has it. File systems that know no locks give none.
+    """
+    problem: CheckpointError | None = None
+    with ExitStack() as held:
+        if world.is_first:
+            run.mkdir(parents=True, exist_ok=True)
+            folder = os.open(run, os.O_RDONLY)
+            held.callback(os.close, folder)
+            try:
+                fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                problem = CheckpointError(
+                    f"another process trains in {run}; wait until it ends or stop it, or name "
+                    "another out"
+                )
+            except OSError:
+                pass
+        problem = world.agree(problem)
+        if problem is not None:
+            raise problem
+        yield
 
 
 def begun_files(run: Path) -> list[list[Mapping[str, Any]]]:
@@ -96,9 +135,8 @@ def last_of(run: Path, config: RunConfig) -> Path:
 
 
 def begin(run: Path, config: RunConfig, sources: Sequence[Source]) -> None:
-    """Makes the directory with the resolved config and what parent and data are, and a copy of the
-    latency table in use."""
-    run.mkdir(parents=True, exist_ok=True)
+    """Writes the resolved config with what parent and data are, and a copy of the latency table in
+    use."""
     written = _written(config, sources)
     if not is_file(run / RUN) or read_json(run / RUN) != written:
         write_json(run / RUN, written)
@@ -145,7 +183,8 @@ def _changes(
         before = dict(_flat(saved))
         models = [key for key in ("parent", "family") if files[key] != now[FILES][key]]
         refused, allowed = compare_data(files["data"], now[FILES]["data"])
-        if files["scores"] != now[FILES]["scores"]:
+        # (Runs that began with an earlier version have no such entry.)
+        if files.get("scores", now[FILES]["scores"]) != now[FILES]["scores"]:
             refused.append("the scores that calibration.scores names")
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise CheckpointError(

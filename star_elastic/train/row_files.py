@@ -10,8 +10,8 @@ import bisect
 import importlib
 import os
 from array import array
-from collections.abc import Collection, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -142,9 +142,15 @@ class Table:
             raise ConfigError(
                 f"{path} needs the package datasets; run pip install 'star-elastic[datasets]'"
             ) from None
-        with library_boundary(f"{path} cannot be read", "write it again"):
-            read = datasets.load_from_disk if is_folder(path) else datasets.Dataset.from_parquet
-            self._rows: Any = read(str(path))
+        self._rows: Any = ()
+        with library_boundary(f"{path} cannot be read", "write it again"), _quiet(datasets):
+            if is_folder(path):
+                self._rows = datasets.load_from_disk(str(path))
+            elif _num_rows(path):  # a file without any is none that it can read
+                try:
+                    self._rows = datasets.Dataset.from_parquet(str(path))
+                except datasets.exceptions.DatasetGenerationError as error:
+                    raise error.__cause__ or error from None  # it only says that there was one
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -158,6 +164,26 @@ class Table:
     def where(self, row: int) -> str:
         """The path and the number of a row, counted from 0."""
         return f"{self.path} row {row}"
+
+
+def _num_rows(parquet: Path) -> int:
+    """Rows of a parquet file, by its own footer."""
+    return importlib.import_module("pyarrow.parquet").read_metadata(parquet).num_rows
+
+
+@contextmanager
+def _quiet(datasets: Any) -> Iterator[None]:
+    """Keeps the package from telling errors and progress itself while the block runs."""
+    logging, progress = datasets.utils.logging, datasets.utils
+    verbosity, disabled = logging.get_verbosity(), progress.are_progress_bars_disabled()
+    logging.set_verbosity(logging.CRITICAL)
+    progress.disable_progress_bars()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if not disabled:
+            progress.enable_progress_bars()
 
 
 def _without_none(value: Any) -> Any:

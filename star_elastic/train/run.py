@@ -41,6 +41,7 @@ from star_elastic.train.directory import (
     ELASTIC,
     METRICS,
     QUANTISED,
+    alone_in,
     begin,
     begun_files,
     last_of,
@@ -145,25 +146,25 @@ def _train(config: RunConfig, resume: bool, shown: Progress, stop: Stop, world: 
     longest = max(stage.context for stage in config.stages)
     with _told_of_rows("start again"):  # read now: what is wrong is told before work, not after it
         held_out = held_out_documents(sources, longest)
-    world.wait()
-    if world.is_first:
-        begin(run, config, sources)
-    world.wait()
+    with alone_in(run, world):
+        if world.is_first:
+            begin(run, config, sources)
+        world.wait()
 
-    seconds = 0.0
-    if not exists(last_of(run, config)):
-        if not has_state(run):
-            with _told_of_rows("start again"):
-                require_lessons(config, sources, progress)
-            look_ahead(config, checked, sources, world.device).say(progress)
-            if given and world.is_first:  # from here on the run's config is fixed
-                save_scores(run / SCORES, given[0], checked.axis_map, given[1])
-            world.wait()
-        seconds = _train_sizes(config, checked, sources, shown, progress, stop, world)
-    verdict = None
-    if world.is_first:
-        verdict = _judge(config, sources, held_out, progress, world)
-    world.wait()
+        seconds = 0.0
+        if not exists(last_of(run, config)):
+            if not has_state(run):
+                with _told_of_rows("start again"):
+                    require_lessons(config, sources, progress)
+                look_ahead(config, checked, sources, world.device).say(progress)
+                if given and world.is_first:  # from here on the run's config is fixed
+                    save_scores(run / SCORES, given[0], checked.axis_map, given[1])
+                world.wait()
+            seconds = _train_sizes(config, checked, sources, shown, progress, stop, world)
+        verdict = None
+        if world.is_first:
+            verdict = _judge(config, sources, held_out, progress, world)
+        world.wait()
     made = load_manifest(run / ELASTIC, checked.axis_map).provenance
     return RunResult(run / ELASTIC, made["steps"], made["tokens"], seconds, verdict)
 
