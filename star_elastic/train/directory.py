@@ -68,8 +68,8 @@ def require_ready(
         return []
     if exists(run / STATE) and not has_state(run):
         raise CheckpointError(
-            f"{run / STATE} is damaged ({PROGRESS} is missing); restore it, or start another run in "
-            "another directory"
+            f"{run / STATE} is damaged ({PROGRESS} is missing); restore it, or start another run "
+            "in another directory"
         )
     if not is_file(run / RUN):
         raise CheckpointError(f"{run} holds something else; name another out")
