@@ -9,9 +9,11 @@ import shutil
 import subprocess
 import sys
 import tomllib
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 from star_elastic.cli import main
 from star_elastic.demo import bundled_parent
@@ -19,6 +21,7 @@ from star_elastic.errors import ConfigError
 from star_elastic.evaluate.run import Settings, evaluate_family
 from star_elastic.families import family_of, read_config
 from star_elastic.manifest import Manifest, Size, save_manifest
+from star_elastic.train.check import check
 from star_elastic.train.config import RunConfig, parse
 from star_elastic.widths import parse_widths
 from tests.processes import ROOT, answer, refusal, run_code, run_command, run_script
@@ -196,13 +199,21 @@ def test_readme_quick_start_runs(trained):
     assert "'thinking', 'small'" in done.stdout
 
 
-def test_readme_run_config_is_valid():
+@pytest.mark.parametrize("parent", ["nemotron_h", "llama", "tied llama"])
+def test_readme_run_config_fits_every_parent(parent, run_folder, tmp_path):
+    """With nothing changed but its paths."""
     run, quantised = map(tomllib.loads, re.findall(r"```toml\n(.*?)```", README, re.S))
-    assert parse(RunConfig, run, "").sizes["small"] == {
-        "active": 0.5,
-        "total": 0.4,
-        "bytes": "1.2GB",
-    }
+    path = run_folder / "parent"
+    if parent != "nemotron_h":
+        shape = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2}
+        heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 512}
+        tied = {"tie_word_embeddings": parent == "tied llama"}
+        model = AutoModelForCausalLM.from_config(LlamaConfig(**shape, **heads, **tied))
+        model.save_pretrained(path := tmp_path / "llama")
+    config = parse(RunConfig, run, "")
+    rows = replace(config.data[0], files=(str(run_folder / "rows.jsonl"),))
+    config = replace(config, parent=str(path), out=str(tmp_path / "out"), data=(rows,))
+    assert check(config).budgets["small"] == {"active": 0.6}
     healed = parse(RunConfig, {**run, **quantised, "family": "runs/mine/elastic"}, "")
     assert healed.quant.format == "nvfp4"
 
