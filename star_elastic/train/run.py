@@ -146,6 +146,7 @@ def _train(config: RunConfig, resume: bool, shown: Progress, stop: Stop, world: 
     longest = max(stage.context for stage in config.stages)
     with _told_of_rows("start again"):  # read now: what is wrong is told before work, not after it
         held_out = held_out_documents(sources, longest)
+    world.wait()  # until every rank has looked at the directory, before one writes into it
     with alone_in(run, world):
         if world.is_first:
             begin(run, config, sources)
