@@ -553,7 +553,9 @@ def test_a_directory_is_one_runs_at_a_time(run_folder):
     steps = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert steps == list(range(len(steps)))
     with pytest.raises(Interrupted):  # its lock has gone with it
-        train(load_run_config(run_folder / "busy.toml"), resume=True, progress=StopAt(39))
+        train(
+            load_run_config(run_folder / "busy.toml"), resume=True, progress=StopAt(len(steps) + 1)
+        )
 
 
 def test_a_state_that_is_gone_is_told_and_half_of_one_is_refused(run_folder):

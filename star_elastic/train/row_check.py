@@ -65,7 +65,7 @@ def check_rows(config: RunConfig, sources: Sequence[Source], progress: Progress)
     found = RowCheck(cut=[0] * len(contexts), left_out=[0] * len(contexts))
     progress.stage("rows", sum(map(len, sources)))
     for source in sources:
-        lessons, lost, plain = [0] * len(contexts), _Lost(source), _Plain(source)
+        lessons, remarks = [0] * len(contexts), _Remarks(source)
         for row in range(len(source)):
             found.rows += 1
             try:
@@ -83,14 +83,13 @@ def check_rows(config: RunConfig, sources: Sequence[Source], progress: Progress)
                 found.cut[number] += fed > context
                 found.left_out[number] += not teaches
                 lessons[number] += teaches and not source.is_held_out(row)
-            lost.look(row, document)
-            plain.look(row)
+            remarks.look(row, document)
             if found.rows % TOLD_EVERY == 0:
                 progress.advance(found.rows)
         found.idle += [
             _idle(source, n, contexts[n]) for n, count in enumerate(lessons) if not count
         ]
-        found.warnings += [*lost.lines(), *plain.lines()]
+        found.warnings += remarks.lines()
     progress.advance(found.rows)
     return found
 
@@ -130,73 +129,94 @@ def _idle(source: Source, stage: int, context: int) -> str:
 # What a tokenizer cannot write, and what generation does not
 
 
-class _Plain:
-    """Rows of a source whose prompts are plain text though the tokenizer has a chat template."""
-
-    def __init__(self, source: Source):
-        self.source, self.first = source, ""
-        self.looked_at = self.count = 0
-
-    def look(self, row: int) -> None:
-        """Looks at a row."""
-        self.looked_at += 1
-        if self.source.has_template and "prompt" in self.source.content(row):
-            self.count += 1
-            self.first = self.first or self.source.where(row)
-
-    def lines(self) -> list[str]:
-        """A line if there are any."""
-        if not self.count:
-            return []
-        return [
-            f"{self.count:,} of {self.looked_at:,} rows looked at are a prompt and a completion in "
-            f"plain text (the first, {self.first}), but the tokenizer has a chat template, which "
-            "generation puts around every prompt; write them as messages unless they are to "
-            "be read as they stand"
-        ]
-
-
-class _Lost:
-    """Rows of a source with characters that are not in their documents."""
+class _Remark:
+    """What is to be told of rows of a source, counted, with the first of them."""
 
     def __init__(self, source: Source):
         self.source = source
         self.looked_at = self.count = 0
         self.first = ""
 
-    def look(self, row: int, document: Document) -> None:
-        """Looks at a row and its document."""
+    def look(self, row: int, content: Mapping[str, Any], document: Document) -> None:
+        """Looks at a row, what it says and its document."""
         self.looked_at += 1
-        said = _folded([self.source.read(document)])
-        lost = _folded(_texts(self.source.content(row))) - said
-        if lost:
+        found = self.find(content, document)
+        if found is not None:
             self.count += 1
-            shown = printable("".join(sorted(lost)), LONGEST_LOST)
-            self.first = self.first or f"{shown!r} in {self.source.where(row)}"
+            self.first = self.first or f"{found}{self.source.where(row)}"
 
     def lines(self) -> list[str]:
         """A line if there are any."""
         if not self.count:
             return []
-        return [
-            f"{self.count:,} of {self.looked_at:,} rows looked at have characters that their "
-            f"tokens do not say (the first, {self.first}): the tokenizer drops them or writes "
-            "<unk>; take them out if they matter"
-        ]
+        return [f"{self.count:,} of {self.looked_at:,} rows looked at {self.said()}"]
+
+    def find(self, content: Mapping[str, Any], document: Document) -> str | None:
+        """What stands before the place of the first such row; None for a row that is none."""
+        raise NotImplementedError
+
+    def said(self) -> str:
+        """What is so of these rows, and what to do."""
+        raise NotImplementedError
+
+
+class _Lost(_Remark):
+    """Rows with characters that are not in their documents."""
+
+    def find(self, content: Mapping[str, Any], document: Document) -> str | None:
+        lost = _folded(_texts(content)) - _folded([self.source.read(document)])
+        return f"{printable(''.join(sorted(lost)), LONGEST_LOST)!r} in " if lost else None
+
+    def said(self) -> str:
+        return (
+            f"have characters that their tokens do not say (the first, {self.first}): the "
+            "tokenizer drops them or writes <unk>; take them out if they matter"
+        )
+
+
+class _Plain(_Remark):
+    """Rows whose prompts are plain text though the tokenizer has a chat template."""
+
+    def find(self, content: Mapping[str, Any], document: Document) -> str | None:
+        return "" if self.source.has_template and "prompt" in content else None
+
+    def said(self) -> str:
+        return (
+            f"are a prompt and a completion in plain text (the first, {self.first}), but the "
+            "tokenizer has a chat template, which generation puts around every prompt; write them "
+            "as messages unless they are to be read as they stand"
+        )
+
+
+class _Remarks:
+    """All that is to be told of rows of a source."""
+
+    def __init__(self, source: Source):
+        self.source = source
+        self.kinds = (_Lost(source), _Plain(source))
+
+    def look(self, row: int, document: Document) -> None:
+        """Looks at a row and its document."""
+        content = self.source.content(row)
+        for kind in self.kinds:
+            kind.look(row, content, document)
+
+    def lines(self) -> list[str]:
+        """A line of each kind that there is."""
+        return [line for kind in self.kinds for line in kind.lines()]
 
 
 def warn_of_rows(source: Source) -> list[str]:
     """A line if rows of a source, of some that are looked at, have characters that the tokenizer
     cannot write; and one if they are prompts that generation writes otherwise."""
-    lost, plain = _Lost(source), _Plain(source)
+    remarks = _Remarks(source)
     for row in spread(len(source)):
         try:
             document = source.document(row)
         except RowError:
             continue
-        lost.look(row, document)
-        plain.look(row)
-    return [*lost.lines(), *plain.lines()]
+        remarks.look(row, document)
+    return remarks.lines()
 
 
 def _texts(row: Mapping[str, Any]) -> Iterator[str]:
