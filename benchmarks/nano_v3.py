@@ -68,14 +68,14 @@ SIZES = {
 have; theirs are not published."""
 SMALL = {
     **NANO_V3, "hybrid_override_pattern": "MEM*EME", "num_hidden_layers": 7, "hidden_size": 128,
-    "num_attention_heads": 8, "head_dim": 16, "mamba_head_dim": 16, "ssm_state_size": 16,
-    "chunk_size": 32, "n_routed_experts": 16, "num_experts_per_tok": 4,
+    "num_attention_heads": 8, "head_dim": 16, "mamba_num_heads": 32, "mamba_head_dim": 16,
+    "ssm_state_size": 16, "chunk_size": 8, "n_routed_experts": 16, "num_experts_per_tok": 4,
     "moe_intermediate_size": 64, "moe_shared_expert_intermediate_size": 128, "vocab_size": 512,
 }  # fmt: skip
 SMALL_SIZES = {
     "30B": {},
-    "23B": {"hidden": 112, "expert_ffn": 48, "ssm_heads": 56},
-    "12B": {"hidden": 96, "experts": 12, "expert_ffn": 32, "ssm_heads": 40},
+    "23B": {"hidden": 112, "expert_ffn": 48, "ssm_heads": 24},
+    "12B": {"hidden": 96, "experts": 12, "expert_ffn": 32, "ssm_heads": 16},
 }
 WORKS = ("prefill", "decode", "graph")
 GB = 1e9

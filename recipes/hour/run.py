@@ -41,7 +41,7 @@ SMOKE: Recipe = replace(
     HOUR,
     num_rows=200,
     calibration_rows=16,
-    stages=stages(2, 4, windows=2, context=64),
+    stages=stages(1, 2, windows=2, context=64),
     problems_per_task=1,
     budgets=(2,),
     max_new_tokens=40,

@@ -268,8 +268,8 @@ def parse_options(
     options.watched, options.calibration_rows, options.max_new_tokens = 40, 256, MAX_NEW_TOKENS
     options.context = CONTEXT
     if options.smoke:
-        options.seeds, options.router_steps, options.steps, options.problems = 1, 2, 2, 1
-        options.watched, options.calibration_rows, options.max_new_tokens = 1, 4, 8
+        options.seeds, options.router_steps, options.steps, options.problems = 1, 1, 1, 1
+        options.watched, options.calibration_rows, options.max_new_tokens = 1, 4, 4
         options.context = 64  # half of it still holds what some prompts ask for
     return options
 

@@ -93,8 +93,8 @@ def main() -> None:
     options.samples, options.watched, options.max_new_tokens = 256, 40, MAX_NEW_TOKENS
     options.arms, options.context = list(ARMS), CONTEXT
     if options.smoke:
-        options.seeds, options.router_steps, options.steps, options.heal_steps = 1, 2, 2, 2
-        options.samples, options.watched, options.max_new_tokens, options.problems = 4, 2, 8, 1
+        options.seeds, options.router_steps, options.steps, options.heal_steps = 1, 1, 1, 1
+        options.samples, options.watched, options.max_new_tokens, options.problems = 4, 1, 4, 1
         options.arms, options.context = ["BF16", "FP8 PTQ", "NVFP4 QAD"], 32
     options.out.mkdir(parents=True, exist_ok=True)
     with Bars() as bars:
