@@ -16,11 +16,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from star_elastic.errors import ShapeError
-from star_elastic.widths import Width, Widths
+from star_elastic.widths import LAYERS, Width, Widths
 
-LAYERS, TOP_K = "layers", "top_k"
-"""Two axes that cut no dimension: which layers there are (1 or 0 for each), and how many of the
-experts a token uses."""
+TOP_K = "top_k"
+"""Another axis that cuts no dimension: how many of the experts a token uses."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -198,7 +198,8 @@ def write_tensors(
     """Writes a safetensors model one tensor at a time, in shards with an index if it is large.
 
     The header needs only shapes and dtypes, so one tensor is in memory at a time. Raises
-    AssertionError if a value does not have its planned shape and dtype.
+    CheckpointError for values that are not finite, which no model computes with, and AssertionError
+    if one does not have its planned shape and dtype.
     """
     shards: list[list[Planned]] = [[]]
     filled = 0
@@ -239,9 +240,21 @@ def _write_shard(file: Path, shard: list[Planned], value_of, on_tensor) -> None:
             value = value_of(entry.name).detach().to("cpu").contiguous()
             assert tuple(value.shape) == entry.shape, (entry, value.shape)
             assert value.dtype == entry.dtype, (entry, value.dtype)
+            if not is_finite(value):
+                raise CheckpointError(
+                    f"{entry.name} holds values that are not finite; restore the checkpoint that "
+                    "they come from"
+                )
             stream.write(value.reshape(-1).view(torch.uint8).numpy().data)
             if on_tensor:
                 on_tensor(entry)
+
+
+def is_finite(tensor: torch.Tensor) -> bool:
+    """Whether all values of a tensor are numbers. FP8 has no infinity, but a NaN."""
+    if not tensor.is_floating_point():
+        return True
+    return bool(torch.isfinite(tensor.float() if tensor.itemsize == 1 else tensor).all())
 
 
 def write_json(file: Path, content: object) -> None:

@@ -15,6 +15,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from typer.core import TyperCommand
 
 from star_elastic.axes import LAYERS, AxisMap
 from star_elastic.bars import Bars
@@ -384,11 +385,13 @@ def _check_rows(config: Any, as_json: bool) -> None:
     from dataclasses import asdict
 
     from star_elastic.nesting.submodel import load_tokenizer
+    from star_elastic.train.calibrate import given_scores
     from star_elastic.train.check import check as check_config
     from star_elastic.train.row_check import check_rows
     from star_elastic.train.sources import open_sources
 
     axis_map = check_config(config).axis_map
+    given_scores(config, axis_map)
     tokenizer = load_tokenizer(config.parent)
     sources = open_sources(config.data, tokenizer, axis_map.num_embeddings, config.seed)
     with Bars() as bars:
@@ -584,8 +587,10 @@ def check(
     """Which engines and GPUs run a checkpoint, and why others do not."""
     from dataclasses import asdict
 
+    from star_elastic.nesting.submodel import require_whole
     from star_elastic.quant.engines import check_engines
 
+    require_whole(checkpoint)
     verdicts = check_engines(checkpoint)
     if as_json:
         print_json({"checkpoint": str(checkpoint), "engines": [asdict(v) for v in verdicts]})
@@ -753,5 +758,21 @@ def report(
     print_json({"page": str(page), "plot": str(plot)}) if as_json else print(f"{page}   {plot}")
 
 
+class _Command(TyperCommand):
+    """A command that takes no empty value: what a shell makes of a variable that is not set."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        given, _, _ = self.make_parser(ctx).parse_args(args=list(args))
+        for parameter in self.get_params(ctx):
+            value = given.get(parameter.name or "")
+            if "" in (value if isinstance(value, (list, tuple)) else [value]):
+                name = parameter.opts[0]
+                shown = name if name.startswith("-") else name.upper()
+                raise ConfigError(f"{shown} is empty; give it a value, or leave it out")
+        return super().parse_args(ctx, args)
+
+
+for command in app.registered_commands:
+    command.cls = _Command
 program = typer.main.get_command(app)
 """All of it, built once however often a process runs it: that takes longer than many a command."""

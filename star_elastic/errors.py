@@ -86,6 +86,14 @@ class BudgetError(StarElasticError):
     """A budget that no allowed choice of widths (or of generated tokens) can meet."""
 
 
+def not_finite(what: str) -> CheckpointError:
+    """What is to be raised where a model computes no numbers; `what` with its verb."""
+    return CheckpointError(
+        f"{what} not finite; the weights are damaged or overflow in this dtype: restore the "
+        "checkpoint or load it in float32"
+    )
+
+
 @contextmanager
 def library_boundary(
     problem: str, remedy: str | Callable[[], str], kind: type[StarElasticError] = CheckpointError

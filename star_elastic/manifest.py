@@ -6,6 +6,7 @@ as the parent, plus this file: the axes with their choices and the named sizes w
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -14,12 +15,15 @@ from typing import Any
 from star_elastic.axes import AxisMap
 from star_elastic.checkpoint import read_json, write_json
 from star_elastic.companions import MANIFEST as FILE_NAME
+from star_elastic.cost import CostModel
 from star_elastic.errors import CheckpointError, ConfigError, library_boundary
 from star_elastic.paths import has_file
 from star_elastic.strict import read_value
 from star_elastic.widths import Widths
 
 FORMAT_VERSION = 1
+COUNTED = ("total", "active")
+"""Costs that follow from the widths alone."""
 
 
 SIZE_TYPES = {
@@ -149,6 +153,7 @@ def _parse(content: Any, axis_map: AxisMap, file: Path) -> Manifest:
         name: Size.from_json(size, axis_map, f"sizes.{name}.")
         for name, size in content["sizes"].items()
     }
+    _check_sizes(sizes, CostModel(axis_map))
     return Manifest(
         family=content["family"],
         choices={axis: tuple(grid) for axis, grid in content["choices"].items()},
@@ -157,3 +162,20 @@ def _parse(content: Any, axis_map: AxisMap, file: Path) -> Manifest:
         depth=tuple(content.get("depth", ())),
         provenance=content.get("provenance", {}),
     )
+
+
+def _check_sizes(sizes: Mapping[str, Size], cost: CostModel) -> None:
+    """Raises ConfigError for widths that do not cost what is recorded of them, and unless the sizes
+    go from the largest to the smallest: the router knows them by their places."""
+    counted = {name: cost.count(size.widths) for name, size in sizes.items()}
+    for name, size in sizes.items():
+        for metric in COUNTED:
+            now = counted[name].metric(metric)
+            if (told := size.cost.get(metric, now)) != now:
+                raise ConfigError(
+                    f"sizes.{name}.widths have {now:,} {metric} parameters, and sizes.{name}.cost "
+                    f"says {told:,.0f}"
+                )
+    for first, second in itertools.pairwise(sizes):
+        if all(counted[first].metric(m) < counted[second].metric(m) for m in COUNTED):
+            raise ConfigError(f"the size {second} is larger than {first} before it")

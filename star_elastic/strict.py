@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import math
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
 from star_elastic.errors import ConfigError
@@ -29,8 +30,18 @@ def require_within(name: str, value: int, least: int, most: int) -> None:
     require(value <= most, f"{name}={value} is more than {most:,}; lower it")
 
 
+@contextlib.contextmanager
+def at(where: str) -> Iterator[None]:
+    """Puts `where` before what a ConfigError inside says, which begins with a key."""
+    try:
+        yield
+    except ConfigError as error:
+        raise type(error)(f"{where}{error}") from None
+
+
 def parse(kind: type, content: Any, where: str) -> Any:
-    """A config dataclass from plain data, strictly. `where` is the dotted path for messages."""
+    """A config dataclass from plain data, strictly. `where` is the dotted path for messages, and is
+    put before what the dataclass itself says of its values, which begins with a key."""
     if not isinstance(content, dict):
         raise ConfigError(f"{where or 'the config'} is {content!r}; it must be a table")
     hints = typing.get_type_hints(kind)
@@ -45,7 +56,8 @@ def parse(kind: type, content: Any, where: str) -> Any:
         required = entry.default is dataclasses.MISSING
         if name not in values and required and entry.default_factory is dataclasses.MISSING:
             raise ConfigError(f"{where}{name} is missing; the run config needs it")
-    return kind(**values)
+    with at(where):
+        return kind(**values)
 
 
 def read_value(hint: Any, value: Any, where: str) -> Any:

@@ -200,9 +200,13 @@ def _print_events(
 
 
 def print_generation(console: Console, result: Generation, *, streamed: bool = False) -> None:
-    """A result's texts (unless they were streamed), and a line for each phase."""
+    """A result's text as it was written (unless it was streamed), its trace dim, and a line for
+    each phase."""
     if not streamed:
-        if result.thinking:
+        start = result.text.rfind(result.answer)
+        if start >= 0:
+            _say(console, result.text[:start], "dim", end="")
+        else:  # the answer is in parts, with more thinking between them
             _say(console, result.thinking, "dim")
         _say(console, result.answer)
     for phase in result.phases:

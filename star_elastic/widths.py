@@ -10,6 +10,8 @@ from star_elastic.errors import ConfigError
 
 NUMBER = re.compile(r"[0-9]{1,18}")
 Width = int | tuple[int, ...]
+LAYERS = "layers"
+"""The axis that cuts no dimension: which layers there are (1 or 0 for each, or 1 for all)."""
 
 
 class Widths(Mapping[str, Width]):
@@ -42,10 +44,12 @@ class Widths(Mapping[str, Width]):
         return f"Widths({self})"
 
     def __str__(self) -> str:
-        """As `parse_widths` reads it: `hidden=48,ffn=64/32/64`, slashes between layers."""
+        """As `parse_widths` reads it: `hidden=48,ffn=64/32/64`, slashes between layers. Layers that
+        all stay are not told."""
         return ",".join(
             f"{axis}={'/'.join(map(str, width)) if isinstance(width, tuple) else width}"
             for axis, width in self._items.items()
+            if not (axis == LAYERS and width == 1)
         )
 
     def replace(self, **changes: Width) -> Widths:

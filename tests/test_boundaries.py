@@ -4,6 +4,7 @@ its type; absurd sizes are refused before they fill the memory."""
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import tracemalloc
@@ -32,6 +33,7 @@ from tests.checkpoints import (
     edit_json,
     make_elastic,
     nothing_changes_in,
+    rewrite,
     write_rows,
 )
 from tests.laws.parents import examples, make_parent
@@ -397,25 +399,33 @@ def damaged(copied: Path) -> dict[str, Any]:
     head = (copied / SINGLE_NAME).read_bytes()[:100]
     return {
         "act": (lambda p: edit_json(p / "config.json", hidden_act="swiglu"),
-                {"count", "sizes", "slice", "quantize", "check"}),
+                {"count", "sizes", "slice", "quantize"}),
         "pad": (lambda p: edit_json(p / "config.json", pad_token_id=999),
-                {"count", "sizes", "slice", "quantize", "check"}),
+                {"count", "sizes", "slice", "quantize"}),
         "type": (lambda p: edit_json(p / "config.json", use_cache="often"),
-                 {"count", "sizes", "slice", "quantize", "check"}),
+                 {"count", "sizes", "slice", "quantize"}),
         "size": (lambda p: edit_json(p / "config.json", intermediate_size=10**12), set()),
         "json": (lambda p: (p / "config.json").write_text("{"), set()),
-        "weights": (lambda p: (p / SINGLE_NAME).write_bytes(head), {"count", "sizes", "check",
-                                                                   "latency"}),
+        "weights": (lambda p: (p / SINGLE_NAME).write_bytes(head), {"count", "sizes", "latency"}),
+        # Training begins its directory first, and goes on there when the weights are restored.
+        "numbers": (lambda p: rewrite(p, lambda t: t["model.norm.weight"].fill_(math.nan)),
+                    {"count", "sizes", "check", "latency", "train"}),
         "tokenizer": (lambda p: (p / "tokenizer.json").write_text("{"),
-                      {"count", "sizes", "slice", "quantize", "check", "latency"}),
+                      {"count", "sizes", "slice", "quantize", "latency"}),
+        "template": (lambda p: (p / "chat_template.jinja").write_text("{% if %}"),
+                     {"count", "sizes", "slice", "quantize", "latency", "check", "rank", "train"}),
         "settings": (lambda p: (p / "generation_config.json").write_text("{"),
-                     {"count", "sizes", "slice", "quantize", "check", "latency"}),
+                     {"count", "sizes", "slice", "quantize", "latency"}),
     }  # fmt: skip
 
 
 @pytest.mark.parametrize(
-    "damage", ["act", "pad", "type", "size", "json", "weights", "tokenizer", "settings"]
-)
+    "damage",
+    [
+        "act", "pad", "type", "size", "json", "weights", "numbers", "tokenizer", "template",
+        "settings",
+    ],
+)  # fmt: skip
 def test_every_command_says_in_one_line_what_is_wrong(copied, tmp_path, capsys, damage):
     change, unmoved = damaged(copied)[damage]
     rows, out = write_rows(tmp_path / "rows.jsonl"), tmp_path / "out"

@@ -26,6 +26,7 @@ from star_elastic.checkpoint import (
     write_text,
 )
 from star_elastic.companions import copy_companions
+from star_elastic.cost import CostModel
 from star_elastic.errors import CheckpointError, ConfigError, ShapeError
 from star_elastic.manifest import FILE_NAME, Manifest, Size, load_manifest, save_manifest
 from star_elastic.nesting.slice import slice_state
@@ -398,14 +399,15 @@ def test_copying_nothing(tmp_path):
 
 
 def manifest_of(parent: Parent, widths: dict) -> Manifest:
+    small = parent.axis_map.complete(widths)
+    cost = CostModel(parent.axis_map).count(small)
+    known = {"total": cost.total, "active": cost.active, "budget_miss": 0.1}
     return Manifest(
         family=parent.axis_map.family,
         choices={"hidden": (12, 8), "ffn": (7, 4)},
         sizes={
             "large": Size(parent.axis_map.full),
-            "small": Size(
-                parent.axis_map.complete(widths), {"active": 0.5}, {"total": 10}, {"ffn": 1}
-            ),
+            "small": Size(small, {"active": 0.5}, known, {"ffn": 1}),
         },
         provenance={"seed": 1},
     )
@@ -438,6 +440,19 @@ def test_the_manifest_comes_back(tmp_path):
         (lambda c: {**c, "sizes": {"a": {"widths": {"hidden": 99}}}}, ShapeError, "hidden=99 is o"),
         (lambda c: {**c, "sizes": {"a": {"widths": {"wings": 2}}}}, ShapeError, "axis 'wings' d"),
         (lambda c: {**c, "sizes": {"a": {"widths": {"ffn": "2"}}}}, ShapeError, "ffn='2' is not a"),
+        (
+            lambda c: {**c, "sizes": dict(reversed(c["sizes"].items()))},
+            CheckpointError,
+            r"damaged \(the size large is larger than small before it\); restore",
+        ),
+        (
+            lambda c: {
+                **c,
+                "sizes": {**c["sizes"], "small": {**c["sizes"]["small"], "widths": {}}},
+            },
+            CheckpointError,
+            r"sizes.small.widths have [\d,]+ total .*, and sizes.small.cost says",
+        ),
     ],
 )
 def test_a_damaged_manifest_is_refused(tmp_path, change, kind, reason):

@@ -16,6 +16,7 @@ import pytest
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from star_elastic.cli import main
+from star_elastic.commands import program
 from star_elastic.demo import bundled_parent
 from star_elastic.errors import ConfigError
 from star_elastic.evaluate.run import Settings, evaluate_family
@@ -141,7 +142,6 @@ def test_mistakes_are_one_line(trained, tmp_path):
         (["--phases", "small", "--grace", "3"], "gives every phase a budget of its own"),
         (["--phases", "huge"], "'huge' is not in this family"),
         (["--switch", "magic"], "switch='magic' is unknown"),
-        (["--stop", ""], "leave out empty ones"),
         (["--max-new-tokens", "1000000"], "use max_new_tokens="),
         (["--thinking-budget", "1000000"], "leaves no token for an answer"),
     ],
@@ -372,3 +372,20 @@ def test_a_line_end_in_a_name_stays_on_the_line(capsys):
     assert ended.value.code == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert "no\\npe\\x1b[31m é" in line
+
+
+OPTIONS = [
+    (name, parameter.opts[0])
+    for name, command in program.commands.items()
+    for parameter in command.params
+    if parameter.opts[0].startswith("--") and not getattr(parameter, "is_flag", False)
+]
+
+
+@pytest.mark.parametrize(("command", "option"), OPTIONS)
+def test_a_value_that_is_empty_is_not_taken_for_none(command, option, capsys):
+    """As `--size "$SIZE"` without a SIZE: it would choose otherwise than was asked."""
+    with pytest.raises(SystemExit) as ended:
+        main([command, option, ""])
+    assert ended.value.code == 2
+    assert capsys.readouterr().err.startswith(f"error: {option} is empty; give it a value")

@@ -28,6 +28,7 @@ from star_elastic.families import family_of, read_config
 from star_elastic.generate import family as generate_family
 from star_elastic.generate.decode import BatchDecoder
 from star_elastic.generate.family import load
+from star_elastic.generate.phased import PhasedGenerator
 from star_elastic.generate.phases import Plan, parse_phases
 from star_elastic.importance.files import load_scores
 from star_elastic.nesting import submodel
@@ -416,7 +417,7 @@ def test_generate_by_two_sizes(writer, question, told, printed):
     none = ask(*pair[:6], "--grace", 0, "--max-new-tokens", 40)
     assert none["phases"][0]["tokens"] == 3
     text = printed("generate", writer, question, *pair, "--max-new-tokens", 40)
-    assert text.startswith(result["thinking"] + "\n" + result["answer"] + "\n")
+    assert text.startswith(result["text"] + "\n") and "</think>" in result["text"]
     for phase in result["phases"]:
         line = f"[{phase['name']}: {phase['size']}, {phase['tokens']} tokens"
         assert line in text and phase["ended"] in text
@@ -459,7 +460,7 @@ def test_generate_in_turns(writer, question, told):
 
 
 @hears("generate", "temperature", "top_p", "seed", "stream")
-def test_generate_by_chance(writer, question, told, printed):
+def test_generate_by_chance(writer, question, told, printed, monkeypatch):
     def ask(*options) -> list[int]:
         common = ["--size", "small", "--max-new-tokens", 20, *options]
         return told("generate", writer, question, *common)["token_ids"]
@@ -469,10 +470,14 @@ def test_generate_by_chance(writer, question, told, printed):
     assert hot != ask("--temperature", 2.0, "--seed", 4)
     assert ask("--temperature", 2.0, "--top-p", 1e-6, "--seed", 3) == greedy
     options = ["generate", writer, question, "--size", "small", "--max-new-tokens", 20]
-    streamed = printed(*options, "--stream")
     result = told(*options)
-    assert streamed.startswith(result["text"] + "\n[")
-    assert not printed(*options).startswith(result["text"] + "\n[")
+    streams, stream = [], PhasedGenerator.stream
+    monkeypatch.setattr(
+        PhasedGenerator, "stream", lambda *a, **k: streams.append(a) or stream(*a, **k)
+    )
+    for option in ([], ["--stream"]):
+        assert printed(*options, *option).startswith(result["text"] + "\n[")
+        assert bool(streams) == bool(option)
 
 
 # eval, report

@@ -491,7 +491,7 @@ def test_eval_and_report_at_the_command_line(elastic, data, tmp_path, capsys):
         (["--switch", "hand-over"], "use --dials none"),
         (["--dtype", "int8"], "dtype='int8' is not supported"),
         (["--data", "nowhere.jsonl"], "nowhere.jsonl is not a file"),
-        (["--data", ""], "name a JSONL file"),
+        (["--data", ""], "--data is empty; give it a value"),
     ],
 )
 def test_nonsense_is_one_line(options, message, elastic, data, tmp_path, capsys):

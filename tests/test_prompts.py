@@ -124,8 +124,6 @@ def test_a_turn_of_the_assistants_is_followed_by_another():
         "{{ raise_exception('roles must alternate') }}",
         "{{ messages[0]['content'] + 1 }}",
         "{% for x in 7 %}{% endfor %}",
-        "{{ messages | nofilter }}",
-        "{% if %}",
     ],
 )
 def test_whatever_a_template_raises_is_one_line(statement):
@@ -133,6 +131,15 @@ def test_whatever_a_template_raises_is_one_line(statement):
     with pytest.raises(ConfigError, match="the chat template refuses these messages") as caught:
         generator.generate("q", think_and_answer("small", "small"))
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("statement", ["{{ messages | nofilter }}", "{% if %}"])
+def test_a_template_that_cannot_be_parsed_is_not_the_messages_fault(statement):
+    generator = table_generator({}, OPENS + statement)
+    with pytest.raises(
+        ConfigError, match=r"template is no valid Jinja \(.*, line \d+\); correct it"
+    ):
+        generator.generate("q", think_and_answer("small", "small"))
 
 
 @pytest.mark.parametrize(

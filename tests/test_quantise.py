@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 
 import pytest
@@ -25,6 +26,7 @@ from star_elastic.quant.layout import BEFORE_ATTENTION, make_scheme, read_scheme
 from star_elastic.train.quantise import quantise_family, shared_scales
 from star_elastic.train.run import train
 from tests.architectures import fixed_config
+from tests.checkpoints import rewrite
 from tests.laws.parents import make_parent
 from tests.tiny_run import BLOCKS, config_in
 
@@ -357,10 +359,10 @@ def test_other_quantisations_are_refused(nvfp4, tmp_path):
 
 def test_weights_that_are_not_finite_are_refused(tmp_path):
     parent = make_parent({**fixed_config("dense"), "hidden_size": 16}, 6, torch.float32)
-    with torch.no_grad():
-        parent.state["model.layers.0.mixer.in_proj.weight"][0, 0] = float("inf")
     scheme = make_scheme(parent.axis_map, "fp8-channel")
     source = parent.save(tmp_path)
+    name = "backbone.layers.0.mixer.in_proj.weight"
+    rewrite(source, lambda tensors: tensors[name][0, 0].fill_(math.inf))
     with pytest.raises(CheckpointError, match="in_proj.weight is not finite"):
         quantise_checkpoint(source, scheme, tmp_path / "q")
     assert not (tmp_path / "q").exists()

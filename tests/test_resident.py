@@ -55,8 +55,11 @@ STATELESS = ("hidden", "ffn", "expert_ffn", "shared_ffn", "heads", "top_k")
 def save_family(folder: Path, parent: Parent, sizes) -> Path:
     """An elastic checkpoint of a parent, without tokenizer or router."""
     path = parent.save(folder)
-    complete = {name: Size(parent.axis_map.complete(widths)) for name, widths in sizes.items()}
-    save_manifest(Manifest(parent.axis_map.family, {}, complete), path)
+    complete = {name: parent.axis_map.complete(widths) for name, widths in sizes.items()}
+    cost = CostModel(parent.axis_map)
+    named = sorted(complete, key=lambda name: -cost.count(complete[name]).total)
+    manifest = Manifest(parent.axis_map.family, {}, {name: Size(complete[name]) for name in named})
+    save_manifest(manifest, path)
     return path
 
 

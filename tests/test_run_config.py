@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+import typing
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,8 +17,20 @@ from star_elastic.errors import ConfigError
 from star_elastic.families import family_of
 from star_elastic.router.grid import default_choices, make_grid
 from star_elastic.router.reach import check_budgets
+from star_elastic.router.router import Annealing
 from star_elastic.train.check import beyond_positions
-from star_elastic.train.config import RunConfig, load_run_config, parse
+from star_elastic.train.config import (
+    CalibrationConfig,
+    EngineConfig,
+    OptimizerConfig,
+    QuantConfig,
+    RouterConfig,
+    RunConfig,
+    SourceConfig,
+    StageConfig,
+    load_run_config,
+    parse,
+)
 from star_elastic.train.curriculum import Curriculum
 from star_elastic.train.reference import keys, reference, sections
 
@@ -160,9 +174,9 @@ def test_names_of_sizes_are_names_of_files(name):
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"stages": ({"tokens": 10**30},)}, "stages.tokens=1000.* is more than"),
-        ({"stages": ({"tokens": 8, "context": 10**18},)}, "stages.context="),
-        ({"stages": ({"tokens": 8, "batch_size": 10**18},)}, "stages.batch_size="),
+        ({"stages": ({"tokens": 10**30},)}, r"stages\[0\].tokens=1000.* is more than"),
+        ({"stages": ({"tokens": 8, "context": 10**18},)}, r"stages\[0\].context="),
+        ({"stages": ({"tokens": 8, "batch_size": 10**18},)}, r"stages\[0\].batch_size="),
         (
             {"stages": ({"tokens": 8, "context": 2**24, "batch_size": 2**20},)},
             "make a step of",
@@ -177,6 +191,53 @@ def test_names_of_sizes_are_names_of_files(name):
 def test_numbers_have_bounds(change, said):
     with pytest.raises(ConfigError, match=said):
         small_run(**change)
+
+
+PLACES = {
+    "data": (SourceConfig, lambda bad: {"data": [{"files": ["a"]}, {"files": ["b"], **bad}]}),
+    "stages": (StageConfig, lambda bad: {"stages": [{"tokens": 8}, {"tokens": 8, **bad}]}),
+    "calibration": (CalibrationConfig, lambda bad: {"calibration": bad}),
+    "router": (RouterConfig, lambda bad: {"router": bad}),
+    "router.annealing": (Annealing, lambda bad: {"router": {"annealing": bad}}),
+    "optimizer": (OptimizerConfig, lambda bad: {"optimizer": bad}),
+    "engine": (EngineConfig, lambda bad: {"engine": bad}),
+    "quant": (QuantConfig, lambda bad: {"quant": bad}),
+}  # fmt: skip
+
+
+def numbers_of(kind):
+    """Every key that is a number or a list of them, with values that none can take."""
+    for key, hint in typing.get_type_hints(kind).items():
+        plain = typing.get_args(hint)[0] if typing.get_args(hint) else hint
+        for value in {int: [-1], float: [-1.0, math.nan]}.get(plain, []):
+            yield key, [value, value] if typing.get_origin(hint) is tuple else value
+
+
+NUMBERS = [(name, *bad) for name, (kind, _) in PLACES.items() for bad in numbers_of(kind)]
+
+
+@pytest.mark.parametrize(("section", "key", "value"), NUMBERS)
+def test_a_number_out_of_range_is_told_with_its_place_and_what_to_do(section, key, value):
+    """Of several stages and sources, too, it is said which."""
+    with pytest.raises(ConfigError) as refused:
+        small_run(**PLACES[section][1]({key: value}))
+    said = str(refused.value)
+    where = f"{section}[1]." if section in ("data", "stages") else section
+    assert said.startswith(where) and key in said and "; " in said, said
+
+
+def test_a_file_that_begins_with_a_byte_order_mark_is_read(tmp_path):
+    text = 'parent = "p"\nout = "o"\n[sizes.small]\nactive = 0.5\n[[data]]\nfiles = ["a"]\n'
+    (tmp_path / "run.toml").write_bytes(
+        b"\xef\xbb\xbf" + f"{text}[[stages]]\ntokens = 8\n".encode()
+    )
+    assert load_run_config(tmp_path / "run.toml").stages[0].tokens == 8
+
+
+@pytest.mark.parametrize("files", [[], [""], ["a", ""]])
+def test_a_file_has_a_name(files):
+    with pytest.raises(ConfigError, match=r"data\[0\].files=.* names no file, or one without"):
+        small_run(data=[{"files": files}])
 
 
 def small_run(**changes) -> RunConfig:

@@ -177,7 +177,9 @@ def test_notes_need_not_be_seen(run_folder, watch):
     with pytest.raises(RowError, match="solution beside the messages.*or name it in data.notes"):
         watch(**{'"rows.jsonl"]': '"noted.jsonl"]'})
     watch(**{'"rows.jsonl"]': '"noted.jsonl"]\nnotes = ["solution"]'})
-    with pytest.raises(ConfigError, match="data.notes names messages, which rows are made of"):
+    with pytest.raises(
+        ConfigError, match=r"data\[0\].notes names messages, which rows are made of"
+    ):
         watch(**{'"rows.jsonl"]': '"rows.jsonl"]\nnotes = ["messages"]'})
 
 

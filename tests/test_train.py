@@ -455,7 +455,7 @@ def test_default_stages_are_the_papers(run_folder):
     ("old", "new", "kind", "message"),
     [
         ("tokens = 15360", "tokenz = 12", ConfigError, "stages.0..tokenz is not.*did you mean tok"),
-        ("tokens = 15360", "tokens = 0", ConfigError, "stages.tokens=0 is less than 1"),
+        ("tokens = 15360", "tokens = 0", ConfigError, r"stages\[0\].tokens=0 is less than 1"),
         ("tokens = 15360", 'tokens = "12"', ConfigError, r"stages\[0\].tokens='12' is not a int"),
         ("active = 0.7", "active = 1.7", ConfigError, r"sizes.small.active=1.7 is more than the p"),
         ("active = 0.7", 'active = "7X"', ConfigError, r"sizes.small.active='7X' has the unknown"),
@@ -469,8 +469,8 @@ def test_default_stages_are_the_papers(run_folder):
             "no widths of the choices meet active=0.7 and total=1 within 2%; the nearest",
         ),
         ("[8, 6, 4]", "[8, 5]", ShapeError, "ssm_heads=5 is not a multiple of its 2 groups"),
-        ("[8, 6, 4]", "[6, 4]", ConfigError, "must descend from the full width 8"),
-        ("[choices]", "[choices]\nlayers = [3, 0]", ConfigError, "must keep at least one layer"),
+        ("[8, 6, 4]", "[6, 4]", ConfigError, "does not descend from the full width 8"),
+        ("[choices]", "[choices]\nlayers = [3, 0]", ConfigError, "keep at least one"),
         ('loss_on = "answers"', 'loss_on = "some"', ConfigError, "loss_on='some' is unknown"),
         ("rows.jsonl", "none.jsonl", ConfigError, "none.jsonl does not exist"),
         (

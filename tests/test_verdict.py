@@ -303,7 +303,7 @@ def test_no_row_no_verdict(run_folder):
     assert any("64 of rows.jsonl; 0 others held out" in line for line in told.lines)
     with pytest.raises(CheckpointError, match="is complete already"):
         train(config, resume=True)
-    with pytest.raises(ConfigError, match="data.held_out=-1 is negative"):
+    with pytest.raises(ConfigError, match=r"data\[0\].held_out=-1 is negative"):
         config_in(run_folder, "unjudged", **{"held_out = 0": "held_out = -1"})
 
 

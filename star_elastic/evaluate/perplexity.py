@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from star_elastic.errors import CheckpointError, ConfigError
+from star_elastic.errors import CheckpointError, ConfigError, not_finite
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,8 +130,5 @@ def measure_perplexity(
         if was_training:
             model.train()
     if not all(map(math.isfinite, nats)):
-        raise CheckpointError(
-            "the model's log-probabilities are not finite; the weights are damaged or overflow "
-            "in this dtype: restore the checkpoint or load it in float32"
-        )
+        raise not_finite("the model's log-probabilities are")
     return Perplexity(tuple(nats), windows_WT.shape[0] * (windows_WT.shape[1] - 1))

@@ -4,6 +4,8 @@ A family reads a config as plain JSON data (no tensor library is imported), so t
 counted and planned from its config.json alone.
 """
 
+import reprlib
+
 from star_elastic.families.base import Family, read_config
 from star_elastic.families.llama import Llama
 from star_elastic.families.nemotron_h import NemotronH
@@ -18,7 +20,8 @@ def family_of(config: dict) -> Family:
     model_type = config.get("model_type")
     if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise ConfigError(
-            f"model_type={model_type!r} has no family table; supported: {', '.join(FAMILIES)}"
+            f"model_type={reprlib.repr(model_type)} has no family table; supported: "
+            f"{', '.join(FAMILIES)}"
         )
     return FAMILIES[model_type]
 

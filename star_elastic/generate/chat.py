@@ -13,9 +13,10 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+from jinja2 import TemplateSyntaxError
 from transformers import PreTrainedTokenizerBase
 
-from star_elastic.errors import ConfigError, library_boundary
+from star_elastic.errors import ConfigError, library_boundary, reason
 from star_elastic.train.messages import part_text
 
 Message = Mapping[str, Any]
@@ -113,12 +114,18 @@ def _render(
     with library_boundary(
         "the chat template refuses these messages", "correct their roles and contents", ConfigError
     ):
-        text = tokenizer.apply_chat_template(
-            [_in_parts(message) if in_parts else dict(message) for message in messages],
-            tokenize=False,
-            add_generation_prompt=opens_turn,
-            enable_thinking=thinking,
-        )
+        try:
+            text = tokenizer.apply_chat_template(
+                [_in_parts(message) if in_parts else dict(message) for message in messages],
+                tokenize=False,
+                add_generation_prompt=opens_turn,
+                enable_thinking=thinking,
+            )
+        except TemplateSyntaxError as error:
+            raise ConfigError(
+                f"the chat template is no valid Jinja ({reason(error)}, line {error.lineno}); "
+                "correct it, beside the weights"
+            ) from error
     assert isinstance(text, str), type(text)
     return text
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from transformers import DynamicCache, PreTrainedModel
 
-from star_elastic.errors import ConfigError
+from star_elastic.errors import ConfigError, not_finite
 from star_elastic.generate.caches import (
     RowCache,
     count_bytes,
@@ -167,7 +167,10 @@ class BatchDecoder:
             use_cache=True,
             logits_to_keep=1,
         )
-        return output.logits[:, -1].float()
+        logits_BV = output.logits[:, -1].float()
+        if not logits_BV.amax().isfinite():  # whatever were chosen from them would be no text
+            raise not_finite("the model's logits are")
+        return logits_BV
 
 
 def pads_exactly(model: PreTrainedModel) -> bool:

@@ -12,7 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from star_elastic.axes import AxisMap
-from star_elastic.errors import CheckpointError, ConfigError
+from star_elastic.errors import ConfigError, not_finite
 
 Batch = tuple[torch.Tensor, torch.Tensor]
 
@@ -52,10 +52,7 @@ def principal_basis(
     if not num_tokens:
         raise ConfigError("the calibration data has no tokens; name a file with text in it")
     if not moment_HH.isfinite().all():
-        raise CheckpointError(
-            "the residual stream is not finite; the weights are damaged or overflow in this "
-            "dtype: restore the checkpoint or load it in float32"
-        )
+        raise not_finite("the residual stream is")
     _, vectors_HH = torch.linalg.eigh(moment_HH)
     basis_HH = vectors_HH.flip(1)
     largest = basis_HH.gather(0, basis_HH.abs().argmax(0, keepdim=True))

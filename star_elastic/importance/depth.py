@@ -16,7 +16,7 @@ import torch
 from transformers import PreTrainedModel
 
 from star_elastic.axes import LAYERS
-from star_elastic.errors import CheckpointError, ConfigError, ShapeError
+from star_elastic.errors import ConfigError, ShapeError, not_finite
 from star_elastic.families import family_of
 from star_elastic.families.base import Config
 from star_elastic.progress import Progress
@@ -99,10 +99,7 @@ def _changes(
             done += 1
             advance(done)
     if not 0 < squares < float("inf"):
-        raise CheckpointError(
-            "the model's logits are not finite; the weights are damaged or overflow in this dtype: "
-            "restore the checkpoint or load it in float32"
-        )
+        raise not_finite("the model's logits are")
     return {layer: change / squares for layer, change in changes.items()}
 
 

@@ -30,7 +30,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from star_elastic.axes import AxisMap, MoeSpec, Probe, axis_keys, order_key
-from star_elastic.errors import CheckpointError, ConfigError
+from star_elastic.errors import ConfigError, not_finite
 
 Batch = tuple[torch.Tensor, torch.Tensor]
 """Token ids and attention mask, both (B, T); samples are padded on the right."""
@@ -201,10 +201,7 @@ class _Recorder:
             places += [(moe.experts_path, sums.squares_F), (moe.experts_path, sums.output_E)]
         for path, total in places:
             if not total.isfinite().all():
-                raise CheckpointError(
-                    f"activations at {path} are not finite; the weights are damaged or overflow "
-                    "in this dtype: restore the checkpoint or load it in float32"
-                )
+                raise not_finite(f"activations at {path} are")
 
     def scores(self) -> dict[str, torch.Tensor]:
         """The scores of every order."""

@@ -20,10 +20,12 @@ from transformers import (
 from transformers.utils import GENERATION_CONFIG_NAME
 
 from star_elastic.axes import AxisMap
-from star_elastic.companions import require_reading_files
+from star_elastic.checkpoint import CheckpointReader
+from star_elastic.companions import MANIFEST, reading_files, require_reading_files
 from star_elastic.errors import CheckpointError, library_boundary
 from star_elastic.families import family_of, read_config
 from star_elastic.families.base import Config
+from star_elastic.manifest import load_manifest
 from star_elastic.nesting.model_config import buildable_config, model_config
 from star_elastic.nesting.resident import nested_names, share_nested
 from star_elastic.nesting.rotate import rotate_state
@@ -38,7 +40,7 @@ from star_elastic.paths import has_file, is_file
 from star_elastic.quant.checkpoint import model_state, read_input_scales
 from star_elastic.quant.engines import require_readable
 from star_elastic.quant.inputs import INPUTS, QuantisedInputs
-from star_elastic.quant.layout import read_scheme, stored_map
+from star_elastic.quant.layout import MODELOPT_FILE, read_scheme, stored_map
 from star_elastic.quant.native import multiplies_fp8
 from star_elastic.stored import StoredModel
 from star_elastic.widths import Width
@@ -200,6 +202,28 @@ def require_loadable(path: Path, config: Config) -> None:
     without reading those."""
     build_skeleton(config, file=path / "config.json")
     _generation_config(path)
+
+
+def require_whole(path: str | Path) -> None:
+    """Raises ConfigError or CheckpointError for what keeps a checkpoint from being loaded, as far
+    as the files' headers show it: its config, weights and sizes, and its tokenizer if it has one.
+    Of a config.json alone there is no more to say."""
+    path = Path(path)
+    if is_file(path):
+        return
+    config = read_config(path)
+    family = family_of(config)
+    axis_map = family.axis_map(config)
+    if has_file(path / MODELOPT_FILE):  # whose tensors have other names
+        CheckpointReader(path)
+    else:
+        stored = stored_map(axis_map, read_scheme(config, axis_map))
+        StoredModel(path, stored, family).require_whole()
+    require_loadable(path, config)
+    if reading_files(path):
+        load_tokenizer(path)
+    if has_file(path / MANIFEST):
+        load_manifest(path, axis_map)
 
 
 def _generation_config(path: Path) -> GenerationConfig | None:

@@ -17,6 +17,7 @@ from star_elastic.axes import AxisMap, Piece, TensorSpec
 from star_elastic.checkpoint import (
     DEFAULT_SHARD_BYTES,
     Planned,
+    is_finite,
     load_tensors,
     new_directory,
     save_tensors,
@@ -109,7 +110,7 @@ class _Writer:
         if self._last is None or self._last[0] != piece.name:
             largest = self._largest_of(spec, piece)
             weight = self._read(spec, piece)
-            if not torch.isfinite(weight).all():
+            if not is_finite(weight):
                 raise CheckpointError(
                     f"{piece.name} is not finite; restore the checkpoint it comes from"
                 )
@@ -202,7 +203,7 @@ def read_weight(source: StoredModel, spec: TensorSpec, scheme: Scheme) -> Quanti
                 f"{parts[kind].name} is stored as {value.dtype}, not as "
                 f"{stored_dtype(kind, scheme.format)}; it is not of the format {scheme.format.name}"
             )
-        if value.dtype != torch.uint8 and not torch.isfinite(value.float()).all():
+        if not is_finite(value):
             raise CheckpointError(
                 f"{parts[kind].name} holds values that are no numbers; restore it"
             )

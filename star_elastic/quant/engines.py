@@ -7,13 +7,13 @@ run here, but the tests run transformers on every kind that it is said to run.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
 from star_elastic.axes import AxisMap
-from star_elastic.companions import without_pointers
+from star_elastic.companions import MANIFEST, without_pointers
 from star_elastic.errors import ConfigError
 from star_elastic.families import family_of, read_config
 from star_elastic.families.base import Config
@@ -53,7 +53,16 @@ def check_engines(path: str | Path) -> list[Verdict]:
     scheme = scheme_of_modelopt(path, axis_map) if is_modelopt else read_scheme(config, axis_map)
     verdicts = [_star_elastic(is_modelopt), _transformers(config, axis_map, scheme, is_modelopt)]
     verdicts += [_vllm(axis_map, scheme), _llama_cpp(scheme)]
+    if has_file(path / MANIFEST):
+        first, *others = verdicts
+        verdicts = [first, *(_of_family(verdict) for verdict in others)]
     return [*verdicts, *_arithmetic(scheme)]
+
+
+def _of_family(verdict: Verdict) -> Verdict:
+    """Of an engine that knows nothing of sizes."""
+    alone = "as its largest size alone; cut the others with star-elastic slice"
+    return replace(verdict, note=f"{alone}; {verdict.note}") if verdict.runs else verdict
 
 
 def _star_elastic(is_modelopt: bool) -> Verdict:

@@ -105,10 +105,13 @@ def check_choices(choices: Mapping[str, tuple[int, ...]], axis_map: AxisMap) -> 
         full = len(axis.layers) if name == LAYERS else axis.size
         if not grid or list(grid) != sorted(set(grid), reverse=True) or grid[0] != full:
             raise ConfigError(
-                f"choices.{name}={list(grid)} must descend from the full width {full}"
+                f"choices.{name}={list(grid)} does not descend from the full width {full}; begin "
+                f"with {full}, and go on with smaller ones"
             )
         if name == LAYERS and grid[-1] < 1:
-            raise ConfigError(f"choices.layers={list(grid)} must keep at least one layer")
+            raise ConfigError(
+                f"choices.layers={list(grid)} leaves no layer at its end; keep at least one"
+            )
         for width in () if name == LAYERS else grid:
             axis_map.check_width(name, width)
     for first, second in axis_map.multiples:

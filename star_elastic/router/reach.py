@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from star_elastic.amounts import show_amount
 from star_elastic.axes import LAYERS
 from star_elastic.cost import METRICS, CostModel
 from star_elastic.errors import BudgetError
@@ -29,11 +30,13 @@ def check_reach(name: str, budgets: Budgets, cost: CostModel, grid: Grid) -> Non
             )
         ranked = grid if grid.is_ranked else replace(grid, depth=_cheapest(grid, cost, metric))
         least = cost.count({**full, **ranked.narrowest()})
-        floor = least.metric(metric) / cost.count(full).metric(metric)
+        whole = cost.count(full).metric(metric)
+        floor = least.metric(metric) / whole
         if not floor <= fraction <= 1:
+            asked, ends = (show_amount(share * whole, metric) for share in (fraction, floor))
             raise BudgetError(
-                f"size {name!r}: {metric}={fraction:.4g} cannot be met; the choices reach from "
-                f"{floor:.3f} to 1"
+                f"size {name!r}: {metric}={fraction:.4g} ({asked}) cannot be met; the choices "
+                f"reach from {floor:.3f} ({ends}) to 1 ({show_amount(whole, metric)})"
             )
 
 

@@ -120,6 +120,16 @@ class Calibration:
         return ranking
 
 
+def given_scores(
+    config: RunConfig, axis_map: AxisMap
+) -> tuple[dict[str, torch.Tensor], ScoreInfo] | None:
+    """The scores that a run config names, until the run has its own copy of them. Raises
+    CheckpointError for those that cannot be read or are another model's."""
+    if not config.calibration.scores or has_file(Path(config.out) / SCORES):
+        return None
+    return load_scores(Path(config.calibration.scores), axis_map)
+
+
 def find_basis(model: PreTrainedModel, axis_map: AxisMap, batches: Iterable[Batch]) -> torch.Tensor:
     """Principal basis (H, H) of the residual stream."""
     return principal_basis(model, axis_map, ((b.input_ids, b.attention_mask) for b in batches))

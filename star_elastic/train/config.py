@@ -23,7 +23,7 @@ from star_elastic.families.base import is_hub_name, not_a_directory
 from star_elastic.paths import is_file, is_folder
 from star_elastic.quant.formats import FORMATS
 from star_elastic.router.router import Annealing
-from star_elastic.strict import MOST_ROWS, MOST_TOKENS, parse, require, require_within
+from star_elastic.strict import MOST_ROWS, MOST_TOKENS, at, parse, require, require_within
 
 MOST_THREADS = 2**10
 """Of a process."""
@@ -63,11 +63,17 @@ class SourceConfig:
     verdict is measured on them. 0: none, and no verdict on this source."""
 
     def __post_init__(self):
-        require_within("data.held_out", self.held_out, 0, MOST)
+        require_within("held_out", self.held_out, 0, MOST)
         forms = sorted({"text", "prompt", "completion", "messages"} & set(self.notes))
-        require(not forms, f"data.notes names {', '.join(forms)}, which rows are made of")
-        require(bool(self.files), "data.files names no file; list JSONL files or datasets")
-        require(self.weight > 0, f"data.weight={self.weight} is not > 0; leave the source out")
+        require(
+            not forms, f"notes names {', '.join(forms)}, which rows are made of; leave them out"
+        )
+        require(
+            bool(self.files) and all(self.files),
+            f"files={list(self.files)} names no file, or one without a name; list JSONL files or "
+            "datasets",
+        )
+        require(self.weight > 0, f"weight={self.weight} is not > 0; leave the source out")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,27 +112,33 @@ class StageConfig:
     60 at most."""
 
     def __post_init__(self):
-        require_within("stages.tokens", self.tokens, 1, MOST)
+        require_within("tokens", self.tokens, 1, MOST)
         if self.context:
-            require_within("stages.context", self.context, 2, MOST_TOKENS)
-        require_within("stages.batch_size", self.batch_size, 0, MOST_ROWS)
-        require_within("stages.groups", self.groups, 1, MOST_ROWS)
+            require_within("context", self.context, 2, MOST_TOKENS)
+        require_within("batch_size", self.batch_size, 0, MOST_ROWS)
+        require_within("groups", self.groups, 1, MOST_ROWS)
         require(
             self.context * self.batch_size <= MOST_OF_A_STEP,
-            f"stages.context={self.context} and batch_size={self.batch_size} make a step of more "
+            f"context={self.context} and batch_size={self.batch_size} make a step of more "
             f"than {MOST_OF_A_STEP:,} tokens; lower one of them",
         )
-        require(all(w > 0 for w in self.size_weights), "stages.size_weights must be positive")
-        require(self.learning_rate > 0, f"stages.learning_rate={self.learning_rate} is not > 0")
+        require(
+            all(w > 0 for w in self.size_weights),
+            f"size_weights={list(self.size_weights)} are not all > 0; raise them",
+        )
+        require(
+            self.learning_rate > 0,
+            f"learning_rate={self.learning_rate} is not > 0; give one like 1e-4",
+        )
         require(
             self.final_learning_rate >= 0,
-            f"stages.final_learning_rate={self.final_learning_rate} is negative",
+            f"final_learning_rate={self.final_learning_rate} is negative; give 0 or more",
         )
         if self.warmup_steps is not None:
-            require_within("stages.warmup_steps", self.warmup_steps, 0, MOST)
+            require_within("warmup_steps", self.warmup_steps, 0, MOST)
         require(
             self.final_learning_rate <= self.learning_rate,
-            f"stages.final_learning_rate={self.final_learning_rate} is above learning_rate="
+            f"final_learning_rate={self.final_learning_rate} is above learning_rate="
             f"{self.learning_rate}; set both",
         )
 
@@ -167,7 +179,7 @@ class CalibrationConfig:
         for name, least, most in (
             ("num_samples", 1, MOST), ("batch_size", 1, MOST_ROWS), ("context", 2, MOST_TOKENS),
         ):  # fmt: skip
-            require_within(f"calibration.{name}", getattr(self, name), least, most)
+            require_within(name, getattr(self, name), least, most)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -190,21 +202,31 @@ class RouterConfig:
     them. Axes left out stay whole."""
 
     def __post_init__(self):
-        require(0 < self.commit_at <= 1, f"router.commit_at={self.commit_at} is not in (0, 1]")
-        require(self.weight >= 0, f"router.weight={self.weight} is negative")
-        require(self.learning_rate > 0, f"router.learning_rate={self.learning_rate} is not > 0")
+        require(
+            0 < self.commit_at <= 1,
+            f"commit_at={self.commit_at} is not in (0, 1]; give a share of the steps like 0.3",
+        )
+        require(self.weight >= 0, f"weight={self.weight} is negative; give 0 or more")
+        require(
+            self.learning_rate > 0,
+            f"learning_rate={self.learning_rate} is not > 0; give one like 2e-2",
+        )
         a = self.annealing
         require(
             0 < a.tau_end <= a.tau_start and 0 < a.scale_start <= a.scale_end,
-            f"router.annealing has tau {a.tau_start} to {a.tau_end} and scale {a.scale_start} to "
-            f"{a.scale_end}; all must be > 0, tau may not rise and the scale not fall",
+            f"annealing has tau_start={a.tau_start}, tau_end={a.tau_end}, "
+            f"scale_start={a.scale_start}, scale_end={a.scale_end}; all must be > 0, tau may not "
+            "rise and the scale not fall",
         )
         require(
             0 < a.tau_decay <= 1 and a.scale_growth >= 0,
-            f"router.annealing has tau_decay={a.tau_decay} and scale_growth={a.scale_growth}; give "
+            f"annealing has tau_decay={a.tau_decay} and scale_growth={a.scale_growth}; give "
             "a factor in (0, 1] and a number >= 0",
         )
-        require(0 <= self.hard_share <= 1, f"router.hard_share={self.hard_share} is not in [0, 1]")
+        require(
+            0 <= self.hard_share <= 1,
+            f"hard_share={self.hard_share} is not in [0, 1]; give a share like 0.004",
+        )
 
     def num_steps(self, run_steps: int) -> int:
         """Steps that the router learns for in a run of `run_steps`."""
@@ -226,10 +248,13 @@ class OptimizerConfig:
     def __post_init__(self):
         require(
             len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas),
-            f"optimizer.betas={list(self.betas)} must be two numbers in [0, 1)",
+            f"betas={list(self.betas)} are not two numbers in [0, 1); give two like [0.9, 0.98]",
         )
-        require(self.weight_decay >= 0, f"optimizer.weight_decay={self.weight_decay} is negative")
-        require(self.clip_norm > 0, f"optimizer.clip_norm={self.clip_norm} is not > 0")
+        require(
+            self.weight_decay >= 0,
+            f"weight_decay={self.weight_decay} is negative; give 0 or more",
+        )
+        require(self.clip_norm > 0, f"clip_norm={self.clip_norm} is not > 0; give a norm like 1.0")
 
 
 MICRO_TOKENS = 16_384
@@ -264,10 +289,10 @@ class EngineConfig:
         for name, least, most in (
             ("micro_batch", 0, MOST_ROWS), ("workers", 1, MOST_THREADS), ("save_every", 1, MOST),
         ):  # fmt: skip
-            require_within(f"engine.{name}", getattr(self, name), least, most)
+            require_within(name, getattr(self, name), least, most)
         require(
             0 <= self.teacher_samples <= 255,
-            f"engine.teacher_samples={self.teacher_samples} is not in 0 to 255",
+            f"teacher_samples={self.teacher_samples} is not in 0 to 255; give one of them",
         )
 
     def windows_at_once(self, context: int) -> int:
@@ -291,14 +316,13 @@ class QuantConfig:
     def __post_init__(self):
         require(
             not self.format or self.format in FORMATS,
-            f"quant.format={self.format!r} is unknown; use {', '.join(FORMATS)}",
+            f"format={self.format!r} is unknown; use {', '.join(FORMATS)}",
         )
+        require(bool(self.format or not self.keep), "keep needs a format; name one, as nvfp4")
+        require_within("samples", self.samples, 1, MOST)
         require(
-            bool(self.format or not self.keep), "quant.keep needs quant.format; name one, as nvfp4"
-        )
-        require_within("quant.samples", self.samples, 1, MOST)
-        require(
-            0 < self.percentile <= 100, f"quant.percentile={self.percentile} is not in (0, 100]"
+            0 < self.percentile <= 100,
+            f"percentile={self.percentile} is not in (0, 100]; give 100 for all",
         )
 
 
@@ -408,24 +432,25 @@ class RunConfig:
         count = len(self.sizes)
         later = LATER_WEIGHTS.get(count, tuple(FAVOUR_LARGE**i for i in range(count)))
         weights = stage.size_weights or (later if number else (1.0,) * count)
-        require(
-            len(weights) == len(self.sizes),
-            f"stages[{number}].size_weights has {len(weights)} entries for {len(self.sizes)} sizes",
-        )
-        total = sum(weights)
-        stage = dataclasses.replace(
-            stage,
-            context=stage.context or shape["context"],
-            batch_size=stage.batch_size or shape["batch_size"],
-            size_weights=tuple(weight / total for weight in weights),
-        )
-        if stage.warmup_steps is None:
-            warm = min(WARMUP_STEPS, round(WARMUP_SHARE * stage.num_steps))
-            stage = dataclasses.replace(stage, warmup_steps=warm)
-        require(
-            stage.batch_size % stage.groups == 0,
-            f"stages[{number}].groups={stage.groups} does not divide batch_size={stage.batch_size}",
-        )
+        with at(f"stages[{number}]."):
+            require(
+                len(weights) == count,
+                f"size_weights has {len(weights)} entries for {count} sizes; give one for each",
+            )
+            total = sum(weights)
+            stage = dataclasses.replace(
+                stage,
+                context=stage.context or shape["context"],
+                batch_size=stage.batch_size or shape["batch_size"],
+                size_weights=tuple(weight / total for weight in weights),
+            )
+            if stage.warmup_steps is None:
+                warm = min(WARMUP_STEPS, round(WARMUP_SHARE * stage.num_steps))
+                stage = dataclasses.replace(stage, warmup_steps=warm)
+            require(
+                stage.batch_size % stage.groups == 0,
+                f"groups={stage.groups} does not divide batch_size={stage.batch_size}; change one",
+            )
         return stage
 
 
@@ -439,7 +464,8 @@ def load_run_config(file: str | Path) -> RunConfig:
     if not is_file(file):
         raise ConfigError(f"{file} does not exist; name a run config (TOML)")
     with library_boundary(f"{file} is not valid TOML", "correct the file", ConfigError):
-        content = tomllib.loads(file.read_text(encoding="utf-8"))
+        # Some editors begin a file with a byte order mark.
+        content = tomllib.loads(file.read_text(encoding="utf-8-sig"))
     config = parse(RunConfig, content, "")
     for name in (config.parent, config.family):
         if is_hub_name(name) and not os.path.isdir(file.parent / name):

@@ -22,7 +22,7 @@ import star_elastic
 from star_elastic.checkpoint import require_folder, save_tensors
 from star_elastic.companions import BASIS, LATENCY, ORDERS, ROUTER
 from star_elastic.errors import CheckpointError, Interrupted, RowError, is_out_of_memory, reason
-from star_elastic.importance.files import load_scores, save_scores
+from star_elastic.importance.files import save_scores
 from star_elastic.manifest import Manifest, Size, load_manifest, save_manifest
 from star_elastic.nesting.elastic import ElasticModel
 from star_elastic.nesting.stream import save_model
@@ -34,7 +34,7 @@ from star_elastic.router.commit import Commitment
 from star_elastic.signals import Stop, Stoppable, stop_on_signals
 from star_elastic.strict import to_plain
 from star_elastic.train.build import build_trainer
-from star_elastic.train.calibrate import SCORES
+from star_elastic.train.calibrate import SCORES, given_scores
 from star_elastic.train.check import Checked, check
 from star_elastic.train.config import RunConfig
 from star_elastic.train.directory import (
@@ -138,9 +138,7 @@ def _train(config: RunConfig, resume: bool, shown: Progress, stop: Stop, world: 
         config.data, tokenizer, checked.axis_map.num_embeddings, config.seed, begun_files(run)
     )
     told = require_ready(run, config, sources, resume)
-    given = None
-    if config.calibration.scores and not has_file(run / SCORES):
-        given = load_scores(Path(config.calibration.scores), checked.axis_map)
+    given = given_scores(config, checked.axis_map)
     for line in told:
         progress.say(line)
     longest = max(stage.context for stage in config.stages)
