@@ -363,6 +363,7 @@ def new_directory(out: str | Path) -> Iterator[Path]:
         raise CheckpointError(_unwritable(out.parent, error)) from None
     try:
         yield temporary
+        flush(temporary)
         if out.exists():
             out.rmdir()
         os.replace(temporary, out)
@@ -372,6 +373,22 @@ def new_directory(out: str | Path) -> Iterator[Path]:
         ) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def flush(directory: Path) -> None:
+    """Waits until all files under a directory are on the disk, before it gets a name that promises
+    them: of a machine that stops now, the name alone might be left."""
+    for path in (*directory.rglob("*"), directory):
+        if path.is_symlink() or not (path.is_file() or path.is_dir()):
+            continue
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        except OSError:
+            if not path.is_dir():  # which some file systems cannot be asked to flush
+                raise
+        finally:
+            os.close(descriptor)
 
 
 def save_tensors(file: Path, tensors: Mapping[str, torch.Tensor], metadata=None) -> None:

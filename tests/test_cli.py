@@ -338,8 +338,8 @@ def test_an_output_that_is_full_or_closed_is_one_line(options):
 
 def test_what_an_encoding_lacks_is_written_as_escapes(tmp_path):
     """As in the C locale; JSON has escapes of its own."""
-    checkpoint = tmp_path / "größe"
-    shutil.copytree(bundled_parent(), checkpoint)
+    checkpoint = tmp_path / "größe.json"
+    shutil.copyfile(bundled_parent() / "config.json", checkpoint)
     code = (
         "import sys; from star_elastic.cli import main; "
         "main(['check', sys.argv[1]]); main(['check', sys.argv[1], '--json'])"

@@ -256,6 +256,11 @@ def test_train_reads_every_row_and_trains_nothing(run_folder, printed, told):
     counted = len((run_folder / "rows.jsonl").read_text().splitlines())
     assert f"{counted} rows" in printed("train", run_folder / "only-read.toml", "--check")
     assert told("train", run_folder / "only-read.toml", "--check")["rows"] == counted
+    scored = {"num_samples = 16": 'scores = "nowhere.safetensors"'}
+    config_in(run_folder, "only-scores", **scored)
+    with pytest.raises(SystemExit) as ended:
+        printed("train", run_folder / "only-scores.toml", "--check")
+    assert ended.value.code == 2
     assert not (run_folder / "only-read").exists()
 
 
@@ -392,6 +397,8 @@ def test_check(blocks, told, printed):
         cells = [verdict["engine"], "yes" if verdict["runs"] else "no"]
         assert re.search(r"\s+".join(map(re.escape, cells)), text), cells
         assert verdict["note"].split()[0] in text
+    others = [v["note"] for v in verdicts if v["engine"] in ("transformers", "vLLM", "llama.cpp")]
+    assert all(note.startswith("as its largest size alone; cut the others") for note in others)
 
 
 # generate

@@ -3,6 +3,7 @@
 import inspect
 import json
 import shutil
+from typing import Any
 
 import pytest
 import torch
@@ -508,6 +509,9 @@ def test_mistakes_are_told_in_one_line(family, prompts, options, error, message)
 def test_mistakes_of_loading(tiny_checkpoint, tmp_path):
     with pytest.raises(ConfigError, match="dtype='int8' is not supported; use auto, float32"):
         star_elastic.load(tiny_checkpoint, dtype="int8")
+    nothing: Any = 5
+    with pytest.raises(ConfigError, match="a checkpoint of type int cannot be loaded; name its"):
+        star_elastic.load(nothing)
     with pytest.raises(ConfigError, match=r"holds no config\.json"):
         star_elastic.load(tmp_path)
     family = star_elastic.load(tiny_checkpoint)

@@ -429,6 +429,9 @@ def test_an_end_behind_the_mark_is_learned(between):
     written = f"{{% endgeneration %}}{{{{ {between!r} }}}}"
     template = END_BEHIND.replace("{% endgeneration %}", written)
     assert learned(template, TALK)[1] == f"b.{between}<|im_end|>"
+    # Not the tokenizer's EOS, but the end of a turn all the same.
+    turn = END_BEHIND.replace("{% endgeneration %}<|im_end|>", "{% endgeneration %}<|eot|>")
+    assert "b.<|eot|>" in learned(turn, TALK)[1]
     other = END_BEHIND.replace("{% endgeneration %}<|im_end|>", "{% endgeneration %}.<|im_end|>")
     assert learned(other, TALK)[1] == "b."
 

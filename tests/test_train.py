@@ -1,5 +1,6 @@
 """Nested distillation end to end on a tiny parent: config, training, resume, the result."""
 
+import errno
 import json
 import os
 import shutil
@@ -178,6 +179,23 @@ def test_a_full_disk_leaves_the_last_state_intact(run_folder, short, limit):
     assert {file.name: file.read_bytes() for file in state.iterdir()} == before
     assert not list((run_folder / name).glob(".state*"))
     same_run(train(config, resume=True), short)
+
+
+def test_a_disk_that_fails_when_it_is_flushed_leaves_the_last_state(run_folder, monkeypatch):
+    """What a disk keeps in memory may be lost: a state counts when the disk says that it has it."""
+    config = config_in(run_folder, "no-flush", **{**SHORT, "save_every = 16": "save_every = 4"})
+    with pytest.raises(Interrupted):
+        train(config, progress=StopAt(5))
+    state = run_folder / "no-flush" / "state"
+    before = {file.name: file.read_bytes() for file in state.iterdir()}
+
+    def fail(descriptor: int) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(CheckpointError, match="state cannot be written .*the last one is intact"):
+        train(config, resume=True)
+    assert {file.name: file.read_bytes() for file in state.iterdir()} == before
 
 
 def test_a_damaged_state_ends_with_one_line(run_folder):

@@ -24,6 +24,10 @@ KINDS: dict[Kind, tuple[str, str, str]] = {
     "policy": ("^", "#3a9a5b", "small ~ large, by difficulty"),
 }
 """Marker, colour and name of every kind of plan."""
+LABELS_SAY = (
+    "a>b: a thinks, b answers   a~b 5%: b writes 5 % of the tokens, where a is unsure   "
+    "@64: at most 64 tokens of thinking   bold: on the Pareto front"
+)
 LABEL_SIZE = 7.5
 MAX_LABELLED = 40
 """Results of which all are labelled; of more only those on a front."""
@@ -87,8 +91,9 @@ def plot_pareto(
     left.set_ylabel("accuracy, mean over tasks (%)")
     right.set_xlabel("counted operations per problem (GFLOP)")
     figure.legend(
-        *left.get_legend_handles_labels(), loc="outside lower center", ncols=5, fontsize=8
-    )
+        *left.get_legend_handles_labels(), loc="outside lower center", ncols=5, fontsize=8,
+        title=LABELS_SAY, title_fontsize=8,
+    )  # fmt: skip
     if title:
         figure.suptitle(title, fontsize=11)
     figure.draw_without_rendering()
@@ -142,7 +147,7 @@ def _draw_panel(
         panel.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         panel.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
         panel.xaxis.set_minor_formatter(NullFormatter())
-    panel.margins(x=0.14, y=0.1)
+    panel.margins(x=0.16, y=0.13)
     panel.grid(alpha=0.25)
 
 

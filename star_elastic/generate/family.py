@@ -10,6 +10,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from star_elastic.cost import Cost, CostModel, Workload
+from star_elastic.errors import ConfigError
 from star_elastic.families import family_of, read_config
 from star_elastic.families.base import Config
 from star_elastic.generate.caches import HandOver
@@ -200,6 +201,10 @@ def load(
     line for anything that cannot be loaded.
     """
     chosen = choose_device(device)
+    if not isinstance(path, (str, Path)):
+        raise ConfigError(
+            f"a checkpoint of type {type(path).__name__} cannot be loaded; name its directory"
+        )
     path = Path(path)
     config = read_config(path)
     axis_map = family_of(config).axis_map(config)

@@ -88,6 +88,10 @@ class Conversations:
         self.tokenizer = tokenizer
         eos = tokenizer.eos_token
         self._eos = eos if isinstance(eos, str) else ""
+        marks = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
+        marks = {self._eos, *marks} - {"", str(tokenizer.bos_token)}
+        any_of_them = "|".join(map(re.escape, sorted(marks))) or "(?!)"
+        self._end_of_turn = re.compile(rf"\s*(?:{any_of_them})")
 
     def write(self, row: Mapping[str, Any], *, answers: bool) -> Written:
         """A row's conversation; with `answers`, its last turn must be the assistant's and be told
@@ -286,11 +290,10 @@ class Conversations:
                 f"the row as prompt and completion, {OR_ALL}"
             )
         start, stop = spans[0][0], spans[-1][1]
-        # An end behind the mark is one that the model has to write all the same.
-        if self._eos:
-            end = re.compile(rf"\s*{re.escape(self._eos)}").match(text, stop)
-            stop = end.end() if end else stop
-        return start, stop
+        # An end behind the mark is one that the model has to write all the same. It need not be
+        # the tokenizer's own: `<|eot_id|>` ends a turn, `<|end_of_text|>` a text.
+        end = self._end_of_turn.match(text, stop)
+        return start, end.end() if end else stop
 
     def _generated(self, talk: Talk) -> list[tuple[int, int]]:
         """The parts of a conversation's text that the template marks as generated."""

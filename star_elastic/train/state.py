@@ -24,7 +24,7 @@ from torch.distributed.checkpoint.hf_storage import (
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
-from star_elastic.checkpoint import write_json
+from star_elastic.checkpoint import flush, write_json
 from star_elastic.errors import CheckpointError, reason
 from star_elastic.paths import is_file
 from star_elastic.router.commit import Commitment
@@ -57,7 +57,11 @@ def save_state(trainer: Trainer, run: Path) -> None:
         if world.is_first:
             write_json(temporary / PROGRESS, _progress(trainer, positions))
 
-    for part in (prepare, write):  # all ranks write, or none does
+    def settle() -> None:
+        if world.is_first:  # before the state that it replaces goes
+            flush(temporary)
+
+    for part in (prepare, write, settle):  # all ranks write, or none does
         problem = ""
         try:
             part()
