@@ -28,7 +28,7 @@ from star_elastic.generate.phases import (
     Plan,
     parse_phases,
 )
-from star_elastic.paths import OTHER, exists, has_file, is_folder, kind_of
+from star_elastic.paths import exists, has_file, is_folder
 from star_elastic.progress import staged
 from star_elastic.signals import is_first_rank
 from star_elastic.strict import MOST_ROWS, MOST_TOKENS
@@ -162,11 +162,11 @@ def rank(
     from star_elastic.nesting.submodel import load_parent, load_tokenizer
     from star_elastic.placement import choose_device, choose_dtype
     from star_elastic.train.calibrate import rank as rank_units
+    from star_elastic.train.row_kinds import find_files
     from star_elastic.train.sources import Source, calibration_batches
 
     require_writable(out, as_file=True)
-    if kind_of(data) == OTHER:
-        raise ConfigError(f"{data} is a device or a pipe; name a JSONL file or a saved dataset")
+    find_files(data)
     config = read_config(model)
     axis_map = family_of(config).axis_map(config)
     source = Source([data], load_tokenizer(model), num_embeddings=axis_map.num_embeddings)

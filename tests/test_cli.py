@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from star_elastic.cli import main
 from star_elastic.commands import program
-from star_elastic.demo import bundled_parent
+from star_elastic.demo import bundled_parent, shallow_parent
 from star_elastic.errors import ConfigError
 from star_elastic.evaluate.run import Settings, evaluate_family
 from star_elastic.families import family_of, read_config
@@ -254,7 +254,7 @@ def test_long_recipes_have_a_smoke_form(command, tmp_path):
 @pytest.mark.long
 def test_plans_are_replayed_by_a_larger_model(tmp_path):
     family, out = tmp_path / "family", tmp_path / "out"
-    shutil.copytree(bundled_parent(), family)
+    shallow_parent(family)
     axis_map = family_of(read_config(family)).axis_map(read_config(family))
     widths = {"large": axis_map.full, "small": axis_map.complete({"hidden": 128})}
     sizes = {name: Size(own) for name, own in widths.items()}

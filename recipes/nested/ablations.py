@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import argparse
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -38,6 +38,8 @@ HAND = {
     "tiny": "hidden=96,expert_ffn=32,ssm_heads=12",
 }
 """Round numbers that a person might choose; `shared_ffn` is what then meets the budget."""
+ALIKE = ("one stage, weighted", "two stages, uniform", "random widths, again")
+"""Runs that differ from others in numbers alone; a smoke run leaves them out."""
 
 
 def main() -> None:
@@ -67,24 +69,29 @@ def arms(lab: Lab, options: argparse.Namespace) -> list[Outcome]:
         return lab.run(arm, lab.trainer(lab.student(), SIZES, plan, widths=widths), points=1)
 
     first, second = learning
-    outcomes = learned("one stage, uniform", learning)
-    outcomes += learned("one stage, weighted", [first, weigh(second, TO_LARGE)])
     halves = two_stages(second)
-    outcomes += learned("two stages, uniform then weighted", [first, *halves])
-    outcomes += learned("two stages, uniform", [first, *(weigh(s, UNIFORM) for s in halves)])
-    outcomes += given("uniform widths", uniform_widths(lab))
-    outcomes += given("random widths", random_widths(lab, lab.seed))
-    outcomes += given("random widths, again", random_widths(lab, lab.seed + 1000))
-    outcomes += given("hand-chosen widths", hand_widths(lab))
     depth = lab.calibration.depth(write=False)
-    by_depth = {name: depth_widths(lab, depth, name) for name in SIZES}
-    outcomes += given("depth first", by_depth)
     per_layer = {
         name: len(lab.axis_map.axes[name].layers)
         for name in ("expert_ffn", "shared_ffn", "ssm_heads")
     }
-    outcomes += learned("widths per layer", learning, Grid(dict(DEMO.choices), per_layer))
-    return outcomes
+    runs: dict[str, Callable[[str], list[Outcome]]] = {
+        "one stage, uniform": lambda arm: learned(arm, learning),
+        "one stage, weighted": lambda arm: learned(arm, [first, weigh(second, TO_LARGE)]),
+        "two stages, uniform then weighted": lambda arm: learned(arm, [first, *halves]),
+        "two stages, uniform": lambda arm: learned(
+            arm, [first, *(weigh(s, UNIFORM) for s in halves)]
+        ),
+        "uniform widths": lambda arm: given(arm, uniform_widths(lab)),
+        "random widths": lambda arm: given(arm, random_widths(lab, lab.seed)),
+        "random widths, again": lambda arm: given(arm, random_widths(lab, lab.seed + 1000)),
+        "hand-chosen widths": lambda arm: given(arm, hand_widths(lab)),
+        "depth first": lambda arm: given(arm, {n: depth_widths(lab, depth, n) for n in SIZES}),
+        "widths per layer": lambda arm: learned(arm, learning, Grid(dict(DEMO.choices), per_layer)),
+    }
+    if options.smoke:
+        runs = {arm: run for arm, run in runs.items() if arm not in ALIKE}
+    return [outcome for arm, run in runs.items() for outcome in run(arm)]
 
 
 def weigh(stage: StageConfig, weights: tuple[float, ...]) -> StageConfig:

@@ -82,7 +82,8 @@ def find_files(name: str | Path) -> list[Path]:
         return [path] if _is_saved(path) else _inside(path)
     if exists(path) or not glob.has_magic(str(name)):
         if not is_file(path):
-            raise ConfigError(f"{path} does not exist; name an existing JSONL file or dataset")
+            what = "is a device or a pipe" if exists(path) else "does not exist"
+            raise ConfigError(f"{path} {what}; name an existing JSONL file or dataset")
         return [path]
     found = sorted(Path(file) for file in glob.glob(str(name), recursive=True))
     files = [file for file in found if is_file(file)]
