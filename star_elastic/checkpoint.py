@@ -26,6 +26,8 @@ from star_elastic.paths import exists, has_file, is_file, is_folder, names_in, r
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 DEFAULT_SHARD_BYTES = 4 * 1024**3
+NAN_OF_FP8 = 0x7F
+"""Of E4M3, without its sign."""
 DTYPE_NAMES = {
     torch.float64: "F64",
     torch.float32: "F32",
@@ -251,10 +253,14 @@ def _write_shard(file: Path, shard: list[Planned], value_of, on_tensor) -> None:
 
 
 def is_finite(tensor: torch.Tensor) -> bool:
-    """Whether all values of a tensor are numbers. FP8 has no infinity, but a NaN."""
-    if not tensor.is_floating_point():
+    """Whether all values of a tensor are numbers. Needs no memory of the tensor's size, unless it
+    is FP8, which has no infinity, but a NaN."""
+    if not tensor.is_floating_point() or not tensor.numel():
         return True
-    return bool(torch.isfinite(tensor.float() if tensor.itemsize == 1 else tensor).all())
+    if tensor.dtype == torch.float8_e4m3fn:
+        return not ((tensor.view(torch.uint8) & NAN_OF_FP8) == NAN_OF_FP8).any()
+    # A NaN is both the least and the largest.
+    return all(bool(end.isfinite()) for end in torch.aminmax(tensor))
 
 
 def write_json(file: Path, content: object) -> None:
@@ -379,16 +385,19 @@ def flush(directory: Path) -> None:
     """Waits until all files under a directory are on the disk, before it gets a name that promises
     them: of a machine that stops now, the name alone might be left."""
     for path in (*directory.rglob("*"), directory):
-        if path.is_symlink() or not (path.is_file() or path.is_dir()):
-            continue
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        except OSError:
-            if not path.is_dir():  # which some file systems cannot be asked to flush
-                raise
-        finally:
-            os.close(descriptor)
+        if not path.is_symlink() and (path.is_file() or path.is_dir()):
+            _flush(path)
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError:
+        if not path.is_dir():  # which some file systems cannot be asked to flush
+            raise
+    finally:
+        os.close(descriptor)
 
 
 def save_tensors(file: Path, tensors: Mapping[str, torch.Tensor], metadata=None) -> None:
@@ -399,6 +408,7 @@ def save_tensors(file: Path, tensors: Mapping[str, torch.Tensor], metadata=None)
     contiguous = {name: value.detach().contiguous() for name, value in tensors.items()}
     with _replaced(file) as temporary:
         save_file(contiguous, temporary, metadata=metadata)
+        _flush(temporary)
 
 
 def load_tensors(file: Path) -> dict[str, torch.Tensor]:

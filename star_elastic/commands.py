@@ -768,7 +768,8 @@ class _Command(TyperCommand):
             if "" in (value if isinstance(value, (list, tuple)) else [value]):
                 name = parameter.opts[0]
                 shown = name if name.startswith("-") else name.upper()
-                raise ConfigError(f"{shown} is empty; give it a value, or leave it out")
+                advice = ", or leave it out" if shown == name else ""
+                raise ConfigError(f"{shown} is empty; give it a value{advice}")
         return super().parse_args(ctx, args)
 
 

@@ -165,17 +165,27 @@ def _parse(content: Any, axis_map: AxisMap, file: Path) -> Manifest:
 
 
 def _check_sizes(sizes: Mapping[str, Size], cost: CostModel) -> None:
-    """Raises ConfigError for widths that do not cost what is recorded of them, and unless the sizes
-    go from the largest to the smallest: the router knows them by their places."""
-    counted = {name: cost.count(size.widths) for name, size in sizes.items()}
+    """Raises ConfigError for widths that do not cost what is recorded of them, and for sizes whose
+    budgets are out of order: the router knows sizes by their places."""
     for name, size in sizes.items():
+        counted = cost.count(size.widths)
         for metric in COUNTED:
-            now = counted[name].metric(metric)
+            now = counted.metric(metric)
             if (told := size.cost.get(metric, now)) != now:
                 raise ConfigError(
                     f"sizes.{name}.widths have {now:,} {metric} parameters, and sizes.{name}.cost "
                     f"says {told:,.0f}"
                 )
-    for first, second in itertools.pairwise(sizes):
-        if all(counted[first].metric(m) < counted[second].metric(m) for m in COUNTED):
-            raise ConfigError(f"the size {second} is larger than {first} before it")
+    require_order({name: size.budgets for name, size in sizes.items()})
+
+
+def require_order(budgets: Mapping[str, Mapping[str, float]]) -> None:
+    """Raises ConfigError unless the sizes, by their budgets as fractions, are named from the
+    largest to the smallest."""
+    for (first, larger), (second, smaller) in itertools.pairwise(budgets.items()):
+        shared = [metric for metric in larger if metric in smaller]
+        if shared and all(larger[metric] < smaller[metric] for metric in shared):
+            raise ConfigError(
+                f"size {second!r} has a larger budget than {first!r} before it; name the sizes "
+                "from the largest to the smallest"
+            )

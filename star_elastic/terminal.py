@@ -203,10 +203,10 @@ def print_generation(console: Console, result: Generation, *, streamed: bool = F
     """A result's text as it was written (unless it was streamed), its trace dim, and a line for
     each phase."""
     if not streamed:
-        start = result.text.rfind(result.answer)
-        if start >= 0:
-            _say(console, result.text[:start], "dim", end="")
-        else:  # the answer is in parts, with more thinking between them
+        text = result.text.rstrip()
+        if text.endswith(result.answer):
+            _say(console, text.removesuffix(result.answer), "dim", end="")
+        else:  # some thinking comes last, or stands between parts of the answer
             _say(console, result.thinking, "dim")
         _say(console, result.answer)
     for phase in result.phases:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import json
+import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -395,6 +397,22 @@ def test_copying_nothing(tmp_path):
     assert everything_under(tmp_path / "to") == set()
 
 
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.float8_e4m3fn]
+)
+def test_values_that_are_no_numbers_are_not_written(tmp_path, dtype, bad):
+    value = torch.tensor([[1.0, -448.0], [bad, 0.0]]).to(dtype)  # FP8 has no infinity
+    for tensor in (value, value.flip(0)):
+        plan = [Planned("w", (2, 2), dtype)]
+        with pytest.raises(CheckpointError, match="w holds values that are not finite; restore"):
+            write_tensors(tmp_path, plan, lambda _, t=tensor: t)
+    good = torch.tensor([-448.0, 448.0, 0.0]).to(dtype)
+    write_tensors(tmp_path, [Planned("w", (3,), dtype)], lambda _: good)
+    empty = torch.empty(0, dtype=dtype)
+    write_tensors(tmp_path, [Planned("w", (0,), dtype)], lambda _: empty)
+
+
 # The manifest
 
 
@@ -406,7 +424,7 @@ def manifest_of(parent: Parent, widths: dict) -> Manifest:
         family=parent.axis_map.family,
         choices={"hidden": (12, 8), "ffn": (7, 4)},
         sizes={
-            "large": Size(parent.axis_map.full),
+            "large": Size(parent.axis_map.full, {"active": 1.0}),
             "small": Size(small, {"active": 0.5}, known, {"ffn": 1}),
         },
         provenance={"seed": 1},
@@ -443,7 +461,7 @@ def test_the_manifest_comes_back(tmp_path):
         (
             lambda c: {**c, "sizes": dict(reversed(c["sizes"].items()))},
             CheckpointError,
-            r"damaged \(the size large is larger than small before it\); restore",
+            r"damaged \(size 'large' has a larger budget than 'small' before it; name",
         ),
         (
             lambda c: {
@@ -466,6 +484,19 @@ def test_a_damaged_manifest_is_refused(tmp_path, change, kind, reason):
         file.write_text(changed if isinstance(changed, str) else json.dumps(changed))
     with pytest.raises(kind, match=reason):
         load_manifest(tmp_path, parent.axis_map)
+
+
+def test_sizes_are_in_the_order_of_their_budgets(tmp_path):
+    """Which may be others than parameters: a size that takes less time may have more of them."""
+    parent = make_parent(fixed_config("dense"), 0, torch.float32)
+    manifest = manifest_of(parent, ROWS["dense"].cut)
+    large, small = (manifest.size(name) for name in ("large", "small"))
+    slow = replace(small, budgets={"flops": 0.9}), replace(large, budgets={"flops": 0.5})
+    mixed = replace(small, budgets={"flops": 0.5}), replace(large, budgets={"active": 1.0})
+    for first, second in (slow, mixed):
+        sizes = {"first": first, "second": second}
+        save_manifest(replace(manifest, sizes=sizes), tmp_path)
+        assert list(load_manifest(tmp_path, parent.axis_map).sizes) == ["first", "second"]
 
 
 @pytest.mark.parametrize(

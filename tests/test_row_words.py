@@ -429,9 +429,6 @@ def test_an_end_behind_the_mark_is_learned(between):
     written = f"{{% endgeneration %}}{{{{ {between!r} }}}}"
     template = END_BEHIND.replace("{% endgeneration %}", written)
     assert learned(template, TALK)[1] == f"b.{between}<|im_end|>"
-    # Not the tokenizer's EOS, but the end of a turn all the same.
-    turn = END_BEHIND.replace("{% endgeneration %}<|im_end|>", "{% endgeneration %}<|eot|>")
-    assert "b.<|eot|>" in learned(turn, TALK)[1]
     other = END_BEHIND.replace("{% endgeneration %}<|im_end|>", "{% endgeneration %}.<|im_end|>")
     assert learned(other, TALK)[1] == "b."
 
@@ -443,6 +440,22 @@ def test_an_end_is_not_learned_twice(template, end):
         refused(template, row, f"has <|im_end|> at the end of message {number}".replace("|", r"\|"))
     no_end = "{% for m in messages %}[{{ m.role }}] {{ m.content }}{% endfor %}"
     assert learned(no_end, talk("a?", f"b.{end}"))[1] == f"[assistant] b.{end}".rstrip()
+
+
+def test_an_end_behind_the_mark_need_not_be_the_tokenizers():
+    """Any mark may end a turn, but one behind which something comes opens that."""
+    behind = "{% endgeneration %}<|im_end|>"
+    for end in ("<|eot|>", "<|eot|>\n", " <|eot|>", "<|eot|><|im_end|>"):
+        template = END_BEHIND.replace(behind, f"{{% endgeneration %}}{end}")
+        after = learned(template.replace("\n{% endif %}", "{% endif %}"), TALK)[1]
+        assert after.startswith("b." + end[: end.index(">") + 1]), (end, after)
+    for other in ("<tool>{}<|im_end|>", "<pad>", "<s>"):
+        assert learned(END_BEHIND.replace(behind, f"{{% endgeneration %}}{other}"), TALK)[1] == "b."
+    # One token for both ends of a text, as GPT-2 has it.
+    tokenizer = byte_tokenizer(END_BEHIND.replace("<|im_end|>", "{{ eos_token }}"))
+    tokenizer.bos_token = tokenizer.eos_token
+    document = Renderer(tokenizer, "answers").document(TALK)
+    assert tokenizer.decode(document.ids[document.first + 1 :]).startswith("b.<|im_end|>")
 
 
 # What must not be refused

@@ -101,7 +101,7 @@ class BatchDecoder:
         self.lengths = [length + 1 for length in self.lengths]
         self._columns += 1
         if static is not None:
-            self.logits_BV = static.step(tokens)
+            self.logits_BV = _finite(static.step(tokens))
             return
         ids_B1 = torch.tensor(tokens)[:, None]
         self.logits_BV = self._forward(self._cache, ids_B1, self.lengths, self._columns)
@@ -167,10 +167,14 @@ class BatchDecoder:
             use_cache=True,
             logits_to_keep=1,
         )
-        logits_BV = output.logits[:, -1].float()
-        if not logits_BV.amax().isfinite():  # whatever were chosen from them would be no text
-            raise not_finite("the model's logits are")
-        return logits_BV
+        return _finite(output.logits[:, -1].float())
+
+
+def _finite(logits_BV: torch.Tensor) -> torch.Tensor:
+    """The logits. Raises CheckpointError if they are no numbers: no text could be chosen."""
+    if not logits_BV.amax().isfinite():
+        raise not_finite("the model's logits are")
+    return logits_BV
 
 
 def pads_exactly(model: PreTrainedModel) -> bool:

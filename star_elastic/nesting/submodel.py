@@ -207,7 +207,7 @@ def require_loadable(path: Path, config: Config) -> None:
 def require_whole(path: str | Path) -> None:
     """Raises ConfigError or CheckpointError for what keeps a checkpoint from being loaded, as far
     as the files' headers show it: its config, weights and sizes, and its tokenizer if it has one.
-    Of a config.json alone there is no more to say."""
+    A path to a config.json names no checkpoint, and there is no more to say of it."""
     path = Path(path)
     if is_file(path):
         return
@@ -220,7 +220,7 @@ def require_whole(path: str | Path) -> None:
         stored = stored_map(axis_map, read_scheme(config, axis_map))
         StoredModel(path, stored, family).require_whole()
     require_loadable(path, config)
-    if reading_files(path):
+    if any("template" not in file.name.lower() for file in reading_files(path)):
         load_tokenizer(path)
     if has_file(path / MANIFEST):
         load_manifest(path, axis_map)

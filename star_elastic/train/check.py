@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,7 +16,7 @@ from star_elastic.errors import BudgetError, ConfigError
 from star_elastic.families import family_of, read_config
 from star_elastic.families.base import Config
 from star_elastic.latency import LatencyTable, load_table
-from star_elastic.manifest import Manifest, Size, load_manifest
+from star_elastic.manifest import Manifest, Size, load_manifest, require_order
 from star_elastic.nesting.rotate import check_rotatable
 from star_elastic.nesting.submodel import require_loadable
 from star_elastic.paths import exists, is_file
@@ -87,7 +86,7 @@ def check(config: RunConfig, world_size: int = 1) -> Checked:
         }
         for name, given in config.sizes.items()
     }
-    _check_order(budgets)
+    require_order(budgets)
     fixed = {
         name: _fix(name, axis_map.complete(parse_widths(text)), budgets[name], cost)
         for name, text in config.router.fixed.items()
@@ -196,17 +195,6 @@ def latency_file(config: RunConfig) -> Path:
     """The latency table: a run that has begun keeps its own copy."""
     own = Path(config.out) / LATENCY
     return own if is_file(own) and has_state(Path(config.out)) else Path(config.latency)
-
-
-def _check_order(budgets: Mapping[str, Budgets]) -> None:
-    """Raises ConfigError unless the sizes are named from the largest to the smallest."""
-    for (first, larger), (second, smaller) in itertools.pairwise(budgets.items()):
-        shared = [metric for metric in larger if metric in smaller]
-        if shared and all(larger[metric] < smaller[metric] for metric in shared):
-            raise ConfigError(
-                f"size {second!r} has a larger budget than {first!r} before it; name the sizes "
-                "from the largest to the smallest"
-            )
 
 
 def _fix(name: str, widths: Widths, budgets: Budgets, cost: CostModel) -> Commitment:

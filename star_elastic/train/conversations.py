@@ -89,9 +89,13 @@ class Conversations:
         eos = tokenizer.eos_token
         self._eos = eos if isinstance(eos, str) else ""
         marks = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
-        marks = {self._eos, *marks} - {"", str(tokenizer.bos_token)}
-        any_of_them = "|".join(map(re.escape, sorted(marks))) or "(?!)"
-        self._end_of_turn = re.compile(rf"\s*(?:{any_of_them})")
+        marks -= {str(tokenizer.bos_token), str(tokenizer.pad_token), self._eos}
+        eos, other = (
+            "|".join(map(re.escape, sorted(which))) or "(?!)"
+            for which in ({self._eos} - {""}, marks)
+        )
+        # Of other marks only those behind which nothing comes: some open a call of a tool.
+        self._end_of_turn = re.compile(rf"\s*(?:{eos})|\s*(?:{other})(?=(?:\s|{eos}|{other})*\Z)")
 
     def write(self, row: Mapping[str, Any], *, answers: bool) -> Written:
         """A row's conversation; with `answers`, its last turn must be the assistant's and be told
