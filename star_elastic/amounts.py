@@ -11,7 +11,7 @@ from star_elastic.errors import BudgetError, ConfigError
 
 _PARAMETERS = {"K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
 _BYTES = {
-    "kB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
+    "KB": 10**3, "kB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
     "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40,
 }  # fmt: skip
 _FLOPS = {"MFLOP": 10**6, "GFLOP": 10**9, "TFLOP": 10**12}

@@ -584,7 +584,10 @@ def check(
     checkpoint: Annotated[Path, typer.Argument(help="A slice, a family, or any checkpoint.")],
     as_json: AsJson = False,
 ) -> None:
-    """Which engines and GPUs run a checkpoint, and why others do not."""
+    """Which engines and GPUs run a checkpoint, and why others do not.
+
+    Of the weights it reads names, shapes and dtypes, not the values.
+    """
     from dataclasses import asdict
 
     from star_elastic.nesting.submodel import require_whole
@@ -768,7 +771,7 @@ class _Command(TyperCommand):
             if "" in (value if isinstance(value, (list, tuple)) else [value]):
                 name = parameter.opts[0]
                 shown = name if name.startswith("-") else name.upper()
-                advice = ", or leave it out" if shown == name else ""
+                advice = "" if parameter.required else ", or leave it out"
                 raise ConfigError(f"{shown} is empty; give it a value{advice}")
         return super().parse_args(ctx, args)
 

@@ -15,10 +15,10 @@ from typing import Any
 from star_elastic.axes import AxisMap
 from star_elastic.checkpoint import read_json, write_json
 from star_elastic.companions import MANIFEST as FILE_NAME
-from star_elastic.cost import CostModel
-from star_elastic.errors import CheckpointError, ConfigError, library_boundary
+from star_elastic.cost import METRICS, CostModel
+from star_elastic.errors import CheckpointError, ConfigError, ShapeError, library_boundary
 from star_elastic.paths import has_file
-from star_elastic.strict import read_value
+from star_elastic.strict import read_value, require
 from star_elastic.widths import Widths
 
 FORMAT_VERSION = 1
@@ -116,14 +116,14 @@ def save_manifest(manifest: Manifest, directory: Path) -> None:
 def load_manifest(directory: str | Path, axis_map: AxisMap) -> Manifest:
     """Reads `elastic.json` and checks every size against the model's axis map.
 
-    Raises CheckpointError if the file is missing, damaged or of another format version, and
-    ShapeError if a size does not fit the model.
+    Raises CheckpointError if the file is missing, damaged or of another format version, or if a
+    size does not fit the model.
     """
     file = Path(directory) / FILE_NAME
     if not has_file(file):
         raise CheckpointError(
-            f"{directory} holds no {FILE_NAME}, so it is not an elastic checkpoint; "
-            "make one with star-elastic train"
+            f"{directory} holds no {FILE_NAME}, so it is not an elastic checkpoint; make one with "
+            "star-elastic train (a slice is an ordinary one, which transformers loads)"
         )
     content = read_json(file)
     with library_boundary(f"{file} is damaged", "restore the file"):
@@ -140,7 +140,7 @@ def load_manifest(directory: str | Path, axis_map: AxisMap) -> Manifest:
 
 
 def _parse(content: Any, axis_map: AxisMap, file: Path) -> Manifest:
-    version = content["format_version"]
+    version = read_value(int, content["format_version"], "format_version")
     if version != FORMAT_VERSION:
         raise CheckpointError(
             f"{file} has format version {version}, this package reads {FORMAT_VERSION}; "
@@ -149,10 +149,17 @@ def _parse(content: Any, axis_map: AxisMap, file: Path) -> Manifest:
     for key, kind in TYPES.items():
         if key in content:
             read_value(kind, content[key], key)
-    sizes = {
-        name: Size.from_json(size, axis_map, f"sizes.{name}.")
-        for name, size in content["sizes"].items()
-    }
+    sizes = {}
+    for name, size in content["sizes"].items():
+        require(bool(name) and name == Path(name).name, f"sizes has the name {name!r}")
+        try:
+            sizes[name] = Size.from_json(size, axis_map, f"sizes.{name}.")
+        except ShapeError as error:
+            raise ConfigError(f"sizes.{name}.widths: {error}") from None
+        for metric, share in sizes[name].budgets.items():
+            where = f"sizes.{name}.budgets.{metric}"
+            require(metric in METRICS, f"{where} is no budget; use {', '.join(METRICS)}")
+            require(0 < share <= 1, f"{where}={share} is no share of the parent; give one like 0.5")
     _check_sizes(sizes, CostModel(axis_map))
     return Manifest(
         family=content["family"],

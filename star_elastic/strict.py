@@ -6,9 +6,10 @@ import contextlib
 import dataclasses
 import difflib
 import math
+import reprlib
 import types
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Literal
 
 from star_elastic.errors import ConfigError
@@ -75,13 +76,18 @@ def read_value(hint: Any, value: Any, where: str) -> Any:
     if origin is tuple:
         if isinstance(value, tuple):
             value = list(value)
-        if not isinstance(value, list):
-            raise ConfigError(f"{where}={value!r} is not a list")
         inner = typing.get_args(hint)[0]
+        if not isinstance(value, list):
+            advice = "write it in brackets"
+            if isinstance(value, dict) and dataclasses.is_dataclass(inner):
+                advice = f"write [[{where}]], with two brackets: there may be several"
+            raise ConfigError(f"{where}={reprlib.repr(value)} is not a list; {advice}")
         return tuple(read_value(inner, item, f"{where}[{i}]") for i, item in enumerate(value))
     if origin is Mapping or origin is typing.get_origin(Mapping[str, Any]):
         if not isinstance(value, dict):
-            raise ConfigError(f"{where}={value!r} is not a table")
+            raise ConfigError(
+                f"{where}={reprlib.repr(value)} is not a table; write [{where}] and its keys below"
+            )
         inner = typing.get_args(hint)[1]
         return {key: read_value(inner, item, f"{where}.{key}") for key, item in value.items()}
     if hint is Any:
@@ -95,17 +101,32 @@ def read_value(hint: Any, value: Any, where: str) -> Any:
         if type(value) is int and float in kinds:
             return float(value)
         if type(value) not in kinds:
-            raise ConfigError(
-                f"{where}={value!r} is not a {' or a '.join(kind.__name__ for kind in kinds)}"
-            )
+            raise _wrong(where, value, kinds)
         return value
     if hint is float and type(value) is int:
         return float(value)
     if type(value) is float and not math.isfinite(value):
         raise ConfigError(f"{where}={value} is not finite; give a number")
     if type(value) is not hint:
-        raise ConfigError(f"{where}={value!r} is not a {hint.__name__}")
+        raise _wrong(where, value, (hint,))
     return value
+
+
+KINDS = {
+    int: ("a whole number", "write it without quotes, point or exponent"),
+    float: ("a number", "write it without quotes"),
+    str: ("a text", "write it in quotes"),
+    bool: ("true or false", "write one of the two, without quotes"),
+}
+"""What values are called, and how they are written."""
+
+
+def _wrong(where: str, value: Any, kinds: Iterable[Any]) -> ConfigError:
+    """A value that is of none of some plain types."""
+    named = [KINDS[kind] for kind in kinds if kind in KINDS]
+    names = " or ".join(name for name, _ in named)
+    (_, advice), *_ = named
+    return ConfigError(f"{where}={reprlib.repr(value)} is not {names}; {advice}")
 
 
 def to_plain(config: Any) -> Any:

@@ -413,7 +413,7 @@ def damaged(copied: Path) -> dict[str, Any]:
         "tokenizer": (lambda p: (p / "tokenizer.json").write_text("{"),
                       {"count", "sizes", "slice", "quantize", "latency"}),
         "template": (lambda p: (p / "chat_template.jinja").write_text("{% if %}"),
-                     {"count", "sizes", "slice", "quantize", "latency", "check", "rank", "train"}),
+                     {"count", "sizes", "slice", "quantize", "latency", "rank", "train"}),
         "settings": (lambda p: (p / "generation_config.json").write_text("{"),
                      {"count", "sizes", "slice", "quantize", "latency"}),
     }  # fmt: skip

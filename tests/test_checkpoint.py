@@ -397,12 +397,18 @@ def test_copying_nothing(tmp_path):
     assert everything_under(tmp_path / "to") == set()
 
 
-@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
 @pytest.mark.parametrize(
-    "dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.float8_e4m3fn]
+    ("dtype", "bad"),
+    [
+        *((dtype, bad) for dtype in FLOATS for bad in (math.nan, math.inf, -math.inf)),
+        (torch.float8_e4m3fn, math.nan),
+    ],
 )
 def test_values_that_are_no_numbers_are_not_written(tmp_path, dtype, bad):
-    value = torch.tensor([[1.0, -448.0], [bad, 0.0]]).to(dtype)  # FP8 has no infinity
+    value = torch.tensor([[1.0, -448.0], [bad, 0.0]]).to(dtype)
     for tensor in (value, value.flip(0)):
         plan = [Planned("w", (2, 2), dtype)]
         with pytest.raises(CheckpointError, match="w holds values that are not finite; restore"):
@@ -442,6 +448,11 @@ def test_the_manifest_comes_back(tmp_path):
         loaded.size("tiny")
 
 
+def with_size(content: dict, widths: dict) -> dict:
+    """With one size of these widths."""
+    return {**content, "sizes": {"a": {"widths": widths}}}
+
+
 @pytest.mark.parametrize(
     ("change", "kind", "reason"),
     [
@@ -449,15 +460,31 @@ def test_the_manifest_comes_back(tmp_path):
         (lambda c: "{", CheckpointError, "cannot be read"),
         (lambda c: [], CheckpointError, "is damaged"),
         (lambda c: {**c, "format_version": 2}, CheckpointError, "has format version 2, this pac"),
+        (
+            lambda c: {**c, "format_version": "1"},
+            CheckpointError,
+            "format_version='1' is not a whole",
+        ),
+        (lambda c: {**c, "sizes": {"../x": c["sizes"]["small"]}}, CheckpointError, "has the name"),
+        (
+            lambda c: {**c, "sizes": {"a": {"widths": {}, "budgets": {"active": -1}}}},
+            CheckpointError,
+            "sizes.a.budgets.active=-1 is no share of the parent; give",
+        ),
+        (
+            lambda c: {**c, "sizes": {"a": {"widths": {}, "budgets": {"speed": 0.5}}}},
+            CheckpointError,
+            "sizes.a.budgets.speed is no budget; use",
+        ),
         (lambda c: {**c, "family": "llama"}, CheckpointError, "2 sizes of a llama model, but"),
         (lambda c: {**c, "sizes": {}}, CheckpointError, "describes 0 sizes"),
         (lambda c: {**c, "sizes": {"a": 3}}, CheckpointError, "is damaged"),
         (lambda c: {**c, "sizes": {"a": {"widths": 3}}}, CheckpointError, "is damaged"),
         (lambda c: {**c, "sizes": {"a": {"colour": 3}}}, CheckpointError, "is damaged"),
         (lambda c: {**c, "choices": {"hidden": 3}}, CheckpointError, "is damaged"),
-        (lambda c: {**c, "sizes": {"a": {"widths": {"hidden": 99}}}}, ShapeError, "hidden=99 is o"),
-        (lambda c: {**c, "sizes": {"a": {"widths": {"wings": 2}}}}, ShapeError, "axis 'wings' d"),
-        (lambda c: {**c, "sizes": {"a": {"widths": {"ffn": "2"}}}}, ShapeError, "ffn='2' is not a"),
+        (lambda c: with_size(c, {"hidden": 99}), CheckpointError, "sizes.a.widths: hidden=99 is o"),
+        (lambda c: with_size(c, {"wings": 2}), CheckpointError, "sizes.a.widths: axis 'wings' d"),
+        (lambda c: with_size(c, {"ffn": "2"}), CheckpointError, "widths: ffn='2' is not a"),
         (
             lambda c: {**c, "sizes": dict(reversed(c["sizes"].items()))},
             CheckpointError,

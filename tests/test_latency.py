@@ -236,7 +236,7 @@ def test_numbers_are_shares(share):
 @pytest.mark.parametrize(
     ("budget", "metric", "problem"),
     [
-        ("12XB", "bytes", "sizes.small.bytes='12XB' has the unknown unit 'XB'; use kB, MB, GB"),
+        ("12XB", "bytes", "sizes.small.bytes='12XB' has the unknown unit 'XB'; use KB, kB, MB"),
         ("1.6GB", "total", "unknown unit 'GB'; use K, M, B, T, or a share"),
         ("12b", "total", "unknown unit 'b'"),
         ("12", "ms", "has no unit; use us, ms, s"),

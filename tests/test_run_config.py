@@ -234,6 +234,27 @@ def test_a_file_that_begins_with_a_byte_order_mark_is_read(tmp_path):
     assert load_run_config(tmp_path / "run.toml").stages[0].tokens == 8
 
 
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (
+            {"data": {"files": ["a"]}},
+            r"is not a list; write \[\[data\]\], with two brackets",
+        ),
+        ({"sizes": [1]}, r"sizes=\[1\] is not a table; write \[sizes\] and its keys below"),
+        ({"stages": [{"tokens": 1e6}]}, "is not a whole number; write it without quotes, point or"),
+        ({"seed": "x"}, "seed='x' is not a whole number; write it without quotes"),
+        ({"parent": 5}, "parent=5 is not a text; write it in quotes"),
+        ({"sizes": {"small": {"active": True}}}, "active=True is not a number or a text; write it"),
+        ({"engine": {"recompute": 1}}, "recompute=1 is not true or false; write one of the two"),
+        ({"data": [{"files": "a"}]}, "files='a' is not a list; write it in brackets"),
+    ],
+)
+def test_a_value_of_another_type_is_told_with_how_to_write_it(change, said):
+    with pytest.raises(ConfigError, match=said):
+        small_run(**change)
+
+
 @pytest.mark.parametrize("files", [[], [""], ["a", ""]])
 def test_a_file_has_a_name(files):
     with pytest.raises(ConfigError, match=r"data\[0\].files=.* names no file, or one without"):

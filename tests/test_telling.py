@@ -162,6 +162,10 @@ def test_shares_may_be_percentages(run_folder):
     for wrong, said in (("170%", "is more than the parent"), ("x%", "is not a percentage; write")):
         with pytest.raises(ConfigError, match=said):
             config_in(run_folder, "percent", **{"active = 0.7": f'active = "{wrong}"'})
+    more = config_in(run_folder, "percent", **{"active = 0.7": 'active = "90K"'})
+    said = "sizes.small.active='90K' is more than the parent's 59.9K; lower it"
+    with pytest.raises(ConfigError, match=said):
+        check(more)
 
 
 @pytest.mark.parametrize(

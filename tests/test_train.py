@@ -474,7 +474,12 @@ def test_default_stages_are_the_papers(run_folder):
     [
         ("tokens = 15360", "tokenz = 12", ConfigError, "stages.0..tokenz is not.*did you mean tok"),
         ("tokens = 15360", "tokens = 0", ConfigError, r"stages\[0\].tokens=0 is less than 1"),
-        ("tokens = 15360", 'tokens = "12"', ConfigError, r"stages\[0\].tokens='12' is not a int"),
+        (
+            "tokens = 15360",
+            'tokens = "12"',
+            ConfigError,
+            "tokens='12' is not a whole number; wr",
+        ),
         ("active = 0.7", "active = 1.7", ConfigError, r"sizes.small.active=1.7 is more than the p"),
         ("active = 0.7", 'active = "7X"', ConfigError, r"sizes.small.active='7X' has the unknown"),
         ("active = 0.7", "speed = 0.7", ConfigError, "sizes.small.speed is no budget"),

@@ -16,7 +16,7 @@ from typing import Any
 from jinja2 import TemplateSyntaxError
 from transformers import PreTrainedTokenizerBase
 
-from star_elastic.errors import ConfigError, library_boundary, reason
+from star_elastic.errors import ConfigError, library_boundary, not_jinja
 from star_elastic.train.messages import part_text
 
 Message = Mapping[str, Any]
@@ -122,10 +122,7 @@ def _render(
                 enable_thinking=thinking,
             )
         except TemplateSyntaxError as error:
-            raise ConfigError(
-                f"the chat template is no valid Jinja ({reason(error)}, line {error.lineno}); "
-                "correct it, beside the weights"
-            ) from error
+            raise not_jinja(error) from error
     assert isinstance(text, str), type(text)
     return text
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import re
+import warnings
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
@@ -62,7 +63,9 @@ def _integers(value: Any) -> Iterator[int]:
 
 def _construct(config: Config) -> PreTrainedConfig:
     fields = {key: value for key, value in config.items() if key not in NOT_PASSED}
-    return AutoConfig.for_model(config["model_type"], **fields)
+    with warnings.catch_warnings():  # of names that a coming version will not know
+        warnings.simplefilter("ignore", FutureWarning)
+        return AutoConfig.for_model(config["model_type"], **fields)
 
 
 def advice(config: Config, attempt: Callable[[Config], object]) -> str:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jinja2 import TemplateSyntaxError
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoTokenizer,
@@ -22,7 +23,7 @@ from transformers.utils import GENERATION_CONFIG_NAME
 from star_elastic.axes import AxisMap
 from star_elastic.checkpoint import CheckpointReader
 from star_elastic.companions import MANIFEST, reading_files, require_reading_files
-from star_elastic.errors import CheckpointError, library_boundary
+from star_elastic.errors import CheckpointError, library_boundary, not_jinja
 from star_elastic.families import family_of, read_config
 from star_elastic.families.base import Config
 from star_elastic.manifest import load_manifest
@@ -221,9 +222,20 @@ def require_whole(path: str | Path) -> None:
         StoredModel(path, stored, family).require_whole()
     require_loadable(path, config)
     if any("template" not in file.name.lower() for file in reading_files(path)):
-        load_tokenizer(path)
+        _require_template(load_tokenizer(path))
     if has_file(path / MANIFEST):
         load_manifest(path, axis_map)
+
+
+def _require_template(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raises ConfigError for a chat template that cannot be parsed. Which messages it takes is
+    another matter."""
+    try:
+        tokenizer.apply_chat_template([{"role": "user", "content": "1"}], tokenize=False)
+    except TemplateSyntaxError as error:
+        raise not_jinja(error) from error
+    except Exception:
+        return
 
 
 def _generation_config(path: Path) -> GenerationConfig | None:

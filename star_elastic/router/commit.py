@@ -147,8 +147,13 @@ def settle_between(
         raise BudgetError("give one budget, for example active=0.6, to find widths between sizes")
     ((metric, fraction),) = asked.items()
     known = sorted((b[metric], number) for number, b in enumerate(trained) if metric in b)
-    if len(known) < 2 or not known[0][0] <= fraction <= known[-1][0]:
-        reach = f"{known[0][0]:.4g} to {known[-1][0]:.4g}" if len(known) > 1 else "none"
+    if len(known) < 2:
+        raise BudgetError(
+            f"this router was not trained for budgets on {metric}; ask for one on "
+            f"{', '.join(dict.fromkeys(m for budgets in trained for m in budgets)) or 'nothing'}"
+        )
+    if not known[0][0] <= fraction <= known[-1][0]:
+        reach = f"{known[0][0]:.4g} to {known[-1][0]:.4g}"
         raise BudgetError(
             f"{metric}={fraction:.4g} lies outside the range of {metric} that this router was "
             f"trained for ({reach}); ask for a budget inside it, or train a size there"

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from star_elastic.amounts import parse_budget
 from star_elastic.axes import AxisMap
-from star_elastic.checkpoint import load_tensors
+from star_elastic.checkpoint import is_finite, load_tensors
 from star_elastic.companions import LATENCY, ROUTER
 from star_elastic.cost import CostModel, Workload
 from star_elastic.errors import CheckpointError, ConfigError, ShapeError, library_boundary
@@ -44,6 +44,8 @@ def load_router(directory: str | Path, manifest: Manifest, axis_map: AxisMap) ->
         raise CheckpointError(f"elastic.json is damaged ({error}); restore the file") from None
     router = Router(grid, len(manifest.sizes))
     state = load_tensors(file)
+    if not all(map(is_finite, state.values())):
+        raise CheckpointError(f"{file} holds values that are not finite; restore the file")
     with library_boundary(f"{file} does not belong to this checkpoint's choices", "restore it"):
         router.load_state_dict(state)
     return router

@@ -36,7 +36,8 @@ def check_reach(name: str, budgets: Budgets, cost: CostModel, grid: Grid) -> Non
             asked, ends = (show_amount(share * whole, metric) for share in (fraction, floor))
             raise BudgetError(
                 f"size {name!r}: {metric}={fraction:.4g} ({asked}) cannot be met; the choices "
-                f"reach from {floor:.3f} ({ends}) to 1 ({show_amount(whole, metric)})"
+                f"reach from {floor:.3f} ({ends}) to 1 ({show_amount(whole, metric)}); ask for "
+                "what lies between, or widen the choices"
             )
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from star_elastic.amounts import parse_budget
+from star_elastic.amounts import parse_budget, show_amount
 from star_elastic.axes import AxisMap
 from star_elastic.companions import LATENCY
 from star_elastic.cost import CostModel
@@ -26,6 +26,7 @@ from star_elastic.router.commit import Commitment
 from star_elastic.router.grid import Grid, default_choices, make_grid, rank_grid
 from star_elastic.router.reach import check_budgets, check_reach
 from star_elastic.stored import StoredModel, most_common_dtype
+from star_elastic.strict import require
 from star_elastic.train.config import RunConfig
 from star_elastic.train.row_kinds import find_files
 from star_elastic.train.state import has_state
@@ -86,6 +87,14 @@ def check(config: RunConfig, world_size: int = 1) -> Checked:
         }
         for name, given in config.sizes.items()
     }
+    for name, given in budgets.items():
+        for metric, share in given.items():
+            whole = cost.full.metric(metric)
+            require(
+                share <= 1,
+                f"sizes.{name}.{metric}={config.sizes[name][metric]!r} is more than the parent's "
+                f"{show_amount(whole, metric)}; lower it, or write 1.0 for all of the parent",
+            )
     require_order(budgets)
     fixed = {
         name: _fix(name, axis_map.complete(parse_widths(text)), budgets[name], cost)

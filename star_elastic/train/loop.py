@@ -25,7 +25,7 @@ import torch
 from torch import nn
 
 from star_elastic.cost import CostModel
-from star_elastic.errors import CheckpointError, StarElasticError
+from star_elastic.errors import CheckpointError, StarElasticError, not_finite
 from star_elastic.nesting.elastic import ElasticModel
 from star_elastic.nesting.gate import expected_widths
 from star_elastic.progress import Progress, Silent
@@ -354,6 +354,8 @@ class Trainer:
             report.num_distilled += int(count)
             if not math.isfinite(kd):
                 self.is_sound = False
+                if not self.step:  # nothing has been changed yet
+                    raise not_finite(f"the loss of size {name!r} is {kd} at the first step,")
                 raise CheckpointError(
                     f"the loss of size {name!r} is {kd} at step {self.step}; {UNSTABLE}"
                 )
