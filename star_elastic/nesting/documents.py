@@ -27,6 +27,8 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHMamba2Mixer
 
+from star_elastic.nesting.skeleton import without_memory
+
 
 def keep_documents_apart(model: nn.Module) -> None:
     """Gives every Mamba-2 mixer of a nemotron_h model the class below, in place.
@@ -40,7 +42,7 @@ def keep_documents_apart(model: nn.Module) -> None:
         if isinstance(module, NemotronHMamba2Mixer) and not isinstance(module, DocumentMamba2Mixer)
     ]
     for name, old in mixers:
-        with torch.device("meta"):
+        with without_memory():
             new = DocumentMamba2Mixer(old.config, old.layer_idx)
         for child, module in old.named_children():
             setattr(new, child, module)

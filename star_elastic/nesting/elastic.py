@@ -36,7 +36,7 @@ from star_elastic.nesting.modules import (
     ElasticSigmoidRouter,
     Fp32Router,
 )
-from star_elastic.nesting.skeleton import build_block, build_skeleton
+from star_elastic.nesting.skeleton import build_block, build_skeleton, without_memory
 from star_elastic.nesting.slice import slice_tensor
 from star_elastic.quant.fake import FakeQuantisation
 from star_elastic.widths import Widths
@@ -132,7 +132,7 @@ class _Part(nn.Module):
 
     def install_norms(self, skeleton: nn.Module, widths: Widths) -> None:
         """Replaces the norms of a skeleton by those that can be half open."""
-        with torch.device("meta"):
+        with without_memory():
             for norm in self.norms:
                 (size,) = self.axis_map.shape(self.axis_map.tensors[f"{norm.path}.weight"], widths)
                 if norm.grouped:
@@ -250,13 +250,13 @@ class ElasticBlock(_Part):
         if self.mixer is not None:
             path = self.name(self.mixer)
             mixer: Any = skeleton.get_submodule(path)
-            with torch.device("meta"):
+            with without_memory():
                 skeleton.set_submodule(path, DocumentMamba2Mixer(mixer.config, self.layer))
         if self.moe is not None:
             path = self.name(self.moe.router_path)
             plain: Any = skeleton.get_submodule(path)
             around: Any = skeleton.get_submodule(path.rpartition(".")[0])
-            with torch.device("meta"):
+            with without_memory():
                 router = ElasticSigmoidRouter(plain) if gated else Fp32Router(around.config)
             skeleton.set_submodule(path, router)
         if gated:
