@@ -17,6 +17,7 @@ from transformers import AutoTokenizer
 from star_elastic.demo import bundled_parent, write_rows
 from star_elastic.errors import CheckpointError, ConfigError
 from star_elastic.evaluate.tasks import messages, sample_problems
+from star_elastic.train import sources
 from star_elastic.train.packing import PackedStream, merge_states
 from star_elastic.train.rendering import Document
 from star_elastic.train.row_files import open_rows
@@ -435,3 +436,22 @@ def test_saved_datasets_and_parquet_files(tmp_path, tokenizer, monkeypatch):
     (tmp_path / "rows.parquet").write_bytes(b"no parquet")
     with pytest.raises(CheckpointError, match=r"rows.parquet cannot be read"):
         open_rows(tmp_path / "rows.parquet")
+
+
+@pytest.mark.parametrize("most", [sources.KEPT_TOKENS, 100, 0])
+def test_a_small_source_is_rendered_once(tmp_path, tokenizer, monkeypatch, most):
+    """A large one is not kept whole; what comes is the same."""
+    monkeypatch.setattr(sources, "KEPT_TOKENS", most)
+    file = tmp_path / "rows.jsonl"
+    write_rows(file, 12, seed=0)
+    source = Source([file], tokenizer, "answers")
+    rendered: list[dict] = []
+    render = source._renderer.document
+    monkeypatch.setattr(
+        source._renderer, "document", lambda row: rendered.append(row) or render(row)
+    )
+    first, *others = ([source.document(row) for row in range(12)] for _ in range(3))
+    assert all(other == first for other in others)
+    assert len(rendered) == (12 if most == sources.KEPT_TOKENS > 100 else 36)
+    kept = source._kept._documents
+    assert sum(len(document.ids) for document in kept.values()) <= most

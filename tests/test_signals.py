@@ -21,6 +21,7 @@ from star_elastic.demo import write_rows
 from star_elastic.errors import CheckpointError, ConfigError, Interrupted
 from star_elastic.progress import Silent
 from star_elastic.signals import STOPPING, Stoppable, end_quietly, stop_on_signals
+from star_elastic.train import sources
 from star_elastic.train.run import train
 from star_elastic.train.state import has_state
 from tests import ranks
@@ -166,9 +167,10 @@ class Spoil(Silent):
 
 
 @pytest.mark.parametrize("committed", [False, True], ids=["router", "plain"])
-def test_rows_that_cannot_be_read_lose_no_step(run_folder, tmp_path, committed):
+def test_rows_that_cannot_be_read_lose_no_step(run_folder, tmp_path, committed, monkeypatch):
     """No save was due; restored rows give the run that never failed."""
     torch.set_num_threads(1)
+    monkeypatch.setattr(sources, "KEPT_TOKENS", 0)  # as of a source that is too large to be kept
     changes = {"save_every = 16": "save_every = 100", "tokens = 15360": "tokens = 4608"}
     config = config_in(run_folder, f"spoilt-{committed}", **changes)
     rows = tmp_path / "rows.jsonl"

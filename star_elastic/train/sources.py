@@ -33,6 +33,9 @@ LENGTH_STEP = 16
 MOST_HELD_OUT = 10
 """At most one of so many rows is held out."""
 
+KEPT_TOKENS = 1 << 18
+"""Of the documents kept per source: some ten megabytes."""
+
 KEPT_ROWS = 1 << 20
 """Shuffled row numbers kept per source, or three epochs if these are longer."""
 
@@ -75,6 +78,7 @@ class Source:
         self._ends = list(itertools.accumulate(len(part) for part in self.parts))
         if not self.parts or not self._ends[-1]:
             raise ConfigError(f"{self.name or 'a source'} has no rows; name files that hold some")
+        self._kept = _Kept()
         self.held_out: tuple[int, ...] = ()
         self._held_out: frozenset[int] = frozenset()
 
@@ -131,12 +135,40 @@ class Source:
     def document(self, row: int) -> Document:
         """A row's document, uncut. Raises RowError, naming the row, if it cannot be read as it was
         written."""
-        rows, within = self._find(row)
-        content = rows[within]
-        try:
-            return self._renderer.document(content)
-        except RowError as error:
-            raise error.at(rows.where(within)) from error
+        document = self._kept.find(row)
+        if document is None:
+            rows, within = self._find(row)
+            content = rows[within]
+            try:
+                document = self._renderer.document(content)
+            except RowError as error:
+                raise error.at(rows.where(within)) from error
+            self._kept.add(row, document)
+        return document
+
+
+class _Kept:
+    """The documents that were read last, by row: of a small source all, which is rendered once
+    however many epochs it is read for."""
+
+    def __init__(self) -> None:
+        self._documents: OrderedDict[int, Document] = OrderedDict()
+        self._tokens = 0
+
+    def find(self, row: int) -> Document | None:
+        """A row's document, if it is kept."""
+        document = self._documents.get(row)
+        if document is not None:
+            self._documents.move_to_end(row)
+        return document
+
+    def add(self, row: int, document: Document) -> None:
+        """Keeps a document, and lets go of those that were read longest ago."""
+        self._documents[row] = document
+        self._tokens += len(document.ids)
+        while self._tokens > KEPT_TOKENS and self._documents:
+            _, oldest = self._documents.popitem(last=False)
+            self._tokens -= len(oldest.ids)
 
 
 def _told(name: str, found: Sequence[Path]) -> str:
