@@ -283,6 +283,7 @@ def _replaced(file: Path) -> Iterator[Path]:
     temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
     try:
         yield temporary
+        _flush(temporary)
         os.replace(temporary, file)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{file} cannot be written ({reason(error)}); {MAKE_ROOM}") from error
@@ -408,7 +409,6 @@ def save_tensors(file: Path, tensors: Mapping[str, torch.Tensor], metadata=None)
     contiguous = {name: value.detach().contiguous() for name, value in tensors.items()}
     with _replaced(file) as temporary:
         save_file(contiguous, temporary, metadata=metadata)
-        _flush(temporary)
 
 
 def load_tensors(file: Path) -> dict[str, torch.Tensor]:

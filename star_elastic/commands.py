@@ -590,10 +590,10 @@ def check(
     """
     from dataclasses import asdict
 
-    from star_elastic.nesting.submodel import require_whole
+    from star_elastic.nesting.submodel import require_checkpoint
     from star_elastic.quant.engines import check_engines
 
-    require_whole(checkpoint)
+    require_checkpoint(checkpoint)
     verdicts = check_engines(checkpoint)
     if as_json:
         print_json({"checkpoint": str(checkpoint), "engines": [asdict(v) for v in verdicts]})

@@ -156,10 +156,6 @@ def _parse(content: Any, axis_map: AxisMap, file: Path) -> Manifest:
             sizes[name] = Size.from_json(size, axis_map, f"sizes.{name}.")
         except ShapeError as error:
             raise ConfigError(f"sizes.{name}.widths: {error}") from None
-        for metric, share in sizes[name].budgets.items():
-            where = f"sizes.{name}.budgets.{metric}"
-            require(metric in METRICS, f"{where} is no budget; use {', '.join(METRICS)}")
-            require(0 < share <= 1, f"{where}={share} is no share of the parent; give one like 0.5")
     _check_sizes(sizes, CostModel(axis_map))
     return Manifest(
         family=content["family"],
@@ -172,9 +168,13 @@ def _parse(content: Any, axis_map: AxisMap, file: Path) -> Manifest:
 
 
 def _check_sizes(sizes: Mapping[str, Size], cost: CostModel) -> None:
-    """Raises ConfigError for widths that do not cost what is recorded of them, and for sizes whose
-    budgets are out of order: the router knows sizes by their places."""
+    """Raises ConfigError for budgets that are none, for widths that do not cost what is recorded of
+    them, and for sizes whose budgets are out of order: the router knows sizes by their places."""
     for name, size in sizes.items():
+        for metric, share in size.budgets.items():
+            where = f"sizes.{name}.budgets.{metric}"
+            require(metric in METRICS, f"{where} is no budget; use {', '.join(METRICS)}")
+            require(0 < share <= 1, f"{where}={share} is no share of the parent; give one like 0.5")
         counted = cost.count(size.widths)
         for metric in COUNTED:
             now = counted.metric(metric)

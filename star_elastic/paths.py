@@ -64,6 +64,11 @@ def has_file(path: str | Path) -> bool:
     return kind == FILE
 
 
+def no_file(path: str | Path) -> str:
+    """What is wrong with a path at which there is neither a file nor a folder."""
+    return "is a device or a pipe" if exists(path) else "does not exist"
+
+
 def require_content(file: str | Path) -> None:
     """Raises CheckpointError for what git leaves in place of a file that it has not fetched."""
     try:

@@ -205,7 +205,7 @@ def require_loadable(path: Path, config: Config) -> None:
     _generation_config(path)
 
 
-def require_whole(path: str | Path) -> None:
+def require_checkpoint(path: str | Path) -> None:
     """Raises ConfigError or CheckpointError for what keeps a checkpoint from being loaded, as far
     as the files' headers show it: its config, weights and sizes, and its tokenizer if it has one.
     A path to a config.json names no checkpoint, and there is no more to say of it."""

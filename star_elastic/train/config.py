@@ -20,7 +20,7 @@ from star_elastic.amounts import parse_budget
 from star_elastic.cost import METRICS, Workload
 from star_elastic.errors import ConfigError, library_boundary
 from star_elastic.families.base import is_hub_name, not_a_directory
-from star_elastic.paths import exists, is_file, is_folder
+from star_elastic.paths import is_file, is_folder, no_file
 from star_elastic.quant.formats import FORMATS
 from star_elastic.router.router import Annealing
 from star_elastic.strict import MOST_ROWS, MOST_TOKENS, at, parse, require, require_within
@@ -34,8 +34,6 @@ MOST_OF_A_STEP = 2**30
 MOST = 2**62
 """Of whatever is only counted. More than any of these is a slip of the pen, and would fill the
 memory or never end."""
-
-
 LONGEST_NAME = 64
 """Characters of a size's name, which names files."""
 
@@ -464,8 +462,7 @@ def load_run_config(file: str | Path) -> RunConfig:
         advice = f", for example {file / inside[0]}" if inside else ""
         raise ConfigError(f"{file} is a directory; name a run config, which is a TOML file{advice}")
     if not is_file(file):
-        what = "is a device or a pipe" if exists(file) else "does not exist"
-        raise ConfigError(f"{file} {what}; name a run config (TOML)")
+        raise ConfigError(f"{file} {no_file(file)}; name a run config (TOML)")
     with library_boundary(
         f"{file} is not valid TOML", "correct the file, and save it as UTF-8", ConfigError
     ):

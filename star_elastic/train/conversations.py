@@ -90,10 +90,10 @@ class Conversations:
         self._eos = eos if isinstance(eos, str) else ""
         marks = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
         marks -= {str(tokenizer.bos_token), str(tokenizer.pad_token), self._eos}
-        eos = re.escape(self._eos) or "(?!)"
+        own = re.escape(self._eos) or "(?!)"
         other = "|".join(map(re.escape, sorted(marks))) or "(?!)"
         # Of other marks only those behind which nothing comes: some open a call of a tool.
-        self._end_of_turn = re.compile(rf"\s*(?:{eos})|\s*(?:{other})(?=(?:\s|{eos}|{other})*\Z)")
+        self._end_of_turn = re.compile(rf"\s*(?:{own}|(?:{other})(?=(?:\s|{own}|{other})*\Z))")
 
     def write(self, row: Mapping[str, Any], *, answers: bool) -> Written:
         """A row's conversation; with `answers`, its last turn must be the assistant's and be told

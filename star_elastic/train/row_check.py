@@ -4,6 +4,7 @@ something to teach; and what of them a tokenizer cannot write."""
 from __future__ import annotations
 
 import unicodedata
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -129,7 +130,7 @@ def _idle(source: Source, stage: int, context: int) -> str:
 # What a tokenizer cannot write, and what generation does not
 
 
-class _Remark:
+class _Remark(ABC):
     """What is to be told of rows of a source, counted, with the first of them."""
 
     def __init__(self, source: Source):
@@ -151,13 +152,13 @@ class _Remark:
             return []
         return [f"{self.count:,} of {self.looked_at:,} rows looked at {self.said()}"]
 
+    @abstractmethod
     def find(self, content: Mapping[str, Any], document: Document) -> str | None:
         """What stands before the place of the first such row; None for a row that is none."""
-        raise NotImplementedError
 
+    @abstractmethod
     def said(self) -> str:
         """What is so of these rows, and what to do."""
-        raise NotImplementedError
 
 
 class _Lost(_Remark):

@@ -10,7 +10,7 @@ import re
 from pathlib import Path
 
 from star_elastic.errors import ConfigError
-from star_elastic.paths import exists, is_file, is_folder, names_in
+from star_elastic.paths import exists, is_file, is_folder, names_in, no_file
 
 FIRST_BYTES = 1 << 16
 PARQUET = b"PAR1"
@@ -82,8 +82,7 @@ def find_files(name: str | Path) -> list[Path]:
         return [path] if _is_saved(path) else _inside(path)
     if exists(path) or not glob.has_magic(str(name)):
         if not is_file(path):
-            what = "is a device or a pipe" if exists(path) else "does not exist"
-            raise ConfigError(f"{path} {what}; name an existing JSONL file or dataset")
+            raise ConfigError(f"{path} {no_file(path)}; name an existing JSONL file or dataset")
         return [path]
     found = sorted(Path(file) for file in glob.glob(str(name), recursive=True))
     files = [file for file in found if is_file(file)]
