@@ -14,10 +14,10 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "star_elastic"
 # Each may import what stands before it, and itself.
 RANKS = (
-    "errors", "paths", "strict", "progress", "signals", "widths", "amounts", "axes", "cost",
-    "checkpoint", "companions", "latency", "families", "manifest", "stored", "placement", "quant",
-    "importance", "nesting", "router", "train", "generate", "evaluate", "bars", "terminal", "demo",
-    "commands", "cli",
+    "errors", "paths", "strict", "recent", "progress", "signals", "widths", "amounts", "axes",
+    "cost", "checkpoint", "companions", "latency", "families", "manifest", "stored", "placement",
+    "quant", "importance", "nesting", "router", "train", "generate", "evaluate", "bars",
+    "terminal", "demo", "commands", "cli",
 )  # fmt: skip
 LAZY_FACADE = PACKAGE / "__init__.py"
 

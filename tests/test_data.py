@@ -453,5 +453,4 @@ def test_a_small_source_is_rendered_once(tmp_path, tokenizer, monkeypatch, most)
     first, *others = ([source.document(row) for row in range(12)] for _ in range(3))
     assert all(other == first for other in others)
     assert len(rendered) == (12 if most == sources.KEPT_TOKENS > 100 else 36)
-    kept = source._kept._documents
-    assert sum(len(document.ids) for document in kept.values()) <= most
+    assert sum(len(document.ids) for document in source._kept.kept.values()) <= most

@@ -7,7 +7,6 @@ functional call. So a step costs what the size costs, and every layer may have w
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -39,6 +38,7 @@ from star_elastic.nesting.modules import (
 from star_elastic.nesting.skeleton import build_block, build_skeleton, without_memory
 from star_elastic.nesting.slice import slice_tensor
 from star_elastic.quant.fake import FakeQuantisation
+from star_elastic.recent import Recent
 from star_elastic.widths import Widths
 
 MAX_SKELETONS = 32
@@ -55,19 +55,6 @@ class Call:
     widths: Widths
     mixtures: Mixtures | None
     recompute: bool = False
-
-
-class _Skeletons(OrderedDict):
-    """Skeletons by what they were built for, least recently used dropped."""
-
-    def fetch(self, key, build) -> Any:
-        """The skeleton of a key, built on first use."""
-        if key not in self:
-            self[key] = build()
-            while len(self) > MAX_SKELETONS:
-                self.popitem(last=False)
-        self.move_to_end(key)
-        return self[key]
 
 
 class _Part(nn.Module):
@@ -89,7 +76,7 @@ class _Part(nn.Module):
             spec for spec in axis_map.tensors.values() if spec.layer == layer
         )
         self.norms: tuple[NormSpec, ...] = tuple(n for n in axis_map.norms if n.layer == layer)
-        self.skeletons = _Skeletons()
+        self.skeletons: Recent[Any, Any] = Recent(MAX_SKELETONS)
 
     def name(self, path: str) -> str:
         """A path of the model, seen from this part."""

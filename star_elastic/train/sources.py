@@ -11,7 +11,6 @@ import copy
 import hashlib
 import itertools
 import os
-from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +21,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from star_elastic.errors import CheckpointError, ConfigError, RowError
+from star_elastic.recent import Recent
 from star_elastic.train.config import SourceConfig
 from star_elastic.train.rendering import Document, LossOn, Renderer
 from star_elastic.train.row_files import Rows, open_rows
@@ -78,7 +78,8 @@ class Source:
         self._ends = list(itertools.accumulate(len(part) for part in self.parts))
         if not self.parts or not self._ends[-1]:
             raise ConfigError(f"{self.name or 'a source'} has no rows; name files that hold some")
-        self._kept = _Kept()
+        # Of a small source all: it is rendered once, however many epochs it is read for.
+        self._kept: Recent[int, Document] = Recent(KEPT_TOKENS, lambda own: len(own.ids))
         self.held_out: tuple[int, ...] = ()
         self._held_out: frozenset[int] = frozenset()
 
@@ -135,40 +136,15 @@ class Source:
     def document(self, row: int) -> Document:
         """A row's document, uncut. Raises RowError, naming the row, if it cannot be read as it was
         written."""
-        document = self._kept.find(row)
-        if document is None:
-            rows, within = self._find(row)
-            content = rows[within]
-            try:
-                document = self._renderer.document(content)
-            except RowError as error:
-                raise error.at(rows.where(within)) from error
-            self._kept.add(row, document)
-        return document
+        return self._kept.fetch(row, lambda: self._render(row))
 
-
-class _Kept:
-    """The documents that were read last, by row: of a small source all, which is rendered once
-    however many epochs it is read for."""
-
-    def __init__(self) -> None:
-        self._documents: OrderedDict[int, Document] = OrderedDict()
-        self._tokens = 0
-
-    def find(self, row: int) -> Document | None:
-        """A row's document, if it is kept."""
-        document = self._documents.get(row)
-        if document is not None:
-            self._documents.move_to_end(row)
-        return document
-
-    def add(self, row: int, document: Document) -> None:
-        """Keeps a document, and lets go of those that were read longest ago."""
-        self._documents[row] = document
-        self._tokens += len(document.ids)
-        while self._tokens > KEPT_TOKENS and self._documents:
-            _, oldest = self._documents.popitem(last=False)
-            self._tokens -= len(oldest.ids)
+    def _render(self, row: int) -> Document:
+        rows, within = self._find(row)
+        content = rows[within]
+        try:
+            return self._renderer.document(content)
+        except RowError as error:
+            raise error.at(rows.where(within)) from error
 
 
 def _told(name: str, found: Sequence[Path]) -> str:
@@ -226,20 +202,18 @@ class ShuffledEpochs:
     def __init__(self, size: int, key: str):
         self.size = size
         self.key = key
-        self._orders: OrderedDict[int, np.ndarray] = OrderedDict()
+        # Many epochs are in use at once only if they are short.
+        self._orders: Recent[int, np.ndarray] = Recent(max(3, KEPT_ROWS // size))
 
     def row(self, place: int) -> int:
         """The row at a place of the sequence."""
         epoch, within = divmod(place, self.size)
-        if epoch not in self._orders:
-            digest = hashlib.sha256(f"{self.key}/{epoch}".encode()).digest()
-            bits = np.random.Philox(key=int.from_bytes(digest[:16], "big"))
-            self._orders[epoch] = np.random.Generator(bits).permutation(self.size)
-            # Many epochs are in use at once only if they are short.
-            while len(self._orders) > max(3, KEPT_ROWS // self.size):
-                self._orders.popitem(last=False)
-        self._orders.move_to_end(epoch)
-        return int(self._orders[epoch][within])
+        return int(self._orders.fetch(epoch, lambda: self._shuffled(epoch))[within])
+
+    def _shuffled(self, epoch: int) -> np.ndarray:
+        digest = hashlib.sha256(f"{self.key}/{epoch}".encode()).digest()
+        bits = np.random.Philox(key=int.from_bytes(digest[:16], "big"))
+        return np.random.Generator(bits).permutation(self.size)
 
 
 @dataclass(frozen=True, slots=True)
