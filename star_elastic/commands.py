@@ -162,6 +162,7 @@ def rank(
     from star_elastic.nesting.submodel import load_parent, load_tokenizer
     from star_elastic.placement import choose_device, choose_dtype
     from star_elastic.train.calibrate import rank as rank_units
+    from star_elastic.train.fingerprint import digest_weights
     from star_elastic.train.row_kinds import find_files
     from star_elastic.train.sources import Source, calibration_batches
 
@@ -177,7 +178,13 @@ def rank(
     )
     with Bars(f"stopped; {out} was not written, ranking begins anew") as bars:
         scores, info = rank_units(
-            parent, axis_map, batches, num_samples=count, name=data.name, progress=bars
+            parent,
+            axis_map,
+            batches,
+            num_samples=count,
+            name=data.name,
+            weights=digest_weights(model),
+            progress=bars,
         )
         save_scores(out, scores, axis_map, info)
     result = {"scores": str(out), "samples": info.num_samples, "tokens": info.num_tokens}
@@ -380,24 +387,32 @@ def config_reference() -> None:
 
 
 def _check_rows(config: Any, as_json: bool) -> None:
-    """Tells what the rows of a run config are; exit code 2 if one is bad, also where a
+    """Tells what a run will do and what its rows are; exit code 2 if one is bad, also where a
     run would leave it out, or if a source has none to learn from."""
     from dataclasses import asdict
 
+    import torch
+
     from star_elastic.nesting.submodel import load_tokenizer
+    from star_elastic.placement import choose_device
     from star_elastic.train.calibrate import given_scores
     from star_elastic.train.check import check as check_config
+    from star_elastic.train.outlook import look_ahead
     from star_elastic.train.row_check import check_rows
     from star_elastic.train.sources import open_sources
 
-    axis_map = check_config(config).axis_map
-    given_scores(config, axis_map)
+    checked = check_config(config)
+    given = given_scores(config, checked.axis_map)
     tokenizer = load_tokenizer(config.parent)
-    sources = open_sources(config.data, tokenizer, axis_map.num_embeddings, config.seed)
+    sources = open_sources(config.data, tokenizer, checked.axis_map.num_embeddings, config.seed)
+    device = torch.device(choose_device("auto"))
+    outlook = look_ahead(config, checked, sources, device, given[1] if given else None)
     with Bars() as bars:
+        for fact in outlook.facts:
+            bars.say(fact)
         found = check_rows(config, sources, bars)
-    files = [line for source in sources for line in source.found]
-    print_json(asdict(found)) if as_json else print("\n".join([*files, *found.lines()]))
+    found.warnings[:0] = outlook.warnings
+    print_json(asdict(found)) if as_json else print("\n".join(found.lines()))
     if not found.is_sound:
         raise typer.Exit(2)
 
@@ -594,12 +609,38 @@ def check(
     from star_elastic.quant.engines import check_engines
 
     require_checkpoint(checkpoint)
+    _require_family(checkpoint)
     verdicts = check_engines(checkpoint)
     if as_json:
         print_json({"checkpoint": str(checkpoint), "engines": [asdict(v) for v in verdicts]})
         return
     rows = [[v.engine, "yes" if v.runs else "no", v.note] for v in verdicts]
     print_table(str(checkpoint), ["runs on", "", "what to know"], rows, text=3)
+
+
+def _require_family(path: Path) -> None:
+    """Raises CheckpointError for a file that a family has beside its weights and that is damaged,
+    or another model's. Of other checkpoints there is nothing to say."""
+    from star_elastic.companions import LATENCY, MANIFEST, ROUTER
+    from star_elastic.families import family_of, read_config
+    from star_elastic.latency import load_table
+    from star_elastic.manifest import load_manifest
+    from star_elastic.nesting.submodel import load_sorting
+    from star_elastic.quant.checkpoint import load_input_scales
+    from star_elastic.router.files import load_router
+
+    if not is_folder(path) or not has_file(path / MANIFEST):
+        return
+    config = read_config(path)
+    axis_map = family_of(config).axis_map(config)
+    manifest = load_manifest(path, axis_map)
+    load_sorting(path, axis_map)
+    if has_file(path / ROUTER):
+        load_router(path, manifest, axis_map)
+    if has_file(path / LATENCY):
+        load_table(path / LATENCY, axis_map)
+    for name in manifest.sizes:
+        load_input_scales(path, name)
 
 
 @app.command()

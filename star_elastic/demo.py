@@ -23,8 +23,7 @@ import transformers
 
 import star_elastic
 from star_elastic.axes import LAYERS
-from star_elastic.checkpoint import load_tensors, require_folder, write_json, write_text
-from star_elastic.companions import BASIS
+from star_elastic.checkpoint import require_folder, write_json, write_text
 from star_elastic.cost import CostModel, Workload
 from star_elastic.errors import CheckpointError, Interrupted
 from star_elastic.evaluate.accuracy import Evaluation, evaluate_plan
@@ -34,10 +33,8 @@ from star_elastic.families import read_config
 from star_elastic.generate.family import ElasticFamily, load
 from star_elastic.generate.phased import PhasedGenerator
 from star_elastic.generate.phases import Plan, think_and_answer
-from star_elastic.importance.files import load_scores
-from star_elastic.importance.orders import orders_from_scores
 from star_elastic.nesting.stream import slice_checkpoint
-from star_elastic.nesting.submodel import build_submodel, load_parent, sort_in_place
+from star_elastic.nesting.submodel import build_submodel, load_parent, load_sorting, sort_in_place
 from star_elastic.paths import exists, names_in
 from star_elastic.progress import Progress, Silent
 from star_elastic.strict import to_plain
@@ -191,7 +188,9 @@ def run_recipe(recipe: Recipe, out: str | Path, progress: Progress | None = None
     cut_slices(family, out / "slices", progress)
     problems = sample_problems(TASKS, "test", recipe.problems_per_task, recipe.seed)
     generator = PhasedGenerator(
-        _models(family, recipe.parent_folder, run), family.tokenizer, family.table.end_of_thinking
+        _models(family, recipe.parent_folder, elastic),
+        family.tokenizer,
+        family.table.end_of_thinking,
     )
     evaluations = evaluate(generator, problems, plans(recipe), progress)
     solved = problems[:: max(len(problems) // KL_PROBLEMS, 1)]
@@ -256,13 +255,11 @@ def cut_slices(family: ElasticFamily, directory: Path, progress: Progress) -> No
         progress.advance(number, name)
 
 
-def _models(family: ElasticFamily, path: Path, run: Path) -> dict:
+def _models(family: ElasticFamily, path: Path, elastic: Path) -> dict:
     """The parent, every size, and the same widths cut from the sorted parent without training."""
     parent, config = load_parent(path)
-    basis = load_tensors(run / BASIS)["hidden"]
     models: dict = {PARENT: parent, **{name: family[name] for name in family.sizes}}
-    scores, _ = load_scores(run / "scores.safetensors", family.axis_map)
-    orders = orders_from_scores(scores, family.axis_map)
+    orders, basis = load_sorting(elastic, family.axis_map)
     sorted_parent, _ = load_parent(path)
     sort_in_place(sorted_parent, family.axis_map, orders, basis)
     for name, size in family.sizes.items():

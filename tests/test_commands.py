@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import time
 from collections.abc import Callable
 from itertools import groupby
@@ -19,6 +20,7 @@ from safetensors.torch import load_file
 
 import star_elastic
 from star_elastic import demo
+from star_elastic.checkpoint import save_tensors
 from star_elastic.cli import main
 from star_elastic.commands import program
 from star_elastic.cost import CostModel, Workload
@@ -31,6 +33,7 @@ from star_elastic.generate.family import load
 from star_elastic.generate.phased import PhasedGenerator
 from star_elastic.generate.phases import Plan, parse_phases
 from star_elastic.importance.files import load_scores
+from star_elastic.importance.orders import random_orders
 from star_elastic.nesting import submodel
 from star_elastic.nesting.submodel import load_parent
 from star_elastic.quant.checkpoint import load_input_scales
@@ -251,11 +254,18 @@ def test_the_reference_of_the_run_config(printed):
 
 
 @hears("train", "check_only")
-def test_train_reads_every_row_and_trains_nothing(run_folder, printed, told):
+def test_train_reads_every_row_and_trains_nothing(run_folder, printed, told, capsys):
     config_in(run_folder, "only-read")
     counted = len((run_folder / "rows.jsonl").read_text().splitlines())
-    assert f"{counted} rows" in printed("train", run_folder / "only-read.toml", "--check")
-    assert told("train", run_folder / "only-read.toml", "--check")["rows"] == counted
+    main(["train", str(run_folder / "only-read.toml"), "--check"])
+    shown = capsys.readouterr()
+    assert f"{counted} rows" in shown.out and "size small: " in shown.err
+    found = told("train", run_folder / "only-read.toml", "--check")
+    (few_steps,) = found["warnings"]
+    assert found["rows"] == counted and f"warning: {few_steps}" in shown.out
+    config_in(run_folder, "only-read", **{"warmup_steps = 2": "warmup_steps = 400"})
+    more = told("train", run_folder / "only-read.toml", "--check")["warnings"]
+    assert few_steps in more and any("warmup_steps=400" in line for line in more)
     scored = {"num_samples = 16": 'scores = "nowhere.safetensors"'}
     config_in(run_folder, "only-scores", **scored)
     with pytest.raises(SystemExit) as ended:
@@ -387,6 +397,35 @@ def test_quantize(blocks, run_folder, tmp_path, told, printed):
         assert (out / "hf_quant_config.json").is_file() == (entry is not None)
     model, _ = load_parent(tmp_path / "compressed-tensors")
     assert model.quantised_inputs is not None
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        *((name, None) for name in ("router", "orders", "basis", "latency", "input_scales")),
+        ("router", {"hidden": torch.zeros(2)}),
+        ("orders", {"hidden": torch.zeros(48, dtype=torch.int64)}),
+        ("basis", {"hidden": torch.zeros(48, 48)}),
+    ],
+)
+def test_check_reads_what_a_family_has_beside_its_weights(blocks, tmp_path, capsys, name, content):
+    """Whatever file it is, one that is cut off or another model's is told by its name."""
+    family = shutil.copytree(blocks, tmp_path / "family")
+    axis_map = family_of(config := read_config(family)).axis_map(config)
+    save_tensors(family / "orders.safetensors", random_orders(axis_map, 0))
+    save_tensors(family / "basis.safetensors", {"hidden": torch.eye(48)})
+    main(["check", str(family)])
+    file = family / ("latency.json" if name == "latency" else f"{name}.safetensors")
+    if content is None:
+        file.write_bytes(file.read_bytes()[:40] if file.exists() else b"{")
+    else:
+        save_tensors(file, content)
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as ended:
+        main(["check", str(family)])
+    said = capsys.readouterr()
+    assert ended.value.code == 2 and not said.out
+    assert str(file) in said.err and "; " in said.err, said.err
 
 
 @hears("check", "checkpoint", "as_json")

@@ -488,7 +488,7 @@ def some_scores(axis_map: AxisMap) -> dict[str, torch.Tensor]:
     }
 
 
-INFO = ScoreInfo(num_samples=3, num_tokens=20, source="some text")
+INFO = ScoreInfo(num_samples=3, num_tokens=20, source="some text", weights="0123456789abcdef")
 
 
 def test_scores_survive_the_disk(parent: Parent, tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -17,11 +18,14 @@ from star_elastic.errors import ConfigError, RowError
 from star_elastic.importance.files import ScoreInfo, load_scores, save_scores
 from star_elastic.latency import save_table
 from star_elastic.nesting.gate import Mixture
+from star_elastic.nesting.submodel import load_tokenizer
 from star_elastic.train import loop
 from star_elastic.train import run as run_module
 from star_elastic.train.config import RunConfig, load_run_config
 from star_elastic.train.losses import next_token_targets, sampled_kl
+from star_elastic.train.outlook import look_ahead
 from star_elastic.train.run import train
+from star_elastic.train.sources import open_sources
 from star_elastic.widths import Widths
 from tests.latencies import made_up
 from tests.tiny_run import RUN, TINY, config_in, make_folder, metrics
@@ -312,7 +316,7 @@ def test_given_scores_order_the_units(run_folder, scores, tmp_path):
     checked = run_module.check(config)
     known, _ = load_scores(scores, checked.axis_map)
     upside_down = {key: 1 / (1 + value) for key, value in known.items()}
-    info = ScoreInfo(num_samples=1, num_tokens=1, source="turned")
+    info = ScoreInfo(num_samples=1, num_tokens=1, source="turned", weights="other")
     save_scores(tmp_path / "turned.safetensors", upside_down, checked.axis_map, info)
     given = f'scores = "{tmp_path / "turned.safetensors"}"'
     changes = {"tokens = 15360": "tokens = 384", "num_samples = 16": given, **FIXED}
@@ -323,6 +327,18 @@ def test_given_scores_order_the_units(run_folder, scores, tmp_path):
         groups = checked.axis_map.axes[name].num_groups
         ours, theirs = (o[key].reshape(groups, -1) for o in (orders, plain))
         assert torch.equal(ours[:, 0], theirs[:, -1]), key
+
+
+def test_scores_of_other_weights_are_told(run_folder, scores, tmp_path):
+    """Nothing in their shapes shows it; of the parent's own there is nothing to say."""
+    _, info = load_scores(scores, run_module.check(config_in(run_folder, "own")).axis_map)
+    for weights, told in ((info.weights, 0), ("0123456789abcdef", 1)):
+        config = config_in(run_folder, "own", **{"num_samples = 16": f'scores = "{scores}"'})
+        given = replace(info, weights=weights)
+        sources = open_sources(config.data, load_tokenizer(config.parent), 1000)
+        outlook = look_ahead(config, run_module.check(config), sources, torch.device("cpu"), given)
+        said = [line for line in outlook.warnings if "were measured on other files" in line]
+        assert len(said) == told, weights
 
 
 @hears("calibration.basis")

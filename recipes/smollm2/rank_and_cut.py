@@ -43,6 +43,7 @@ from star_elastic.importance.orders import magnitude_scores, orders_from_scores,
 from star_elastic.nesting.slice import Orders, sort_state
 from star_elastic.nesting.stream import slice_checkpoint, sort_checkpoint
 from star_elastic.nesting.submodel import build_submodel, load_parent
+from star_elastic.train.fingerprint import digest_weights
 from star_elastic.widths import Widths
 
 REMOVED = (0.1, 0.2, 0.3)
@@ -191,7 +192,10 @@ def rank(
     batches = ((ids, torch.ones_like(ids)) for ids in windows.split(4))
     scores = estimate_scores(model, axis_map, batches, progress)
     info = ScoreInfo(
-        num_samples=len(windows), num_tokens=windows.numel(), source="calibration.jsonl"
+        num_samples=len(windows),
+        num_tokens=windows.numel(),
+        source="calibration.jsonl",
+        weights=digest_weights(run.work / "parent"),
     )
     save_scores(run.work / "smollm2_scores.safetensors", scores, axis_map, info)
     return scores

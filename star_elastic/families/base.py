@@ -51,11 +51,6 @@ class Family(Protocol):
     copies: Mapping[str, str]
     """On-disk tensors that a file may hold beside the one that they must equal (tied heads)."""
 
-    def max_positions(self, config: Config) -> int | None:
-        """Tokens of the longest text that the model's positions are made for; None if it has no
-        positions."""
-        ...
-
     def axis_map(self, config: Config) -> AxisMap:
         """The axis map of the model of this config. Raises ConfigError on an invalid config."""
         ...

@@ -51,10 +51,6 @@ class Llama:
     ignored: tuple[str, ...] = ("rotary_emb.inv_freq",)
     copies: Mapping[str, str] = MappingProxyType({"lm_head.weight": "model.embed_tokens.weight"})
 
-    def max_positions(self, config: Config) -> int | None:
-        """See `Family.max_positions`."""
-        return get_int(config, "max_position_embeddings", 2048)
-
     def axis_map(self, config: Config) -> AxisMap:
         """See `Family.axis_map`. Defaults are those of transformers' LlamaConfig."""
         num_layers = get_int(config, "num_hidden_layers", 32, most=MOST_LAYERS)

@@ -338,10 +338,6 @@ class NemotronH:
     ignored: tuple[str, ...] = ("mtp.",)
     copies: Mapping[str, str] = MappingProxyType({})
 
-    def max_positions(self, config: Config) -> int | None:
-        """See `Family.max_positions`: order comes from the Mamba layers alone."""
-        return None
-
     def axis_map(self, config: Config) -> AxisMap:
         """See `Family.axis_map`."""
         shape = read_shape(config)

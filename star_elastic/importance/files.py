@@ -13,16 +13,18 @@ from star_elastic.checkpoint import load_tensors, save_tensors
 from star_elastic.errors import CheckpointError, library_boundary
 from star_elastic.importance.orders import Scores, check_scores
 
-FORMAT = "star_elastic scores 2"
+FORMAT = "star_elastic scores 3"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ScoreInfo:
-    """What scores were measured on: samples, unmasked tokens, and a name of the text."""
+    """What scores were measured on: samples, unmasked tokens, a name of the text, and a digest of
+    the model's files."""
 
     num_samples: int
     num_tokens: int
     source: str
+    weights: str
 
 
 def save_scores(file: str | Path, scores: Scores, axis_map: AxisMap, info: ScoreInfo) -> None:
@@ -35,6 +37,7 @@ def save_scores(file: str | Path, scores: Scores, axis_map: AxisMap, info: Score
         "num_samples": str(info.num_samples),
         "num_tokens": str(info.num_tokens),
         "source": info.source,
+        "weights": info.weights,
     }
     save_tensors(file, scores, metadata)
 
@@ -50,7 +53,7 @@ def load_scores(file: str | Path, axis_map: AxisMap) -> tuple[dict[str, torch.Te
         metadata = handle.metadata() or {}
     if metadata.get("format") != FORMAT:
         raise CheckpointError(
-            f"{file} holds no importance scores; make some with star-elastic rank"
+            f"{file} holds no importance scores of this version; make some with star-elastic rank"
         )
     if metadata.get("family") != axis_map.family:
         raise CheckpointError(
@@ -63,6 +66,7 @@ def load_scores(file: str | Path, axis_map: AxisMap) -> tuple[dict[str, torch.Te
             num_samples=int(metadata["num_samples"]),
             num_tokens=int(metadata["num_tokens"]),
             source=metadata["source"],
+            weights=metadata["weights"],
         )
     return {key: scores[key] for key in axis_keys(axis_map)}, info
 

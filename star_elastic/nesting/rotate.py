@@ -31,6 +31,16 @@ def check_rotatable(axis_map: AxisMap) -> None:
             )
 
 
+def check_basis(basis_HH: torch.Tensor, axis_map: AxisMap) -> None:
+    """Raises ShapeError unless the columns of a basis (H, H) are orthonormal."""
+    size = axis_map.axes[HIDDEN].size
+    basis = basis_HH.double()
+    identity = torch.eye(size, dtype=torch.float64, device=basis.device)
+    # Written so that values that are no numbers fail too.
+    if basis.shape != (size, size) or not (basis.mT @ basis - identity).abs().max() <= ORTHONORMAL:
+        raise ShapeError(f"the basis is not orthonormal over {size} channels; estimate it again")
+
+
 def readers(axis_map: AxisMap, path: str) -> list[TensorSpec]:
     """Tensors under a module that read the residual stream along their last dimension."""
     return [
@@ -51,11 +61,8 @@ def rotate_state(
     ShapeError if the basis is not orthonormal or a norm cannot be folded.
     """
     check_rotatable(axis_map)
-    size = axis_map.axes[HIDDEN].size
+    check_basis(basis_HH, axis_map)
     basis = basis_HH.double()
-    identity = torch.eye(size, dtype=torch.float64, device=basis.device)
-    if basis.shape != (size, size) or (basis.mT @ basis - identity).abs().max() > ORTHONORMAL:
-        raise ShapeError(f"the basis is not orthonormal over {size} channels; estimate it again")
     folded: dict[str, torch.Tensor] = {}
     norms = [norm for norm in axis_map.norms if norm.axis == HIDDEN]
     for norm in norms:

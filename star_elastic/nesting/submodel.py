@@ -5,7 +5,8 @@ The slices are assigned, as views where possible, so that all sizes share one co
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,22 +22,26 @@ from transformers import (
 from transformers.utils import GENERATION_CONFIG_NAME
 
 from star_elastic.axes import AxisMap
-from star_elastic.checkpoint import CheckpointReader
-from star_elastic.companions import MANIFEST, reading_files, require_reading_files
-from star_elastic.errors import CheckpointError, library_boundary, not_jinja
+from star_elastic.checkpoint import CheckpointReader, load_tensors
+from star_elastic.companions import (
+    BASIS,
+    ORDERS,
+    reading_files,
+    require_reading_files,
+)
+from star_elastic.errors import CheckpointError, ShapeError, library_boundary, not_jinja
 from star_elastic.families import family_of, read_config
 from star_elastic.families.base import Config
-from star_elastic.manifest import load_manifest
 from star_elastic.nesting.model_config import buildable_config, model_config
 from star_elastic.nesting.resident import nested_names, share_nested
-from star_elastic.nesting.rotate import rotate_state
+from star_elastic.nesting.rotate import check_basis, rotate_state
 from star_elastic.nesting.skeleton import (
     build_skeleton,
     build_skeleton_at,
     building_of,
     probe_positions,
 )
-from star_elastic.nesting.slice import Orders, slice_state, sort_state
+from star_elastic.nesting.slice import Orders, check_orders, slice_state, sort_state
 from star_elastic.paths import has_file, is_file
 from star_elastic.quant.checkpoint import model_state, read_input_scales
 from star_elastic.quant.engines import require_readable
@@ -207,7 +212,7 @@ def require_loadable(path: Path, config: Config) -> None:
 
 def require_checkpoint(path: str | Path) -> None:
     """Raises ConfigError or CheckpointError for what keeps a checkpoint from being loaded, as far
-    as the files' headers show it: its config, weights and sizes, and its tokenizer if it has one.
+    as the files' headers show it: its config and weights, and its tokenizer if it has one.
     A path to a config.json names no checkpoint, and there is no more to say of it."""
     path = Path(path)
     if is_file(path):
@@ -223,8 +228,6 @@ def require_checkpoint(path: str | Path) -> None:
     require_loadable(path, config)
     if any("template" not in file.name.lower() for file in reading_files(path)):
         _require_template(load_tokenizer(path))
-    if has_file(path / MANIFEST):
-        load_manifest(path, axis_map)
 
 
 def _require_template(tokenizer: PreTrainedTokenizerBase) -> None:
@@ -253,6 +256,39 @@ def _assign(model: Any, state: Mapping[str, torch.Tensor]) -> tuple[Any, dict[st
     missing = [name for name, value in model.named_parameters() if value.is_meta]
     model.requires_grad_(False)
     return model, {"missing_keys": missing, "unexpected_keys": unexpected}
+
+
+def load_sorting(
+    family: Path, axis_map: AxisMap
+) -> tuple[dict[str, torch.Tensor], torch.Tensor | None]:
+    """How the parent of a family was sorted, as far as the family says: the order of every axis
+    (empty if it does not say) and the basis (H, H) of the residual stream.
+
+    Raises CheckpointError for files that are damaged or another model's.
+    """
+    orders: dict[str, torch.Tensor] = {}
+    if has_file(file := family / ORDERS):
+        orders = load_tensors(file)
+        with _one_of(file, axis_map):
+            check_orders(orders, axis_map)
+    if not has_file(file := family / BASIS):
+        return orders, None
+    found = load_tensors(file)
+    with _one_of(file, axis_map):
+        if "hidden" not in found:
+            raise ShapeError("it holds no basis of the residual stream")
+        check_basis(found["hidden"], axis_map)
+    return orders, found["hidden"]
+
+
+@contextmanager
+def _one_of(file: Path, axis_map: AxisMap) -> Iterator[None]:
+    try:
+        yield
+    except ShapeError as error:
+        raise CheckpointError(
+            f"{file} does not fit this {axis_map.family} model ({error}); restore the file"
+        ) from None
 
 
 def sort_in_place(

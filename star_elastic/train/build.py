@@ -8,10 +8,9 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
-from star_elastic.checkpoint import load_tensors
-from star_elastic.companions import BASIS, ORDERS
+from star_elastic.axes import AxisMap
 from star_elastic.nesting.elastic import ElasticModel
-from star_elastic.nesting.submodel import load_parent, sort_in_place
+from star_elastic.nesting.submodel import load_parent, load_sorting, sort_in_place
 from star_elastic.paths import has_file
 from star_elastic.progress import Progress
 from star_elastic.quant.fake import FILE_NAME as FAKE
@@ -47,7 +46,7 @@ def build_trainer(
     """
     device = str(world.device)
     if config.family:
-        parent, orders, basis = _family(config, device)
+        parent, orders, basis = _family(config, checked.axis_map, device)
         grid = checked.grid
     else:
         parent, orders, basis, grid = _sorted(config, checked, sources, run, progress, world)
@@ -79,14 +78,12 @@ def build_trainer(
 
 
 def _family(
-    config: RunConfig, device: str
+    config: RunConfig, axis_map: AxisMap, device: str
 ) -> tuple[PreTrainedModel, dict[str, torch.Tensor], torch.Tensor | None]:
     """The weights of a family that is trained on, with the order and basis that it is in."""
     family = Path(config.family)
     parent, _ = load_parent(family, device=device)
-    orders = load_tensors(family / ORDERS) if has_file(family / ORDERS) else {}
-    basis = load_tensors(family / BASIS)["hidden"] if has_file(family / BASIS) else None
-    return parent, orders, basis
+    return parent, *load_sorting(family, axis_map)
 
 
 def _fake(

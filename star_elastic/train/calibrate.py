@@ -25,6 +25,7 @@ from star_elastic.nesting.submodel import build_submodel
 from star_elastic.paths import has_file
 from star_elastic.progress import Progress
 from star_elastic.train.config import RunConfig
+from star_elastic.train.fingerprint import digest_weights
 from star_elastic.train.sources import Batch, Source, calibration_batches
 
 SCORES, DEPTH = "scores.safetensors", "depth.safetensors"
@@ -79,6 +80,7 @@ class Calibration:
                 self.batches(count),
                 num_samples=count,
                 name=", ".join(source.name for source in self.sources),
+                weights=digest_weights(self.config.parent),
                 progress=self.progress,
             )
             if write:
@@ -142,10 +144,11 @@ def rank(
     *,
     num_samples: int,
     name: str,
+    weights: str,
     progress: Progress,
 ) -> tuple[dict[str, torch.Tensor], ScoreInfo]:
     """Importance scores on rows in batches, at most `num_samples`, and what they were measured
-    on."""
+    on: data of a `name`, and a model whose `weights` have a digest."""
     num_rows = num_tokens = 0
 
     def counted() -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
@@ -156,7 +159,9 @@ def rank(
             yield batch.input_ids, batch.attention_mask
 
     scores = estimate_scores(model, axis_map, counted())
-    return scores, ScoreInfo(num_samples=num_rows, num_tokens=num_tokens, source=name)
+    return scores, ScoreInfo(
+        num_samples=num_rows, num_tokens=num_tokens, source=name, weights=weights
+    )
 
 
 def watched(

@@ -173,8 +173,9 @@ def require_covered(table: LatencyTable, grid: Grid) -> None:
 
 def beyond_positions(config: RunConfig, model_config: Config) -> list[str]:
     """A line for every length of text in the config that is beyond the positions that the parent
-    was made for. It runs there (positions are rotary), but untrained."""
-    most = family_of(model_config).max_positions(model_config)
+    was made for. It runs there (positions are rotary or come from Mamba layers), but untrained, and
+    no text as long as that is ever generated."""
+    most = model_config.get("max_position_embeddings")
     lengths = {f"stages[{n}].context": stage.context for n, stage in enumerate(config.stages)}
     lengths["calibration.context"] = config.calibration.context
     return [

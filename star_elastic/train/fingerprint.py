@@ -28,11 +28,14 @@ FAMILY = (MANIFEST, ORDERS, BASIS, ROUTER)
 def model_files(directory: str | Path) -> list[Path]:
     """The files of a checkpoint that decide what it computes and how it reads text."""
     path = Path(directory)
-    names = ["config.json", *FAMILY]
+    files = {path / name for name in FAMILY} | set(reading_files(path))
+    return sorted([*_weight_files(path), *(file for file in files if is_file(file))])
+
+
+def _weight_files(path: Path) -> list[Path]:
     # With both present, the single file is read.
-    names += [SINGLE_NAME] if is_file(path / SINGLE_NAME) else [INDEX_NAME, *_shards(path)]
-    files = {path / name for name in names} | set(reading_files(path))
-    return sorted(file for file in files if is_file(file))
+    names = [SINGLE_NAME] if is_file(path / SINGLE_NAME) else [INDEX_NAME, *_shards(path)]
+    return sorted(path / name for name in {"config.json", *names} if is_file(path / name))
 
 
 def _shards(path: Path) -> list[str]:
@@ -46,6 +49,12 @@ def _shards(path: Path) -> list[str]:
 def digest_model(directory: str | Path) -> str:
     """What a checkpoint is, as 16 hexadecimal digits."""
     return digest_files(model_files(directory))
+
+
+def digest_weights(directory: str | Path) -> str:
+    """What the weights of a checkpoint are, whatever it reads text with. One model saved twice, in
+    other files or another dtype, has two of them."""
+    return digest_files(_weight_files(Path(directory)))
 
 
 def sample_data(sources: Sequence[Source]) -> list[dict[str, Any]]:

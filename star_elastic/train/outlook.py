@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 from star_elastic.amounts import show_amount
+from star_elastic.importance.files import ScoreInfo
 from star_elastic.paths import is_file
 from star_elastic.progress import Progress
 from star_elastic.router.commit import LEARNED
@@ -24,7 +25,7 @@ from star_elastic.train.config import RunConfig
 from star_elastic.train.curriculum import Curriculum
 from star_elastic.train.directory import ELASTIC, TEACHER
 from star_elastic.train.distributed import multiplies_bf16
-from star_elastic.train.row_check import warn_of_rows
+from star_elastic.train.fingerprint import digest_weights
 from star_elastic.train.sources import Source
 from star_elastic.train.state import STATE
 
@@ -56,9 +57,11 @@ def look_ahead(
     checked: Checked,
     sources: Sequence[Source],
     device: torch.device,
+    given: ScoreInfo | None = None,
 ) -> Outlook:
-    """What a checked run will do on a device (one of those of all ranks)."""
-    look = _Look(config, checked, sources, device)
+    """What a checked run will do on a device (one of those of all ranks), with scores that its
+    config names, if it does."""
+    look = _Look(config, checked, sources, device, given)
     return Outlook(tuple(look.facts()), tuple(look.warnings()))
 
 
@@ -69,8 +72,10 @@ class _Look:
         checked: Checked,
         sources: Sequence[Source],
         device: torch.device,
+        given: ScoreInfo | None,
     ):
         self.config, self.checked, self.sources, self.device = config, checked, sources, device
+        self.given = given
         self.num_rows = sum(source.num_used for source in sources)
         self.run = Path(config.out)
         self.steps = Curriculum(config.stages).num_steps
@@ -166,11 +171,19 @@ class _Look:
     def warnings(self) -> Iterator[str]:
         """What looks wrong: what is so, and what to do."""
         yield from beyond_positions(self.config, self.checked.model_config)
-        yield from (line for source in self.sources for line in warn_of_rows(source))
+        yield from self._score_warnings()
         yield from self._stage_warnings()
         yield from self._router_warnings()
         yield from self._size_warnings()
         yield from self._machine_warnings()
+
+    def _score_warnings(self) -> Iterator[str]:
+        if self.given and self.given.weights != digest_weights(self.config.parent):
+            yield (
+                f"calibration.scores={self.config.calibration.scores} were measured on other files "
+                f"than those of {self.config.parent}: unless these are the same weights saved "
+                "anew, rank this parent (star-elastic rank)"
+            )
 
     def _stage_warnings(self) -> Iterator[str]:
         for number, stage in enumerate(self.config.stages):

@@ -52,7 +52,7 @@ from star_elastic.train.loop import StepReport, Trainer
 from star_elastic.train.outlook import look_ahead
 from star_elastic.train.pace import Pace
 from star_elastic.train.quantise import quantise_family
-from star_elastic.train.row_check import require_lessons
+from star_elastic.train.row_check import require_lessons, warn_of_rows
 from star_elastic.train.sources import Document, Source, open_sources
 from star_elastic.train.state import has_state, load_state, save_state
 from star_elastic.train.verdict import (
@@ -155,7 +155,10 @@ def _train(config: RunConfig, resume: bool, shown: Progress, stop: Stop, world: 
             if not has_state(run):
                 with _told_of_rows("start again"):
                     require_lessons(config, sources, progress)
-                look_ahead(config, checked, sources, world.device).say(progress)
+                info = given[1] if given else None
+                look_ahead(config, checked, sources, world.device, info).say(progress)
+                for line in (line for source in sources for line in warn_of_rows(source)):
+                    progress.say(f"warning: {line}")
                 if given and world.is_first:  # from here on the run's config is fixed
                     save_scores(run / SCORES, given[0], checked.axis_map, given[1])
                 world.wait()

@@ -16,8 +16,7 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from star_elastic.checkpoint import load_tensors, write_json
-from star_elastic.companions import BASIS, ORDERS
+from star_elastic.checkpoint import write_json
 from star_elastic.errors import RowError
 from star_elastic.families import family_of, read_config
 from star_elastic.manifest import Size, load_manifest
@@ -25,10 +24,10 @@ from star_elastic.nesting.submodel import (
     build_submodel,
     end_of_turn,
     load_parent,
+    load_sorting,
     load_tokenizer,
     sort_in_place,
 )
-from star_elastic.paths import has_file
 from star_elastic.progress import Progress
 from star_elastic.quant.checkpoint import load_input_scales
 from star_elastic.train.divergence import (
@@ -178,8 +177,7 @@ def judge_run(
     """
     judge = _Judge(held_out, load_tokenizer(parent), progress)
     family, judged = _Family(elastic), _Family(quantised or elastic)
-    orders = load_tensors(elastic / ORDERS) if has_file(elastic / ORDERS) else {}
-    basis = load_tensors(elastic / BASIS)["hidden"] if has_file(elastic / BASIS) else None
+    orders, basis = load_sorting(elastic, family.axis_map)
     cut = {n: s.widths for n, s in family.sizes.items() if not family.is_full(s)}
     if not orders:  # whoever made the family did not say
         cut = {}
