@@ -404,11 +404,12 @@ def _flush(path: Path) -> None:
 def save_tensors(file: Path, tensors: Mapping[str, torch.Tensor], metadata=None) -> None:
     """A small safetensors file, written under a temporary name and renamed into place. Raises
     CheckpointError if the disk does not take it."""
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     contiguous = {name: value.detach().contiguous() for name, value in tensors.items()}
     with _replaced(file) as temporary:
-        save_file(contiguous, temporary, metadata=metadata)
+        # Not by `save_file`, which gives files to their owner alone, whatever the umask.
+        temporary.write_bytes(save(contiguous, metadata))
 
 
 def load_tensors(file: Path) -> dict[str, torch.Tensor]:
@@ -417,5 +418,6 @@ def load_tensors(file: Path) -> dict[str, torch.Tensor]:
 
     if not has_file(file):
         raise CheckpointError(f"{file} does not exist; name an existing safetensors file")
+    require_content(file)
     with library_boundary(f"{file} cannot be read", "restore the file"):
         return load_file(file)

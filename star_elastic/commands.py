@@ -30,7 +30,7 @@ from star_elastic.generate.phases import (
 )
 from star_elastic.paths import exists, has_file, is_folder
 from star_elastic.progress import staged
-from star_elastic.signals import is_first_rank
+from star_elastic.signals import is_first_rank, num_ranks
 from star_elastic.strict import MOST_ROWS, MOST_TOKENS
 from star_elastic.terminal import (
     print_generation,
@@ -360,7 +360,8 @@ def train(
 
     config = load_run_config(run)
     if check_only:
-        _check_rows(config, as_json)
+        if is_first_rank():  # one of them reads for all
+            _check_rows(config, as_json)
         return
     with Bars() as bars:
         result = run_training(config, resume=resume, progress=bars)
@@ -393,24 +394,32 @@ def _check_rows(config: Any, as_json: bool) -> None:
 
     import torch
 
-    from star_elastic.nesting.submodel import load_tokenizer
+    from star_elastic.checkpoint import require_folder
+    from star_elastic.nesting.submodel import load_tokenizer, stop_tokens
     from star_elastic.placement import choose_device
     from star_elastic.train.calibrate import given_scores
     from star_elastic.train.check import check as check_config
+    from star_elastic.train.directory import require_ready
     from star_elastic.train.outlook import look_ahead
     from star_elastic.train.row_check import check_rows
     from star_elastic.train.sources import open_sources
+    from star_elastic.train.state import has_state
 
-    checked = check_config(config)
+    checked = check_config(config, num_ranks())
     given = given_scores(config, checked.axis_map)
     tokenizer = load_tokenizer(config.parent)
     sources = open_sources(config.data, tokenizer, checked.axis_map.num_embeddings, config.seed)
     device = torch.device(choose_device("auto"))
+    run = Path(config.out)
+    require_folder(run)
+    if exists(run) and not has_state(run):  # a run that goes on is looked at for its data alone
+        require_ready(run, config, sources, resume=False)
     outlook = look_ahead(config, checked, sources, device, given[1] if given else None)
     with Bars() as bars:
         for fact in outlook.facts:
             bars.say(fact)
-        found = check_rows(config, sources, bars)
+        ends = stop_tokens(config.parent, tokenizer)
+        found = check_rows(config, sources, bars, ends)
     found.warnings[:0] = outlook.warnings
     print_json(asdict(found)) if as_json else print("\n".join(found.lines()))
     if not found.is_sound:
@@ -510,7 +519,7 @@ def slice_size(
             given = float(amount)
         chosen = widths_for(elastic, manifest, axis_map, {metric: given}).widths
     with Bars(f"stopped; {out} was not written") as bars:
-        scales = load_input_scales(elastic, size) if size else {}
+        scales = load_input_scales(elastic, manifest, size) if size else {}
         slice_checkpoint(
             elastic, chosen, out, input_scales=scales, layout=layout,
             progress=staged(bars, "slice"),
@@ -640,7 +649,7 @@ def _require_family(path: Path) -> None:
     if has_file(path / LATENCY):
         load_table(path / LATENCY, axis_map)
     for name in manifest.sizes:
-        load_input_scales(path, name)
+        load_input_scales(path, manifest, name)
 
 
 @app.command()

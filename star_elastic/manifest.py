@@ -17,7 +17,7 @@ from star_elastic.checkpoint import read_json, write_json
 from star_elastic.companions import MANIFEST as FILE_NAME
 from star_elastic.cost import METRICS, CostModel
 from star_elastic.errors import CheckpointError, ConfigError, ShapeError, library_boundary
-from star_elastic.paths import has_file
+from star_elastic.paths import has_file, is_file
 from star_elastic.strict import read_value, require
 from star_elastic.widths import Widths
 
@@ -35,6 +35,7 @@ TYPES = {
     "format_version": int, "family": str, "choices": Mapping[str, tuple[int, ...]],
     "sizes": Mapping[str, Mapping[str, Any]], "per_layer": tuple[str, ...],
     "depth": tuple[int, ...], "provenance": Mapping[str, Any],
+    "own_input_scales": tuple[str, ...],
 }  # fmt: skip
 """What the values of `elastic.json` are."""
 
@@ -86,7 +87,8 @@ class Manifest:
     """The family in one checkpoint. `sizes` is ordered from the largest to the smallest.
 
     `per_layer` lists the axes on which layers have widths of their own, `depth` the layers from the
-    most important one where `layers` is elastic.
+    most important one where `layers` is elastic. `own_input_scales` are the sizes of a quantised
+    family that multiply with scales of their own inputs, which lie in a file beside the weights.
     """
 
     family: str
@@ -95,6 +97,7 @@ class Manifest:
     per_layer: tuple[str, ...] = ()
     depth: tuple[int, ...] = ()
     provenance: Mapping[str, Any] = field(default_factory=dict)
+    own_input_scales: tuple[str, ...] = ()
 
     def size(self, name: str) -> Size:
         """A size by name. Raises CheckpointError naming the sizes there are."""
@@ -120,6 +123,10 @@ def load_manifest(directory: str | Path, axis_map: AxisMap) -> Manifest:
     size does not fit the model.
     """
     file = Path(directory) / FILE_NAME
+    if is_file(directory):
+        raise CheckpointError(
+            f"{directory} is a file; name the checkpoint directory that it lies in"
+        )
     if not has_file(file):
         raise CheckpointError(
             f"{directory} holds no {FILE_NAME}, so it is not an elastic checkpoint; make one with "
@@ -164,6 +171,7 @@ def _parse(content: Any, axis_map: AxisMap, file: Path) -> Manifest:
         per_layer=tuple(content.get("per_layer", ())),
         depth=tuple(content.get("depth", ())),
         provenance=content.get("provenance", {}),
+        own_input_scales=tuple(content.get("own_input_scales", ())),
     )
 
 

@@ -26,10 +26,15 @@ def choose_device(device: str | torch.device | None = AUTO) -> str:
     if device is None or device == AUTO:
         return "cuda" if torch.cuda.is_available() else "cpu"
     with library_boundary(
-        f"device={str(device)!r} cannot be used here", "use cpu, cuda or auto", ConfigError
+        f"device={str(device)!r} cannot be used here", f"use {_there()}", ConfigError
     ):
         torch.ones(1, device=device).item()  # a meta device has no values
     return str(device)
+
+
+def _there() -> str:
+    """The devices of this machine, as a user names them."""
+    return "cpu, cuda or auto" if torch.cuda.is_available() else "cpu or auto"
 
 
 def choose_dtype(dtype: str | torch.dtype | None, path: str | Path) -> torch.dtype:

@@ -109,6 +109,11 @@ def is_first_rank() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
+def num_ranks() -> int:
+    """How many processes torchrun started, this one among them."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
 @contextmanager
 def ending_on_signals() -> Iterator[None]:
     """While the block runs, SIGINT and SIGTERM end the process at once, in one line with exit code

@@ -17,6 +17,7 @@ from typing import Any
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 from typer import Abort, TyperException
 
 from star_elastic.bars import Bars
@@ -30,7 +31,7 @@ from star_elastic.errors import (
 )
 from star_elastic.evaluate.findings import with_interval
 from star_elastic.generate.phases import THINKING, Generation, Token
-from star_elastic.signals import interrupting, is_first_rank
+from star_elastic.signals import interrupting, is_first_rank, num_ranks
 
 
 def print_json(content: object) -> None:
@@ -43,11 +44,12 @@ def print_table(
     title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], *, text: int = 1
 ) -> None:
     """A table on stdout; the first `text` columns are text, the others numbers."""
-    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+    # As texts of rich's own: a path with brackets is no markup.
+    table = Table(title=Text(title), title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
     for number, column in enumerate(columns):
-        table.add_column(column, justify="left" if number < text else "right", no_wrap=True)
+        table.add_column(Text(column), justify="left" if number < text else "right", no_wrap=True)
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*map(Text, row))
     console = Console()
     # A number cut short would be worse than a long line.
     unlimited = console.options.update(max_width=1000)
@@ -282,7 +284,7 @@ def at_the_command_line() -> Iterator[None]:
             print(said, file=sys.stderr, flush=True)
     for stream in (sys.stdout, sys.stderr):
         _empty(stream)
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if num_ranks() > 1:
         # gloo's threads may abort a process that ends in the ordinary way, after all work is done.
         os._exit(code)
     if code:

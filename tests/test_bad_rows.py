@@ -28,6 +28,7 @@ from star_elastic.train.row_check import check_rows, require_lessons, warn_of_ro
 from star_elastic.train.run import train
 from star_elastic.train.sources import ShuffledEpochs, Source, first_documents, open_sources
 from tests import ranks
+from tests.chat_templates import CHATML, byte_tokenizer
 from tests.processes import on_ranks, run_command
 from tests.tiny_run import SHORT, StopAt, build_trainer, config_in, metrics
 
@@ -40,6 +41,10 @@ FIXED = {
     "active = 0.7": "active = 0.6356",
     "[router]": '[router.fixed]\nlarge = "hidden=48"\nsmall = "hidden=32,top_k=1"\n[router]',
 }
+
+
+STOPS = range(1000)
+"""Generation stops at every token: where it would not is told in a test of its own."""
 
 
 class Watcher(StopAt):
@@ -186,7 +191,7 @@ def test_a_bad_row_is_met_before_training(run_folder, lines):
 def test_all_rows_bad_is_no_run(run_folder):
     for bad_rows, problem in (
         ("stop", "line 1 is not valid JSON"),
-        ("skip", "has no row with a t"),
+        ("skip", "has no row that can be read, bad ones left out .the first: .* line 1 is not v"),
     ):
         config = make(run_folder, f"all-bad-{bad_rows}", ["{"] * 9, bad_rows=bad_rows)
         with pytest.raises(CheckpointError, match=problem):
@@ -229,7 +234,7 @@ def test_a_prompt_that_fills_the_context_teaches_nothing(run_folder):
     source = Source(config.data[0].files, tokenizer, "answers")
     num_prompt = source.document(0).first + 1
     assert num_prompt == 100
-    found = check_rows(config, [source], Silent())
+    found = check_rows(config, [source], Silent(), STOPS)
     assert found.left_out == [2, 1, 1] and found.cut == [1, 1, 0]
     assert found.lines()[1] == "stages[0]: 1 rows are cut, 2 teach nothing"
 
@@ -238,7 +243,7 @@ def check_of(config):
     """What the rows of a run config are, and its sources."""
     tokenizer = load_tokenizer(config.parent)
     sources = open_sources(config.data, tokenizer, len(tokenizer), config.seed)
-    return check_rows(config, sources, Silent()), sources
+    return check_rows(config, sources, Silent(), STOPS), sources
 
 
 @pytest.mark.parametrize("held_out", [False, True])
@@ -318,10 +323,10 @@ def test_characters_that_tokens_do_not_say_are_told(tmp_path, unknown):
     rows += [{"text": "ﬁne"}, {"text": "5"}]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     said = "2 of 4 rows looked at have characters that their tokens do not say (the first, '5€' in"
-    (line,) = warn_of_rows(Source([tmp_path / "rows.jsonl"], tokenizer))
+    (line,) = warn_of_rows(Source([tmp_path / "rows.jsonl"], tokenizer), STOPS)
     assert line.startswith(said) and "rows.jsonl line 2)" in line
     (tmp_path / "rows.jsonl").write_text(json.dumps(rows[0]) + "\n" + json.dumps(rows[2]))
-    assert warn_of_rows(Source([tmp_path / "rows.jsonl"], tokenizer)) == []
+    assert warn_of_rows(Source([tmp_path / "rows.jsonl"], tokenizer), STOPS) == []
 
 
 def test_lost_characters_are_told_by_check_and_run(run_folder, monkeypatch):
@@ -361,12 +366,59 @@ def test_prompts_that_generation_writes_otherwise_are_told(run_folder, tmp_path)
     row = {"prompt": "add 12 34", "completion": " 46"}
     (tmp_path / "plain.jsonl").write_text((json.dumps(row) + "\n") * 3)
     tokenizer = load_tokenizer(run_folder / "parent")
-    (line,) = warn_of_rows(Source([tmp_path / "plain.jsonl"], tokenizer))
+    (line,) = warn_of_rows(Source([tmp_path / "plain.jsonl"], tokenizer), STOPS)
     assert line.startswith("3 of 3 rows looked at are a prompt and a completion in plain text (the")
     assert "plain.jsonl line 1)" in line and "write them as messages" in line
-    assert warn_of_rows(Source([run_folder / "rows.jsonl"], tokenizer)) == []
+    assert warn_of_rows(Source([run_folder / "rows.jsonl"], tokenizer), STOPS) == []
     tokenizer.chat_template = None
-    assert warn_of_rows(Source([tmp_path / "plain.jsonl"], tokenizer)) == []
+    assert warn_of_rows(Source([tmp_path / "plain.jsonl"], tokenizer), STOPS) == []
+
+
+def test_rows_that_end_where_generation_does_not_are_told(tmp_path):
+    """As Llama 3's, whose EOS ends a text and <|eot_id|> a turn, where no file names that."""
+    talk = [{"role": "user", "content": "a?"}, {"role": "assistant", "content": "b."}]
+    (tmp_path / "rows.jsonl").write_text((json.dumps({"messages": talk}) + "\n") * 3)
+    for template in (CHATML.replace("<|im_end|>", "<|eot|>"), CHATML):
+        tokenizer = byte_tokenizer(template)
+        ids = [tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<|eot|>")]
+        source = Source([tmp_path / "rows.jsonl"], tokenizer)
+        assert warn_of_rows(source, ids) == []
+        lines = warn_of_rows(source, ids[:1])
+        assert len(lines) == (template != CHATML), lines
+        for line in lines:
+            assert line.startswith("3 of 3 rows looked at end their last turn with <|eot|> (the")
+            assert "rows.jsonl line 1)" in line and "generation_config.json" in line
+
+
+def test_why_a_source_teaches_nothing_is_so(run_folder, tmp_path):
+    """Neither a longer context nor shorter prompts would mend rows that are bad, or empty."""
+    bad, empty = '{"conversations": []}', '{"text": ""}'
+    for rows, problem in (
+        ([bad] * 3, r"no row that can be read, bad ones left out \(the first: .* line 1 "),
+        ([empty] * 3, "however long the context is: its texts or answers are empty"),
+        ([bad, empty], "however long the context is"),
+    ):
+        (tmp_path / "idle.jsonl").write_text("\n".join(rows))
+        data = f'files = ["{tmp_path / "idle.jsonl"}"]\nbad_rows = "skip"'
+        config = config_in(run_folder, "why-idle", **{**FIXED, 'files = ["rows.jsonl"]': data})
+        found, sources = check_of(config)
+        assert re.search(problem, found.idle[0]), found.idle
+        with pytest.raises(CheckpointError, match=problem):
+            require_lessons(config, sources, Silent())
+
+
+def test_a_run_that_has_a_state_is_told_to_go_on(run_folder, lines):
+    """Whatever row is bad, and when that is found: here one that is held out, before work."""
+    name = "held-out-bad"
+    config = make(run_folder, name, lines)
+    config = replace(config, data=(replace(config.data[0], held_out=1),))
+    with pytest.raises(Interrupted):
+        train(config, progress=StopAt(2))
+    (row,) = open_sources(config.data, load_tokenizer(config.parent), 1000)[0].held_out
+    damaged = [line if n != row else line[:25] for n, line in enumerate(lines)]
+    Path(config.data[0].files[0]).write_text("\n".join(damaged) + "\n")
+    with pytest.raises(CheckpointError, match=rf"line {row + 1} .* and go on with --resume"):
+        train(config, resume=True)
 
 
 @pytest.mark.parametrize("module", ["rendering", "conversations", "messages", "row_check"])

@@ -399,11 +399,10 @@ def damaged(copied: Path) -> dict[str, Any]:
     head = (copied / SINGLE_NAME).read_bytes()[:100]
     return {
         "act": (lambda p: edit_json(p / "config.json", hidden_act="swiglu"),
-                {"count", "sizes", "slice", "quantize"}),
-        "pad": (lambda p: edit_json(p / "config.json", pad_token_id=999),
-                {"count", "sizes", "slice", "quantize"}),
+                {"count", "sizes"}),
+        "pad": (lambda p: edit_json(p / "config.json", pad_token_id=999), {"count", "sizes"}),
         "type": (lambda p: edit_json(p / "config.json", use_cache="often"),
-                 {"count", "sizes", "slice", "quantize"}),
+                 {"count", "sizes"}),
         "size": (lambda p: edit_json(p / "config.json", intermediate_size=10**12), set()),
         "json": (lambda p: (p / "config.json").write_text("{"), set()),
         "weights": (lambda p: (p / SINGLE_NAME).write_bytes(head), {"count", "sizes", "latency"}),

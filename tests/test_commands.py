@@ -7,10 +7,12 @@ Each test names the options that it watches; the last one fails for an option th
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import groupby
 from types import SimpleNamespace
 
@@ -34,10 +36,12 @@ from star_elastic.generate.phased import PhasedGenerator
 from star_elastic.generate.phases import Plan, parse_phases
 from star_elastic.importance.files import load_scores
 from star_elastic.importance.orders import random_orders
+from star_elastic.manifest import load_manifest, save_manifest
 from star_elastic.nesting import submodel
 from star_elastic.nesting.submodel import load_parent
 from star_elastic.quant.checkpoint import load_input_scales
 from star_elastic.train import quantise, sources
+from tests.processes import run_command
 from tests.tiny_family import PROMPTS, make_checkpoint
 from tests.tiny_run import config_in
 
@@ -65,6 +69,11 @@ def printed(capsys) -> Callable[..., str]:
 def told(printed) -> Callable[..., dict]:
     """The JSON object that a command prints, and nothing else."""
     return lambda *arguments: json.loads(printed(*arguments, "--json"))
+
+
+def current_umask() -> int:
+    os.umask(mask := os.umask(0))
+    return mask
 
 
 def numbers(text: str) -> list[float]:
@@ -250,6 +259,31 @@ def test_the_reference_of_the_run_config(printed):
     assert "| `learning_rate` |" in printed("config")
 
 
+# Files and paths as people have them
+
+
+def test_files_have_the_modes_of_the_umask(blocks, tmp_path):
+    """Others than their maker read them, too."""
+    family = shutil.copytree(blocks, tmp_path / "family")
+    modes = {file.name: file.stat().st_mode & 0o777 for file in family.iterdir()}
+    assert set(modes.values()) == {0o666 & ~current_umask()}, modes
+    before = os.umask(0o027)
+    try:
+        save_tensors(tmp_path / "one.safetensors", {"a": torch.ones(1)})
+    finally:
+        os.umask(before)
+    assert (tmp_path / "one.safetensors").stat().st_mode & 0o777 == 0o640
+
+
+@pytest.mark.parametrize("name", ["m[/x]", "model[v2]", "a[bold]b", "two words"])
+def test_paths_are_printed_as_they_are(blocks, tmp_path, name, printed):
+    out = tmp_path / name
+    printed("slice", blocks, "--size", "small", "--out", out)
+    assert str(out) in printed("check", out).replace("\n", "")
+    family = shutil.copytree(blocks, tmp_path / "families" / name)
+    assert str(family) in printed("sizes", family).replace("\n", "")
+
+
 # train, sizes, slice
 
 
@@ -266,6 +300,17 @@ def test_train_reads_every_row_and_trains_nothing(run_folder, printed, told, cap
     config_in(run_folder, "only-read", **{"warmup_steps = 2": "warmup_steps = 400"})
     more = told("train", run_folder / "only-read.toml", "--check")["warnings"]
     assert few_steps in more and any("warmup_steps=400" in line for line in more)
+    # What the run itself would refuse at once, and what it would refuse on ranks.
+    (run_folder / "only-file").touch()
+    config_in(run_folder, "only-file")
+    config_in(run_folder, "only-three", **{"batch_size = 4": "batch_size = 3"})
+    with pytest.raises(SystemExit):
+        main(["train", str(run_folder / "only-file.toml"), "--check"])
+    assert "is not a directory" in capsys.readouterr().err
+    check = ("train", run_folder / "only-three.toml", "--check")
+    first, second = (run_command(*check, env={"WORLD_SIZE": "2", "RANK": n}) for n in "01")
+    assert first.returncode == 2 and "cannot be shared by 2 ranks" in first.stderr
+    assert second.returncode == 0 and not second.stdout  # one rank speaks
     scored = {"num_samples = 16": 'scores = "nowhere.safetensors"'}
     config_in(run_folder, "only-scores", **scored)
     with pytest.raises(SystemExit) as ended:
@@ -379,7 +424,9 @@ def test_quantize(blocks, run_folder, tmp_path, told, printed):
     assert base["parts"]["attention"]["after"] < base["parts"]["attention"]["before"]
     stored = load_file(tmp_path / "kept" / "model.safetensors")
     assert not any("q_proj" in name and name.endswith("scale") for name in stored)
-    assert load_input_scales(tmp_path / "kept", "small")
+    assert load_input_scales(
+        tmp_path / "kept", star_elastic.load(tmp_path / "kept").manifest, "small"
+    )
 
     text = printed(
         "quantize", blocks, "--format", "fp8", "--out", tmp_path / "shown", *data, "--samples", 4
@@ -414,6 +461,11 @@ def test_check_reads_what_a_family_has_beside_its_weights(blocks, tmp_path, caps
     axis_map = family_of(config := read_config(family)).axis_map(config)
     save_tensors(family / "orders.safetensors", random_orders(axis_map, 0))
     save_tensors(family / "basis.safetensors", {"hidden": torch.eye(48)})
+    manifest = load_manifest(family, axis_map)
+    if name == "input_scales":  # as of a quantised family
+        manifest = replace(manifest, own_input_scales=("small",))
+        save_tensors(family / "input_scales.safetensors", {"small/x": torch.ones(1)})
+    save_manifest(manifest, family)
     main(["check", str(family)])
     file = family / ("latency.json" if name == "latency" else f"{name}.safetensors")
     if content is None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import math
+import re
 
 import pytest
 from transformers import AutoConfig
@@ -12,9 +14,12 @@ from star_elastic.axes import AxisMap
 from star_elastic.cost import CostModel
 from star_elastic.errors import ConfigError, ShapeError
 from star_elastic.families import FAMILIES, family_of, read_config
+from star_elastic.families.nemotron_h import OTHER_NAMES
 from star_elastic.nesting.skeleton import build_skeleton
 from star_elastic.widths import Widths, default_step, parse_widths
 from tests.architectures import ROWS, fixed_config
+
+BARE_HYBRID = AutoConfig.for_model("nemotron_h").to_dict()
 
 
 def table(config: dict) -> AxisMap:
@@ -118,6 +123,42 @@ def test_unreadable_configs_are_refused(tmp_path, text, reason):
 def test_impossible_configs_are_refused(kind, change, reason):
     with pytest.raises(ConfigError, match=reason):
         table({**fixed_config(kind), **change})
+
+
+@pytest.mark.parametrize("key", OTHER_NAMES)
+def test_fields_may_have_the_names_that_transformers_reads(key):
+    """By either name the model of transformers; with both and two values, neither."""
+    plain = fixed_config("moe")
+    name = OTHER_NAMES[key]
+    value = plain.get(name, BARE_HYBRID[name])
+    config = {k: v for k, v in plain.items() if k != name}
+    named = {**config, key: value}
+    assert table(named) == table({**config, name: value})
+    written = FAMILIES["nemotron_h"].config_at(named, {"hidden": 8})
+    assert key not in written and written[name] == value
+    shapes = {n: p.shape for n, p in build_skeleton(named).named_parameters()}
+    assert shapes == {
+        n: p.shape for n, p in build_skeleton({**config, name: value}).named_parameters()
+    }
+    other = (
+        (not value)
+        if isinstance(value, bool)
+        else [value]
+        if isinstance(value, list)
+        else value * 2
+    )
+    with pytest.raises(ConfigError, match=f"{key}=.* and {name}=.* are one field"):
+        table({**config, name: value, key: other})
+
+
+def test_every_name_of_transformers_is_known():
+    """Those that it maps; and those that its config class takes in place of others."""
+    hybrid = AutoConfig.for_model("nemotron_h")
+    renamed = {old: new for old, new in hybrid.attribute_map.items() if new != "layers_block_type"}
+    assert renamed.items() <= OTHER_NAMES.items()
+    source = inspect.getsource(type(hybrid).__post_init__)
+    assert set(re.findall(r'"(mamba_\w+)" in kwargs', source)) <= OTHER_NAMES.keys()
+    assert not AutoConfig.for_model("llama").attribute_map
 
 
 # Writing configs

@@ -145,6 +145,9 @@ def test_a_run_goes_on_with_corrected_rows_and_not_with_others(run_folder, tmp_p
     ):
         with pytest.raises(ConfigError, match=problem + ".*put back what changed, or start anoth"):
             train(with_rows(new), resume=True)
+    with pytest.raises(ConfigError, match=r"\(64 then, 65 now\)") as caught:
+        train(with_rows([*lines, lines[0]]), resume=True)
+    assert "taken out" not in str(caught.value)
     corrected = [json.dumps({"text": "corrected"}), *lines[1:]]
     watcher = Watcher(6)
     with pytest.raises(Interrupted):

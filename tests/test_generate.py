@@ -30,6 +30,7 @@ from tests.tiny_family import (
     TAGS,
     TEMPLATE,
     TOKENIZER,
+    make_checkpoint,
     make_config,
     make_model,
     make_tokenizer,
@@ -465,6 +466,25 @@ def test_package_offers_what_it_lists():
     assert star_elastic.ElasticFamily.__name__ in star_elastic.__all__
     with pytest.raises(AttributeError, match="no attribute 'unknown'"):
         star_elastic.unknown  # noqa: B018
+
+
+def test_factors_that_follow_the_length_are_not_mixed(tmp_path):
+    """Beyond its first context longrope turns all keys of a batch otherwise: tokens would depend on
+    neighbours. Up to there they do not."""
+    rope = {
+        "rope_type": "longrope", "factor": 6.0, "rope_theta": 1e4, "short_factor": [1.0] * 4,
+        "long_factor": [3.0, 2.0, 5.0, 4.0], "original_max_position_embeddings": 64,
+    }  # fmt: skip
+    path = make_checkpoint(tmp_path / "longrope", "llama", rope_parameters=rope)
+    family = star_elastic.load(path)
+    prompts = ["1+2", "1" * 30]
+    plan = {"think": "small", "answer": "large", "thinking_budget": 4, "grace": 2}
+    both = family.generate(prompts, max_new_tokens=20, **plan)
+    for prompt, result in zip(prompts, both, strict=True):
+        (alone,) = family.generate(prompt, max_new_tokens=20, **plan)
+        assert alone.token_ids == result.token_ids
+    with pytest.raises(BudgetError, match="exceed the model's context of 64; use max_new_tokens="):
+        family.generate(prompts, max_new_tokens=60, **plan)
 
 
 # --- mistakes --------------------------------------------------------------------------------

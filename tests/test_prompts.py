@@ -145,7 +145,7 @@ def test_a_template_that_cannot_be_parsed_is_not_the_messages_fault(statement):
 @pytest.mark.parametrize(
     ("prompt", "message"),
     [
-        ("half \ud83d", r"half a character \(U\+D83D at position"),
+        ("half \ud83d", r"half a character \(U\+D83D\), which"),
         ([{"role": "user", "content": "\udcff"}], r"half a character \(U\+DCFF"),
         (" \n", "the prompt is empty"),
         ([{"role": "user", "content": " \n"}], "the prompt is empty"),

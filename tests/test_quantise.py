@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 import star_elastic
+from star_elastic.checkpoint import save_tensors
 from star_elastic.commands import app
 from star_elastic.errors import CheckpointError, ConfigError, ShapeError
 from star_elastic.families import family_of, read_config
@@ -72,9 +73,9 @@ def test_bytes_follow_the_format(elastic, nvfp4, run_folder, tmp_path):
 
 
 def test_every_size_has_the_scales_of_its_own_inputs(elastic, nvfp4, tmp_path):
-    own = load_input_scales(nvfp4, "small")
-    assert own and not load_input_scales(nvfp4, "large")
     family = star_elastic.load(nvfp4)
+    own = load_input_scales(nvfp4, family.manifest, "small")
+    assert own and not load_input_scales(nvfp4, family.manifest, "large")
     shared = family.parent.quantised_inputs.scales
     assert all(own[name] <= shared[name] * (1 + 1e-6) for name in own)
     run("slice", nvfp4, "--size", "small", "--out", tmp_path / "small", "--json")
@@ -85,6 +86,41 @@ def test_every_size_has_the_scales_of_its_own_inputs(elastic, nvfp4, tmp_path):
     with torch.no_grad():
         ours, theirs = (m(input_ids=ids).logits for m in (family["small"], model))
     assert (ours - theirs).abs().max() < 1e-5 * theirs.abs().max()
+
+
+def test_a_family_may_be_named_by_a_relative_path(nvfp4, elastic, tmp_path, monkeypatch):
+    """What is read later is read from where it was loaded."""
+    ids = torch.arange(30)[None] + 5
+    monkeypatch.chdir(nvfp4.parent)
+    family = star_elastic.load(nvfp4.name)
+    monkeypatch.chdir(tmp_path)
+    expected = star_elastic.load(nvfp4)["small"](input_ids=ids).logits
+    assert torch.equal(family["small"](input_ids=ids).logits, expected)
+    assert family.tokenizer.encode("1") and family.at(active=0.99)
+
+
+def test_scales_that_are_gone_are_told(nvfp4, elastic, tmp_path):
+    """With the shared ones a size would compute something else, and nothing would show it."""
+    lost = shutil.copytree(nvfp4, tmp_path / "lost")
+    (lost / INPUT_SCALES).unlink()
+    with pytest.raises(CheckpointError, match=rf"{INPUT_SCALES} does not exist"):
+        star_elastic.load(lost)["small"]
+    star_elastic.load(lost)["large"]
+    for command in (("slice", lost, "--size", "small", "--out", tmp_path / "s"), ("check", lost)):
+        assert INPUT_SCALES in refused(*command)
+    save_tensors(lost / INPUT_SCALES, {"medium/x": torch.ones(1)})
+    assert "lacks the scales of size 'small'" in refused("check", lost)
+
+
+def test_bytes_of_a_quantised_family_are_asked_for_in_shares(nvfp4, tmp_path):
+    """Its router counts the bytes that it had before."""
+    asked = ("slice", nvfp4, "--out", tmp_path / "out", "--budget")
+    assert "give a share of the parent's, like bytes=0.6" in refused(*asked, "bytes=150KB")
+
+
+def test_a_size_that_cannot_be_quantised_is_named(trained, tmp_path):
+    said = refused("quantize", trained.elastic, "--format", "nvfp4", "--out", tmp_path / "q")
+    assert "size 'small' cannot be quantised to nvfp4: " in said and "fp8-channel takes any" in said
 
 
 def test_the_checkpoint_has_the_largest_scales_of_any_size(elastic):

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import re
 import shutil
 
 import pytest
@@ -10,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from benchmarks import planting
+from star_elastic.amounts import show_amount
 from star_elastic.cost import CostModel, Workload
 from star_elastic.errors import BudgetError, CheckpointError, ShapeError
 from star_elastic.families import family_of, read_config
@@ -332,12 +334,33 @@ def test_budgets_between_trained_ones_are_interpolated_and_outside_refused():
         fixed = settle_between(router, trained, {"active": share}, cost)
         assert fixed.possible is not None and fixed.miss <= max(AIM, fixed.possible)
     assert all(torch.equal(value, before[name]) for name, value in router.state_dict().items())
-    with pytest.raises(BudgetError, match="lies outside the range"):
+    whole = cost.full.active
+    with pytest.raises(BudgetError) as caught:
         settle_between(router, trained, {"active": 0.69}, cost)
-    with pytest.raises(BudgetError, match="not trained for budgets on total; ask for one on"):
+    for share in (0.69, 0.7, 1.0):  # as a share, and in the unit that it was asked in
+        assert f"{share:.4g} ({show_amount(share * whole, 'active')})" in str(caught.value)
+    with pytest.raises(BudgetError, match="on total: 0 of its sizes has one, .* for one on active"):
         settle_between(router, trained, {"total": 0.8}, cost)
+    alone = [{"active": 1.0}, {"total": 0.7}]
+    for metric in ("active", "total"):  # what was refused is not advised
+        with pytest.raises(BudgetError, match="1 of its sizes has one, .*; name a size in place"):
+            settle_between(router, alone, {metric: 0.8}, cost)
     with pytest.raises(BudgetError, match="give one budget"):
         settle_between(router, trained, {"active": 0.8, "total": 0.8}, cost)
+
+
+def test_a_budget_that_the_choices_are_too_coarse_for_is_refused():
+    """As before training; the nearest that there is can be asked for."""
+    cost = CostModel(random_parent(LLAMA).axis_map)
+    ends = {"ffn": (64, 32)}
+    router = Router(ends, 2, seed=0)
+    trained = [{"active": 1.0}, {"active": cost.count({**cost.axis_map.full, "ffn": 32}).active}]
+    trained[1]["active"] /= cost.full.active
+    middle = (1 + trained[1]["active"]) / 2
+    with pytest.raises(BudgetError, match=r"no widths .* within 2%; the nearest have") as caught:
+        settle_between(router, trained, {"active": middle}, cost)
+    (advised,) = re.findall(r"ask for active=([\d.]+)", str(caught.value))
+    assert settle_between(router, trained, {"active": float(advised)}, cost).miss < 1e-3
 
 
 def test_between_budgets_the_nearer_one_weighs_more(monkeypatch):

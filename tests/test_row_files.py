@@ -40,6 +40,10 @@ OTHER_KINDS = {
     "rows.jsonl.xz": (lzma.compress(LINES.encode()), r"is compressed \(xz\); unpack it"),
     "rows.zst": (b"\x28\xb5\x2f\xfd" + b"\0" * 9, r"is compressed \(zstd\); unpack it"),
     "rows.xlsx": (zipped(LINES), r"is compressed \(zip\); unpack it"),
+    "lfs.jsonl": (
+        b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n",
+        "is a pointer of Git LFS, not the file itself; fetch it",
+    ),
     "rows.jsonl": (LINES.encode("utf-16"), "is UTF-16 text; write it as UTF-8: iconv"),
     "plain.jsonl": (LINES.encode("utf-16-le"), "is UTF-16 text; write it as UTF-8: iconv"),
     "one-line.json": (json.dumps(ROWS).encode(), r"is one JSON array; write .* jq -c '\.\[\]' one"),

@@ -91,6 +91,15 @@ def test_calls_may_be_a_json_text():
     refused(CHATML, {"messages": "[{"}, "has no list of messages")
 
 
+@pytest.mark.parametrize(
+    "row", [{"text": None}, {"prompt": "a", "completion": None}, {"messages": None, "id": 3}]
+)
+def test_what_is_null_is_told_as_null(row):
+    """As tables have it, where a key is missing in a row alone."""
+    empty = next(key for key, value in row.items() if value is None)
+    refused(CHATML, row, f"^has a {empty} that is null; write a text")
+
+
 def test_nothing_but_a_row_error_leaves_a_row():
     """Whatever a row holds that nobody has thought of; so that it may be left out."""
     deep: dict = {}
@@ -419,6 +428,46 @@ def test_an_answer_in_a_trace_that_never_closes_is_refused(template, row, remedy
         )
 
 
+EMPTY = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n"
+    "{% if m.role == 'assistant' and enable_thinking is false %}"
+    "{{ '<think>\n\n</think>\n' }}{% endif %}OPEN{{ m.content }}<|im_end|>CLOSE\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n"
+    "{{ '<think>\n\n</think>\n' if enable_thinking is false }}{% endif %}"
+)
+"""As SmolLM 3: an empty trace where there is to be none, before whatever the content is."""
+MARKS_EMPTY = EMPTY.replace("{{ m.content", "{% generation %}{{ m.content").replace(
+    "CLOSE", "{% endgeneration %}"
+)
+
+
+@pytest.mark.parametrize("template", [EMPTY, MARKS_EMPTY])
+@pytest.mark.parametrize("loss_on", ["answers", "all"])
+def test_an_empty_trace_is_learned_once(template, loss_on):
+    """Whether the row or the template writes it; and no trace behind it."""
+    template = template.replace("OPEN", "").replace("CLOSE", "")
+    no_trace = {**talk("q", "ok"), "enable_thinking": False}
+    own = {**talk("q", "<think>\n\n</think>\n\nok"), "enable_thinking": False}
+    assert learned(template, own, loss_on) == learned(template, no_trace, loss_on)
+    assert "".join(learned(template, own, loss_on)).count("<think>") == 1
+    assert "".join(learned(template, talk("q", "<think>hm</think>ok"))).count("<think>") == 1
+    for answer in ("<think>hm</think>ok", "</think>ok"):
+        row = {**talk("q", answer), "enable_thinking": False}
+        refused(template, row, "trace behind an empty one, <think></think>, which", loss_on)
+
+
+@pytest.mark.parametrize("within", ["<tool></tool>", "<tool>{}</tool>", "a </tool>", ""])
+@pytest.mark.parametrize("behind", ["\n\n", "\n", ""])
+def test_a_trace_with_tags_inside_is_read_however_long_the_answer_is(within, behind):
+    """What a template takes apart is the trace, whatever tags stand in it."""
+    template = SWITCHES.replace("{{- '}' }}", "{{- '}</tool>' }}")
+    for length in range(0, 40, 3):
+        answer = f"{'y' * length}."
+        row = talk("a", f"<think>\nCall {within} now.\n</think>{behind}{answer}")
+        written = f"<think>\nCall {within} now.\n</think>\n\n{answer}<|im_end|>"
+        assert "".join(learned(template, row)).endswith(written), length
+
+
 # Where an answer ends
 
 END_BEHIND = MARKED.replace("<|im_end|>{% endgeneration %}", "{% endgeneration %}<|im_end|>")
@@ -440,6 +489,15 @@ def test_an_end_is_not_learned_twice(template, end):
         refused(template, row, f"has <|im_end|> at the end of message {number}".replace("|", r"\|"))
     no_end = "{% for m in messages %}[{{ m.role }}] {{ m.content }}{% endfor %}"
     assert learned(no_end, talk("a?", f"b.{end}"))[1] == f"[assistant] b.{end}".rstrip()
+
+
+def test_any_mark_may_end_a_turn():
+    """Also one that is not the tokenizer's own: it is not learned twice, nor what stands behind."""
+    template = CHATML.replace("<|im_end|>", "<|eot|>")
+    assert learned(template, TALK)[1] == "b.<|eot|>"
+    assert "".join(learned(template, TALK, "all")).endswith("b.<|eot|>\n")
+    for row, number in ((talk("a?", "b.<|eot|>"), 2), (talk("a?<|eot|>\n"), 1)):
+        refused(template, row, rf"has <\|eot\|> at the end of message {number}, .* writes itself")
 
 
 def test_an_end_behind_the_mark_need_not_be_the_tokenizers():

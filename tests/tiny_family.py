@@ -72,10 +72,11 @@ def make_model(config):
         return AutoModelForCausalLM.from_config(config).eval()
 
 
-def make_checkpoint(path, model_type: str):
-    """Writes an elastic checkpoint with the sizes large and small; returns its path."""
+def make_checkpoint(path, model_type: str, **changes):
+    """Writes an elastic checkpoint with the sizes large and small; returns its path. `changes` are
+    fields of its config."""
     tokenizer = make_tokenizer()
-    make_model(make_config(model_type, len(tokenizer))).save_pretrained(path)
+    make_model(make_config(model_type, len(tokenizer), **changes)).save_pretrained(path)
     tokenizer.save_pretrained(path)
     axis_map = family_of(read_config(path)).axis_map(read_config(path))
     small = axis_map.complete(Widths(WIDTHS[model_type]))

@@ -227,7 +227,7 @@ class Lab:
             result = evaluate_plan(generator, problems, plan, batch_size=200)
             cut = self.folder / "cut"
             shutil.rmtree(cut, ignore_errors=True)
-            scales = load_input_scales(path, name)
+            scales = load_input_scales(path, family.manifest, name)
             slice_checkpoint(path, size.widths, cut, input_scales=scales)
             yield (
                 name,

@@ -52,6 +52,14 @@ LETTERS = {
     "E": "E", "moe": "E",
     "-": "-", "mlp": "-",
 }  # fmt: skip
+OTHER_NAMES = {
+    "mamba_n_groups": "n_groups", "mamba_d_conv": "conv_kernel", "mamba_expand": "expand",
+    "mamba_dt_min": "time_step_min", "mamba_dt_max": "time_step_max",
+    "mamba_dt_limit": "time_step_limit", "mamba_dt_init_floor": "time_step_floor",
+    "mamba_conv_bias": "use_conv_bias", "mamba_chunk_size": "chunk_size",
+    "num_local_experts": "n_routed_experts",
+}  # fmt: skip
+"""Names that transformers' NemotronHConfig reads as others."""
 LEGACY_NAMES = {"M": "mamba", "*": "attention", "E": "moe", "-": "mlp"}
 LARGEST_CHUNK = 1024
 """Tokens of a chunk of the SSM scan, whose memory grows with their square."""
@@ -87,6 +95,21 @@ class Shape:
     conv_bias: bool
 
 
+def _by_one_name(config: Config) -> Config:
+    """A config in which every field has the name that it is known by here (`OTHER_NAMES`). Raises
+    ConfigError for one that stands there twice with two values."""
+    named = {key: value for key, value in config.items() if key not in OTHER_NAMES}
+    for key, name in OTHER_NAMES.items():
+        if key in config and named.setdefault(name, config[key]) != config[key]:
+            raise ConfigError(
+                f"{told(key, config[key])} and {told(name, named[name])} are one field of "
+                "nemotron_h with two values; remove one of them from config.json"
+            )
+    if named.get("num_key_value_heads", 0) is None:
+        named["num_key_value_heads"] = named.get("num_attention_heads", 32)
+    return named
+
+
 def layer_pattern(config: Config) -> str:
     """The layer pattern in letters, from either spelling. Raises ConfigError."""
     layers = config.get("layers_block_type") or config.get("layer_types")
@@ -112,6 +135,7 @@ def layer_pattern(config: Config) -> str:
 
 def read_shape(config: Config) -> Shape:
     """A checked `Shape`. Defaults are those of transformers' NemotronHConfig."""
+    config = _by_one_name(config)
     shape = Shape(
         pattern=layer_pattern(config),
         vocab=get_int(config, "vocab_size", 131072),
@@ -377,6 +401,7 @@ class NemotronH:
         Layers are written as `hybrid_override_pattern` with the legacy names beside it, which
         every reader so far loads; newer names alone are rejected by older engines.
         """
+        config = _by_one_name(config)
         axis_map = self.axis_map(config)
         complete = axis_map.complete(widths)
         kept = homogeneous(complete, axis_map)
@@ -394,9 +419,8 @@ class NemotronH:
         layers = axis_map.kept_layers(complete)
         pattern = "".join(letters[layer] for layer in layers)
         cut = cut_by_layer(config, len(letters), layers)
-        renamed = {k: v for k, v in cut.items() if k not in ("layer_types", "num_local_experts")}
         return {
-            **renamed,
+            **{key: value for key, value in cut.items() if key != "layer_types"},
             **{fields[axis]: width for axis, width in kept.items()},
             "head_dim": get_int(config, "head_dim", 128),
             "hybrid_override_pattern": pattern,

@@ -61,7 +61,7 @@ class ElasticFamily(Mapping[str, PreTrainedModel]):
         return self._models[size]
 
     def _build(self, size: str, widths: Widths) -> PreTrainedModel:
-        scales = load_input_scales(self.path, size)
+        scales = load_input_scales(self.path, self.manifest, size)
         return build_submodel(self.parent, self.config, widths, input_scales=scales)
 
     def __iter__(self) -> Iterator[str]:
@@ -205,7 +205,7 @@ def load(
         raise ConfigError(
             f"a checkpoint of type {type(path).__name__} cannot be loaded; name its directory"
         )
-    path = Path(path)
+    path = Path(path).absolute()  # tokenizer, router and input scales are read when first used
     config = read_config(path)
     axis_map = family_of(config).axis_map(config)
     manifest = load_manifest(path, axis_map)

@@ -308,7 +308,14 @@ def _run_batch(
 
 def _context(models: Iterable[PreTrainedModel]) -> float:
     """Tokens of the longest text that all models have positions for; infinite if none has any."""
-    contexts = [getattr(model.config, "max_position_embeddings", None) for model in models]
+    contexts: list[int | None] = []
+    for model in models:
+        contexts.append(getattr(model.config, "max_position_embeddings", None))
+        scaling = getattr(model.config, "rope_parameters", None) or {}
+        if scaling.get("rope_type") == "longrope":
+            # Beyond, it turns every key of a batch otherwise, and caches keep keys as they were:
+            # tokens would depend on their neighbours, and would not be those of the whole text.
+            contexts.append(scaling.get("original_max_position_embeddings"))
     return min((c for c in contexts if c), default=math.inf)
 
 

@@ -83,8 +83,8 @@ class ThinkingTags:
         for what the tokenizer cannot read."""
         if half := HALF_CHARACTER.search(text):
             raise ConfigError(
-                f"the prompt holds half a character (U+{ord(half[0]):04X} at position "
-                f"{half.start()}), which no tokenizer reads; remove it"
+                f"the prompt holds half a character (U+{ord(half[0]):04X}), which no tokenizer "
+                "reads; remove it"
             )
         with library_boundary(
             "the tokenizer cannot read the prompt", "change its text", ConfigError

@@ -25,7 +25,7 @@ from star_elastic.companions import copy_companions
 from star_elastic.errors import ConfigError
 from star_elastic.families import family_of, read_config
 from star_elastic.families.base import Config, Family
-from star_elastic.nesting.model_config import model_config
+from star_elastic.nesting.skeleton import build_skeleton
 from star_elastic.nesting.slice import (
     Orders,
     check_orders,
@@ -163,7 +163,7 @@ def slice_checkpoint(
     axis_map = family.axis_map(config)
     complete = axis_map.complete(widths)
     target = family.config_at(config, complete)
-    model_config(target, f"the slice's config.json, made of {path / 'config.json'},")
+    build_skeleton(target, file=f"the slice's config.json, made of {path / 'config.json'},")
     require_readable(path)
     scheme = read_scheme(config, axis_map)
     require_layout(scheme, layout)
@@ -249,7 +249,7 @@ def sort_checkpoint(
     family = family_of(config)
     axis_map = family.axis_map(config)
     check_orders(orders, axis_map)
-    model_config(config, path / "config.json")
+    build_skeleton(config, file=path / "config.json")
     if read_scheme(config, axis_map) is not None:
         raise ConfigError(f"{path} is quantised; sort the checkpoint first, then quantise it")
     source = _open(path, axis_map, family)

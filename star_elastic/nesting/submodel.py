@@ -117,13 +117,24 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
             path, config=config, local_files_only=True, trust_remote_code=False
         )
     if tokenizer.eos_token_id is None:
-        generation: Any = _generation_config(Path(path))
-        ends = generation.eos_token_id if generation else settings.get("eos_token_id")
         known = set(tokenizer.get_vocab().values())
-        named = (end for end in (ends if isinstance(ends, list) else [ends]) if end in known)
+        named = (end for end in _ends_of(Path(path), settings) if end in known)
         if (end := next(named, None)) is not None:
             tokenizer.eos_token = tokenizer.convert_ids_to_tokens(end)
     return tokenizer
+
+
+def _ends_of(path: Path, settings: Config) -> list[Any]:
+    """The token ids at which the settings of a checkpoint let generation stop."""
+    generation: Any = _generation_config(path)
+    ends = generation.eos_token_id if generation else settings.get("eos_token_id")
+    return ends if isinstance(ends, list) else [ends]
+
+
+def stop_tokens(path: str | Path, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """As `end_of_turn`, of the files of a checkpoint."""
+    ends = [tokenizer.eos_token_id, *_ends_of(Path(path), read_config(path))]
+    return frozenset(i for i in ends if isinstance(i, int))
 
 
 def end_of_turn(

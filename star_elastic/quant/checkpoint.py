@@ -27,7 +27,7 @@ from star_elastic.checkpoint import (
 from star_elastic.companions import INPUT_SCALES, copy_companions
 from star_elastic.errors import CheckpointError, ConfigError
 from star_elastic.families import family_of, read_config
-from star_elastic.paths import has_file
+from star_elastic.manifest import Manifest
 from star_elastic.quant.engines import written_config
 from star_elastic.quant.formats import Quantised, dequantise, largest_of, quantise
 from star_elastic.quant.layout import (
@@ -264,14 +264,21 @@ def save_input_scales(directory: Path, scales: Mapping[str, Values]) -> None:
     save_tensors(directory / INPUT_SCALES, flat)
 
 
-def load_input_scales(directory: Path, size: str) -> dict[str, torch.Tensor]:
-    """The scales of one size's inputs; empty if the checkpoint has none of its own."""
-    file = directory / INPUT_SCALES
-    if not has_file(file):
+def load_input_scales(directory: Path, manifest: Manifest, size: str) -> dict[str, torch.Tensor]:
+    """The scales of one size's inputs; empty if it has those of the checkpoint itself.
+
+    Raises CheckpointError if the size has some of its own and they are not there: with the shared
+    ones its outputs would be others, and nothing would show it.
+    """
+    if size not in manifest.own_input_scales:
         return {}
+    file = directory / INPUT_SCALES
     start = f"{size}/"
     found = load_tensors(file)
-    return {n.removeprefix(start): scale for n, scale in found.items() if n.startswith(start)}
+    scales = {n.removeprefix(start): scale for n, scale in found.items() if n.startswith(start)}
+    if not scales:
+        raise CheckpointError(f"{file} lacks the scales of size {size!r}; restore the file")
+    return scales
 
 
 def stored_input_scales(

@@ -8,13 +8,15 @@ data has not: a commitment says which.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from star_elastic.amounts import show_amount
 from star_elastic.cost import CostModel
 from star_elastic.errors import BudgetError
-from star_elastic.router.budget import AIM, Budgets, budget_miss
+from star_elastic.router.budget import AIM, REACH, Budgets, budget_miss
 from star_elastic.router.grid import Grid
 from star_elastic.router.router import Decision, Router, Temperature
 from star_elastic.router.search import Search
@@ -141,26 +143,41 @@ def settle_between(
     """Widths for budgets between two trained ones, by interpolating their budget vectors.
 
     `trained` are the budgets the router was trained at, in its order. Raises BudgetError for
-    budgets outside the trained range or metrics that no trained size has.
+    budgets outside the trained range, for metrics that no two trained sizes have, and where the
+    choices are too coarse for the budget.
     """
     if len(asked) != 1:
         raise BudgetError("give one budget, for example active=0.6, to find widths between sizes")
     ((metric, fraction),) = asked.items()
     known = sorted((b[metric], number) for number, b in enumerate(trained) if metric in b)
     if len(known) < 2:
+        counts = Counter(m for budgets in trained for m in budgets)
+        others = ", ".join(m for m, count in counts.items() if count > 1)
         raise BudgetError(
-            f"this router was not trained for budgets on {metric}; ask for one on "
-            f"{', '.join(dict.fromkeys(m for budgets in trained for m in budgets)) or 'nothing'}"
+            f"this router was not trained for budgets on {metric}: {len(known)} of its sizes has "
+            f"one, and two are needed to go between; "
+            + (f"ask for one on {others}" if others else "name a size in place of a budget")
         )
+
+    def shown(share: float) -> str:
+        return f"{share:.4g} ({show_amount(share * cost.full.metric(metric), metric)})"
+
     if not known[0][0] <= fraction <= known[-1][0]:
-        reach = f"{known[0][0]:.4g} to {known[-1][0]:.4g}"
         raise BudgetError(
-            f"{metric}={fraction:.4g} lies outside the range of {metric} that this router was "
-            f"trained for ({reach}); ask for a budget inside it, or train a size there"
+            f"{metric}={shown(fraction)} lies outside the range of {metric} that this router was "
+            f"trained for, {shown(known[0][0])} to {shown(known[-1][0])}; ask for a budget inside "
+            "it, or train a size there"
         )
     below = max(pair for pair in known if pair[0] <= fraction)
     above = min(pair for pair in known if pair[0] >= fraction)
     span = above[0] - below[0]
     share = (fraction - below[0]) / span if span else 0.0
     vector = (1 - share) * router.one_hot(below[1]) + share * router.one_hot(above[1])
-    return commit(router.decide(vector, ASKED), asked, cost, router.grid)
+    found = commit(router.decide(vector, ASKED), asked, cost, router.grid)
+    if found.miss > REACH:
+        now = cost.count(found.widths).metric(metric) / cost.full.metric(metric)
+        raise BudgetError(
+            f"no widths of this family's choices meet {metric}={shown(fraction)} within "
+            f"{REACH:.0%}; the nearest have {shown(now)}: ask for {metric}={now:.4f}"
+        )
+    return found

@@ -59,10 +59,10 @@ def widths_for(
 ) -> Commitment:
     """Widths for one budget between trained ones, for example `{"active": 0.6}`.
 
-    A latency table that came along when the family was quantised still says what the router's
-    shares of time mean, but no times of the quantised model: those are refused. Raises BudgetError
-    for a budget outside the trained range, ConfigError for one that cannot be read, CheckpointError
-    if there is no router.
+    What a family's router counts was counted before the family was quantised. It still says what
+    shares of time and bytes mean, but no times or bytes of the quantised model: those are refused.
+    Raises BudgetError for a budget outside the trained range or too fine for the choices,
+    ConfigError for one that cannot be read, CheckpointError if there is no router.
     """
     router = load_router(directory, manifest, axis_map)
     table = Path(directory) / LATENCY
@@ -74,10 +74,16 @@ def widths_for(
         raise CheckpointError(f"elastic.json is damaged ({error}); restore the file") from None
     cost = CostModel(axis_map, workload, measured)
     amounts = {metric: parse_budget(amount, metric) for metric, amount in budget.items()}
-    if needed and not amounts["ms"].is_fraction and read_config(directory).get(CONFIG_KEY):
+    quantised = bool(read_config(directory).get(CONFIG_KEY))
+    if quantised and needed and not amounts["ms"].is_fraction:
         raise ConfigError(
             f"ms={budget['ms']!r} is a time, but {table} was measured before the family was "
             "quantised; give a share of the parent's time, like ms=0.6"
+        )
+    if quantised and "bytes" in amounts and not amounts["bytes"].is_fraction:
+        raise ConfigError(
+            f"bytes={budget['bytes']!r} is an amount, but the router of a quantised family counts "
+            "the bytes that it had before; give a share of the parent's, like bytes=0.6"
         )
     asked = {
         metric: amount.fraction_of(cost.full.metric(metric)) for metric, amount in amounts.items()

@@ -27,7 +27,15 @@ from transformers.utils.chat_template_utils import render_jinja_template
 from star_elastic.errors import RowError, library_boundary
 from star_elastic.train.messages import checked_list, checked_messages, forms
 from star_elastic.train.notes import first_unseen, is_blank
-from star_elastic.train.words import ASSISTANT, DELETE, Talk, Template, Word, read_template
+from star_elastic.train.words import (
+    ASSISTANT,
+    DELETE,
+    TRACE,
+    Talk,
+    Template,
+    Word,
+    read_template,
+)
 
 SYSTEM = ("system", "system_prompt", "system_message")
 SPOKEN = (
@@ -47,13 +55,14 @@ RESERVED = {"messages", *inspect.signature(PreTrainedTokenizerBase.apply_chat_te
 RESERVED -= {"tools", "documents"}
 """Names with a meaning of their own where a template is called."""
 OR_ALL = 'or set loss_on = "all"'
+OR_PROMPT = "or write the row as prompt and completion"
 REMEDY = "take that out of the row, or write the row as prompt and completion"
 CONSTANTS: tuple[tuple[str, bool | None, Any], ...] = (
     ("True", True, 1), ("False", False, 0), ("None", None, ""),
 )  # fmt: skip
 """How Python prints what JSON writes otherwise, and something like it that is printed otherwise."""
 _OPENED = re.compile(r"(?:<(\w+)>|\[([A-Z_]+)\])\s*\Z")
-_TRACE = re.compile("think|thought|reason", re.IGNORECASE)
+_EMPTY_TRACE = re.compile(r"\s*<(\w*(?:think|thought|reason)\w*)>\s*</\1>\s*", re.IGNORECASE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +90,10 @@ class _BrokenTrace(RowError):
     """An answer in a trace that its turn opens and that it does not close, or opens again."""
 
 
+class _SecondTrace(_BrokenTrace):
+    """A trace behind an empty one."""
+
+
 class Conversations:
     """Writes rows with `messages` through one tokenizer's chat template."""
 
@@ -90,6 +103,7 @@ class Conversations:
         self._eos = eos if isinstance(eos, str) else ""
         marks = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
         marks -= {str(tokenizer.bos_token), str(tokenizer.pad_token), self._eos}
+        self._marks = sorted({*marks, *filter(None, [self._eos])})
         own = re.escape(self._eos) or "(?!)"
         other = "|".join(map(re.escape, sorted(marks))) or "(?!)"
         # Of other marks only those behind which nothing comes: some open a call of a tool.
@@ -110,6 +124,7 @@ class Conversations:
         try:
             rendered, (start, stop) = self._answer_in_whole(rendered, template)
             text = rendered.text
+            stop = start + len(self._closed_at_mark(text[start:stop]))
             written = Written(text[:start], text[start:stop], text[stop:])
         except RowError as error:
             if answers or isinstance(error, _BrokenTrace):
@@ -215,19 +230,24 @@ class Conversations:
         self._require_one_end(talk, text)
         return _Rendered(talk, text, marked, marked_text, words)
 
+    def _closed_at_mark(self, answer: str) -> str:
+        """An answer up to the mark that ends its turn, behind which generation writes nothing."""
+        ended = answer.rstrip()
+        return ended if any(map(ended.endswith, self._marks)) else answer
+
     def _require_one_end(self, talk: Talk, text: str) -> None:
-        """Raises RowError for a content with an end of turn that the template writes again."""
-        if not self._eos or text.count(self._eos) < 2:
-            return
-        twice = re.compile(rf"{re.escape(self._eos)}\s*{re.escape(self._eos)}")
+        """Raises RowError for a content with an end of turn that the template writes again. It need
+        not be the tokenizer's own: `<|eot_id|>` ends a turn, `<|end_of_text|>` a text."""
         for number, message in enumerate(talk.messages, start=1):
             content = message.get("content")
             last = content[-1]["text"] if content and isinstance(content, list) else content
-            if (last or "").rstrip().endswith(self._eos) and twice.search(text):
-                raise RowError(
-                    f"has {self._eos} at the end of message {number}, which the chat template "
-                    "writes itself; take it out of the content"
-                )
+            ended = (last or "").rstrip()
+            for mark in (mark for mark in self._marks if ended.endswith(mark)):
+                if re.search(rf"{re.escape(mark)}\s*{re.escape(mark)}", text):
+                    raise RowError(
+                        f"has {mark} at the end of message {number}, which the chat template "
+                        "writes itself; take it out of the content"
+                    )
 
     # Where the last answer stands
 
@@ -242,7 +262,12 @@ class Conversations:
             _require_whole_trace(rendered.text, found, template)
             return rendered, found
         except _BrokenTrace as error:
-            for talk in _other_traces(rendered, template):
+            others = (
+                _without_empty_trace(rendered.talk)
+                if isinstance(error, _SecondTrace)
+                else _other_traces(rendered, template)
+            )
+            for talk in others:
                 try:
                     other = self._render_faithfully(talk, template)
                     found = self._find_answer(other, template)
@@ -292,8 +317,7 @@ class Conversations:
                 f"the row as prompt and completion, {OR_ALL}"
             )
         start, stop = spans[0][0], spans[-1][1]
-        # An end behind the mark is one that the model has to write all the same. It need not be
-        # the tokenizer's own: `<|eot_id|>` ends a turn, `<|end_of_text|>` a text.
+        # An end behind the mark is one that the model has to write all the same.
         end = self._end_of_turn.match(text, stop)
         return start, end.end() if end else stop
 
@@ -324,8 +348,9 @@ class Conversations:
             if not text.startswith(opening):
                 raise RowError(
                     "has a last answer that does not begin as the chat template opens one (with "
-                    f"{opening[-24:]!r}), for example without the trace; give it what is missing, "
-                    f"write the row as prompt and completion, {OR_ALL}"
+                    f"{opening[-24:]!r}), for example without the trace; give it what is missing "
+                    "(or, if the template drops that, write the row as prompt and completion), "
+                    f"{OR_ALL}"
                 )
             fitting = [(len(opening), {})]
         length, way = max(fitting, key=lambda found: found[0])
@@ -376,18 +401,19 @@ def _opened_trace(opening: str, template: Template) -> tuple[str, str] | None:
     tag = found[0].rstrip()
     closing = f"{tag[0]}/{tag[1:]}"
     is_known = template.tags is not None and template.tags.fullmatch(closing) is not None
-    return (tag, closing) if is_known or _TRACE.search(tag) else None
+    return (tag, closing) if is_known or TRACE.search(tag) else None
 
 
 def _require_whole_trace(text: str, found: tuple[int, int], template: Template) -> None:
     """Raises _BrokenTrace unless the answer at [start, stop) closes the trace, if there is one,
     that is opened before it."""
     start, stop = found
+    answer = text[start:stop]
     tags = _opened_trace(text[:start], template)
     if tags is None:
+        _require_no_second_trace(text[:start], answer)
         return
     tag, closing = tags
-    answer = text[start:stop]
     if closing not in answer or answer.lstrip().startswith(tag):
         switch = template.switches.fullmatch(NO_THINKING) if template.switches else None
         advice = f"put {switch[0]} into the system message" if switch else "write the row as prompt"
@@ -396,6 +422,30 @@ def _require_whole_trace(text: str, found: tuple[int, int], template: Template) 
             f"it or opens it again; begin the content with the trace and {closing}, or {advice}"
             + ("" if switch else " and completion")
         )
+
+
+def _require_no_second_trace(opening: str, answer: str) -> None:
+    """Raises _SecondTrace for a trace behind an empty one, which templates write where there is to
+    be none: two traces are learned, and no turn is opened with one. A tag alone is a word."""
+    empty = re.search(rf"{_EMPTY_TRACE.pattern}\Z", opening) or _EMPTY_TRACE.match(answer)
+    if empty is None:
+        return
+    rest = (answer if empty.string is opening else answer[empty.end() :]).lstrip()
+    first, closing = f"<{empty[1]}>", f"</{empty[1]}>"
+    if rest.startswith(closing) or (rest.startswith(first) and closing in rest):
+        raise _SecondTrace(
+            f"has a last answer with a trace behind an empty one, <{empty[1]}></{empty[1]}>, which "
+            f"the chat template writes; take the trace out of the content, {OR_PROMPT}"
+        )
+
+
+def _without_empty_trace(talk: Talk) -> Iterator[Talk]:
+    """A conversation with a last answer that leaves it to the template to write an empty trace."""
+    last = talk.messages[-1]
+    content = last.get("content")
+    if isinstance(content, str) and (empty := _EMPTY_TRACE.match(content)):
+        without = content[empty.end() :]
+        yield replace(talk, messages=[*talk.messages[:-1], {**last, "content": without}])
 
 
 def _other_traces(rendered: _Rendered, template: Template) -> Iterator[Talk]:

@@ -24,6 +24,7 @@ from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
 from star_elastic.errors import ConfigError, reason
 from star_elastic.nesting.elastic import ElasticModel
+from star_elastic.signals import num_ranks
 
 PATIENCE = timedelta(days=1)
 """How long ranks wait for one that writes or quantises a checkpoint, where other collectives give
@@ -121,7 +122,7 @@ def join_world() -> Iterator[World]:
     ConfigError if there are fewer devices than ranks on this machine, or if the caller has set up a
     process group of its own.
     """
-    size = int(os.environ.get("WORLD_SIZE", "1"))
+    size = num_ranks()
     local = int(os.environ.get("LOCAL_RANK", "0"))
     on_gpu = torch.cuda.is_available()
     if on_gpu and local >= torch.cuda.device_count():

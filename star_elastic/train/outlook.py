@@ -19,6 +19,7 @@ from star_elastic.importance.files import ScoreInfo
 from star_elastic.paths import is_file
 from star_elastic.progress import Progress
 from star_elastic.router.commit import LEARNED
+from star_elastic.signals import num_ranks
 from star_elastic.train.calibrate import SCORES
 from star_elastic.train.check import Checked, beyond_positions
 from star_elastic.train.config import RunConfig
@@ -244,7 +245,7 @@ class _Look:
                 f"{show_amount(need, 'bytes')}; make room or name another out"
             )
         memory = self._memory()
-        has = _device_bytes(self.device) * int(os.environ.get("WORLD_SIZE", "1"))
+        has = _device_bytes(self.device) * num_ranks()
         if has < memory:
             yield (
                 f"training takes {show_amount(memory, 'bytes')} and there are "

@@ -8,7 +8,7 @@ checkpoint itself, and so its full size and widths without a name, has the large
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -17,11 +17,11 @@ from transformers import PreTrainedModel
 from star_elastic.axes import AxisMap
 from star_elastic.checkpoint import require_writable
 from star_elastic.companions import copy_family_files
-from star_elastic.errors import ConfigError
+from star_elastic.errors import ConfigError, ShapeError
 from star_elastic.families import family_of, read_config
 from star_elastic.families.base import Config
 from star_elastic.manifest import load_manifest, save_manifest
-from star_elastic.nesting.model_config import model_config
+from star_elastic.nesting.skeleton import build_skeleton
 from star_elastic.nesting.submodel import build_submodel, load_parent, load_tokenizer
 from star_elastic.placement import choose_device, choose_dtype
 from star_elastic.progress import Progress, Silent, staged
@@ -81,12 +81,18 @@ def quantise_family(
     manifest = load_manifest(path, axis_map)
     if config.get(CONFIG_KEY):
         raise ConfigError(f"{path} is quantised already; quantise the checkpoint it was made from")
-    model_config(config, path / "config.json")
+    build_skeleton(config, file=path / "config.json")
     scheme = make_scheme(axis_map, format_name, keep)
     stored = stored_map(axis_map, scheme)
-    for size in manifest.sizes.values():
-        axis_map.at(size.widths)  # one width per axis
-        stored.require_edges(size.widths)
+    for name, size in manifest.sizes.items():
+        try:
+            axis_map.at(size.widths)  # one width per axis
+            stored.require_edges(size.widths)
+        except ShapeError as error:
+            raise ShapeError(
+                f"size {name!r} cannot be quantised to {scheme.format.name}: {error}. Widths are "
+                "those of the run that made the family ([choices]); fp8-channel takes any"
+            ) from None
     scales: dict[str, dict[str, torch.Tensor]] = {}
     if frozen is not None:
         shared = frozen.inputs
@@ -102,11 +108,11 @@ def quantise_family(
         shared = shared_scales(scales, scheme, axis_map)
 
     def finish(directory: Path) -> None:
-        save_manifest(manifest, directory)
-        copy_family_files(path, directory)
         # The full size has the scales of the checkpoint itself.
-        cut = {n for n, size in manifest.sizes.items() if size.widths != axis_map.full}
-        own = {name: scales[name] for name in cut & scales.keys()}
+        cut = [n for n, size in manifest.sizes.items() if size.widths != axis_map.full]
+        own = {name: scales[name] for name in cut if scales.get(name)}
+        save_manifest(replace(manifest, own_input_scales=tuple(own)), directory)
+        copy_family_files(path, directory)
         if own:
             save_input_scales(directory, own)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import unicodedata
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -59,19 +59,22 @@ class RowCheck:
         return [*lines, *self.idle, *(f"warning: {line}" for line in self.warnings)]
 
 
-def check_rows(config: RunConfig, sources: Sequence[Source], progress: Progress) -> RowCheck:
+def check_rows(
+    config: RunConfig, sources: Sequence[Source], progress: Progress, ends: Collection[int]
+) -> RowCheck:
     """Reads every row of every source as training reads it, whether bad rows stop the run or not.
-    Nothing is written."""
+    Nothing is written. `ends` are the token ids at which generation stops."""
     contexts = [stage.context for stage in config.stages]
     found = RowCheck(cut=[0] * len(contexts), left_out=[0] * len(contexts))
     progress.stage("rows", sum(map(len, sources)))
     for source in sources:
-        lessons, remarks = [0] * len(contexts), _Remarks(source)
+        lessons, remarks, lengths = [0] * len(contexts), _Remarks(source, ends), _Lengths()
         for row in range(len(source)):
             found.rows += 1
             try:
                 document = source.document(row)
             except RowError as error:
+                lengths.first_bad = lengths.first_bad or str(error)
                 found.bad += 1
                 if found.bad <= SHOWN:
                     found.problems.append(str(error))
@@ -84,11 +87,13 @@ def check_rows(config: RunConfig, sources: Sequence[Source], progress: Progress)
                 found.cut[number] += fed > context
                 found.left_out[number] += not teaches
                 lessons[number] += teaches and not source.is_held_out(row)
+            if not source.is_held_out(row):
+                lengths.see(document)
             remarks.look(row, document)
             if found.rows % TOLD_EVERY == 0:
                 progress.advance(found.rows)
         found.idle += [
-            _idle(source, n, contexts[n]) for n, count in enumerate(lessons) if not count
+            _idle(source, n, contexts[n], lengths) for n, count in enumerate(lessons) if not count
         ]
         found.warnings += remarks.lines()
     progress.advance(found.rows)
@@ -100,6 +105,7 @@ def require_lessons(config: RunConfig, sources: Sequence[Source], progress: Prog
     at a bad row before it, unless its source skips these. Mostly reads a row of each."""
     for source in sources:
         missing = {number: stage.context for number, stage in enumerate(config.stages)}
+        lengths = _Lengths()
         for row in range(len(source)):
             if not missing:
                 break
@@ -111,20 +117,48 @@ def require_lessons(config: RunConfig, sources: Sequence[Source], progress: Prog
                 continue
             try:
                 document = source.document(row)
-            except RowError:
+            except RowError as error:
+                lengths.first_bad = lengths.first_bad or str(error)
                 if source.skips_bad_rows:
                     continue
                 raise
+            lengths.see(document)
             missing = {n: c for n, c in missing.items() if not document.teaches(c)}
         if missing:
-            raise CheckpointError(_idle(source, *next(iter(missing.items()))))
+            raise CheckpointError(_idle(source, *next(iter(missing.items())), lengths))
 
 
-def _idle(source: Source, stage: int, context: int) -> str:
+def _idle(source: Source, stage: int, context: int, lengths: _Lengths) -> str:
+    """Why a source teaches nothing in a stage, and what to do."""
+    if not lengths.read:
+        return (
+            f"{source.name} has no row that can be read, bad ones left out (the first: "
+            f"{lengths.first_bad}); correct the rows, or name others"
+        )
+    if not lengths.teaching:
+        return (
+            f"{source.name} has no row with a token to learn from, however long the context is: "
+            "its texts or answers are empty; name other rows"
+        )
     return (
         f"{source.name} has no row with a token to learn from within stages[{stage}].context="
         f"{context:,}; raise it, or name rows whose prompts are shorter"
     )
+
+
+@dataclass(slots=True)
+class _Lengths:
+    """Of the rows of a source that are not held out: how many could be read, how many of these
+    teach anything in a context of any length, and what is wrong with the first that could not."""
+
+    read: int = 0
+    teaching: int = 0
+    first_bad: str = ""
+
+    def see(self, document: Document) -> None:
+        """Counts a row."""
+        self.read += 1
+        self.teaching += document.teaches(len(document.ids))
 
 
 # What a tokenizer cannot write, and what generation does not
@@ -189,12 +223,37 @@ class _Plain(_Remark):
         )
 
 
-class _Remarks:
-    """All that is to be told of rows of a source."""
+class _Endless(_Remark):
+    """Rows whose last turn ends in a token at which generation does not stop (`ends` are those at
+    which it does)."""
 
-    def __init__(self, source: Source):
+    def __init__(self, source: Source, ends: Collection[int]):
+        super().__init__(source)
+        self.ends = ends
+        self.token = ""
+
+    def find(self, content: Mapping[str, Any], document: Document) -> str | None:
+        if "messages" not in content or not document.ids:
+            return None
+        last = self.source.last_mark(document)
+        if last is None or last in self.ends:
+            return None
+        self.token = self.token or self.source.name_of(last)
+        return ""
+
+    def said(self) -> str:
+        return (
+            f"end their last turn with {self.token} (the first, {self.first}), at which generation "
+            "does not stop: add its id to eos_token_id in the parent's generation_config.json"
+        )
+
+
+class _Remarks:
+    """All that is to be told of rows of a source; generation stops at the token ids `ends`."""
+
+    def __init__(self, source: Source, ends: Collection[int]):
         self.source = source
-        self.kinds = (_Lost(source), _Plain(source))
+        self.kinds = (_Lost(source), _Plain(source), _Endless(source, ends))
 
     def look(self, row: int, document: Document) -> None:
         """Looks at a row and its document."""
@@ -207,10 +266,11 @@ class _Remarks:
         return [line for kind in self.kinds for line in kind.lines()]
 
 
-def warn_of_rows(source: Source) -> list[str]:
+def warn_of_rows(source: Source, ends: Collection[int]) -> list[str]:
     """A line if rows of a source, of some that are looked at, have characters that the tokenizer
-    cannot write; and one if they are prompts that generation writes otherwise."""
-    remarks = _Remarks(source)
+    cannot write; one if they are prompts that generation writes otherwise; and one if they end
+    where generation, which stops at the token ids `ends`, does not."""
+    remarks = _Remarks(source, ends)
     for row in spread(len(source)):
         try:
             document = source.document(row)

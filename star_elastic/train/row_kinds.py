@@ -10,7 +10,7 @@ import re
 from pathlib import Path
 
 from star_elastic.errors import ConfigError
-from star_elastic.paths import exists, is_file, is_folder, names_in, no_file
+from star_elastic.paths import LFS_POINTER, exists, is_file, is_folder, names_in, no_file
 
 FIRST_BYTES = 1 << 16
 PARQUET = b"PAR1"
@@ -47,6 +47,8 @@ def _begin(path: Path) -> bytes:
 
 def _other_kind(path: Path, begin: bytes) -> str:
     """What a file is and what to do, if it is plainly no JSON lines."""
+    if begin.startswith(LFS_POINTER):
+        return "is a pointer of Git LFS, not the file itself; fetch it with git lfs pull"
     for magic, name in COMPRESSED.items():
         if begin.startswith(magic):
             return f"is compressed ({name}); unpack it and name the JSONL file that comes out"

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import gc
 import json
+import re
 import shutil
 import time
 from collections.abc import Iterator
@@ -26,7 +27,7 @@ from star_elastic.importance.files import save_scores
 from star_elastic.manifest import Manifest, Size, load_manifest, save_manifest
 from star_elastic.nesting.elastic import ElasticModel
 from star_elastic.nesting.stream import save_model
-from star_elastic.nesting.submodel import load_tokenizer
+from star_elastic.nesting.submodel import load_tokenizer, stop_tokens
 from star_elastic.paths import exists, has_file
 from star_elastic.progress import Progress, Silent, staged
 from star_elastic.router.budget import AIM
@@ -62,6 +63,9 @@ from star_elastic.train.verdict import (
     held_out_documents,
     judge_run,
 )
+
+LOST_RANK = re.compile("closed by peer|reset by peer|remote process exited")
+"""In what gloo and NCCL say when another rank is gone."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +109,11 @@ def train(
                     ) from error
                 if stop.is_asked and world.size > 1:  # another rank has stopped before this one
                     raise Interrupted(_how_to_go_on(run)) from None
+                if world.size > 1 and LOST_RANK.search(str(error)):
+                    raise CheckpointError(
+                        f"another rank has ended ({reason(error)}); look for what it said, then go "
+                        "on (with --resume if there is a saved state)"
+                    ) from error
                 raise
 
 
@@ -142,7 +151,8 @@ def _train(config: RunConfig, resume: bool, shown: Progress, stop: Stop, world: 
     for line in told:
         progress.say(line)
     longest = max(stage.context for stage in config.stages)
-    with _told_of_rows("start again"):  # read now: what is wrong is told before work, not after it
+    go_on = "go on with --resume" if has_state(run) or exists(run / ELASTIC) else "start again"
+    with _told_of_rows(go_on):  # read now: what is wrong is told before work, not after it
         held_out = held_out_documents(sources, longest)
     world.wait()  # until every rank has looked at the directory, before one writes into it
     with alone_in(run, world):
@@ -157,7 +167,8 @@ def _train(config: RunConfig, resume: bool, shown: Progress, stop: Stop, world: 
                     require_lessons(config, sources, progress)
                 info = given[1] if given else None
                 look_ahead(config, checked, sources, world.device, info).say(progress)
-                for line in (line for source in sources for line in warn_of_rows(source)):
+                ends = stop_tokens(config.parent, tokenizer)
+                for line in (line for source in sources for line in warn_of_rows(source, ends)):
                     progress.say(f"warning: {line}")
                 if given and world.is_first:  # from here on the run's config is fixed
                     save_scores(run / SCORES, given[0], checked.axis_map, given[1])
@@ -354,9 +365,9 @@ def _note(report: StepReport, trainer: Trainer) -> str:
     for count, what in (
         (report.rows_cut, "cut to the context"),
         (report.rows_dropped, "left out"),
-        (report.rows_skipped, "bad"),
+        (report.rows_skipped, "left out as bad"),  # in every epoch anew
     ):
-        phase += f", {count:,} rows {what}" if count else ""
+        phase += f", {count:,} {'row' if count == 1 else 'rows'} {what}" if count else ""
     return f"KD nats/token {losses}  ({phase})"
 
 

@@ -133,6 +133,20 @@ class Source:
         """What a document says, in words."""
         return str(self._tokenizer.decode(document.ids, clean_up_tokenization_spaces=False))
 
+    def last_mark(self, document: Document) -> int | None:
+        """The special token that a document ends with, white space apart; None if it is none."""
+        special = {i for i, t in self._tokenizer.added_tokens_decoder.items() if t.special}
+        for token in reversed(document.ids):
+            if token in special:
+                return token
+            if str(self._tokenizer.decode([token])).strip():
+                return None
+        return None
+
+    def name_of(self, token: int) -> str:
+        """A token id as its tokenizer writes it."""
+        return str(self._tokenizer.convert_ids_to_tokens(token))
+
     def document(self, row: int) -> Document:
         """A row's document, uncut. Raises RowError, naming the row, if it cannot be read as it was
         written."""

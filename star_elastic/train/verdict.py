@@ -121,7 +121,8 @@ class Verdict:
             if size.widths_from == "budget":
                 yield (
                     f"the widths of {name} come from its budget, not from the data: the router had "
-                    "not learned what to cut; give it more steps (stages.tokens, router.commit_at)"
+                    "not learned what to cut; begin with the parent and give the router more steps "
+                    "(stages.tokens, router.commit_at)"
                 )
 
     def to_json(self) -> dict[str, Any]:
@@ -257,7 +258,7 @@ class _Family:
             if self.is_full(size):
                 yield name, size, whole
                 continue
-            scales = load_input_scales(self.path, name)
+            scales = load_input_scales(self.path, self.manifest, name)
             yield name, size, build_submodel(whole, config, size.widths, input_scales=scales)
 
 

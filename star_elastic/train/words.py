@@ -30,6 +30,8 @@ DELETE = "\x7f"
 """In every mark: Python, which prints the texts inside a list or an object with escapes, writes it
 otherwise than a template that writes the text, or JSON."""
 ESCAPED = json.dumps(DELETE)[1:-1]
+TRACE = re.compile("think|thought|reason", re.IGNORECASE)
+"""In the names of the tags of a trace."""
 _TAG = re.compile(r"<[^<>\s]+>|\[/?[A-Z_]+\]")
 _SWITCH = re.compile(r"/\w+")
 _GENERATION = re.compile(r"\{%[-+]?\s*(?:end)?generation\s*[-+]?%\}")
@@ -239,9 +241,11 @@ def _pieces(
     gaps: list[re.Match[str]] = []
     if manner is Manner.ANSWER and template.tags:
         tags = list(template.tags.finditer(text))
-        # A template takes the trace at the front apart; what follows is text, tags or not.
-        closing = next((n for n, tag in enumerate(tags) if tag[0][1] == "/"), -1)
-        gaps = tags[: closing + 1]
+        # A template takes the trace at the front apart, whatever tags stand in it; what follows is
+        # text, tags or not.
+        closing = [number for number, tag in enumerate(tags) if tag[0][1] == "/"]
+        of_trace = [number for number in closing if TRACE.search(tags[number][0])]
+        gaps = tags[: next(iter(of_trace or closing), -1) + 1]
     elif manner is Manner.ASKED and template.switches:
         gaps = list(template.switches.finditer(text))
     edges = [0, *(edge for gap in gaps for edge in gap.span()), len(text)]
