@@ -76,7 +76,7 @@ def build_skeleton(
     Raises ConfigError for a config that transformers cannot build; `file` names it there.
     """
     with building_of(config, file):
-        model = _build(config, like, deterministic=deterministic)
+        model = _build(config, like, deterministic=deterministic, file=file)
     if deterministic:
         require_deterministic(model)
     return model
@@ -93,9 +93,13 @@ def building_of(config: Config, file: str | Path = "config.json") -> Iterator[No
 
 
 def _build(
-    config: Config, like: PreTrainedModel | None = None, *, deterministic: bool = False
+    config: Config,
+    like: PreTrainedModel | None = None,
+    *,
+    deterministic: bool = False,
+    file: str | Path = "config.json",
 ) -> PreTrainedModel:
-    made, kernels = buildable_config(config, like, deterministic=deterministic)
+    made, kernels = buildable_config(config, like, file, deterministic=deterministic)
     dtype: dict[str, Any] = {} if like is None else {"dtype": like.dtype}
     with without_memory():
         model = AutoModelForCausalLM.from_config(made, **kernels, **dtype)
