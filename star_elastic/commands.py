@@ -399,7 +399,7 @@ def _check_rows(config: Any, as_json: bool) -> None:
     from star_elastic.placement import choose_device
     from star_elastic.train.calibrate import given_scores
     from star_elastic.train.check import check as check_config
-    from star_elastic.train.directory import require_ready
+    from star_elastic.train.directory import ELASTIC, require_ready
     from star_elastic.train.outlook import look_ahead
     from star_elastic.train.row_check import check_rows
     from star_elastic.train.sources import open_sources
@@ -412,7 +412,8 @@ def _check_rows(config: Any, as_json: bool) -> None:
     device = torch.device(choose_device("auto"))
     run = Path(config.out)
     require_folder(run)
-    if exists(run) and not has_state(run):  # a run that goes on is looked at for its data alone
+    # A run that has begun is looked at for its data alone.
+    if exists(run) and not has_state(run) and not exists(run / ELASTIC):
         require_ready(run, config, sources, resume=False)
     outlook = look_ahead(config, checked, sources, device, given[1] if given else None)
     with Bars() as bars:

@@ -388,6 +388,12 @@ def test_rows_that_end_where_generation_does_not_are_told(tmp_path):
         for line in lines:
             assert line.startswith("3 of 3 rows looked at end their last turn with <|eot|> (the")
             assert "rows.jsonl line 1)" in line and "generation_config.json" in line
+    # Neither the end of another's turn nor a word of the row is an end of the assistant's.
+    rows = [talk[:1], [*talk[:1], {"role": "assistant", "content": "b <tool>"}]]
+    no_end = "{% for m in messages %}{{ m.role }}: {{ m.content }}{% if m.role == 'user' %}<|eot|>"
+    no_end += "{% endif %}{% endfor %}"
+    (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps({"messages": r}) for r in rows))
+    assert warn_of_rows(Source([tmp_path / "rows.jsonl"], byte_tokenizer(no_end)), ()) == []
 
 
 def test_why_a_source_teaches_nothing_is_so(run_folder, tmp_path):

@@ -132,7 +132,7 @@ def test_a_run_goes_on_with_corrected_rows_and_not_with_others(run_folder, tmp_p
     lines = (run_folder / "rows.jsonl").read_text().splitlines()
     config = config_in(run_folder, "corrected-rows", **SHORT)
 
-    def with_rows(new: list[str], to=file):
+    def with_rows(new: list[str], config=config, to=file):
         to.write_text("\n".join(new) + "\n")
         return replace(config, data=(replace(config.data[0], files=(str(to),)),))
 
@@ -148,13 +148,19 @@ def test_a_run_goes_on_with_corrected_rows_and_not_with_others(run_folder, tmp_p
     with pytest.raises(ConfigError, match=r"\(64 then, 65 now\)") as caught:
         train(with_rows([*lines, lines[0]]), resume=True)
     assert "taken out" not in str(caught.value)
+    fewer = {"\ncontext = 96\nbatch": "\ncontext = 64\nbatch"}
+    with pytest.raises(ConfigError, match=r"context \(96 then, 64 now\)") as caught:
+        train(
+            with_rows(lines, config_in(run_folder, "corrected-rows", **SHORT, **fewer)), resume=True
+        )
+    assert "taken out" not in str(caught.value)
     corrected = [json.dumps({"text": "corrected"}), *lines[1:]]
     watcher = Watcher(6)
     with pytest.raises(Interrupted):
         train(with_rows(corrected), resume=True, progress=watcher)
     assert any("1 of 64 rows looked at have been changed" in line for line in watcher.lines)
     again = Watcher()
-    moved = with_rows(corrected, tmp_path / "moved.jsonl")
+    moved = with_rows(corrected, to=tmp_path / "moved.jsonl")
     assert train(moved, resume=True, progress=again).steps == 12
     assert not any("looked at" in line for line in again.lines)
 

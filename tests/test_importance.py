@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors import safe_open
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -499,6 +501,12 @@ def test_scores_survive_the_disk(parent: Parent, tmp_path: Path) -> None:
     assert list(loaded) == list(axis_keys(parent.axis_map))
     assert all(torch.equal(loaded[key], scores[key]) for key in scores)
     assert [file.name for file in tmp_path.iterdir()] == ["scores.safetensors"]
+    # Files of before digests were kept, which runs that were stopped go on with.
+    with safe_open(tmp_path / "scores.safetensors", framework="pt") as handle:
+        metadata = {k: v for k, v in handle.metadata().items() if k != "weights"}
+    save_file(scores, tmp_path / "earlier.safetensors", metadata)
+    loaded, info = load_scores(tmp_path / "earlier.safetensors", parent.axis_map)
+    assert info == replace(INFO, weights="") and list(loaded) == list(axis_keys(parent.axis_map))
 
 
 def test_scores_that_do_not_fit_are_refused(tmp_path: Path) -> None:

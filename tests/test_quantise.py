@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -108,6 +109,14 @@ def test_scales_that_are_gone_are_told(nvfp4, elastic, tmp_path):
     star_elastic.load(lost)["large"]
     for command in (("slice", lost, "--size", "small", "--out", tmp_path / "s"), ("check", lost)):
         assert INPUT_SCALES in refused(*command)
+    # As a family has it that does not say which sizes have some.
+    shutil.copyfile(nvfp4 / INPUT_SCALES, lost / INPUT_SCALES)
+    manifest = star_elastic.load(lost).manifest
+    unsaid = replace(manifest, own_input_scales=())
+    assert (
+        load_input_scales(lost, unsaid, "small").keys()
+        == load_input_scales(lost, manifest, "small").keys()
+    )
     save_tensors(lost / INPUT_SCALES, {"medium/x": torch.ones(1)})
     assert "lacks the scales of size 'small'" in refused("check", lost)
 

@@ -436,12 +436,17 @@ EMPTY = (
     "{{ '<think>\n\n</think>\n' if enable_thinking is false }}{% endif %}"
 )
 """As SmolLM 3: an empty trace where there is to be none, before whatever the content is."""
-MARKS_EMPTY = EMPTY.replace("{{ m.content", "{% generation %}{{ m.content").replace(
-    "CLOSE", "{% endgeneration %}"
+MARKS_EMPTY = EMPTY.replace("OPEN", "{% generation %}").replace("CLOSE", "{% endgeneration %}")
+MARKS_TURN = (
+    "{% for m in messages %}{% if m.role == 'assistant' %}{% generation %}<|im_start|>assistant\n"
+    "{{ '<think>\n\n</think>\n' if enable_thinking is false }}OPEN{{ m.content }}<|im_end|>"
+    "{% endgeneration %}\n{% else %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>CLOSE\n"
+    "{% endif %}{% endfor %}"
 )
+"""Marks what it writes itself at the beginning of a turn, too."""
 
 
-@pytest.mark.parametrize("template", [EMPTY, MARKS_EMPTY])
+@pytest.mark.parametrize("template", [EMPTY, MARKS_EMPTY, MARKS_TURN])
 @pytest.mark.parametrize("loss_on", ["answers", "all"])
 def test_an_empty_trace_is_learned_once(template, loss_on):
     """Whether the row or the template writes it; and no trace behind it."""
@@ -498,6 +503,20 @@ def test_any_mark_may_end_a_turn():
     assert "".join(learned(template, TALK, "all")).endswith("b.<|eot|>\n")
     for row, number in ((talk("a?", "b.<|eot|>"), 2), (talk("a?<|eot|>\n"), 1)):
         refused(template, row, rf"has <\|eot\|> at the end of message {number}, .* writes itself")
+
+
+@pytest.mark.parametrize("template", [CHATML, MARKED, SWITCHES, TRIMS])
+def test_special_tokens_that_end_no_turn_are_words(template):
+    """As masks, unknown words and pictures stand in texts, once or twice."""
+    for question, answer in (
+        ("Paris is <tool> <tool>", "b."), ("a?", "of <tool><tool>"), ("a <tool>", "it is <tool>"),
+        ("the <tool> <tool> of", "<tool>"),
+    ):  # fmt: skip
+        before, after = learned(template, talk(question, answer))
+        assert answer in after and question in before
+    bare = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    bare += "{% if add_generation_prompt %}assistant:{% endif %}"
+    assert learned(bare, talk("a?", "x <tool>"))[1] == " x <tool>\n"
 
 
 def test_an_end_behind_the_mark_need_not_be_the_tokenizers():

@@ -100,7 +100,7 @@ def _by_one_name(config: Config) -> Config:
     ConfigError for one that stands there twice with two values."""
     named = {key: value for key, value in config.items() if key not in OTHER_NAMES}
     for key, name in OTHER_NAMES.items():
-        if key in config and named.setdefault(name, config[key]) != config[key]:
+        if config.get(key) is not None and named.setdefault(name, config[key]) != config[key]:
             raise ConfigError(
                 f"{told(key, config[key])} and {told(name, named[name])} are one field of "
                 "nemotron_h with two values; remove one of them from config.json"

@@ -13,13 +13,13 @@ from star_elastic.checkpoint import load_tensors, save_tensors
 from star_elastic.errors import CheckpointError, library_boundary
 from star_elastic.importance.orders import Scores, check_scores
 
-FORMAT = "star_elastic scores 3"
+FORMAT = "star_elastic scores 2"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ScoreInfo:
     """What scores were measured on: samples, unmasked tokens, a name of the text, and a digest of
-    the model's files."""
+    the model's files (empty if that is not known)."""
 
     num_samples: int
     num_tokens: int
@@ -53,7 +53,7 @@ def load_scores(file: str | Path, axis_map: AxisMap) -> tuple[dict[str, torch.Te
         metadata = handle.metadata() or {}
     if metadata.get("format") != FORMAT:
         raise CheckpointError(
-            f"{file} holds no importance scores of this version; make some with star-elastic rank"
+            f"{file} holds no importance scores; make some with star-elastic rank"
         )
     if metadata.get("family") != axis_map.family:
         raise CheckpointError(
@@ -66,7 +66,7 @@ def load_scores(file: str | Path, axis_map: AxisMap) -> tuple[dict[str, torch.Te
             num_samples=int(metadata["num_samples"]),
             num_tokens=int(metadata["num_tokens"]),
             source=metadata["source"],
-            weights=metadata["weights"],
+            weights=metadata.get("weights", ""),
         )
     return {key: scores[key] for key in axis_keys(axis_map)}, info
 

@@ -28,6 +28,7 @@ from star_elastic.companions import INPUT_SCALES, copy_companions
 from star_elastic.errors import CheckpointError, ConfigError
 from star_elastic.families import family_of, read_config
 from star_elastic.manifest import Manifest
+from star_elastic.paths import has_file
 from star_elastic.quant.engines import written_config
 from star_elastic.quant.formats import Quantised, dequantise, largest_of, quantise
 from star_elastic.quant.layout import (
@@ -270,13 +271,14 @@ def load_input_scales(directory: Path, manifest: Manifest, size: str) -> dict[st
     Raises CheckpointError if the size has some of its own and they are not there: with the shared
     ones its outputs would be others, and nothing would show it.
     """
-    if size not in manifest.own_input_scales:
-        return {}
     file = directory / INPUT_SCALES
+    is_named = size in manifest.own_input_scales
+    if not is_named and not has_file(file):
+        return {}
     start = f"{size}/"
     found = load_tensors(file)
     scales = {n.removeprefix(start): scale for n, scale in found.items() if n.startswith(start)}
-    if not scales:
+    if is_named and not scales:
         raise CheckpointError(f"{file} lacks the scales of size {size!r}; restore the file")
     return scales
 

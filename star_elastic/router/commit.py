@@ -8,6 +8,7 @@ data has not: a commitment says which.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -24,6 +25,8 @@ from star_elastic.widths import Widths
 
 LEARNED = 80
 """Router steps from which its own choice is to be trusted (`benchmarks/planted_axes.py`)."""
+ROUNDED = 1e-3
+"""Relative distance to a trained budget that counts as that budget."""
 ASKED = Temperature(tau=1.0, scale=1.0)
 """Neither changes which widths are likelier than others."""
 
@@ -154,14 +157,18 @@ def settle_between(
         counts = Counter(m for budgets in trained for m in budgets)
         others = ", ".join(m for m, count in counts.items() if count > 1)
         raise BudgetError(
-            f"this router was not trained for budgets on {metric}: {len(known)} of its sizes has "
-            f"one, and two are needed to go between; "
+            f"this router was not trained for budgets on {metric}: {'one' if known else 'none'} "
+            "of its sizes has one, and two are needed to go between; "
             + (f"ask for one on {others}" if others else "name a size in place of a budget")
         )
 
     def shown(share: float) -> str:
         return f"{share:.4g} ({show_amount(share * cost.full.metric(metric), metric)})"
 
+    # What was rounded to be written, as in what is advised below, is no other budget.
+    near = min(max(fraction, known[0][0]), known[-1][0])
+    if math.isclose(near, fraction, rel_tol=ROUNDED):
+        fraction = near
     if not known[0][0] <= fraction <= known[-1][0]:
         raise BudgetError(
             f"{metric}={shown(fraction)} lies outside the range of {metric} that this router was "
@@ -173,11 +180,12 @@ def settle_between(
     span = above[0] - below[0]
     share = (fraction - below[0]) / span if span else 0.0
     vector = (1 - share) * router.one_hot(below[1]) + share * router.one_hot(above[1])
-    found = commit(router.decide(vector, ASKED), asked, cost, router.grid)
+    found = commit(router.decide(vector, ASKED), {metric: fraction}, cost, router.grid)
     if found.miss > REACH:
         now = cost.count(found.widths).metric(metric) / cost.full.metric(metric)
+        inside = min(max(now, known[0][0]), known[-1][0])
         raise BudgetError(
             f"no widths of this family's choices meet {metric}={shown(fraction)} within "
-            f"{REACH:.0%}; the nearest have {shown(now)}: ask for {metric}={now:.4f}"
+            f"{REACH:.0%}; the nearest have {shown(now)}: ask for {metric}={inside:.4f}"
         )
     return found

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -17,6 +18,7 @@ from star_elastic.families import family_of, read_config
 from star_elastic.families.base import Config
 from star_elastic.latency import LatencyTable, load_table
 from star_elastic.manifest import Manifest, Size, load_manifest, require_order
+from star_elastic.nesting.model_config import model_config as transformers_config
 from star_elastic.nesting.rotate import check_rotatable
 from star_elastic.nesting.submodel import require_loadable
 from star_elastic.paths import exists, is_file
@@ -175,7 +177,8 @@ def beyond_positions(config: RunConfig, model_config: Config) -> list[str]:
     """A line for every length of text in the config that is beyond the positions that the parent
     was made for. It runs there (positions are rotary or come from Mamba layers), but untrained, and
     no text as long as that is ever generated."""
-    most = model_config.get("max_position_embeddings")
+    made: Any = transformers_config(model_config)  # which knows the default of its model type
+    most = getattr(made, "max_position_embeddings", None)
     lengths = {f"stages[{n}].context": stage.context for n, stage in enumerate(config.stages)}
     lengths["calibration.context"] = config.calibration.context
     return [

@@ -63,6 +63,9 @@ CONSTANTS: tuple[tuple[str, bool | None, Any], ...] = (
 """How Python prints what JSON writes otherwise, and something like it that is printed otherwise."""
 _OPENED = re.compile(r"(?:<(\w+)>|\[([A-Z_]+)\])\s*\Z")
 _EMPTY_TRACE = re.compile(r"\s*<(\w*(?:think|thought|reason)\w*)>\s*</\1>\s*", re.IGNORECASE)
+_SECOND_TRACE = re.compile(
+    rf"{_EMPTY_TRACE.pattern}(?:</\1>|<\1>(?=.*?</\1>))", re.IGNORECASE | re.DOTALL
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,7 +127,7 @@ class Conversations:
         try:
             rendered, (start, stop) = self._answer_in_whole(rendered, template)
             text = rendered.text
-            stop = start + len(self._closed_at_mark(text[start:stop]))
+            stop = start + len(self._closed_at_mark(text[start:stop], rendered.talk))
             written = Written(text[:start], text[start:stop], text[stop:])
         except RowError as error:
             if answers or isinstance(error, _BrokenTrace):
@@ -230,20 +233,23 @@ class Conversations:
         self._require_one_end(talk, text)
         return _Rendered(talk, text, marked, marked_text, words)
 
-    def _closed_at_mark(self, answer: str) -> str:
-        """An answer up to the mark that ends its turn, behind which generation writes nothing."""
-        ended = answer.rstrip()
-        return ended if any(map(ended.endswith, self._marks)) else answer
+    def _closed_at_mark(self, answer: str, talk: Talk) -> str:
+        """An answer up to the mark with which the template ends its turn, behind which generation
+        writes nothing."""
+        ended, own = answer.rstrip(), _end_of(talk.messages[-1])
+        marks = (mark for mark in self._marks if not own.endswith(mark))
+        return ended if any(map(ended.endswith, marks)) else answer
 
     def _require_one_end(self, talk: Talk, text: str) -> None:
         """Raises RowError for a content with an end of turn that the template writes again. It need
-        not be the tokenizer's own: `<|eot_id|>` ends a turn, `<|end_of_text|>` a text."""
+        not be the tokenizer's own: `<|eot_id|>` ends a turn, `<|end_of_text|>` a text. A mark that
+        the row itself has twice is no end."""
         for number, message in enumerate(talk.messages, start=1):
-            content = message.get("content")
-            last = content[-1]["text"] if content and isinstance(content, list) else content
-            ended = (last or "").rstrip()
-            for mark in (mark for mark in self._marks if ended.endswith(mark)):
-                if re.search(rf"{re.escape(mark)}\s*{re.escape(mark)}", text):
+            own = _end_of(message)
+            for mark in (mark for mark in self._marks if own.endswith(mark)):
+                twice = re.compile(rf"{re.escape(mark)}(?=\s*{re.escape(mark)})")
+                said = sum(len(twice.findall(part)) for m in talk.messages for part in _parts(m))
+                if len(twice.findall(text)) > said:
                     raise RowError(
                         f"has {mark} at the end of message {number}, which the chat template "
                         "writes itself; take it out of the content"
@@ -259,7 +265,7 @@ class Conversations:
         leaves it to the template to open its trace."""
         try:
             found = self._find_answer(rendered, template)
-            _require_whole_trace(rendered.text, found, template)
+            _require_whole_trace(rendered, found, template)
             return rendered, found
         except _BrokenTrace as error:
             others = (
@@ -271,7 +277,7 @@ class Conversations:
                 try:
                     other = self._render_faithfully(talk, template)
                     found = self._find_answer(other, template)
-                    _require_whole_trace(other.text, found, template)
+                    _require_whole_trace(other, found, template)
                     return other, found
                 except RowError:
                     continue
@@ -404,14 +410,14 @@ def _opened_trace(opening: str, template: Template) -> tuple[str, str] | None:
     return (tag, closing) if is_known or TRACE.search(tag) else None
 
 
-def _require_whole_trace(text: str, found: tuple[int, int], template: Template) -> None:
+def _require_whole_trace(rendered: _Rendered, found: tuple[int, int], template: Template) -> None:
     """Raises _BrokenTrace unless the answer at [start, stop) closes the trace, if there is one,
     that is opened before it."""
     start, stop = found
-    answer = text[start:stop]
-    tags = _opened_trace(text[:start], template)
+    opening, answer = rendered.text[:start], rendered.text[start:stop]
+    tags = _opened_trace(opening, template)
     if tags is None:
-        _require_no_second_trace(text[:start], answer)
+        _require_no_second_trace(opening, answer, rendered.talk.messages[-1])
         return
     tag, closing = tags
     if closing not in answer or answer.lstrip().startswith(tag):
@@ -424,19 +430,31 @@ def _require_whole_trace(text: str, found: tuple[int, int], template: Template) 
         )
 
 
-def _require_no_second_trace(opening: str, answer: str) -> None:
+def _require_no_second_trace(opening: str, answer: str, last: Mapping[str, Any]) -> None:
     """Raises _SecondTrace for a trace behind an empty one, which templates write where there is to
-    be none: two traces are learned, and no turn is opened with one. A tag alone is a word."""
-    empty = re.search(rf"{_EMPTY_TRACE.pattern}\Z", opening) or _EMPTY_TRACE.match(answer)
-    if empty is None:
-        return
-    rest = (answer if empty.string is opening else answer[empty.end() :]).lstrip()
-    first, closing = f"<{empty[1]}>", f"</{empty[1]}>"
-    if rest.startswith(closing) or (rest.startswith(first) and closing in rest):
+    be none: two traces are learned, and no turn is opened with one. A tag alone is a word, and what
+    the row itself has is its own."""
+    empty = re.search(rf"{_EMPTY_TRACE.pattern}\Z", opening, re.IGNORECASE)
+    found = list(_SECOND_TRACE.finditer((empty[0] if empty else "") + answer))
+    if len(found) > sum(len(_SECOND_TRACE.findall(part)) for part in _parts(last)):
+        name = found[0][1]
         raise _SecondTrace(
-            f"has a last answer with a trace behind an empty one, <{empty[1]}></{empty[1]}>, which "
-            f"the chat template writes; take the trace out of the content, {OR_PROMPT}"
+            f"has a last answer with a trace behind an empty one, <{name}></{name}>, which the "
+            f"chat template writes; take the trace out of the content, {OR_PROMPT}"
         )
+
+
+def _parts(message: Mapping[str, Any]) -> Iterator[str]:
+    """What a message says in its content, part by part."""
+    content: Any = message.get("content")
+    for part in content if isinstance(content, list) else [{"text": content}]:
+        if isinstance(text := part.get("text"), str):
+            yield text
+
+
+def _end_of(message: Mapping[str, Any]) -> str:
+    """A message's content as far as its end shows, without white space behind it."""
+    return "".join(_parts(message)).rstrip()
 
 
 def _without_empty_trace(talk: Talk) -> Iterator[Talk]:

@@ -77,7 +77,7 @@ def require_ready(
         return []  # nothing but a config that was never used
     refused, allowed = _changes(run, config, sources)
     if refused:
-        counts = [re.search(r"\((\d+) then, (\d+) now\)$", line) for line in refused]
+        counts = [re.match(r"the rows of .* \((\d+) then, (\d+) now\)$", line) for line in refused]
         fewer = any(found and int(found[1]) > int(found[2]) for found in counts)
         told = "; a row that is taken out leaves its line empty" if fewer else ""
         raise ConfigError(

@@ -179,7 +179,8 @@ class _Look:
         yield from self._machine_warnings()
 
     def _score_warnings(self) -> Iterator[str]:
-        if self.given and self.given.weights != digest_weights(self.config.parent):
+        measured = self.given.weights if self.given else ""
+        if measured and measured != digest_weights(self.config.parent):
             yield (
                 f"calibration.scores={self.config.calibration.scores} were measured on other files "
                 f"than those of {self.config.parent}: unless these are the same weights saved "

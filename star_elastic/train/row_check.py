@@ -15,6 +15,7 @@ from star_elastic.train.config import RunConfig
 from star_elastic.train.fingerprint import spread
 from star_elastic.train.rendering import Document
 from star_elastic.train.sources import Source
+from star_elastic.train.words import ASSISTANT
 
 SHOWN = 20
 """Bad rows that are told one by one."""
@@ -233,12 +234,16 @@ class _Endless(_Remark):
         self.token = ""
 
     def find(self, content: Mapping[str, Any], document: Document) -> str | None:
-        if "messages" not in content or not document.ids:
+        messages = content.get("messages")
+        if not messages or messages[-1]["role"] not in ASSISTANT:
             return None
         last = self.source.last_mark(document)
         if last is None or last in self.ends:
             return None
-        self.token = self.token or self.source.name_of(last)
+        name, said = self.source.name_of(last), messages[-1].get("content")
+        if isinstance(said, str) and said.rstrip().endswith(name):  # the row's own word
+            return None
+        self.token = self.token or name
         return ""
 
     def said(self) -> str:

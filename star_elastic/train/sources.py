@@ -66,6 +66,8 @@ class Source:
         """What a pattern or a directory stands for, as lines to tell."""
         self.skips_bad_rows = bad_rows == "skip"
         self._tokenizer = tokenizer
+        added = tokenizer.added_tokens_decoder
+        self._special = {number for number, token in added.items() if token.special}
         self._renderer = Renderer(tokenizer, loss_on, num_embeddings, notes)
         self.pad_id = 0
         pad = tokenizer.pad_token_id
@@ -135,9 +137,8 @@ class Source:
 
     def last_mark(self, document: Document) -> int | None:
         """The special token that a document ends with, white space apart; None if it is none."""
-        special = {i for i, t in self._tokenizer.added_tokens_decoder.items() if t.special}
         for token in reversed(document.ids):
-            if token in special:
+            if token in self._special:
                 return token
             if str(self._tokenizer.decode([token])).strip():
                 return None
