@@ -62,7 +62,8 @@ CONSTANTS: tuple[tuple[str, bool | None, Any], ...] = (
 )  # fmt: skip
 """How Python prints what JSON writes otherwise, and something like it that is printed otherwise."""
 _OPENED = re.compile(r"(?:<(\w+)>|\[([A-Z_]+)\])\s*\Z")
-_EMPTY_TRACE = re.compile(r"\s*<(\w*(?:think|thought|reason)\w*)>\s*</\1>\s*", re.IGNORECASE)
+# They begin with no white space: a search would try every run of it from each of its places.
+_EMPTY_TRACE = re.compile(r"<(\w*(?:think|thought|reason)\w*)>\s*</\1>\s*", re.IGNORECASE)
 _SECOND_TRACE = re.compile(
     rf"{_EMPTY_TRACE.pattern}(?:</\1>|<\1>(?=.*?</\1>))", re.IGNORECASE | re.DOTALL
 )
@@ -461,8 +462,8 @@ def _without_empty_trace(talk: Talk) -> Iterator[Talk]:
     """A conversation with a last answer that leaves it to the template to write an empty trace."""
     last = talk.messages[-1]
     content = last.get("content")
-    if isinstance(content, str) and (empty := _EMPTY_TRACE.match(content)):
-        without = content[empty.end() :]
+    if isinstance(content, str) and (empty := _EMPTY_TRACE.match(content.lstrip())):
+        without = content.lstrip()[empty.end() :]
         yield replace(talk, messages=[*talk.messages[:-1], {**last, "content": without}])
 
 
