@@ -81,7 +81,7 @@ class _OnTerminal:
             BarColumn(bar_width=24),
             MofNCompleteColumn(),
             TimeRemainingColumn(),
-            TextColumn("{task.fields[note]}"),
+            TextColumn("{task.fields[note]}", markup=False),  # names are the user's
             console=Console(stderr=True),
         )
         self._task: Any = None

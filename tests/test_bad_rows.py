@@ -377,6 +377,7 @@ def test_prompts_that_generation_writes_otherwise_are_told(run_folder, tmp_path)
 def test_rows_that_end_where_generation_does_not_are_told(tmp_path):
     """As Llama 3's, whose EOS ends a text and <|eot_id|> a turn, where no file names that."""
     talk = [{"role": "user", "content": "a?"}, {"role": "assistant", "content": "b."}]
+    parts = {"role": "assistant", "content": [{"type": "text", "text": "b."}]}
     (tmp_path / "rows.jsonl").write_text((json.dumps({"messages": talk}) + "\n") * 3)
     for template in (CHATML.replace("<|im_end|>", "<|eot|>"), CHATML):
         tokenizer = byte_tokenizer(template)
@@ -388,6 +389,12 @@ def test_rows_that_end_where_generation_does_not_are_told(tmp_path):
         for line in lines:
             assert line.startswith("3 of 3 rows looked at end their last turn with <|eot|> (the")
             assert "rows.jsonl line 1)" in line and "generation_config.json" in line
+    # However a row writes its messages.
+    rows = [{"messages": json.dumps(talk)}, {"messages": [*talk[:1], parts]}, {"text": "b."}]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    template = CHATML.replace("<|im_end|>", "<|eot|>")
+    (line,) = warn_of_rows(Source([tmp_path / "rows.jsonl"], byte_tokenizer(template)), ())
+    assert line.startswith("2 of 3 rows looked at end their last turn with <|eot|>")
     # Neither the end of another's turn nor a word of the row is an end of the assistant's.
     rows = [talk[:1], [*talk[:1], {"role": "assistant", "content": "b <tool>"}]]
     no_end = "{% for m in messages %}{{ m.role }}: {{ m.content }}{% if m.role == 'user' %}<|eot|>"

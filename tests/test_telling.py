@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from star_elastic.amounts import show_amount
-from star_elastic.bars import Bars, Lines
+from star_elastic.bars import Bars, Lines, _OnTerminal
 from star_elastic.checkpoint import SINGLE_NAME, load_tensors
 from star_elastic.cli import main
 from star_elastic.errors import ConfigError, Interrupted
@@ -177,6 +177,16 @@ def test_shares_may_be_percentages(run_folder):
 )  # fmt: skip
 def test_amounts_in_words(count, metric, said):
     assert show_amount(count, metric) == said
+
+
+def test_names_of_the_user_are_no_markup_in_bars(capsys):
+    """Sizes and files may have brackets in their names."""
+    bars = _OnTerminal()
+    bars.stage("evaluate", 3)
+    bars.advance(1, "m[/x] [bold]b")
+    bars._bars.refresh()
+    bars._bars.stop()
+    assert "m[/x] [bold]b" in capsys.readouterr().err
 
 
 # Before work

@@ -25,7 +25,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from star_elastic.errors import RowError, library_boundary
-from star_elastic.train.messages import checked_list, checked_messages, forms
+from star_elastic.train.messages import checked_list, checked_messages, end_of, forms, text_parts
 from star_elastic.train.notes import first_unseen, is_blank
 from star_elastic.train.words import (
     ASSISTANT,
@@ -237,7 +237,7 @@ class Conversations:
     def _closed_at_mark(self, answer: str, talk: Talk) -> str:
         """An answer up to the mark with which the template ends its turn, behind which generation
         writes nothing."""
-        ended, own = answer.rstrip(), _end_of(talk.messages[-1])
+        ended, own = answer.rstrip(), end_of(talk.messages[-1])
         marks = (mark for mark in self._marks if not own.endswith(mark))
         return ended if any(map(ended.endswith, marks)) else answer
 
@@ -246,10 +246,12 @@ class Conversations:
         not be the tokenizer's own: `<|eot_id|>` ends a turn, `<|end_of_text|>` a text. A mark that
         the row itself has twice is no end."""
         for number, message in enumerate(talk.messages, start=1):
-            own = _end_of(message)
+            own = end_of(message)
             for mark in (mark for mark in self._marks if own.endswith(mark)):
                 twice = re.compile(rf"{re.escape(mark)}(?=\s*{re.escape(mark)})")
-                said = sum(len(twice.findall(part)) for m in talk.messages for part in _parts(m))
+                said = sum(
+                    len(twice.findall(part)) for m in talk.messages for part in text_parts(m)
+                )
                 if len(twice.findall(text)) > said:
                     raise RowError(
                         f"has {mark} at the end of message {number}, which the chat template "
@@ -437,25 +439,12 @@ def _require_no_second_trace(opening: str, answer: str, last: Mapping[str, Any])
     the row itself has is its own."""
     empty = re.search(rf"{_EMPTY_TRACE.pattern}\Z", opening, re.IGNORECASE)
     found = list(_SECOND_TRACE.finditer((empty[0] if empty else "") + answer))
-    if len(found) > sum(len(_SECOND_TRACE.findall(part)) for part in _parts(last)):
+    if len(found) > sum(len(_SECOND_TRACE.findall(part)) for part in text_parts(last)):
         name = found[0][1]
         raise _SecondTrace(
             f"has a last answer with a trace behind an empty one, <{name}></{name}>, which the "
             f"chat template writes; take the trace out of the content, {OR_PROMPT}"
         )
-
-
-def _parts(message: Mapping[str, Any]) -> Iterator[str]:
-    """What a message says in its content, part by part."""
-    content: Any = message.get("content")
-    for part in content if isinstance(content, list) else [{"text": content}]:
-        if isinstance(text := part.get("text"), str):
-            yield text
-
-
-def _end_of(message: Mapping[str, Any]) -> str:
-    """A message's content as far as its end shows, without white space behind it."""
-    return "".join(_parts(message)).rstrip()
 
 
 def _without_empty_trace(talk: Talk) -> Iterator[Talk]:

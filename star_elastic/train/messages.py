@@ -45,6 +45,19 @@ def checked_messages(given: Any) -> list[Message]:
     return [_checked_message(message, number) for number, message in enumerate(given, start=1)]
 
 
+def text_parts(message: Mapping[str, Any]) -> Iterator[str]:
+    """What a checked message says in its content, part by part."""
+    content: Any = message.get("content")
+    for part in content if isinstance(content, list) else [{"text": content}]:
+        if isinstance(text := part.get("text"), str):
+            yield text
+
+
+def end_of(message: Mapping[str, Any]) -> str:
+    """A checked message's content as far as its end shows, without white space behind it."""
+    return "".join(text_parts(message)).rstrip()
+
+
 def _checked_message(message: Any, number: int) -> Message:
     if not isinstance(message, dict) or not isinstance(message.get("role"), str):
         raise RowError(f"has no role in message {number}; give each message role and content")

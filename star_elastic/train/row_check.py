@@ -13,6 +13,7 @@ from star_elastic.errors import CheckpointError, RowError, printable
 from star_elastic.progress import Progress
 from star_elastic.train.config import RunConfig
 from star_elastic.train.fingerprint import spread
+from star_elastic.train.messages import checked_messages, end_of
 from star_elastic.train.rendering import Document
 from star_elastic.train.sources import Source
 from star_elastic.train.words import ASSISTANT
@@ -234,14 +235,13 @@ class _Endless(_Remark):
         self.token = ""
 
     def find(self, content: Mapping[str, Any], document: Document) -> str | None:
-        messages = content.get("messages")
-        if not messages or messages[-1]["role"] not in ASSISTANT:
+        if content.get("messages") is None:
             return None
-        last = self.source.last_mark(document)
-        if last is None or last in self.ends:
+        last, mark = checked_messages(content["messages"])[-1], self.source.last_mark(document)
+        if last["role"] not in ASSISTANT or mark is None or mark in self.ends:
             return None
-        name, said = self.source.name_of(last), messages[-1].get("content")
-        if isinstance(said, str) and said.rstrip().endswith(name):  # the row's own word
+        name = self.source.name_of(mark)
+        if end_of(last).endswith(name):  # the row's own word
             return None
         self.token = self.token or name
         return ""
