@@ -133,7 +133,10 @@ def _ends_of(path: Path, settings: Config) -> list[Any]:
 
 def stop_tokens(path: str | Path, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
     """As `end_of_turn`, of the files of a checkpoint."""
-    ends = [tokenizer.eos_token_id, *_ends_of(Path(path), read_config(path))]
+    return _token_ids([tokenizer.eos_token_id, *_ends_of(Path(path), read_config(path))])
+
+
+def _token_ids(ends: Iterable[object]) -> frozenset[int]:
     return frozenset(i for i in ends if isinstance(i, int))
 
 
@@ -146,7 +149,7 @@ def end_of_turn(
         settings = model.generation_config
         ids = settings.eos_token_id if settings is not None else None
         ends += ids if isinstance(ids, list) else [ids]
-    return frozenset(i for i in ends if isinstance(i, int))
+    return _token_ids(ends)
 
 
 def load_parent(

@@ -165,16 +165,17 @@ def settle_between(
     def shown(share: float) -> str:
         return f"{share:.4g} ({show_amount(share * cost.full.metric(metric), metric)})"
 
+    def inside(share: float) -> float:
+        return min(max(share, known[0][0]), known[-1][0])
+
     # What was rounded to be written, as in what is advised below, is no other budget.
-    near = min(max(fraction, known[0][0]), known[-1][0])
-    if math.isclose(near, fraction, rel_tol=ROUNDED):
-        fraction = near
-    if not known[0][0] <= fraction <= known[-1][0]:
+    if not math.isclose(inside(fraction), fraction, rel_tol=ROUNDED):
         raise BudgetError(
             f"{metric}={shown(fraction)} lies outside the range of {metric} that this router was "
             f"trained for, {shown(known[0][0])} to {shown(known[-1][0])}; ask for a budget inside "
             "it, or train a size there"
         )
+    fraction = inside(fraction)
     below = max(pair for pair in known if pair[0] <= fraction)
     above = min(pair for pair in known if pair[0] >= fraction)
     span = above[0] - below[0]
@@ -183,9 +184,8 @@ def settle_between(
     found = commit(router.decide(vector, ASKED), {metric: fraction}, cost, router.grid)
     if found.miss > REACH:
         now = cost.count(found.widths).metric(metric) / cost.full.metric(metric)
-        inside = min(max(now, known[0][0]), known[-1][0])
         raise BudgetError(
             f"no widths of this family's choices meet {metric}={shown(fraction)} within "
-            f"{REACH:.0%}; the nearest have {shown(now)}: ask for {metric}={inside:.4f}"
+            f"{REACH:.0%}; the nearest have {shown(now)}: ask for {metric}={inside(now):.4f}"
         )
     return found

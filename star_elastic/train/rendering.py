@@ -67,12 +67,13 @@ class Renderer:
             return self._document(row)
 
     def _document(self, row: Mapping[str, Any]) -> Document:
-        empty = [key for form in FORMS for key in form if key in row and row[key] is None]
-        row = {k: v for k, v in row.items() if v is not None and k not in self.notes}
+        given = row
+        row = {k: v for k, v in given.items() if v is not None and k not in self.notes}
         found = [form for form in FORMS if row.keys() >= set(form)]
-        if not found and empty:
-            raise RowError(f"has a {empty[0]} that is null; write a text, or take the row out")
         if not found:
+            empty = [key for form in FORMS for key in form if given.get(key, "") is None]
+            if empty:
+                raise RowError(f"has a {empty[0]} that is null; write a text, or take the row out")
             keys = f"the keys {', '.join(sorted(row))}" if row else "no keys"
             raise RowError(f"has {keys}; give text, prompt and completion, or messages")
         if len(found) > 1:
