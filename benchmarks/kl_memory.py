@@ -28,7 +28,7 @@ from pathlib import Path
 import torch
 from torch.nn import functional as F
 
-from star_elastic.terminal import at_the_command_line, command_line
+from star_elastic.cli.terminal import at_the_command_line, command_line
 from star_elastic.train.losses import default_chunk_bytes, distillation_loss, linear_kl
 
 PRECISIONS = ("fp32", "bf16")

@@ -19,8 +19,8 @@ from pathlib import Path
 import torch
 from common import LARGE, TINY
 
-from star_elastic.evaluate.latency import Check, Setting, measure
-from star_elastic.terminal import at_the_command_line
+from star_elastic.cli.terminal import at_the_command_line
+from star_elastic.measure.latency import Check, Setting, measure
 
 WORKLOADS = (
     {"phase": "decode", "batch": 1, "context": 256},

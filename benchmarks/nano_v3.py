@@ -29,21 +29,21 @@ from common import now
 from switching import read, resume, take_over
 from transformers import PreTrainedModel
 
+from star_elastic.architectures import family_of
 from star_elastic.axes import AxisMap
-from star_elastic.checkpoint import write_json
-from star_elastic.cost import CostModel
-from star_elastic.families import family_of
+from star_elastic.checkpoints.tensors import write_json
+from star_elastic.cli.terminal import at_the_command_line, command_line, print_table
+from star_elastic.cost.count import CostModel
 from star_elastic.generate.caches import HandOver
 from star_elastic.generate.decode import BatchDecoder
 from star_elastic.generate.steps import StepPool
-from star_elastic.nesting.resident import count_resident, nest_in_place
-from star_elastic.nesting.skeleton import build_skeleton
-from star_elastic.nesting.submodel import build_submodel, quantise_inputs
+from star_elastic.models.native import multiplies_fp8
+from star_elastic.models.quantised_inputs import QuantisedInputs
+from star_elastic.models.resident import count_resident, nest_in_place
+from star_elastic.models.skeleton import build_skeleton
+from star_elastic.models.submodel import build_submodel, quantise_inputs
 from star_elastic.quant.formats import quantise
-from star_elastic.quant.inputs import QuantisedInputs
-from star_elastic.quant.layout import Scheme, make_scheme
-from star_elastic.quant.native import multiplies_fp8
-from star_elastic.terminal import at_the_command_line, command_line, print_table
+from star_elastic.quant.scheme import Scheme, make_scheme
 from star_elastic.widths import Widths
 
 NANO_V3 = {

@@ -27,14 +27,14 @@ import torch
 from common import TINY, build_model
 from training_cost import HUNDRED
 
-from star_elastic.bars import Bars
-from star_elastic.checkpoint import write_json
-from star_elastic.cost import CostModel
+from star_elastic.architectures import family_of
+from star_elastic.checkpoints.tensors import write_json
+from star_elastic.cli.bars import Bars
+from star_elastic.cli.terminal import at_the_command_line, command_line
+from star_elastic.cost.count import CostModel
 from star_elastic.demo import bundled_parent, write_rows
-from star_elastic.families import family_of
-from star_elastic.nesting.stream import save_model
-from star_elastic.nesting.submodel import load_tokenizer
-from star_elastic.terminal import at_the_command_line, command_line
+from star_elastic.models.submodel import load_tokenizer
+from star_elastic.rewrite.stream import save_model
 from star_elastic.train.config import (
     CalibrationConfig,
     EngineConfig,

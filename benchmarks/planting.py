@@ -14,12 +14,12 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from star_elastic.architectures import family_of
 from star_elastic.axes import AxisMap, TensorSpec, axis_keys
 from star_elastic.demo import bundled_parent
-from star_elastic.families import family_of
 from star_elastic.importance.orders import orders_from_scores
-from star_elastic.nesting.stream import save_model
-from star_elastic.nesting.submodel import load_tokenizer, sort_in_place
+from star_elastic.models.submodel import load_tokenizer, sort_in_place
+from star_elastic.rewrite.stream import save_model
 
 HYBRID = {
     "model_type": "nemotron_h", "hybrid_override_pattern": "ME*-", "hidden_size": 64,

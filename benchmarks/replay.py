@@ -26,23 +26,23 @@ import torch
 from common import LARGE, TINY, build_model, medians_in_turn, widths_at
 from transformers import PreTrainedModel
 
+from star_elastic.architectures import family_of
 from star_elastic.axes import AxisMap
-from star_elastic.checkpoint import write_json
-from star_elastic.cost import CostModel
+from star_elastic.checkpoints.tensors import write_json
+from star_elastic.cli.terminal import at_the_command_line, command_line, print_table
+from star_elastic.cost.count import CostModel
 from star_elastic.errors import ConfigError
 from star_elastic.evaluate.difficulty import dials_by_pair
 from star_elastic.evaluate.grid import Entry, make_grid
 from star_elastic.evaluate.problems import bundled_problems
-from star_elastic.evaluate.report import load_result
 from star_elastic.evaluate.run import DEFAULT_PROBLEMS
-from star_elastic.families import family_of
+from star_elastic.export.engines import GROUPED_MULTIPLE
 from star_elastic.generate.caches import RowCache
 from star_elastic.generate.decode import BatchDecoder
 from star_elastic.generate.family import load
 from star_elastic.generate.phases import Generation
-from star_elastic.nesting.submodel import build_submodel
-from star_elastic.quant.engines import GROUPED_MULTIPLE
-from star_elastic.terminal import at_the_command_line, command_line, print_table
+from star_elastic.models.submodel import build_submodel
+from star_elastic.report.report import load_result
 from star_elastic.widths import Widths
 
 PLANS = (

@@ -22,21 +22,21 @@ import torch
 import transformers
 
 import star_elastic
+from star_elastic.architectures import read_config
 from star_elastic.axes import LAYERS
-from star_elastic.checkpoint import require_folder, write_json, write_text
-from star_elastic.cost import CostModel, Workload
+from star_elastic.checkpoints.tensors import require_folder, write_json, write_text
+from star_elastic.cost.count import CostModel, Workload
 from star_elastic.errors import CheckpointError, Interrupted
 from star_elastic.evaluate.accuracy import Evaluation, evaluate_plan
 from star_elastic.evaluate.pareto import plot_pareto
 from star_elastic.evaluate.tasks import TASKS, Problem, draw_conversation, messages, sample_problems
-from star_elastic.families import read_config
+from star_elastic.files.paths import exists, names_in
 from star_elastic.generate.family import ElasticFamily, load
 from star_elastic.generate.phased import PhasedGenerator
 from star_elastic.generate.phases import Plan, think_and_answer
-from star_elastic.nesting.stream import slice_checkpoint
-from star_elastic.nesting.submodel import build_submodel, load_parent, load_sorting, sort_in_place
-from star_elastic.paths import exists, names_in
+from star_elastic.models.submodel import build_submodel, load_parent, load_sorting, sort_in_place
 from star_elastic.progress import Progress, Silent
+from star_elastic.rewrite.stream import slice_checkpoint
 from star_elastic.strict import to_plain
 from star_elastic.train.config import (
     CalibrationConfig,

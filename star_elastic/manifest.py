@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from star_elastic.axes import AxisMap
-from star_elastic.checkpoint import read_json, write_json
-from star_elastic.companions import MANIFEST as FILE_NAME
-from star_elastic.cost import METRICS, CostModel
+from star_elastic.checkpoints.companions import MANIFEST as FILE_NAME
+from star_elastic.checkpoints.tensors import read_json, write_json
+from star_elastic.cost.count import METRICS, CostModel
 from star_elastic.errors import CheckpointError, ConfigError, ShapeError, library_boundary
-from star_elastic.paths import has_file, is_file
+from star_elastic.files.paths import has_file, is_file
 from star_elastic.strict import read_value, require
 from star_elastic.widths import Widths
 

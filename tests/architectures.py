@@ -14,8 +14,8 @@ from typing import Any
 
 from hypothesis import strategies as st
 
+from star_elastic.architectures import family_of
 from star_elastic.axes import AxisMap
-from star_elastic.families import family_of
 from tests.oracle.naive import Keeps, llama_keeps, nemotron_h_keeps
 
 Config = dict[str, Any]

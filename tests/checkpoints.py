@@ -14,8 +14,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from star_elastic.checkpoint import SINGLE_NAME
-from star_elastic.families import family_of, read_config
+from star_elastic.architectures import family_of, read_config
+from star_elastic.checkpoints.tensors import SINGLE_NAME
 from star_elastic.manifest import Manifest, Size, save_manifest
 from tests.tiny_family import WIDTHS, make_config, make_model, make_tokenizer
 

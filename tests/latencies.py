@@ -7,8 +7,15 @@ import random
 from collections.abc import Mapping, Sequence
 
 from star_elastic.axes import AxisMap
-from star_elastic.evaluate.latency_grid import grid_points
-from star_elastic.latency import Grid, LatencyTable, Machine, kind_axes, layer_kinds, layout_digest
+from star_elastic.cost.latency import (
+    Grid,
+    LatencyTable,
+    Machine,
+    kind_axes,
+    layer_kinds,
+    layout_digest,
+)
+from star_elastic.measure.latency_grid import grid_points
 
 MACHINE = Machine(device="a machine", threads=1, torch="2.13.0")
 

@@ -15,10 +15,10 @@ import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import _set_pg_timeout as set_timeout
 
-from star_elastic.commands import program
+from star_elastic.cli.commands import program
+from star_elastic.cli.terminal import run_program
 from star_elastic.errors import CheckpointError, Interrupted
 from star_elastic.progress import Silent
-from star_elastic.terminal import run_program
 from star_elastic.train.config import RunConfig, load_run_config
 from star_elastic.train.distributed import World, join_world
 from star_elastic.train.run import RunResult, train

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from star_elastic.architectures import FAMILIES, family_of
 from star_elastic.axes import LAYERS
-from star_elastic.families import FAMILIES, family_of
 from tests.architectures import LIVELY, ROWS
 
 

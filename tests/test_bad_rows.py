@@ -14,10 +14,11 @@ import torch
 from tokenizers import Tokenizer, decoders, models, normalizers
 from transformers import PreTrainedTokenizerFast
 
-from star_elastic.checkpoint import load_tensors
+from star_elastic.checkpoints.tensors import load_tensors
+from star_elastic.data.sources import ShuffledEpochs, Source, first_documents, open_sources
 from star_elastic.demo import write_rows
 from star_elastic.errors import CheckpointError, ConfigError, Interrupted, RowError
-from star_elastic.nesting.submodel import load_parent, load_tokenizer
+from star_elastic.models.submodel import load_parent, load_tokenizer
 from star_elastic.progress import Silent
 from star_elastic.train.calibrate import Calibration
 from star_elastic.train.check import beyond_positions
@@ -26,7 +27,6 @@ from star_elastic.train.distributed import World
 from star_elastic.train.packing import PackedStream
 from star_elastic.train.row_check import check_rows, require_lessons, warn_of_rows
 from star_elastic.train.run import train
-from star_elastic.train.sources import ShuffledEpochs, Source, first_documents, open_sources
 from tests import ranks
 from tests.chat_templates import CHATML, byte_tokenizer
 from tests.processes import on_ranks, run_command

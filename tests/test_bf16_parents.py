@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from star_elastic.checkpoint import CheckpointReader, load_tensors
-from star_elastic.families import read_config
+from star_elastic.architectures import read_config
+from star_elastic.checkpoints.tensors import CheckpointReader, load_tensors
 from star_elastic.generate.family import load
-from star_elastic.nesting.elastic import ElasticModel
-from star_elastic.nesting.stream import save_model
-from star_elastic.nesting.submodel import load_parent
+from star_elastic.models.elastic import ElasticModel
+from star_elastic.models.submodel import load_parent
+from star_elastic.rewrite.stream import save_model
 from star_elastic.train.distributed import World
 from star_elastic.train.run import train
 from tests.tiny_run import build_trainer, config_in

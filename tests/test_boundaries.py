@@ -19,14 +19,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoConfig
 
-from star_elastic.checkpoint import SINGLE_NAME, CheckpointReader
+from star_elastic.architectures import family_of, read_config
+from star_elastic.checkpoints.tensors import SINGLE_NAME, CheckpointReader
 from star_elastic.cli import main
-from star_elastic.cost import CostModel
+from star_elastic.cost.count import CostModel
 from star_elastic.errors import CheckpointError, ConfigError, StarElasticError, library_boundary
-from star_elastic.evaluate.latency_bench import Bench, Setting
-from star_elastic.families import family_of, read_config
-from star_elastic.nesting.stream import slice_checkpoint
-from star_elastic.nesting.submodel import build_submodel, load_parent, load_tokenizer
+from star_elastic.measure.latency_bench import Bench, Setting
+from star_elastic.models.submodel import build_submodel, load_parent, load_tokenizer
+from star_elastic.rewrite.stream import slice_checkpoint
 from star_elastic.train.config import load_run_config
 from tests.architectures import ROWS, fixed_config
 from tests.checkpoints import (

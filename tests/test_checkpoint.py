@@ -13,7 +13,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from star_elastic.checkpoint import (
+from star_elastic.checkpoints.companions import copy_companions
+from star_elastic.checkpoints.tensors import (
     INDEX_NAME,
     SINGLE_NAME,
     CheckpointReader,
@@ -27,13 +28,12 @@ from star_elastic.checkpoint import (
     write_tensors,
     write_text,
 )
-from star_elastic.companions import copy_companions
-from star_elastic.cost import CostModel
+from star_elastic.cost.count import CostModel
 from star_elastic.errors import CheckpointError, ConfigError, ShapeError
 from star_elastic.manifest import FILE_NAME, Manifest, Size, load_manifest, save_manifest
+from star_elastic.models.submodel import load_parent
 from star_elastic.nesting.slice import slice_state
-from star_elastic.nesting.stream import slice_checkpoint, sort_checkpoint
-from star_elastic.nesting.submodel import load_parent
+from star_elastic.rewrite.stream import slice_checkpoint, sort_checkpoint
 from star_elastic.widths import Widths
 from tests.architectures import ROWS, fixed_config
 from tests.checkpoints import everything_under, file_size_limit, nothing_changes_in, rewrite

@@ -22,13 +22,14 @@ from safetensors.torch import load_file
 
 import star_elastic
 from star_elastic import demo
-from star_elastic.checkpoint import save_tensors
+from star_elastic.architectures import family_of, read_config
+from star_elastic.checkpoints.quantised import load_input_scales
+from star_elastic.checkpoints.tensors import save_tensors
 from star_elastic.cli import main
-from star_elastic.commands import program
-from star_elastic.cost import CostModel, Workload
+from star_elastic.cli.commands import program
+from star_elastic.cost.count import CostModel, Workload
+from star_elastic.data import sources
 from star_elastic.evaluate import run as evaluation
-from star_elastic.evaluate import size_latency
-from star_elastic.families import family_of, read_config
 from star_elastic.generate import family as generate_family
 from star_elastic.generate.decode import BatchDecoder
 from star_elastic.generate.family import load
@@ -37,10 +38,10 @@ from star_elastic.generate.phases import Plan, parse_phases
 from star_elastic.importance.files import load_scores
 from star_elastic.importance.orders import random_orders
 from star_elastic.manifest import load_manifest, save_manifest
-from star_elastic.nesting import submodel
-from star_elastic.nesting.submodel import load_parent
-from star_elastic.quant.checkpoint import load_input_scales
-from star_elastic.train import quantise, sources
+from star_elastic.measure import size_latency
+from star_elastic.models import submodel
+from star_elastic.models.submodel import load_parent
+from star_elastic.rewrite import quantise
 from tests.processes import run_command
 from tests.tiny_family import PROMPTS, make_checkpoint
 from tests.tiny_run import config_in

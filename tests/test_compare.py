@@ -15,9 +15,9 @@ from star_elastic.errors import BudgetError, ConfigError
 from star_elastic.evaluate.bootstrap import LEAST_STRATUM, PairedBootstrap
 from star_elastic.evaluate.compare import CHOICES, COSTS, Scores, compare
 from star_elastic.evaluate.difficulty import Dial
-from star_elastic.evaluate.findings import TOLERANCE, judge
 from star_elastic.evaluate.grid import make_grid, parse_budgets, parse_dials
 from star_elastic.generate.phases import ByDifficulty
+from star_elastic.report.findings import TOLERANCE, judge
 
 
 def dial(position: float, look: str) -> Dial:

@@ -14,14 +14,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
+from star_elastic.data import sources
+from star_elastic.data.rendering import Document
+from star_elastic.data.row_files import open_rows
+from star_elastic.data.sources import Source, calibration_batches
 from star_elastic.demo import bundled_parent, write_rows
 from star_elastic.errors import CheckpointError, ConfigError
 from star_elastic.evaluate.tasks import messages, sample_problems
-from star_elastic.train import sources
 from star_elastic.train.packing import PackedStream, merge_states
-from star_elastic.train.rendering import Document
-from star_elastic.train.row_files import open_rows
-from star_elastic.train.sources import Source, calibration_batches
 from tests.laws.parents import examples
 
 PAD = 99

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from star_elastic.nesting.skeleton import require_deterministic
-from star_elastic.nesting.submodel import build_submodel
+from star_elastic.models.skeleton import require_deterministic
+from star_elastic.models.submodel import build_submodel
 from tests.tiny_trainer import LLAMA, MOE, SMALL, make_config, make_model, make_trainer
 
 PARENTS: dict[str, dict[str, Any]] = {

@@ -8,13 +8,13 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from star_elastic.families import family_of, read_config
-from star_elastic.nesting.stream import slice_checkpoint
-from star_elastic.nesting.submodel import load_parent
-from star_elastic.quant.checkpoint import quantise_checkpoint
-from star_elastic.quant.engines import Verdict, check_engines
-from star_elastic.quant.inputs import calibrate_inputs
-from star_elastic.quant.layout import make_scheme
+from star_elastic.architectures import family_of, read_config
+from star_elastic.checkpoints.quantised import quantise_checkpoint
+from star_elastic.export.engines import Verdict, check_engines
+from star_elastic.models.quantised_inputs import calibrate_inputs
+from star_elastic.models.submodel import load_parent
+from star_elastic.quant.scheme import make_scheme
+from star_elastic.rewrite.stream import slice_checkpoint
 from tests.checkpoints import edit_json, plain_checkpoint
 
 IDS = (torch.arange(24)[None] % 20) + 5

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import star_elastic
+from star_elastic.architectures import family_of, read_config
 from star_elastic.cli import main
 from star_elastic.evaluate import answers, run
 from star_elastic.evaluate.accuracy import LEFT_OUT, MAX_TEXT, _shorten
@@ -19,14 +20,13 @@ from star_elastic.evaluate.compare import COSTS, Scores, compare
 from star_elastic.evaluate.difficulty import ALWAYS_SMALL, Dial, Look, write_texts
 from star_elastic.evaluate.grid import make_grid
 from star_elastic.evaluate.matching import parse_match
-from star_elastic.evaluate.report import load_result, make_page
 from star_elastic.evaluate.reuse import study_reuse
 from star_elastic.evaluate.run import Settings, evaluate_family
 from star_elastic.evaluate.tasks import Problem
-from star_elastic.families import family_of, read_config
 from star_elastic.generate.phases import TAG, THINKING, think_and_answer
 from star_elastic.manifest import Manifest, Size, save_manifest
 from star_elastic.progress import Silent
+from star_elastic.report.report import load_result, make_page
 from star_elastic.widths import Widths
 from tests.tiny_family import (
     ALWAYS_THINKS,

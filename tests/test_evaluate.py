@@ -11,14 +11,14 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, NemotronHConfig
 
 import star_elastic
-from star_elastic.cost import CostModel, Workload
+from star_elastic.architectures import family_of
+from star_elastic.cost.count import CostModel, Workload
 from star_elastic.errors import ConfigError
 from star_elastic.evaluate import pareto
 from star_elastic.evaluate.accuracy import Evaluation, evaluate_plan, solve, summarise
 from star_elastic.evaluate.pareto import pareto_front, plot_pareto
 from star_elastic.evaluate.tasks import messages, sample_problems
 from star_elastic.evaluate.wilson import wilson_interval
-from star_elastic.families import family_of
 from star_elastic.generate.phased import PhasedGenerator
 from star_elastic.generate.phases import ANSWERING, THINKING, think_and_answer
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import star_elastic
+from star_elastic.architectures import family_of, read_config
 from star_elastic.cli import main
 from star_elastic.demo import bundled_parent
 from star_elastic.errors import ConfigError, Interrupted
@@ -22,17 +23,16 @@ from star_elastic.evaluate.accuracy import evaluate_plan
 from star_elastic.evaluate.budgets import natural_budgets
 from star_elastic.evaluate.matching import parse_match
 from star_elastic.evaluate.problems import bundled_problems, read_problems
-from star_elastic.evaluate.report import load_result, make_page, write_report
 from star_elastic.evaluate.reuse import _compare, study_reuse
 from star_elastic.evaluate.run import Settings, evaluate_family
-from star_elastic.evaluate.tables import NO_VALUE, answers_table
 from star_elastic.evaluate.tasks import TASKS, Problem
-from star_elastic.families import family_of, read_config
 from star_elastic.generate.caches import LayerState, RowCache
 from star_elastic.generate.phases import think_and_answer
 from star_elastic.manifest import Manifest, Size, save_manifest
-from star_elastic.nesting.submodel import load_tokenizer
+from star_elastic.models.submodel import load_tokenizer
 from star_elastic.progress import Silent
+from star_elastic.report.report import load_result, make_page, write_report
+from star_elastic.report.tables import NO_VALUE, answers_table
 from star_elastic.widths import Widths
 from tests.processes import answer
 from tests.tiny_family import PROMPTS, WIDTHS, make_config, make_model, make_tokenizer

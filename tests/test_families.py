@@ -10,12 +10,12 @@ import re
 import pytest
 from transformers import AutoConfig
 
+from star_elastic.architectures import FAMILIES, family_of, read_config
+from star_elastic.architectures.nemotron_h import OTHER_NAMES
 from star_elastic.axes import AxisMap
-from star_elastic.cost import CostModel
+from star_elastic.cost.count import CostModel
 from star_elastic.errors import ConfigError, ShapeError
-from star_elastic.families import FAMILIES, family_of, read_config
-from star_elastic.families.nemotron_h import OTHER_NAMES
-from star_elastic.nesting.skeleton import build_skeleton
+from star_elastic.models.skeleton import build_skeleton
 from star_elastic.widths import Widths, default_step, parse_widths
 from tests.architectures import ROWS, fixed_config
 

@@ -13,22 +13,22 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from star_elastic.checkpoint import (
+from star_elastic.architectures import family_of, read_config
+from star_elastic.checkpoints.companions import CARRIED, LATENCY, copy_companions, copy_family_files
+from star_elastic.checkpoints.stored import StoredModel
+from star_elastic.checkpoints.tensors import (
     INDEX_NAME,
     SINGLE_NAME,
     CheckpointReader,
     save_tensors,
     write_json,
 )
-from star_elastic.companions import CARRIED, LATENCY, copy_companions, copy_family_files
+from star_elastic.cost.latency import save_table
 from star_elastic.errors import CheckpointError, ConfigError, StarElasticError
-from star_elastic.families import family_of, read_config
-from star_elastic.latency import save_table
-from star_elastic.nesting.stream import slice_checkpoint, sort_checkpoint
-from star_elastic.nesting.submodel import load_parent, load_tokenizer
-from star_elastic.stored import StoredModel
+from star_elastic.models.submodel import load_parent, load_tokenizer
+from star_elastic.rewrite.quantise import quantise_family
+from star_elastic.rewrite.stream import slice_checkpoint, sort_checkpoint
 from star_elastic.train.config import RunConfig, parse
-from star_elastic.train.quantise import quantise_family
 from star_elastic.train.run import train
 from tests.architectures import ROWS, fixed_config
 from tests.checkpoints import (

@@ -8,8 +8,9 @@ from dataclasses import replace
 
 import pytest
 
+from star_elastic.data.sources import Source
 from star_elastic.errors import CheckpointError, ConfigError, Interrupted
-from star_elastic.nesting.submodel import load_tokenizer
+from star_elastic.models.submodel import load_tokenizer
 from star_elastic.train.fingerprint import (
     SAMPLED_ROWS,
     compare_data,
@@ -19,7 +20,6 @@ from star_elastic.train.fingerprint import (
     spread,
 )
 from star_elastic.train.run import train
-from star_elastic.train.sources import Source
 from tests.tiny_run import SHORT, StopAt, config_in
 
 
@@ -40,8 +40,8 @@ class Watcher(StopAt):
 @pytest.mark.parametrize("limit", [1 << 20, 1000], ids=["whole", "both-ends"])
 def test_a_digest_sees_the_content(run_folder, tmp_path, monkeypatch, limit):
     """Another byte first, in the middle (of files that are read whole) or last."""
-    monkeypatch.setattr("star_elastic.checkpoint.READ_WHOLE", limit)
-    monkeypatch.setattr("star_elastic.checkpoint.READ_ENDS", 100)
+    monkeypatch.setattr("star_elastic.checkpoints.tensors.READ_WHOLE", limit)
+    monkeypatch.setattr("star_elastic.checkpoints.tensors.READ_ENDS", 100)
     parent = tmp_path / "parent"
     shutil.copytree(run_folder / "parent", parent)
     known = digest_model(run_folder / "parent")

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import star_elastic
-from star_elastic.cost import CostModel
+from star_elastic.cost.count import CostModel
 from star_elastic.errors import BudgetError, CheckpointError, ConfigError
 from star_elastic.generate.decode import BatchDecoder, Sampling, choose_tokens, pads_exactly
 from star_elastic.generate.phased import PhasedGenerator

@@ -20,19 +20,19 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
+from star_elastic.architectures import family_of
 from star_elastic.axes import Axis, AxisMap, axis_keys
-from star_elastic.cost import CostModel
+from star_elastic.cost.count import CostModel
+from star_elastic.data.sources import Batch
 from star_elastic.errors import CheckpointError, ConfigError
-from star_elastic.evaluate.perplexity import measure_perplexity, read_texts, token_windows
-from star_elastic.families import family_of
 from star_elastic.importance.depth import rank_layers
 from star_elastic.importance.estimate import estimate_scores
 from star_elastic.importance.files import ScoreInfo, load_scores, save_scores
 from star_elastic.importance.orders import magnitude_scores, orders_from_scores, random_orders
+from star_elastic.measure.perplexity import measure_perplexity, read_texts, token_windows
+from star_elastic.models.submodel import build_submodel
 from star_elastic.nesting.slice import check_orders, slice_state, sort_state
-from star_elastic.nesting.submodel import build_submodel
 from star_elastic.progress import Silent
-from star_elastic.train.sources import Batch
 from tests.architectures import fixed_config
 from tests.laws.parents import Parent, assert_equal, make_parent, precision
 from tests.processes import ROOT, run_script

@@ -8,7 +8,7 @@ import torch
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from star_elastic.checkpoint import load_tensors, save_tensors
+from star_elastic.checkpoints.tensors import load_tensors, save_tensors
 from star_elastic.errors import CheckpointError, ConfigError
 from star_elastic.train.losses import (
     SampledTargets,

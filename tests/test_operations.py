@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from star_elastic.architectures import family_of
 from star_elastic.cli import main
-from star_elastic.cost import CostModel, Workload
+from star_elastic.cost.count import CostModel, Workload
 from star_elastic.errors import ConfigError
 from star_elastic.evaluate.accuracy import SizeCost
-from star_elastic.families import family_of
 from star_elastic.generate.decode import BatchDecoder
 from star_elastic.strict import parse
 from star_elastic.train.config import RunConfig

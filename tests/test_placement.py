@@ -9,14 +9,14 @@ import torch
 from safetensors.torch import load_file
 
 import star_elastic
-from star_elastic.checkpoint import save_tensors
+from star_elastic.checkpoints.tensors import save_tensors
 from star_elastic.cli import main
-from star_elastic.cost import Workload
+from star_elastic.cost.count import Workload
 from star_elastic.errors import ConfigError
 from star_elastic.generate import family as families
 from star_elastic.generate.caches import MAMBA
 from star_elastic.generate.decode import BatchDecoder
-from star_elastic.placement import DTYPES, choose_device, choose_dtype, name_of
+from star_elastic.models.placement import DTYPES, choose_device, choose_dtype, name_of
 
 HERE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -128,8 +128,8 @@ def test_every_command_computes_in_the_dtype_that_is_asked_for(
     asked, monkeypatch, capsys, command, tmp_path
 ):
     """Seen where the model is put together."""
-    from star_elastic.nesting import submodel
-    from star_elastic.train import quantise
+    from star_elastic.models import submodel
+    from star_elastic.rewrite import quantise
 
     used, load = [], submodel.load_parent
 

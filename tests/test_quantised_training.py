@@ -10,14 +10,14 @@ import pytest
 import torch
 
 import star_elastic
-from star_elastic.checkpoint import CheckpointReader, load_tensors
+from star_elastic.architectures import family_of, read_config
+from star_elastic.checkpoints.tensors import CheckpointReader, load_tensors
 from star_elastic.errors import CheckpointError, ConfigError, Interrupted, ShapeError
-from star_elastic.families import family_of, read_config
-from star_elastic.nesting.stream import slice_checkpoint
-from star_elastic.nesting.submodel import load_parent
-from star_elastic.quant.fake import FILE_NAME, FakeQuantisation
+from star_elastic.models.fake_quantisation import FILE_NAME, FakeQuantisation
+from star_elastic.models.submodel import load_parent
 from star_elastic.quant.formats import dequantise, quantise
-from star_elastic.quant.layout import make_scheme
+from star_elastic.quant.scheme import make_scheme
+from star_elastic.rewrite.stream import slice_checkpoint
 from star_elastic.train import run as run_module
 from star_elastic.train.config import load_run_config
 from star_elastic.train.distributed import World

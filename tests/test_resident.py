@@ -17,11 +17,11 @@ from torch import nn
 
 import star_elastic
 from star_elastic.axes import Axis, AxisMap, Segment, TensorSpec
-from star_elastic.checkpoint import save_tensors
-from star_elastic.cost import CostModel
+from star_elastic.checkpoints.tensors import save_tensors
+from star_elastic.cost.count import CostModel
 from star_elastic.generate.family import ElasticFamily
 from star_elastic.manifest import Manifest, Size, save_manifest
-from star_elastic.nesting.resident import (
+from star_elastic.models.resident import (
     NestedLinear,
     count_resident,
     layout_of,
@@ -29,8 +29,8 @@ from star_elastic.nesting.resident import (
     nest_in_place,
     nested_names,
 )
-from star_elastic.nesting.stream import slice_checkpoint
-from star_elastic.nesting.submodel import build_submodel, load_parent
+from star_elastic.models.submodel import build_submodel, load_parent
+from star_elastic.rewrite.stream import slice_checkpoint
 from star_elastic.router.grid import make_grid
 from star_elastic.router.router import Router
 from star_elastic.widths import Widths

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from benchmarks import planting
-from star_elastic.cost import CostModel
-from star_elastic.nesting.elastic import ElasticModel
+from star_elastic.cost.count import CostModel
+from star_elastic.models.elastic import ElasticModel
 from star_elastic.nesting.gate import Mixture
 from star_elastic.router.budget import budget_loss
 from star_elastic.router.commit import ASKED, LEARNED, Commitment, commit

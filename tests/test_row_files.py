@@ -13,11 +13,11 @@ import zipfile
 
 import pytest
 
+from star_elastic.data.row_files import JsonLines, open_rows
+from star_elastic.data.row_kinds import find_files
+from star_elastic.data.sources import Source
 from star_elastic.errors import CheckpointError, ConfigError, RowError, StarElasticError
 from star_elastic.evaluate.problems import read_problems
-from star_elastic.train.row_files import JsonLines, open_rows
-from star_elastic.train.row_kinds import find_files
-from star_elastic.train.sources import Source
 from tests.chat_templates import byte_tokenizer
 
 ROWS = [{"prompt": f"add {n}", "answer": str(n), "completion": "é"} for n in range(40)]

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
+from star_elastic.data.rendering import LossOn, Renderer
+from star_elastic.data.sources import Source
 from star_elastic.errors import RowError
-from star_elastic.train.rendering import LossOn, Renderer
-from star_elastic.train.sources import Source
 from tests.chat_templates import (
     CHATML,
     MARKED,

@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, processors
 from transformers import GenerationConfig, LlamaConfig, PreTrainedTokenizerFast
 
+from star_elastic.data.encoding import Encoder
+from star_elastic.data.rendering import Document, Renderer
 from star_elastic.errors import CheckpointError, RowError
 from star_elastic.generate.prompts import ThinkingTags
-from star_elastic.nesting.submodel import load_tokenizer
-from star_elastic.train.encoding import Encoder
-from star_elastic.train.rendering import Document, Renderer
+from star_elastic.models.submodel import load_tokenizer
 from tests.chat_templates import (
     ALTERNATES,
     CHATML,

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from star_elastic.amounts import parse_budget
+from star_elastic.architectures import family_of
 from star_elastic.cli import main
-from star_elastic.cost import CostModel
+from star_elastic.cost.amounts import parse_budget
+from star_elastic.cost.count import CostModel
 from star_elastic.errors import ConfigError
-from star_elastic.families import family_of
 from star_elastic.router.grid import default_choices, make_grid
 from star_elastic.router.reach import check_budgets
 from star_elastic.router.router import Annealing

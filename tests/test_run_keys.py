@@ -14,18 +14,18 @@ import torch
 from safetensors.torch import load_file
 
 from star_elastic.axes import axis_keys
+from star_elastic.cost.latency import save_table
+from star_elastic.data.sources import open_sources
 from star_elastic.errors import ConfigError, RowError
 from star_elastic.importance.files import ScoreInfo, load_scores, save_scores
-from star_elastic.latency import save_table
+from star_elastic.models.submodel import load_tokenizer
 from star_elastic.nesting.gate import Mixture
-from star_elastic.nesting.submodel import load_tokenizer
 from star_elastic.train import loop
 from star_elastic.train import run as run_module
 from star_elastic.train.config import RunConfig, load_run_config
 from star_elastic.train.losses import next_token_targets, sampled_kl
 from star_elastic.train.outlook import look_ahead
 from star_elastic.train.run import train
-from star_elastic.train.sources import open_sources
 from star_elastic.widths import Widths
 from tests.latencies import made_up
 from tests.tiny_run import RUN, TINY, config_in, make_folder, metrics

@@ -12,10 +12,11 @@ from html import escape, unescape
 import pytest
 
 from star_elastic.cli import main
-from star_elastic.evaluate.findings import counted, listed, with_interval
-from star_elastic.evaluate.report import make_page
+from star_elastic.cli.terminal import print_table, show_report
 from star_elastic.evaluate.run import FORMAT_VERSION, RESULT
-from star_elastic.evaluate.tables import (
+from star_elastic.report.findings import counted, listed, with_interval
+from star_elastic.report.report import make_page
+from star_elastic.report.tables import (
     answers_table,
     calibration_table,
     comparison_table,
@@ -24,7 +25,6 @@ from star_elastic.evaluate.tables import (
     reuse_table,
     sizes_table,
 )
-from star_elastic.terminal import print_table, show_report
 
 
 def seen(accuracy: float, interval: tuple[float, float], seconds: float, flops: float, **changes):

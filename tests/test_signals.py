@@ -15,13 +15,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from star_elastic.checkpoint import load_tensors
+from star_elastic.checkpoints.tensors import load_tensors
 from star_elastic.cli import main
+from star_elastic.data import sources
 from star_elastic.demo import write_rows
 from star_elastic.errors import CheckpointError, ConfigError, Interrupted
 from star_elastic.progress import Silent
 from star_elastic.signals import STOPPING, Stoppable, end_quietly, stop_on_signals
-from star_elastic.train import sources
 from star_elastic.train.run import train
 from star_elastic.train.state import has_state
 from tests import ranks
@@ -250,7 +250,7 @@ def test_a_command_that_is_stopped_while_it_imports_says_so(number, tmp_path):
         "import builtins, os, signal, sys, time\n"
         "original = builtins.__import__\n"
         "def slow(name, *rest):\n"
-        "    if name == 'star_elastic.commands':\n"
+        "    if name == 'star_elastic.cli.commands':\n"
         f"        os.kill(os.getpid(), {int(number)})\n"
         "        try:\n"
         "            time.sleep(5)\n"

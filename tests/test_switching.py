@@ -12,9 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import star_elastic
-from star_elastic.cost import Workload
+from star_elastic.architectures import family_of, read_config
+from star_elastic.cost.count import Workload
 from star_elastic.errors import BudgetError, ConfigError
-from star_elastic.families import family_of, read_config
 from star_elastic.generate.caches import HandOver, take_row
 from star_elastic.generate.decode import BatchDecoder, Sampling, choose_tokens, entropies
 from star_elastic.generate.phased import PhasedGenerator
@@ -32,8 +32,8 @@ from star_elastic.generate.prompts import ThinkingTags
 from star_elastic.generate.sequence import Rules, Sequence
 from star_elastic.generate.text import TextStream
 from star_elastic.manifest import Manifest, Size, save_manifest
+from star_elastic.models.submodel import end_of_turn
 from star_elastic.nesting.slice import slice_tensor
-from star_elastic.nesting.submodel import end_of_turn
 from tests.thinking import PLAIN, one, parts_streamed, table_generator
 from tests.thinking import make_tokenizer as make_byte_tokenizer
 from tests.tiny_family import (

@@ -11,14 +11,15 @@ from dataclasses import replace
 import pytest
 import torch
 
-from star_elastic.amounts import show_amount
-from star_elastic.bars import Bars, Lines, _OnTerminal
-from star_elastic.checkpoint import SINGLE_NAME, load_tensors
+from star_elastic.architectures import family_of, read_config
+from star_elastic.checkpoints.tensors import SINGLE_NAME, load_tensors
 from star_elastic.cli import main
+from star_elastic.cli.bars import Bars, Lines, _OnTerminal
+from star_elastic.cost.amounts import show_amount
+from star_elastic.cost.latency import load_table, save_table
+from star_elastic.data.sources import open_sources
 from star_elastic.errors import ConfigError, Interrupted
-from star_elastic.families import family_of, read_config
-from star_elastic.latency import load_table, save_table
-from star_elastic.nesting.submodel import load_parent, load_tokenizer
+from star_elastic.models.submodel import load_parent, load_tokenizer
 from star_elastic.progress import duration
 from star_elastic.router.commit import LEARNED
 from star_elastic.router.grid import make_grid
@@ -29,7 +30,6 @@ from star_elastic.train.distributed import multiplies_bf16
 from star_elastic.train.outlook import Outlook, look_ahead
 from star_elastic.train.pace import Pace
 from star_elastic.train.run import train
-from star_elastic.train.sources import open_sources
 from tests.latencies import made_up
 from tests.tiny_run import JUDGED, config_in
 from tests.watchers import KillIn

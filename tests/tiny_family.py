@@ -8,7 +8,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import star_elastic
-from star_elastic.families import family_of, read_config
+from star_elastic.architectures import family_of, read_config
 from star_elastic.generate.phases import Generation, Plan
 from star_elastic.generate.prompts import ThinkingTags
 from star_elastic.generate.sequence import Rules, Sequence

@@ -14,16 +14,16 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from star_elastic.data.sources import open_sources
 from star_elastic.demo import bundled_parent, write_rows
-from star_elastic.nesting.elastic import ElasticModel
-from star_elastic.nesting.stream import save_model
-from star_elastic.nesting.submodel import load_tokenizer
+from star_elastic.models.elastic import ElasticModel
+from star_elastic.models.submodel import load_tokenizer
 from star_elastic.progress import Silent
+from star_elastic.rewrite.stream import save_model
 from star_elastic.train import build
 from star_elastic.train.check import check
 from star_elastic.train.config import load_run_config
 from star_elastic.train.run import train
-from star_elastic.train.sources import open_sources
 from tests.architectures import ROWS
 
 TINY = ROWS["moe"].trained.config

@@ -11,12 +11,13 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from star_elastic.cost import CostModel
+from star_elastic.architectures import family_of
+from star_elastic.cost.count import CostModel
+from star_elastic.data.sources import Source
 from star_elastic.demo import bundled_parent, write_rows
-from star_elastic.families import family_of
-from star_elastic.nesting.elastic import ElasticModel
-from star_elastic.quant.fake import FakeQuantisation
-from star_elastic.quant.layout import make_scheme
+from star_elastic.models.elastic import ElasticModel
+from star_elastic.models.fake_quantisation import FakeQuantisation
+from star_elastic.quant.scheme import make_scheme
 from star_elastic.router.commit import Commitment
 from star_elastic.router.grid import make_grid
 from star_elastic.router.router import Router
@@ -29,7 +30,6 @@ from star_elastic.train.config import (
     StageConfig,
 )
 from star_elastic.train.loop import Trainer
-from star_elastic.train.sources import Source
 
 VOCAB = 320
 """The bundled tokenizer's."""

@@ -17,8 +17,8 @@ from typing import Any
 import pytest
 import torch
 
-from star_elastic.nesting import elastic
-from star_elastic.nesting.elastic import ElasticModel
+from star_elastic.models import elastic
+from star_elastic.models.elastic import ElasticModel
 from star_elastic.progress import Silent
 from star_elastic.router.router import Router
 from star_elastic.train.calibrate import SCORES

@@ -15,8 +15,10 @@ import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from star_elastic.bars import Bars
-from star_elastic.cost import CostModel
+from star_elastic.cli.bars import Bars
+from star_elastic.cli.terminal import at_the_command_line, print_table
+from star_elastic.cost.count import CostModel
+from star_elastic.data.sources import Source
 from star_elastic.demo import (
     DEMO,
     PARENT,
@@ -31,15 +33,13 @@ from star_elastic.evaluate.accuracy import evaluate_plan
 from star_elastic.evaluate.tasks import TASKS, sample_problems
 from star_elastic.generate.phased import PhasedGenerator
 from star_elastic.generate.phases import DEFAULT_MAX_NEW_TOKENS, think_and_answer
-from star_elastic.nesting.elastic import ElasticModel
-from star_elastic.nesting.submodel import build_submodel, load_parent, load_tokenizer, sort_in_place
+from star_elastic.models.elastic import ElasticModel
+from star_elastic.models.submodel import build_submodel, load_parent, load_tokenizer, sort_in_place
 from star_elastic.router.commit import Commitment
 from star_elastic.router.router import Router
-from star_elastic.terminal import at_the_command_line, print_table
 from star_elastic.train.calibrate import Calibration
 from star_elastic.train.config import StageConfig
 from star_elastic.train.loop import Trainer
-from star_elastic.train.sources import Source
 from star_elastic.widths import Widths
 
 NEAR = 0.01

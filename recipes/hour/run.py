@@ -15,9 +15,9 @@ import argparse
 from dataclasses import replace
 from pathlib import Path
 
-from star_elastic.cost import Workload
+from star_elastic.cli.terminal import at_the_command_line, run_and_show
+from star_elastic.cost.count import Workload
 from star_elastic.demo import DEMO, Recipe, run_recipe, shallow_parent, stages
-from star_elastic.terminal import at_the_command_line, run_and_show
 
 HOUR: Recipe = replace(
     DEMO,

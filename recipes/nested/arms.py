@@ -21,9 +21,10 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from star_elastic.axes import LAYERS
-from star_elastic.bars import Bars
-from star_elastic.checkpoint import write_json
-from star_elastic.cost import CostModel
+from star_elastic.checkpoints.tensors import write_json
+from star_elastic.cli.bars import Bars
+from star_elastic.cost.count import CostModel
+from star_elastic.data.sources import Source
 from star_elastic.demo import (
     CONTEXT,
     DEMO,
@@ -40,8 +41,8 @@ from star_elastic.evaluate.accuracy import evaluate_plan
 from star_elastic.evaluate.tasks import TASKS, Problem, sample_problems
 from star_elastic.generate.phased import PhasedGenerator
 from star_elastic.generate.phases import think_and_answer
-from star_elastic.nesting.elastic import ElasticModel
-from star_elastic.nesting.submodel import build_submodel, load_parent, load_tokenizer, sort_in_place
+from star_elastic.models.elastic import ElasticModel
+from star_elastic.models.submodel import build_submodel, load_parent, load_tokenizer, sort_in_place
 from star_elastic.progress import Progress
 from star_elastic.router.commit import Commitment
 from star_elastic.router.grid import Grid
@@ -49,7 +50,6 @@ from star_elastic.router.router import Router
 from star_elastic.train.calibrate import Calibration
 from star_elastic.train.config import CalibrationConfig, RunConfig, StageConfig
 from star_elastic.train.loop import Trainer
-from star_elastic.train.sources import Source
 from star_elastic.widths import Widths, parse_widths
 
 SIZES = {"medium": {"active": 0.7}, "small": {"active": 0.5}, "tiny": {"active": 0.35}}

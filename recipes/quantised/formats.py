@@ -28,8 +28,10 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import StrMethodFormatter
 
-from star_elastic.bars import Bars
-from star_elastic.checkpoint import write_json
+from star_elastic.checkpoints.quantised import load_input_scales
+from star_elastic.checkpoints.tensors import write_json
+from star_elastic.cli.bars import Bars
+from star_elastic.cli.terminal import at_the_command_line, command_line, print_table
 from star_elastic.demo import (
     CONTEXT,
     DEMO,
@@ -48,14 +50,12 @@ from star_elastic.evaluate.tasks import TASKS, sample_problems
 from star_elastic.generate.family import load
 from star_elastic.generate.phased import PhasedGenerator
 from star_elastic.generate.phases import think_and_answer
-from star_elastic.nesting.stream import slice_checkpoint
-from star_elastic.nesting.submodel import load_parent
+from star_elastic.models.submodel import load_parent
 from star_elastic.progress import Progress
-from star_elastic.quant.checkpoint import load_input_scales
-from star_elastic.terminal import at_the_command_line, command_line, print_table
+from star_elastic.rewrite.quantise import InputCalibration, quantise_family
+from star_elastic.rewrite.stream import slice_checkpoint
 from star_elastic.train.config import QuantConfig, RouterConfig, RunConfig, StageConfig
 from star_elastic.train.directory import ELASTIC, QUANTISED
-from star_elastic.train.quantise import InputCalibration, quantise_family
 from star_elastic.train.run import train
 from star_elastic.train.state import has_state
 

@@ -31,18 +31,18 @@ import torch
 from prepare import SEPARATOR, prepare_tiny
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
+from star_elastic.architectures import family_of
+from star_elastic.architectures.base import Config
 from star_elastic.axes import AxisMap
-from star_elastic.checkpoint import write_json
-from star_elastic.cost import CostModel
-from star_elastic.evaluate.perplexity import measure_perplexity, read_texts, token_windows
-from star_elastic.families import family_of
-from star_elastic.families.base import Config
+from star_elastic.checkpoints.tensors import write_json
+from star_elastic.cost.count import CostModel
 from star_elastic.importance.estimate import estimate_scores
 from star_elastic.importance.files import ScoreInfo, save_scores
 from star_elastic.importance.orders import magnitude_scores, orders_from_scores, random_orders
+from star_elastic.measure.perplexity import measure_perplexity, read_texts, token_windows
+from star_elastic.models.submodel import build_submodel, load_parent
 from star_elastic.nesting.slice import Orders, sort_state
-from star_elastic.nesting.stream import slice_checkpoint, sort_checkpoint
-from star_elastic.nesting.submodel import build_submodel, load_parent
+from star_elastic.rewrite.stream import slice_checkpoint, sort_checkpoint
 from star_elastic.train.fingerprint import digest_weights
 from star_elastic.widths import Widths
 

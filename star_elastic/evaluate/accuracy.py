@@ -18,13 +18,13 @@ from typing import Any, Literal
 import torch
 from transformers import PreTrainedModel
 
+from star_elastic.architectures import family_of
 from star_elastic.axes import AxisMap
-from star_elastic.cost import Cost, CostModel, Workload
+from star_elastic.cost.count import Cost, CostModel, Workload
 from star_elastic.errors import ConfigError
 from star_elastic.evaluate.matching import BY_TASK, Match
 from star_elastic.evaluate.tasks import Problem
 from star_elastic.evaluate.wilson import effective_count, wilson_interval
-from star_elastic.families import family_of
 from star_elastic.generate.family import ElasticFamily
 from star_elastic.generate.phased import DEFAULT_BATCH_SIZE, PhasedGenerator
 from star_elastic.generate.phases import ANSWERING, TAG, THINKING, ByDifficulty, Generation, Plan

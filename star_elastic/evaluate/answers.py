@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from star_elastic.checkpoint import write_text
+from star_elastic.checkpoints.tensors import write_text
 from star_elastic.evaluate.accuracy import MAX_TEXT
 from star_elastic.evaluate.assemble import Solved
 from star_elastic.evaluate.grid import Entry

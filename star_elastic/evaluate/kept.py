@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from star_elastic.checkpoint import write_json, write_text
+from star_elastic.checkpoints.tensors import write_json, write_text
 from star_elastic.errors import CheckpointError, ConfigError, reason
 
 SETTINGS, KEPT = "settings.json", "kept"

@@ -18,12 +18,12 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from star_elastic.data.encoding import half_character
+from star_elastic.data.row_files import JsonLines
 from star_elastic.errors import ConfigError
 from star_elastic.evaluate.tasks import TASKS, Problem, sample_problems
-from star_elastic.nesting.submodel import load_tokenizer
-from star_elastic.paths import is_file
-from star_elastic.train.encoding import half_character
-from star_elastic.train.row_files import JsonLines
+from star_elastic.files.paths import is_file
+from star_elastic.models.submodel import load_tokenizer
 
 VALIDATION, TEST = "validation", "test"
 VALIDATION_PERCENT = 40

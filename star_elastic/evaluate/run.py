@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 import star_elastic
-from star_elastic.checkpoint import digest_files, write_json
+from star_elastic.checkpoints.tensors import digest_files, write_json
 from star_elastic.errors import ConfigError, Interrupted
 from star_elastic.evaluate.accuracy import SizeCost, solve
 from star_elastic.evaluate.answers import choose_samples, write_answers
@@ -33,7 +33,6 @@ from star_elastic.evaluate.difficulty import (
     read_texts,
     write_texts,
 )
-from star_elastic.evaluate.findings import coinciding
 from star_elastic.evaluate.grid import Entry, make_grid
 from star_elastic.evaluate.kept import Kept
 from star_elastic.evaluate.matching import BY_TASK, Match, parse_match
@@ -45,13 +44,14 @@ from star_elastic.evaluate.problems import (
     read_problems,
 )
 from star_elastic.evaluate.reuse import study_reuse
-from star_elastic.evaluate.size_latency import describe_machine
+from star_elastic.files.paths import is_file, names_in
 from star_elastic.generate.caches import HandOver
 from star_elastic.generate.family import ElasticFamily, load
 from star_elastic.generate.phased import DEFAULT_BATCH_SIZE
 from star_elastic.generate.phases import DEFAULT_MAX_NEW_TOKENS, Plan, Switch
-from star_elastic.paths import is_file, names_in
+from star_elastic.measure.size_latency import describe_machine
 from star_elastic.progress import Progress, Silent
+from star_elastic.report.findings import coinciding
 from star_elastic.widths import Widths
 
 RESULT = "evaluation.json"

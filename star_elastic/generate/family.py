@@ -9,10 +9,11 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from star_elastic.cost import Cost, CostModel, Workload
+from star_elastic.architectures import family_of, read_config
+from star_elastic.architectures.base import Config
+from star_elastic.checkpoints.quantised import load_input_scales
+from star_elastic.cost.count import Cost, CostModel, Workload
 from star_elastic.errors import ConfigError
-from star_elastic.families import family_of, read_config
-from star_elastic.families.base import Config
 from star_elastic.generate.caches import HandOver
 from star_elastic.generate.phased import DEFAULT_BATCH_SIZE, DEFAULT_BATCH_TOKENS, PhasedGenerator
 from star_elastic.generate.phases import (
@@ -26,10 +27,9 @@ from star_elastic.generate.phases import (
 )
 from star_elastic.generate.prompts import Prompt
 from star_elastic.manifest import Manifest, Size, load_manifest
-from star_elastic.nesting.resident import ResidentBytes, count_resident, nest_in_place
-from star_elastic.nesting.submodel import build_submodel, load_parent, load_tokenizer
-from star_elastic.placement import AUTO, choose_device, choose_dtype
-from star_elastic.quant.checkpoint import load_input_scales
+from star_elastic.models.placement import AUTO, choose_device, choose_dtype
+from star_elastic.models.resident import ResidentBytes, count_resident, nest_in_place
+from star_elastic.models.submodel import build_submodel, load_parent, load_tokenizer
 from star_elastic.router.files import widths_for
 from star_elastic.widths import Widths
 

@@ -19,9 +19,9 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from star_elastic.data.chat import Message, open_turn, require_messages
+from star_elastic.data.encoding import HALF_CHARACTER, Encoder
 from star_elastic.errors import ConfigError, library_boundary
-from star_elastic.generate.chat import Message, open_turn, require_messages
-from star_elastic.train.encoding import HALF_CHARACTER, Encoder
 
 Prompt = str | Sequence[Message]
 """A user's text, or a conversation of messages with `role` and `content`."""

@@ -18,8 +18,8 @@ from transformers import DynamicCache, PreTrainedModel, StaticCache
 
 from star_elastic.errors import reason
 from star_elastic.generate.caches import MAMBA, LayerState, cache_of, states_of
+from star_elastic.models.native import fits
 from star_elastic.quant.formats import E4M3
-from star_elastic.quant.native import fits
 
 logger = logging.getLogger(__name__)
 

@@ -9,7 +9,7 @@ import torch
 from safetensors import safe_open
 
 from star_elastic.axes import AxisMap, axis_keys
-from star_elastic.checkpoint import load_tensors, save_tensors
+from star_elastic.checkpoints.tensors import load_tensors, save_tensors
 from star_elastic.errors import CheckpointError, library_boundary
 from star_elastic.importance.orders import Scores, check_scores
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from star_elastic.cost import CostModel
+from star_elastic.cost.count import CostModel
 from star_elastic.nesting.gate import expected_widths
 from star_elastic.router.router import Decision
 

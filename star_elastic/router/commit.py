@@ -14,8 +14,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from star_elastic.amounts import show_amount
-from star_elastic.cost import CostModel
+from star_elastic.cost.amounts import show_amount
+from star_elastic.cost.count import CostModel
 from star_elastic.errors import BudgetError
 from star_elastic.router.budget import AIM, REACH, Budgets, budget_miss
 from star_elastic.router.grid import Grid

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from star_elastic.amounts import show_amount
 from star_elastic.axes import LAYERS
-from star_elastic.cost import METRICS, CostModel
+from star_elastic.cost.amounts import show_amount
+from star_elastic.cost.count import METRICS, CostModel
 from star_elastic.errors import BudgetError
 from star_elastic.router.budget import REACH, Budgets, describe
 from star_elastic.router.grid import Grid

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from star_elastic.cost import CostModel
+from star_elastic.cost.count import CostModel
 from star_elastic.nesting.gate import Mixture
 from star_elastic.router.budget import AIM, Budgets, overspent
 from star_elastic.router.grid import Grid, complete_widths

@@ -9,13 +9,15 @@ import torch
 from transformers import PreTrainedModel
 
 from star_elastic.axes import AxisMap
-from star_elastic.nesting.elastic import ElasticModel
-from star_elastic.nesting.submodel import load_parent, load_sorting, sort_in_place
-from star_elastic.paths import has_file
+from star_elastic.data.sources import Source
+from star_elastic.files.paths import has_file
+from star_elastic.models.elastic import ElasticModel
+from star_elastic.models.fake_quantisation import FILE_NAME as FAKE
+from star_elastic.models.fake_quantisation import FakeQuantisation
+from star_elastic.models.submodel import load_parent, load_sorting, sort_in_place
 from star_elastic.progress import Progress
-from star_elastic.quant.fake import FILE_NAME as FAKE
-from star_elastic.quant.fake import FakeQuantisation
-from star_elastic.quant.layout import Scheme
+from star_elastic.quant.scheme import Scheme
+from star_elastic.rewrite.quantise import InputCalibration, calibrate_sizes, shared_scales
 from star_elastic.router.grid import Grid
 from star_elastic.router.router import Router
 from star_elastic.train.calibrate import Calibration
@@ -25,8 +27,6 @@ from star_elastic.train.directory import TEACHER
 from star_elastic.train.distributed import World
 from star_elastic.train.fingerprint import digest_model
 from star_elastic.train.loop import Trainer
-from star_elastic.train.quantise import InputCalibration, calibrate_sizes, shared_scales
-from star_elastic.train.sources import Source
 from star_elastic.train.teacher import TeacherCache
 
 

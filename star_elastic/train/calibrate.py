@@ -12,21 +12,21 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
+from star_elastic.architectures.base import Config
 from star_elastic.axes import LAYERS, AxisMap
-from star_elastic.checkpoint import load_tensors, save_tensors
-from star_elastic.companions import BASIS
-from star_elastic.families.base import Config
+from star_elastic.checkpoints.companions import BASIS
+from star_elastic.checkpoints.tensors import load_tensors, save_tensors
+from star_elastic.data.sources import Batch, Source, calibration_batches
+from star_elastic.files.paths import has_file
 from star_elastic.importance.basis import principal_basis
 from star_elastic.importance.depth import rank_layers
 from star_elastic.importance.estimate import estimate_scores
 from star_elastic.importance.files import ScoreInfo, load_scores, save_scores
 from star_elastic.importance.orders import orders_from_scores
-from star_elastic.nesting.submodel import build_submodel
-from star_elastic.paths import has_file
+from star_elastic.models.submodel import build_submodel
 from star_elastic.progress import Progress
 from star_elastic.train.config import RunConfig
 from star_elastic.train.fingerprint import digest_weights
-from star_elastic.train.sources import Batch, Source, calibration_batches
 
 SCORES, DEPTH = "scores.safetensors", "depth.safetensors"
 DEPTH_SAMPLES = 32

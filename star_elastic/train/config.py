@@ -16,11 +16,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from star_elastic.amounts import parse_budget
-from star_elastic.cost import METRICS, Workload
+from star_elastic.architectures.base import is_hub_name, not_a_directory
+from star_elastic.cost.amounts import parse_budget
+from star_elastic.cost.count import METRICS, Workload
 from star_elastic.errors import ConfigError, library_boundary
-from star_elastic.families.base import is_hub_name, not_a_directory
-from star_elastic.paths import is_file, is_folder, no_file
+from star_elastic.files.paths import is_file, is_folder, no_file
 from star_elastic.quant.formats import FORMATS
 from star_elastic.router.router import Annealing
 from star_elastic.strict import MOST_ROWS, MOST_TOKENS, at, parse, require, require_within

@@ -13,11 +13,12 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from star_elastic.checkpoint import read_json, write_json
-from star_elastic.companions import BASIS, LATENCY
+from star_elastic.checkpoints.companions import BASIS, LATENCY
+from star_elastic.checkpoints.tensors import read_json, write_json
+from star_elastic.data.sources import Source
 from star_elastic.errors import CheckpointError, ConfigError, reason
-from star_elastic.paths import exists, has_file, is_file, names_in
-from star_elastic.quant.fake import FILE_NAME as FAKE
+from star_elastic.files.paths import exists, has_file, is_file, names_in
+from star_elastic.models.fake_quantisation import FILE_NAME as FAKE
 from star_elastic.strict import to_plain
 from star_elastic.train.calibrate import DEPTH, SCORES
 from star_elastic.train.check import latency_file
@@ -29,7 +30,6 @@ from star_elastic.train.fingerprint import (
     files_by_source,
     sample_data,
 )
-from star_elastic.train.sources import Source
 from star_elastic.train.state import PROGRESS, STATE, has_state
 from star_elastic.train.verdict import VERDICT
 

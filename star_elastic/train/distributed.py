@@ -23,7 +23,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
 from star_elastic.errors import ConfigError, reason
-from star_elastic.nesting.elastic import ElasticModel
+from star_elastic.models.elastic import ElasticModel
 from star_elastic.signals import num_ranks
 
 PATIENCE = timedelta(days=1)

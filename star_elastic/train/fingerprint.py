@@ -13,11 +13,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from star_elastic.checkpoint import INDEX_NAME, SINGLE_NAME, digest_files
-from star_elastic.companions import BASIS, MANIFEST, ORDERS, ROUTER, reading_files
+from star_elastic.checkpoints.companions import BASIS, MANIFEST, ORDERS, ROUTER, reading_files
+from star_elastic.checkpoints.tensors import INDEX_NAME, SINGLE_NAME, digest_files
+from star_elastic.data.sources import Source
 from star_elastic.errors import RowError, library_boundary
-from star_elastic.paths import is_file
-from star_elastic.train.sources import Source
+from star_elastic.files.paths import is_file
 
 SAMPLED_ROWS = 64
 MAY_CHANGE = 0.25

@@ -24,9 +24,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from star_elastic.cost import CostModel
+from star_elastic.cost.count import CostModel
+from star_elastic.data.sources import Source
 from star_elastic.errors import CheckpointError, StarElasticError, not_finite
-from star_elastic.nesting.elastic import ElasticModel
+from star_elastic.models.elastic import ElasticModel
 from star_elastic.nesting.gate import expected_widths
 from star_elastic.progress import Progress, Silent
 from star_elastic.router.budget import Budgets, budget_loss
@@ -38,7 +39,6 @@ from star_elastic.train.curriculum import Curriculum
 from star_elastic.train.distributed import World, multiplies_bf16
 from star_elastic.train.losses import linear_kl, next_token_targets, sampled_kl
 from star_elastic.train.packing import PackedBatch, PackedStream, merge_states
-from star_elastic.train.sources import Source
 from star_elastic.train.teacher import TeacherCache
 from star_elastic.train.workers import Learner, Workers
 

@@ -14,9 +14,10 @@ from pathlib import Path
 
 import torch
 
-from star_elastic.amounts import show_amount
+from star_elastic.cost.amounts import show_amount
+from star_elastic.data.sources import Source
+from star_elastic.files.paths import is_file
 from star_elastic.importance.files import ScoreInfo
-from star_elastic.paths import is_file
 from star_elastic.progress import Progress
 from star_elastic.router.commit import LEARNED
 from star_elastic.signals import num_ranks
@@ -27,7 +28,6 @@ from star_elastic.train.curriculum import Curriculum
 from star_elastic.train.directory import ELASTIC, TEACHER
 from star_elastic.train.distributed import multiplies_bf16
 from star_elastic.train.fingerprint import digest_weights
-from star_elastic.train.sources import Source
 from star_elastic.train.state import STATE
 
 STATE_BYTES = 12

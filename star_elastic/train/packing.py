@@ -24,8 +24,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from star_elastic.data.sources import ShuffledEpochs, Source, epochs_key
 from star_elastic.errors import CheckpointError, ConfigError, RowError
-from star_elastic.train.sources import ShuffledEpochs, Source, epochs_key
 
 FORMAT = 2
 """Of saved positions. In format 1 the last position of a document predicted nothing."""

@@ -9,14 +9,14 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from star_elastic.data.messages import checked_messages, end_of
+from star_elastic.data.rendering import Document
+from star_elastic.data.sources import Source
+from star_elastic.data.words import ASSISTANT
 from star_elastic.errors import CheckpointError, RowError, printable
 from star_elastic.progress import Progress
 from star_elastic.train.config import RunConfig
 from star_elastic.train.fingerprint import spread
-from star_elastic.train.messages import checked_messages, end_of
-from star_elastic.train.rendering import Document
-from star_elastic.train.sources import Source
-from star_elastic.train.words import ASSISTANT
 
 SHOWN = 20
 """Bad rows that are told one by one."""

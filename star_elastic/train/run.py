@@ -20,16 +20,18 @@ from pathlib import Path
 import torch
 
 import star_elastic
-from star_elastic.checkpoint import require_folder, save_tensors
-from star_elastic.companions import BASIS, LATENCY, ORDERS, ROUTER
+from star_elastic.checkpoints.companions import BASIS, LATENCY, ORDERS, ROUTER
+from star_elastic.checkpoints.tensors import require_folder, save_tensors
+from star_elastic.data.sources import Document, Source, open_sources
 from star_elastic.errors import CheckpointError, Interrupted, RowError, is_out_of_memory, reason
+from star_elastic.files.paths import exists, has_file
 from star_elastic.importance.files import save_scores
 from star_elastic.manifest import Manifest, Size, load_manifest, save_manifest
-from star_elastic.nesting.elastic import ElasticModel
-from star_elastic.nesting.stream import save_model
-from star_elastic.nesting.submodel import load_tokenizer, stop_tokens
-from star_elastic.paths import exists, has_file
+from star_elastic.models.elastic import ElasticModel
+from star_elastic.models.submodel import load_tokenizer, stop_tokens
 from star_elastic.progress import Progress, Silent, staged
+from star_elastic.rewrite.quantise import quantise_family
+from star_elastic.rewrite.stream import save_model
 from star_elastic.router.budget import AIM
 from star_elastic.router.commit import Commitment
 from star_elastic.signals import Stop, Stoppable, stop_on_signals
@@ -52,9 +54,7 @@ from star_elastic.train.distributed import World, join_world
 from star_elastic.train.loop import StepReport, Trainer
 from star_elastic.train.outlook import look_ahead
 from star_elastic.train.pace import Pace
-from star_elastic.train.quantise import quantise_family
 from star_elastic.train.row_check import require_lessons, warn_of_rows
-from star_elastic.train.sources import Document, Source, open_sources
 from star_elastic.train.state import has_state, load_state, save_state
 from star_elastic.train.verdict import (
     MAX_CONTEXT,

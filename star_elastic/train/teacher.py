@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 import torch
 from safetensors import SafetensorError, safe_open
 
-from star_elastic.checkpoint import save_tensors, write_json
+from star_elastic.checkpoints.tensors import save_tensors, write_json
 from star_elastic.errors import CheckpointError, ConfigError
 from star_elastic.router.router import seed_for
 from star_elastic.train.losses import (

@@ -16,11 +16,21 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from star_elastic.checkpoint import write_json
+from star_elastic.architectures import family_of, read_config
+from star_elastic.checkpoints.quantised import load_input_scales
+from star_elastic.checkpoints.tensors import write_json
+from star_elastic.data.sources import Document, Source
 from star_elastic.errors import RowError
-from star_elastic.families import family_of, read_config
 from star_elastic.manifest import Size, load_manifest
-from star_elastic.nesting.submodel import (
+from star_elastic.measure.divergence import (
+    Divergence,
+    Reading,
+    compare,
+    continue_greedily,
+    read,
+    shorten,
+)
+from star_elastic.models.submodel import (
     build_submodel,
     end_of_turn,
     load_parent,
@@ -29,16 +39,6 @@ from star_elastic.nesting.submodel import (
     sort_in_place,
 )
 from star_elastic.progress import Progress
-from star_elastic.quant.checkpoint import load_input_scales
-from star_elastic.train.divergence import (
-    Divergence,
-    Reading,
-    compare,
-    continue_greedily,
-    read,
-    shorten,
-)
-from star_elastic.train.sources import Document, Source
 
 VERDICT = "verdict.json"
 MAX_TOKENS, MAX_CONTEXT = 8192, 1024

@@ -15,8 +15,8 @@ from typing import TypeVar
 
 import torch
 
-from star_elastic.nesting.elastic import ElasticModel
-from star_elastic.nesting.skeleton import build_skeleton
+from star_elastic.models.elastic import ElasticModel
+from star_elastic.models.skeleton import build_skeleton
 from star_elastic.router.router import Router
 
 Part = TypeVar("Part")

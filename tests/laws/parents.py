@@ -21,11 +21,11 @@ from hypothesis import strategies as st
 from torch.overrides import TorchFunctionMode
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from star_elastic.architectures import Family, family_of
 from star_elastic.axes import AxisMap
-from star_elastic.families import Family, family_of
 from star_elastic.nesting.gate import Mixture
 from star_elastic.nesting.slice import axis_keys
-from star_elastic.nesting.stream import save_model
+from star_elastic.rewrite.stream import save_model
 from tests.architectures import (  # noqa: F401
     AXIS_CASES,
     ROWS,

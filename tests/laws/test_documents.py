@@ -16,14 +16,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHMamba2Mixer
 
-from star_elastic.nesting.documents import (
+from star_elastic.data.rendering import Document
+from star_elastic.models.documents import (
     DocumentMamba2Mixer,
     document_conv,
     document_scan,
     keep_documents_apart,
 )
 from star_elastic.train.packing import PackedBatch, PackedStream
-from star_elastic.train.rendering import Document
 from tests.architectures import ROWS, fixed_config
 from tests.laws.parents import (
     Parent,

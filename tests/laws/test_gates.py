@@ -13,7 +13,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from star_elastic.nesting.elastic import ElasticModel
+from star_elastic.models.elastic import ElasticModel
 from star_elastic.nesting.gate import NEGLIGIBLE, Mixture, widest_slice
 from star_elastic.nesting.slice import slice_tensor
 from tests.architectures import AXIS_CASES, ROWS

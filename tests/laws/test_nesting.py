@@ -12,14 +12,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
+from star_elastic.architectures import family_of, read_config
 from star_elastic.axes import AxisMap, TensorSpec
-from star_elastic.checkpoint import CheckpointReader
-from star_elastic.families import family_of, read_config
-from star_elastic.nesting.elastic import ElasticModel
+from star_elastic.checkpoints.tensors import CheckpointReader
+from star_elastic.models.elastic import ElasticModel
+from star_elastic.models.submodel import build_submodel
 from star_elastic.nesting.gate import Mixture
 from star_elastic.nesting.slice import slice_tensor
-from star_elastic.nesting.stream import slice_checkpoint
-from star_elastic.nesting.submodel import build_submodel
+from star_elastic.rewrite.stream import slice_checkpoint
 from tests.architectures import AXIS_CASES, ROWS, configs, fixed_config
 from tests.laws.parents import (
     Parent,

@@ -10,13 +10,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from star_elastic.checkpoint import CheckpointReader
+from star_elastic.architectures import family_of, read_config
+from star_elastic.checkpoints.quantised import quantise_checkpoint, read_weight
+from star_elastic.checkpoints.stored import StoredModel
+from star_elastic.checkpoints.tensors import CheckpointReader
 from star_elastic.errors import ShapeError
-from star_elastic.families import family_of, read_config
+from star_elastic.models.submodel import build_submodel, load_parent
 from star_elastic.nesting.slice import slice_tensor
-from star_elastic.nesting.stream import slice_checkpoint
-from star_elastic.nesting.submodel import build_submodel, load_parent
-from star_elastic.quant.checkpoint import quantise_checkpoint, read_weight
 from star_elastic.quant.formats import (
     FORMATS,
     Quantised,
@@ -25,7 +25,7 @@ from star_elastic.quant.formats import (
     quantise,
     requantise,
 )
-from star_elastic.quant.layout import (
+from star_elastic.quant.scheme import (
     CODES,
     COMPRESSED_TENSORS,
     SCALES,
@@ -36,7 +36,7 @@ from star_elastic.quant.layout import (
     stored_map,
     stored_parts,
 )
-from star_elastic.stored import StoredModel
+from star_elastic.rewrite.stream import slice_checkpoint
 from tests.laws.parents import assert_equal, examples, make_parent
 
 BLOCKS = {"fp8": 1, "fp8-channel": 1, "fp8-block": 128, "nvfp4": 16}

@@ -10,12 +10,12 @@ import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
+from star_elastic.architectures import family_of
 from star_elastic.errors import ConfigError, ShapeError
-from star_elastic.families import family_of
 from star_elastic.importance.basis import principal_basis
+from star_elastic.models.submodel import build_submodel, sort_in_place
 from star_elastic.nesting.rotate import check_rotatable, readers, rotate_state
-from star_elastic.nesting.stream import slice_checkpoint
-from star_elastic.nesting.submodel import build_submodel, sort_in_place
+from star_elastic.rewrite.stream import slice_checkpoint
 from tests.architectures import ROWS, fixed_config
 from tests.laws.parents import (
     Parent,

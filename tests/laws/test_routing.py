@@ -8,10 +8,10 @@ from hypothesis import strategies as st
 from transformers.models.nemotron_h.configuration_nemotron_h import NemotronHConfig
 from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHTopkRouter
 
-from star_elastic.families import family_of
-from star_elastic.nesting.elastic import ElasticModel
+from star_elastic.architectures import family_of
+from star_elastic.models.elastic import ElasticModel
+from star_elastic.models.modules import ElasticSigmoidRouter
 from star_elastic.nesting.gate import Mixture
-from star_elastic.nesting.modules import ElasticSigmoidRouter
 from tests.architectures import hybrids
 from tests.laws.parents import examples, legal_widths, one_hot, parents, precision
 

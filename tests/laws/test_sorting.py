@@ -10,10 +10,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from star_elastic.architectures import family_of
 from star_elastic.errors import ShapeError
-from star_elastic.families import family_of
 from star_elastic.nesting.slice import check_orders, sort_state, sort_tensor
-from star_elastic.nesting.stream import sort_checkpoint
+from star_elastic.rewrite.stream import sort_checkpoint
 from tests.architectures import ROWS, SHARED_CASES, fixed_config
 from tests.laws.parents import (
     assert_equal,

@@ -10,10 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
-from star_elastic.nesting.elastic import ElasticModel
+from star_elastic.models.elastic import ElasticModel
+from star_elastic.models.submodel import build_submodel
 from star_elastic.nesting.slice import slice_state
-from star_elastic.nesting.stream import slice_checkpoint
-from star_elastic.nesting.submodel import build_submodel
+from star_elastic.rewrite.stream import slice_checkpoint
 from tests.architectures import ROWS, fixed_config
 from tests.laws.parents import (
     build,

@@ -17,12 +17,12 @@ from compressed_tensors.quantization.utils.helpers import (
 )
 from transformers import AutoModelForCausalLM
 
-from star_elastic.nesting.stream import slice_checkpoint
-from star_elastic.nesting.submodel import load_parent
-from star_elastic.quant.checkpoint import quantise_checkpoint
+from star_elastic.checkpoints.quantised import quantise_checkpoint
+from star_elastic.models.quantised_inputs import calibrate_inputs
+from star_elastic.models.submodel import load_parent
 from star_elastic.quant.formats import FORMATS, dequantise, fake_activation, quantise
-from star_elastic.quant.inputs import calibrate_inputs
-from star_elastic.quant.layout import config_entry, make_scheme
+from star_elastic.quant.scheme import config_entry, make_scheme
+from star_elastic.rewrite.stream import slice_checkpoint
 from tests.laws.parents import make_parent, relative_error
 
 PRESETS = {"fp8": "FP8", "fp8-channel": "FP8_DYNAMIC", "fp8-block": "FP8_BLOCK", "nvfp4": "NVFP4"}

@@ -1,0 +1,236 @@
+"""What a family table must provide, and how a config file is read."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import reprlib
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, Protocol
+
+from star_elastic.axes import LAYERS, AxisMap
+from star_elastic.errors import CheckpointError, ConfigError, ShapeError, library_boundary
+from star_elastic.files.paths import exists, is_folder, require_content
+from star_elastic.widths import Widths
+
+Config = dict[str, Any]
+
+LARGEST = 2**24
+"""Most units that a dimension may have. No model comes near; a table of it could still be made."""
+MOST_LAYERS = 2**10
+MOST_EXPERTS = 2**18
+"""Of all layers together: every expert is a tensor with a name of its own on disk."""
+MOST_PARAMETERS = 10**14
+ATTENTION_KEYS: Mapping[str, tuple[Any, ...]] = MappingProxyType({
+    "sliding_window": (), "attention_chunk_size": (), "per_layer_config": ({}, []),
+    "kv_sharing_modes": (), "is_causal": (True,), "number_of_conv_states": (1,),
+    "text_config": (), "decoder": (), "generator": (), "text_encoder": (),
+})  # fmt: skip
+"""Keys of a config that no table knows, with their values that say nothing. transformers' caches
+and masks read them whatever the model type is, but the layers of our models do not: text that is
+generated with a cache would be another model's than the one that is trained and judged."""
+NOT_BY_LAYER = re.compile(r"architectures|.*_token_ids?|.*_tokens|time_step_limit|mtp_.*")
+"""Lists in a config that may be as long as there are layers and have nothing to do with them."""
+
+
+class Family(Protocol):
+    """One table per model family. Configs are dictionaries as in config.json."""
+
+    model_type: str
+    """`model_type` in config.json."""
+    end_of_thinking: str
+    """Text that ends the thinking phase when the budget is used up."""
+    prefix_aliases: Mapping[str, str]
+    """On-disk name prefixes that other writers use -> the prefix of our pieces."""
+    ignored: tuple[str, ...]
+    """Parts of the names of on-disk tensors that the model in memory does not have."""
+    copies: Mapping[str, str]
+    """On-disk tensors that a file may hold beside the one that they must equal (tied heads)."""
+
+    def axis_map(self, config: Config) -> AxisMap:
+        """The axis map of the model of this config. Raises ConfigError on an invalid config."""
+        ...
+
+    def config_at(self, config: Config, widths: Mapping[str, Any]) -> Config:
+        """The config.json of the submodel. Raises ShapeError if the format cannot express it."""
+        ...
+
+
+def read_config(path: str | Path) -> Config:
+    """The config of a checkpoint directory or config.json file.
+
+    Keys that only caches and masks read (`ATTENTION_KEYS`) are left out where they are null. Raises
+    ConfigError if there is none, or if it cannot be read; for a name of the Hub it says how to get
+    the model here.
+    """
+    path = Path(path)
+    try:
+        file = path / "config.json" if is_folder(path) else path
+        if file == path and file.suffix != ".json":
+            raise ConfigError(not_a_directory(path))
+        if exists(file):
+            require_content(file)
+    except CheckpointError as error:
+        raise ConfigError(str(error)) from None
+    try:
+        with library_boundary(f"{file} is not valid JSON", "restore the file", ConfigError):
+            config = json.loads(file.read_text(encoding="utf-8"), object_hook=_decode_float)
+    except ConfigError as error:
+        if isinstance(error.__cause__, (FileNotFoundError, NotADirectoryError)):
+            raise ConfigError(
+                f"{path} holds no config.json; name a Hugging Face checkpoint directory or its "
+                "config"
+            ) from None
+        if isinstance(error.__cause__, OSError):
+            raise ConfigError(
+                f"{file} cannot be read ({error.__cause__.strerror}); allow it, or name another"
+            ) from None
+        raise
+    if not isinstance(config, dict):
+        raise ConfigError(f"{file} is not a JSON object; it cannot be a model config")
+    return {k: v for k, v in config.items() if not (k in ATTENTION_KEYS and v is None)}
+
+
+def is_hub_name(text: str) -> bool:
+    """Whether a text has the form of a model's name on the Hub: organisation/model."""
+    return re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", text) is not None
+
+
+def not_a_directory(path: Path) -> str:
+    """What is wrong with a path that should be a checkpoint directory, and what to do."""
+    if os.path.lexists(path):
+        return f"{path} is a file; name the checkpoint directory that it lies in"
+    advice = "name a Hugging Face checkpoint directory"
+    if is_hub_name(str(path)):
+        advice = (
+            "models are read from local directories, so download it first: "
+            f"hf download {path} --local-dir {path.name}"
+        )
+    return f"{path} is no directory here; {advice}"
+
+
+def _decode_float(entry: dict[str, Any]) -> Any:
+    """transformers stores infinities as {"__float__": "Infinity"}; older readers cannot."""
+    return float(entry["__float__"]) if set(entry) == {"__float__"} else entry
+
+
+def told(key: str, value: Any) -> str:
+    """`key=value` in a message, however long the value is."""
+    return f"{key}={reprlib.repr(value)}"
+
+
+def get_int(config: Config, key: str, default: int | None = None, *, most: int = LARGEST) -> int:
+    """An integer field of a config from 1 to `most`. Raises ConfigError naming the field."""
+    value = config.get(key, default)
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ConfigError(f"{told(key, value)} is not a positive integer; correct config.json")
+    if value > most:
+        raise ConfigError(
+            f"{told(key, value)} is more than the {most:,} that a model may have here; correct "
+            "config.json"
+        )
+    return value
+
+
+def get_optional_int(config: Config, key: str) -> int | None:
+    """A positive integer field, or None where it is absent or null. Raises ConfigError."""
+    return None if config.get(key) is None else get_int(config, key)
+
+
+def get_float(config: Config, key: str, default: float) -> float:
+    """A positive, finite number. Raises ConfigError naming the field."""
+    value = config.get(key, default)
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
+        raise ConfigError(f"{told(key, value)} is not a positive number; correct config.json")
+    if value > LARGEST:
+        raise ConfigError(f"{told(key, value)} is too large; correct config.json")
+    return float(value)
+
+
+def get_bool(config: Config, key: str, default: bool) -> bool:
+    """A field that is true or false. Raises ConfigError naming the field."""
+    value = config.get(key, default)
+    if not isinstance(value, bool):
+        raise ConfigError(f"{told(key, value)} is neither true nor false; correct config.json")
+    return value
+
+
+def require_whole_attention(config: Config) -> None:
+    """Raises ConfigError for a key that would let caches or masks show layers a part of the text
+    only (`ATTENTION_KEYS`)."""
+    for key, harmless in ATTENTION_KEYS.items():
+        value = config.get(key)
+        if value is not None and not any(
+            value == own and type(value) is type(own) for own in harmless
+        ):
+            raise ConfigError(
+                f"{told(key, value)} is not known for model_type={config.get('model_type')}: "
+                "caches would obey it, the layers do not; remove it from config.json"
+            )
+
+
+def cut_by_layer(config: Config, num_layers: int, kept: Collection[int]) -> Config:
+    """A config whose lists with an entry for each of `num_layers` hold those of the kept ones."""
+    return {
+        key: [item for layer, item in enumerate(value) if layer in kept]
+        if isinstance(value, list) and len(value) == num_layers and not NOT_BY_LAYER.fullmatch(key)
+        else value
+        for key, value in config.items()
+    }
+
+
+def require_size(axis_map: AxisMap) -> AxisMap:
+    """The table itself. Raises ConfigError if the model is larger than any that can be handled:
+    what follows could fill the memory before it fails."""
+    count = sum(
+        math.prod(sum(segment.size for segment in dim) for dim in spec.dims)
+        for spec in axis_map.tensors.values()
+    )
+    if count > MOST_PARAMETERS:
+        largest = max(axis_map.axes.values(), key=lambda axis: axis.size)
+        raise ConfigError(
+            f"the config describes {count:.1e} parameters, more than the {MOST_PARAMETERS:.0e} "
+            f"that a model may have here ({largest.name}={largest.size:,}); correct config.json"
+        )
+    return axis_map
+
+
+def require_multiple(name: str, value: int, divisor_name: str, divisor: int) -> None:
+    """Raises ConfigError unless `value` is a multiple of `divisor`."""
+    if value % divisor:
+        raise ConfigError(
+            f"{name}={value} is not a multiple of {divisor_name}={divisor}; correct config.json"
+        )
+
+
+def homogeneous(widths: Mapping[str, Any], axis_map: AxisMap) -> dict[str, int]:
+    """Widths as scalars, `layers` apart. Raises ShapeError for per-layer widths that a config
+    cannot hold, with the nearest widths that it can."""
+    nearest = nearest_homogeneous(widths, axis_map)
+    for axis, width in widths.items():
+        if axis != LAYERS and width != nearest[axis] and set(width) != {nearest[axis]}:
+            kept = {name: value for name, value in nearest.items() if name != LAYERS}
+            raise ShapeError(
+                f"{axis} differs between layers, which {axis_map.family}'s config.json cannot "
+                f"express; the nearest widths that it can: {Widths(kept)}"
+            )
+    return {axis: width for axis, width in nearest.items() if axis != LAYERS}
+
+
+def nearest_homogeneous(widths: Mapping[str, Any], axis_map: AxisMap) -> dict[str, Any]:
+    """One width per axis: of the widths that occur in the layers that are kept, the one nearest to
+    their mean."""
+    kept = axis_map.kept_layers(widths)
+    nearest: dict[str, Any] = {}
+    for name, width in widths.items():
+        if name != LAYERS and isinstance(width, tuple):
+            layers = axis_map.axes[name].layers
+            values = [w for w, layer in zip(width, layers, strict=True) if layer in kept]
+            mean = sum(values) / max(len(values), 1)
+            width = min(values or width, key=lambda w: (abs(w - mean), -w))
+        nearest[name] = width
+    return nearest

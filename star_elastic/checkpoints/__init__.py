@@ -1,0 +1,1 @@
+"""Checkpoints: reading and writing safetensors directories, and what stands beside the weights."""

@@ -1,0 +1,130 @@
+"""What stands beside the weights of a checkpoint: the one place that knows every such file.
+
+Of a parent only what loaders read travels along: tokenizer, chat templates, generation settings,
+licences, its card. Whatever else lies there (adapters, trainer states, remote code) would send
+loaders elsewhere or be of no use. An elastic checkpoint has files of its own beside that.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Mapping
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+from star_elastic.checkpoints.tensors import read_json, write_json
+from star_elastic.errors import library_boundary
+from star_elastic.files.paths import has_file, is_file, is_folder, names_in, require_content
+
+MANIFEST = "elastic.json"
+"""The sizes of a family."""
+ROUTER = "router.safetensors"
+"""The trained router, which gives widths for budgets that no size was named for."""
+ORDERS, BASIS = "orders.safetensors", "basis.safetensors"
+"""How the parent's units were permuted, and the basis that its residual stream was rotated to."""
+LATENCY = "latency.json"
+"""The table that budgets in milliseconds were counted with, if there were any."""
+INPUT_SCALES = "input_scales.safetensors"
+"""Of a quantised family: the scales of every size's own inputs."""
+CARRIED = (ROUTER, ORDERS, BASIS, LATENCY)
+"""What a family keeps when its weights are rewritten without changing their order."""
+
+CARD, PARENT_CARD = "readme.md", "PARENT_README.md"
+"""A model card describes the parent, not what is made of it: it travels under another name."""
+TOKENIZER_CONFIG = "tokenizer_config.json"
+TEMPLATES = "additional_chat_templates"
+READING = (
+    "tokenizer.json", TOKENIZER_CONFIG, "special_tokens_map.json", "added_tokens.json",
+    "vocab.json", "vocab.txt", "merges.txt", "*.model", "tokenizer.model.v*", "*.tiktoken",
+    "tekken.json", "chat_template.jinja", "chat_template.json",
+)  # fmt: skip
+"""Names, in lower case, of the files that decide how text is read, beside `TEMPLATES`."""
+TRAVELS = (
+    *READING, "generation_config.json", PARENT_CARD.lower(),
+    "license*", "licence*", "notice*", "copying*", "*use_policy*",
+)  # fmt: skip
+"""Names, in lower case, of the files of a parent that loaders or lawyers read."""
+POINTERS = ("auto_map", "custom_pipelines", "processor_class", "_name_or_path", "_commit_hash")
+"""Keys of config files that point to code, processors or folders, which do not travel."""
+
+
+def reading_files(source: Path) -> list[Path]:
+    """The files of a checkpoint that decide how it reads text: tokenizer and chat templates."""
+    names = names_in(source) if is_folder(source) else []
+    found = [source / name for name in names if _matches(name, READING)]
+    return sorted([*found, *(source / TEMPLATES).glob("*.jinja")])
+
+
+def require_reading_files(source: Path) -> None:
+    """Raises CheckpointError for a file that decides how text is read and is none: a link that
+    leads nowhere, a pointer of Git LFS, a folder. Loaders would take another tokenizer, or none."""
+    for file in reading_files(source):
+        if has_file(file):
+            require_content(file)
+
+
+def _matches(name: str, patterns: tuple[str, ...]) -> bool:
+    return any(fnmatchcase(name.lower(), pattern) for pattern in patterns)
+
+
+def copy_companions(source: Path, target: Path) -> None:
+    """Copies what stands beside the weights of a parent and is of use beside others made of it.
+
+    The card becomes `PARENT_README.md`. Keys of the tokenizer's config that point to files that do
+    not come along are left out. Raises CheckpointError for a file that cannot be read, or is none.
+    """
+    names = names_in(source)
+    require_reading_files(source)
+    for name in names:
+        if _matches(name, TRAVELS) and is_file(source / name):
+            _copy(source / name, target / name)
+    cards = [name for name in names if name.lower() == CARD]
+    if cards and PARENT_CARD not in names:
+        _copy(source / cards[0], target / PARENT_CARD)
+    if is_folder(source / TEMPLATES):
+        (target / TEMPLATES).mkdir()
+        for file in sorted((source / TEMPLATES).glob("*.jinja")):
+            _copy(file, target / TEMPLATES / file.name)
+    if (target / TOKENIZER_CONFIG).is_file():
+        _clean_tokenizer_config(target, source / TOKENIZER_CONFIG)
+
+
+def copy_family_files(source: Path, target: Path) -> None:
+    """Copies what a family has beside its weights and sizes: router, orders, basis, latency table.
+
+    The table goes on saying which dtype it was measured in.
+    """
+    for name in CARRIED:
+        if has_file(source / name):
+            _copy(source / name, target / name)
+
+
+def without_pointers(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A config without the keys that point to files which do not travel."""
+    return {key: value for key, value in config.items() if key not in POINTERS}
+
+
+def _copy(source: Path, target: Path) -> None:
+    with library_boundary(f"{source} cannot be copied", "make it readable and make room"):
+        shutil.copyfile(source, target)
+
+
+def _clean_tokenizer_config(target: Path, source: Path) -> None:
+    file = target / TOKENIZER_CONFIG
+    content = read_json(source, "correct the file or remove it")
+    if not isinstance(content, dict):
+        return  # the tokenizer's own to complain about
+    cleaned = {
+        key: value
+        for key, value in without_pointers(content).items()
+        if not (key.endswith("_file") and isinstance(value, str)) or _stands(target, value)
+    }
+    if cleaned != content:
+        write_json(file, cleaned)
+
+
+def _stands(folder: Path, name: str) -> bool:
+    """Whether a file of this name (and no path) is in a folder."""
+    return name == os.path.basename(name) and os.path.isfile(folder / name)

@@ -1,0 +1,1 @@
+"""Rows and text: data files, conversations, chat templates, documents."""

@@ -1,0 +1,1 @@
+"""Which engines and GPUs run a checkpoint."""

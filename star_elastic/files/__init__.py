@@ -1,0 +1,1 @@
+"""Files on disk: what stands at a path, and writing it whole or not at all."""

@@ -1,0 +1,1 @@
+"""Measurements of whole models: divergence from the parent, perplexity, milliseconds."""

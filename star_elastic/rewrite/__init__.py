@@ -1,0 +1,1 @@
+"""New checkpoints from old ones, tensor by tensor: sorted, sliced, quantised."""

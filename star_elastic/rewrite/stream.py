@@ -1,0 +1,317 @@
+"""Sorting and slicing of whole checkpoints on disk, one tensor at a time.
+
+Both read the source tensor by tensor and write an ordinary checkpoint; the model is never held in
+memory. The pieces of a tensor that is stacked in memory (experts) are renumbered on the way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from star_elastic.architectures import family_of, read_config
+from star_elastic.architectures.base import Config, Family
+from star_elastic.axes import AxisMap, Piece, TensorSpec
+from star_elastic.checkpoints.companions import copy_companions
+from star_elastic.checkpoints.quantised import stored_input_scales
+from star_elastic.checkpoints.stored import StoredModel, most_common_dtype
+from star_elastic.checkpoints.tensors import (
+    DEFAULT_SHARD_BYTES,
+    Planned,
+    new_directory,
+    write_json,
+    write_tensors,
+)
+from star_elastic.errors import ConfigError
+from star_elastic.export.engines import require_readable, written_config
+from star_elastic.models.skeleton import build_skeleton
+from star_elastic.nesting.slice import (
+    Orders,
+    check_orders,
+    dim_order,
+    slice_tensor,
+    sort_tensor,
+)
+from star_elastic.quant.scheme import (
+    COMPRESSED_TENSORS,
+    CONFIG_KEY,
+    MODELOPT,
+    MODELOPT_FILE,
+    config_entry,
+    in_modelopt,
+    modelopt_entry,
+    read_scheme,
+    require_layout,
+    stored_map,
+)
+from star_elastic.widths import Width
+
+Progress = Callable[[int, int], None]
+"""Called with (bytes written so far, bytes in all)."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Job:
+    """One tensor to write: where it comes from and what to do with it."""
+
+    planned: Planned
+    source: str
+    convert: Callable[[torch.Tensor], torch.Tensor]
+
+
+def _open(path: Path, axis_map: AxisMap, family: Family) -> StoredModel:
+    """A checkpoint whose every tensor will be written or is left behind on purpose."""
+    source = StoredModel(path, axis_map, family)
+    source.require_whole()
+    return source
+
+
+def _jobs(
+    source: StoredModel,
+    target: AxisMap,
+    names: Mapping[str, str],
+    kept_first: Callable[[TensorSpec], list[int]],
+    convert: Callable[[TensorSpec, bool], Callable[[torch.Tensor], torch.Tensor]],
+) -> Iterator[_Job]:
+    """The tensors to write, in the order of the table.
+
+    `target` is the table of the model that is written, `names` maps the source's tensors to its.
+    `kept_first(spec)` lists the old rows of dimension 0 of a stacked tensor, in their new order.
+    """
+    for old_name, new_name in names.items():
+        spec, written = source.axis_map.tensors[old_name], target.tensors[new_name]
+        stacked = spec.pieces[0].index is not None
+        shape = target.shape(written, target.full)
+        for new, old in enumerate(kept_first(spec) if stacked else [0]):
+            name = source.name_of(spec, spec.pieces[old])
+            planned = Planned(
+                written.pieces[new].name,
+                shape[1:] if stacked else shape,
+                source.reader.dtype(name),
+            )
+            yield _Job(planned, name, convert(spec, stacked))
+
+
+def _counter(plan: Sequence[Planned], progress: Progress | None) -> Callable[[Planned], None]:
+    """Tells of the bytes that are written, tensor by tensor."""
+    total, written = sum(planned.num_bytes for planned in plan), 0
+
+    def on_tensor(planned: Planned) -> None:
+        nonlocal written
+        written += planned.num_bytes
+        if progress:
+            progress(written, total)
+
+    return on_tensor
+
+
+def _write(
+    source: StoredModel,
+    jobs: list[_Job],
+    config: Config,
+    out: str | Path,
+    max_shard_bytes: int,
+    progress: Progress | None,
+    finish: Callable[[Path], None] | None = None,
+) -> None:
+    by_name = {job.planned.name: job for job in jobs}
+
+    def value_of(name: str) -> torch.Tensor:
+        job = by_name[name]
+        return job.convert(source.reader.read(job.source))
+
+    with new_directory(out) as directory:
+        copy_companions(source.reader.path, directory)
+        write_json(directory / "config.json", config)
+        write_tensors(
+            directory,
+            [job.planned for job in jobs],
+            value_of,
+            max_shard_bytes=max_shard_bytes,
+            on_tensor=_counter([job.planned for job in jobs], progress),
+        )
+        if finish:
+            finish(directory)
+
+
+def slice_checkpoint(
+    path: str | Path,
+    widths: Mapping[str, Width],
+    out: str | Path,
+    *,
+    input_scales: Mapping[str, torch.Tensor] | None = None,
+    layout: str = COMPRESSED_TENSORS,
+    max_shard_bytes: int = DEFAULT_SHARD_BYTES,
+    progress: Progress | None = None,
+    finish: Callable[[Path], None] | None = None,
+) -> None:
+    """Cuts a sorted checkpoint to `widths` and writes an ordinary one to the new directory `out`.
+
+    A quantised checkpoint is cut as it is, codes and scales, and gets `input_scales` (by weight) in
+    place of its own, if there are any; `layout`: what its tensors are called. `finish(directory)`
+    may add files before the directory gets its name. Raises ShapeError for widths the family cannot
+    express (or that end inside a block that is quantised together) and CheckpointError for a
+    damaged source or a taken `out`; nothing is left behind then.
+    """
+    path = Path(path)
+    config = read_config(path)
+    family = family_of(config)
+    axis_map = family.axis_map(config)
+    complete = axis_map.complete(widths)
+    target = family.config_at(config, complete)
+    build_skeleton(target, file=f"the slice's config.json, made of {path / 'config.json'},")
+    require_readable(path)
+    scheme = read_scheme(config, axis_map)
+    require_layout(scheme, layout)
+    model, scales, renamed = axis_map.at(complete), {}, {}
+    if scheme is not None:
+        scales = stored_input_scales(input_scales or {}, axis_map, scheme)
+        small_scheme = scheme.at(axis_map, complete)
+        target.pop(CONFIG_KEY)
+        if layout == MODELOPT:
+            entry, renamed = modelopt_entry(model, small_scheme), in_modelopt(model, small_scheme)
+            finish = _also(finish, partial(_write_modelopt, entry))
+        else:
+            target[CONFIG_KEY] = config_entry(model, small_scheme)
+        axis_map = stored_map(axis_map, scheme)
+        axis_map.require_edges(complete)
+    smaller = axis_map.at(complete)
+    source = _open(path, axis_map, family)
+    target = written_config(target, model, source.dtype, scheme)
+
+    def kept(spec: TensorSpec) -> list[int]:
+        return [i for low, high in axis_map.runs(spec, 0, complete) for i in range(low, high)]
+
+    def convert(spec: TensorSpec, stacked: bool):
+        if spec.name in scales:
+            return lambda _: scales[spec.name]
+        return lambda tensor: slice_tensor(tensor, spec, axis_map, complete, skip_first=stacked)
+
+    names = axis_map.names_at(complete)
+    jobs = list(_jobs(source, smaller, names, kept, convert))
+    if renamed:
+        jobs = [_in_modelopt(job, renamed.get(job.planned.name)) for job in jobs]
+    _write(source, jobs, target, out, max_shard_bytes, progress, finish)
+
+
+def _in_modelopt(job: _Job, name: str | None) -> _Job:
+    """A job of a quantised weight's tensor as ModelOpt's layout has it; others as they are."""
+    if name is None:
+        return job
+    planned = replace(job.planned, name=name)
+    if job.planned.shape != (1,):
+        return replace(job, planned=planned)
+    inverted = "global_scale" in job.planned.name
+
+    def convert(tensor: torch.Tensor) -> torch.Tensor:
+        value = job.convert(tensor).reshape(())
+        return 1 / value if inverted else value
+
+    return replace(job, planned=replace(planned, shape=()), convert=convert)
+
+
+def _write_modelopt(entry: Config, directory: Path) -> None:
+    write_json(directory / MODELOPT_FILE, entry)
+
+
+def _also(
+    first: Callable[[Path], None] | None, second: Callable[[Path], None]
+) -> Callable[[Path], None]:
+    """Both, if there are two."""
+
+    def run(directory: Path) -> None:
+        if first:
+            first(directory)
+        second(directory)
+
+    return run
+
+
+def sort_checkpoint(
+    path: str | Path,
+    orders: Orders,
+    out: str | Path,
+    *,
+    max_shard_bytes: int = DEFAULT_SHARD_BYTES,
+    progress: Progress | None = None,
+    finish: Callable[[Path], None] | None = None,
+) -> None:
+    """Writes the same model with every axis sorted by `orders`, best unit first.
+
+    Raises ShapeError if an order does not permute its axis inside its groups.
+    """
+    path = Path(path)
+    config = read_config(path)
+    family = family_of(config)
+    axis_map = family.axis_map(config)
+    check_orders(orders, axis_map)
+    build_skeleton(config, file=path / "config.json")
+    if read_scheme(config, axis_map) is not None:
+        raise ConfigError(f"{path} is quantised; sort the checkpoint first, then quantise it")
+    source = _open(path, axis_map, family)
+
+    def moved(spec: TensorSpec) -> list[int]:
+        order = dim_order(spec, 0, axis_map, orders)
+        return list(range(len(spec.pieces))) if order is None else order.tolist()
+
+    def convert(spec: TensorSpec, stacked: bool):
+        return lambda tensor: sort_tensor(tensor, spec, axis_map, orders, skip_first=stacked)
+
+    jobs = list(_jobs(source, axis_map, axis_map.names_at(axis_map.full), moved, convert))
+    written = family.config_at(config, axis_map.full)
+    written = written_config(written, axis_map, source.dtype, None)
+    _write(source, jobs, written, out, max_shard_bytes, progress, finish)
+
+
+def save_model(
+    state: Mapping[str, torch.Tensor],
+    config: Config,
+    extras: Path,
+    out: str | Path,
+    *,
+    dtype: torch.dtype | Mapping[str, torch.dtype],
+    progress: Progress | None = None,
+    finish: Callable[[Path], None] | None = None,
+) -> None:
+    """Writes a model in memory as a checkpoint in the family's on-disk layout.
+
+    `extras` is the directory whose tokenizer and templates are copied along. `dtype`: of all
+    tensors, or of each by name; those that the table keeps in fp32 stay so. config.json names the
+    dtype that most elements have. `progress` is told bytes.
+    """
+    family = family_of(config)
+    axis_map = family.axis_map(config)
+    dtypes = {
+        spec.name: torch.float32
+        if spec.keep_fp32
+        else dtype
+        if isinstance(dtype, torch.dtype)
+        else dtype[spec.name]
+        for spec in axis_map.tensors.values()
+    }
+    values: dict[str, tuple[TensorSpec, Piece]] = {}
+    plan: list[Planned] = []
+    for spec in axis_map.tensors.values():
+        shape, stored = axis_map.shape(spec, axis_map.full), dtypes[spec.name]
+        for piece in spec.pieces:
+            values[piece.name] = (spec, piece)
+            plan.append(Planned(piece.name, shape if piece.index is None else shape[1:], stored))
+
+    def value_of(name: str) -> torch.Tensor:
+        spec, piece = values[name]
+        tensor = state[spec.name]
+        tensor = tensor if piece.index is None else tensor[piece.index]
+        return tensor.detach().to(dtypes[spec.name])
+
+    written = family.config_at(config, axis_map.full)
+    written = written_config(written, axis_map, most_common_dtype(dtypes, axis_map), None)
+    with new_directory(out) as directory:
+        copy_companions(extras, directory)
+        write_json(directory / "config.json", written)
+        write_tensors(directory, plan, value_of, on_tensor=_counter(plan, progress))
+        if finish:
+            finish(directory)
