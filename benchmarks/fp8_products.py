@@ -19,9 +19,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from star_elastic.checkpoints.tensors import write_json
 from star_elastic.cli.terminal import at_the_command_line, print_table
 from star_elastic.errors import Interrupted
+from star_elastic.files.writing import write_json
 from star_elastic.quant.formats import E4M3, E4M3_MAX
 
 HIDDEN, EXPERTS, TOP_K = 2688, 128, 6

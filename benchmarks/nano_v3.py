@@ -31,9 +31,9 @@ from transformers import PreTrainedModel
 
 from star_elastic.architectures import family_of
 from star_elastic.axes import AxisMap
-from star_elastic.checkpoints.tensors import write_json
 from star_elastic.cli.terminal import at_the_command_line, command_line, print_table
 from star_elastic.cost.count import CostModel
+from star_elastic.files.writing import write_json
 from star_elastic.generate.caches import HandOver
 from star_elastic.generate.decode import BatchDecoder
 from star_elastic.generate.steps import StepPool

@@ -28,11 +28,12 @@ from common import TINY, build_model
 from training_cost import HUNDRED
 
 from star_elastic.architectures import family_of
-from star_elastic.checkpoints.tensors import write_json
 from star_elastic.cli.bars import Bars
 from star_elastic.cli.terminal import at_the_command_line, command_line
 from star_elastic.cost.count import CostModel
+from star_elastic.data.source_config import SourceConfig
 from star_elastic.demo import bundled_parent, write_rows
+from star_elastic.files.writing import write_json
 from star_elastic.models.submodel import load_tokenizer
 from star_elastic.rewrite.stream import save_model
 from star_elastic.train.config import (
@@ -40,7 +41,6 @@ from star_elastic.train.config import (
     EngineConfig,
     RouterConfig,
     RunConfig,
-    SourceConfig,
     StageConfig,
 )
 from star_elastic.train.run import train

@@ -25,18 +25,18 @@ import torch
 from planting import HYBRID, LLAMA, write_planted_parent
 
 from star_elastic.axes import AxisMap
-from star_elastic.checkpoints.tensors import write_json
+from star_elastic.checkpoints.manifest import Size, load_manifest
 from star_elastic.cli.terminal import Bars, at_the_command_line, command_line, print_table
 from star_elastic.cost.count import CostModel
+from star_elastic.data.source_config import SourceConfig
 from star_elastic.demo import write_rows
-from star_elastic.manifest import Size, load_manifest
+from star_elastic.files.writing import write_json
 from star_elastic.router.grid import default_choices
 from star_elastic.train.config import (
     CalibrationConfig,
     EngineConfig,
     RouterConfig,
     RunConfig,
-    SourceConfig,
     StageConfig,
 )
 from star_elastic.train.run import train

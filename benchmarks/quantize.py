@@ -26,11 +26,11 @@ from common import build_model
 from resident import HYBRID, MB, STATELESS, TINY, make_checkpoints
 
 from star_elastic.architectures import family_of, read_config
-from star_elastic.checkpoints.quantised import quantise_checkpoint
-from star_elastic.checkpoints.tensors import write_json
+from star_elastic.checkpoints.manifest import load_manifest
 from star_elastic.cli.terminal import at_the_command_line, command_line, print_table
-from star_elastic.manifest import load_manifest
+from star_elastic.files.writing import write_json
 from star_elastic.quant.scheme import make_scheme
+from star_elastic.rewrite.quantise import quantise_checkpoint
 from star_elastic.rewrite.stream import slice_checkpoint
 
 AXES = (*STATELESS, "ssm_heads", "heads")

@@ -28,7 +28,7 @@ from transformers import PreTrainedModel
 
 from star_elastic.architectures import family_of
 from star_elastic.axes import AxisMap
-from star_elastic.checkpoints.tensors import write_json
+from star_elastic.checkpoints.written_config import GROUPED_MULTIPLE
 from star_elastic.cli.terminal import at_the_command_line, command_line, print_table
 from star_elastic.cost.count import CostModel
 from star_elastic.errors import ConfigError
@@ -36,7 +36,7 @@ from star_elastic.evaluate.difficulty import dials_by_pair
 from star_elastic.evaluate.grid import Entry, make_grid
 from star_elastic.evaluate.problems import bundled_problems
 from star_elastic.evaluate.run import DEFAULT_PROBLEMS
-from star_elastic.export.engines import GROUPED_MULTIPLE
+from star_elastic.files.writing import write_json
 from star_elastic.generate.caches import RowCache
 from star_elastic.generate.decode import BatchDecoder
 from star_elastic.generate.family import load

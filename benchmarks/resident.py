@@ -34,11 +34,11 @@ from common import build_model, decode, in_turn, widths_at
 from transformers import DynamicCache, PreTrainedModel
 
 from star_elastic.architectures import family_of
+from star_elastic.checkpoints.manifest import Manifest, Size, load_manifest, save_manifest
 from star_elastic.cli.terminal import at_the_command_line, command_line, print_table
 from star_elastic.cost.count import CostModel
 from star_elastic.errors import Interrupted
 from star_elastic.generate.family import ElasticFamily, load
-from star_elastic.manifest import Manifest, Size, load_manifest, save_manifest
 from star_elastic.models.submodel import build_submodel, load_parent
 from star_elastic.rewrite.stream import save_model, slice_checkpoint
 

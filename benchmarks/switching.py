@@ -23,9 +23,9 @@ import torch
 from common import LARGE, TINY, build_model, medians_in_turn, widths_at
 from transformers import DynamicCache, PreTrainedModel
 
-from star_elastic.checkpoints.tensors import write_json
 from star_elastic.cli.terminal import at_the_command_line, print_table
 from star_elastic.cost.count import CostModel
+from star_elastic.files.writing import write_json
 from star_elastic.generate.caches import HandOver
 from star_elastic.generate.decode import BatchDecoder
 from star_elastic.models.elastic import ElasticModel

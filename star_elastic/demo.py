@@ -24,13 +24,14 @@ import transformers
 import star_elastic
 from star_elastic.architectures import read_config
 from star_elastic.axes import LAYERS
-from star_elastic.checkpoints.tensors import require_folder, write_json, write_text
 from star_elastic.cost.count import CostModel, Workload
+from star_elastic.data.source_config import SourceConfig
 from star_elastic.errors import CheckpointError, Interrupted
 from star_elastic.evaluate.accuracy import Evaluation, evaluate_plan
 from star_elastic.evaluate.pareto import plot_pareto
 from star_elastic.evaluate.tasks import TASKS, Problem, draw_conversation, messages, sample_problems
 from star_elastic.files.paths import exists, names_in
+from star_elastic.files.writing import require_folder, write_json, write_text
 from star_elastic.generate.family import ElasticFamily, load
 from star_elastic.generate.phased import PhasedGenerator
 from star_elastic.generate.phases import Plan, think_and_answer
@@ -43,7 +44,6 @@ from star_elastic.train.config import (
     EngineConfig,
     RouterConfig,
     RunConfig,
-    SourceConfig,
     StageConfig,
 )
 from star_elastic.train.directory import ELASTIC, METRICS

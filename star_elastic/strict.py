@@ -14,8 +14,9 @@ from typing import Any, Literal
 
 from star_elastic.errors import ConfigError
 
-MOST_TOKENS, MOST_ROWS = 2**24, 2**20
-"""Of a text, of a batch: more is a slip of the pen, and would fill the memory or never end."""
+MOST_TOKENS, MOST_ROWS, MOST = 2**24, 2**20, 2**62
+"""Of a text, of a batch, of whatever is only counted: more is a slip of the pen, and would fill the
+memory or never end."""
 
 
 def require(condition: bool, message: str) -> None:

@@ -15,8 +15,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from star_elastic.architectures import family_of, read_config
+from star_elastic.checkpoints.manifest import Manifest, Size, save_manifest
 from star_elastic.checkpoints.tensors import SINGLE_NAME
-from star_elastic.manifest import Manifest, Size, save_manifest
 from tests.tiny_family import WIDTHS, make_config, make_model, make_tokenizer
 
 ROWS = [{"prompt": f"{a}+{b}", "completion": f"={a + b}"} for a in range(1, 7) for b in (2, 5)]

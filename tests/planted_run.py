@@ -15,10 +15,11 @@ import torch
 
 from benchmarks.planting import HYBRID, LLAMA, write_planted_parent
 from star_elastic.axes import AxisMap
+from star_elastic.checkpoints.manifest import Manifest, load_manifest
 from star_elastic.cost.count import CostModel
+from star_elastic.data.source_config import SourceConfig
 from star_elastic.data.sources import Source
 from star_elastic.demo import write_rows
-from star_elastic.manifest import Manifest, load_manifest
 from star_elastic.models.submodel import load_tokenizer
 from star_elastic.progress import Silent
 from star_elastic.train.build import build_trainer
@@ -28,7 +29,6 @@ from star_elastic.train.config import (
     EngineConfig,
     RouterConfig,
     RunConfig,
-    SourceConfig,
     StageConfig,
 )
 from star_elastic.train.distributed import World

@@ -14,23 +14,31 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from star_elastic.checkpoints.companions import copy_companions
+from star_elastic.checkpoints.manifest import (
+    FILE_NAME,
+    Manifest,
+    Size,
+    load_manifest,
+    save_manifest,
+)
 from star_elastic.checkpoints.tensors import (
     INDEX_NAME,
     SINGLE_NAME,
     CheckpointReader,
     Planned,
     load_tensors,
-    new_directory,
-    require_folder,
-    require_writable,
     save_tensors,
-    write_json,
     write_tensors,
-    write_text,
 )
 from star_elastic.cost.count import CostModel
 from star_elastic.errors import CheckpointError, ConfigError, ShapeError
-from star_elastic.manifest import FILE_NAME, Manifest, Size, load_manifest, save_manifest
+from star_elastic.files.writing import (
+    new_directory,
+    require_folder,
+    require_writable,
+    write_json,
+    write_text,
+)
 from star_elastic.models.submodel import load_parent
 from star_elastic.nesting.slice import slice_state
 from star_elastic.rewrite.stream import slice_checkpoint, sort_checkpoint

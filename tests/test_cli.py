@@ -16,12 +16,12 @@ import pytest
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from star_elastic.architectures import family_of, read_config
+from star_elastic.checkpoints.manifest import Manifest, Size, save_manifest
 from star_elastic.cli import main
 from star_elastic.cli.commands import program
 from star_elastic.demo import bundled_parent, shallow_parent
 from star_elastic.errors import ConfigError
 from star_elastic.evaluate.run import Settings, evaluate_family
-from star_elastic.manifest import Manifest, Size, save_manifest
 from star_elastic.train.check import check
 from star_elastic.train.config import RunConfig, parse
 from star_elastic.widths import parse_widths

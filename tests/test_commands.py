@@ -23,6 +23,7 @@ from safetensors.torch import load_file
 import star_elastic
 from star_elastic import demo
 from star_elastic.architectures import family_of, read_config
+from star_elastic.checkpoints.manifest import load_manifest, save_manifest
 from star_elastic.checkpoints.quantised import load_input_scales
 from star_elastic.checkpoints.tensors import save_tensors
 from star_elastic.cli import main
@@ -37,11 +38,10 @@ from star_elastic.generate.phased import PhasedGenerator
 from star_elastic.generate.phases import Plan, parse_phases
 from star_elastic.importance.files import load_scores
 from star_elastic.importance.orders import random_orders
-from star_elastic.manifest import load_manifest, save_manifest
 from star_elastic.measure import size_latency
 from star_elastic.models import submodel
 from star_elastic.models.submodel import load_parent
-from star_elastic.rewrite import quantise
+from star_elastic.rewrite import family as quantise
 from tests.processes import run_command
 from tests.tiny_family import PROMPTS, make_checkpoint
 from tests.tiny_run import config_in

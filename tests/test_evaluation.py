@@ -14,6 +14,7 @@ import torch
 
 import star_elastic
 from star_elastic.architectures import family_of, read_config
+from star_elastic.checkpoints.manifest import Manifest, Size, save_manifest
 from star_elastic.cli import main
 from star_elastic.demo import bundled_parent
 from star_elastic.errors import ConfigError, Interrupted
@@ -28,7 +29,6 @@ from star_elastic.evaluate.run import Settings, evaluate_family
 from star_elastic.evaluate.tasks import TASKS, Problem
 from star_elastic.generate.caches import LayerState, RowCache
 from star_elastic.generate.phases import think_and_answer
-from star_elastic.manifest import Manifest, Size, save_manifest
 from star_elastic.models.submodel import load_tokenizer
 from star_elastic.progress import Silent
 from star_elastic.report.report import load_result, make_page, write_report

@@ -16,17 +16,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from star_elastic.architectures import family_of, read_config
 from star_elastic.checkpoints.companions import CARRIED, LATENCY, copy_companions, copy_family_files
 from star_elastic.checkpoints.stored import StoredModel
-from star_elastic.checkpoints.tensors import (
-    INDEX_NAME,
-    SINGLE_NAME,
-    CheckpointReader,
-    save_tensors,
-    write_json,
-)
+from star_elastic.checkpoints.tensors import INDEX_NAME, SINGLE_NAME, CheckpointReader, save_tensors
 from star_elastic.cost.latency import save_table
 from star_elastic.errors import CheckpointError, ConfigError, StarElasticError
+from star_elastic.files.writing import write_json
 from star_elastic.models.submodel import load_parent, load_tokenizer
-from star_elastic.rewrite.quantise import quantise_family
+from star_elastic.rewrite.family import quantise_family
 from star_elastic.rewrite.stream import slice_checkpoint, sort_checkpoint
 from star_elastic.train.config import RunConfig, parse
 from star_elastic.train.run import train

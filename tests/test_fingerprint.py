@@ -40,8 +40,8 @@ class Watcher(StopAt):
 @pytest.mark.parametrize("limit", [1 << 20, 1000], ids=["whole", "both-ends"])
 def test_a_digest_sees_the_content(run_folder, tmp_path, monkeypatch, limit):
     """Another byte first, in the middle (of files that are read whole) or last."""
-    monkeypatch.setattr("star_elastic.checkpoints.tensors.READ_WHOLE", limit)
-    monkeypatch.setattr("star_elastic.checkpoints.tensors.READ_ENDS", 100)
+    monkeypatch.setattr("star_elastic.files.writing.READ_WHOLE", limit)
+    monkeypatch.setattr("star_elastic.files.writing.READ_ENDS", 100)
     parent = tmp_path / "parent"
     shutil.copytree(run_folder / "parent", parent)
     known = digest_model(run_folder / "parent")

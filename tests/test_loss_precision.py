@@ -9,14 +9,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from star_elastic.train.losses import (
-    CHUNK_BYTES,
-    GPU_SHARE,
-    Head,
-    default_chunk_bytes,
-    linear_kl,
-    sampled_kl,
-)
+from star_elastic.measure.chunks import CHUNK_BYTES
+from star_elastic.train.losses import GPU_SHARE, Head, default_chunk_bytes, linear_kl, sampled_kl
 from star_elastic.train.teacher import sample_targets
 
 VOCAB, HIDDEN, TOKENS = 16384, 32, 6

@@ -10,9 +10,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from star_elastic.checkpoints.tensors import load_tensors, save_tensors
 from star_elastic.errors import CheckpointError, ConfigError
+from star_elastic.measure.chunks import chunks
 from star_elastic.train.losses import (
     SampledTargets,
-    chunks,
     distillation_loss,
     linear_kl,
     next_token_targets,

@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from star_elastic.checkpoints.quantised import quantise_checkpoint
 from star_elastic.models.quantised_inputs import calibrate_inputs
 from star_elastic.models.resident import count_resident, nest_in_place
 from star_elastic.models.submodel import build_submodel, load_parent
 from star_elastic.quant.formats import E4M3
 from star_elastic.quant.scheme import make_scheme
+from star_elastic.rewrite.quantise import quantise_checkpoint
 from tests.architectures import ROWS
 from tests.laws.parents import make_parent, relative_error
 

@@ -129,7 +129,7 @@ def test_every_command_computes_in_the_dtype_that_is_asked_for(
 ):
     """Seen where the model is put together."""
     from star_elastic.models import submodel
-    from star_elastic.rewrite import quantise
+    from star_elastic.rewrite import family as quantise
 
     used, load = [], submodel.load_parent
 

@@ -14,7 +14,8 @@ from typer.testing import CliRunner
 
 import star_elastic
 from star_elastic.architectures import family_of, read_config
-from star_elastic.checkpoints.quantised import INPUT_SCALES, load_input_scales, quantise_checkpoint
+from star_elastic.checkpoints.layouts import read_scheme
+from star_elastic.checkpoints.quantised import INPUT_SCALES, load_input_scales
 from star_elastic.checkpoints.tensors import save_tensors
 from star_elastic.cli.commands import app
 from star_elastic.errors import CheckpointError, ConfigError, ShapeError
@@ -24,8 +25,9 @@ from star_elastic.models.quantised_inputs import FakeInput, calibrate_inputs
 from star_elastic.models.submodel import load_parent
 from star_elastic.quant import formats
 from star_elastic.quant.formats import fake_activation, format_of, quantise
-from star_elastic.quant.scheme import BEFORE_ATTENTION, make_scheme, read_scheme
-from star_elastic.rewrite.quantise import quantise_family, shared_scales
+from star_elastic.quant.scheme import BEFORE_ATTENTION, make_scheme
+from star_elastic.rewrite.family import quantise_family, shared_scales
+from star_elastic.rewrite.quantise import quantise_checkpoint
 from star_elastic.train.run import train
 from tests.architectures import fixed_config
 from tests.checkpoints import rewrite

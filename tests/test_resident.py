@@ -17,10 +17,10 @@ from torch import nn
 
 import star_elastic
 from star_elastic.axes import Axis, AxisMap, Segment, TensorSpec
+from star_elastic.checkpoints.manifest import Manifest, Size, save_manifest
 from star_elastic.checkpoints.tensors import save_tensors
 from star_elastic.cost.count import CostModel
 from star_elastic.generate.family import ElasticFamily
-from star_elastic.manifest import Manifest, Size, save_manifest
 from star_elastic.models.resident import (
     NestedLinear,
     count_resident,

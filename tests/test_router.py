@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 
 from benchmarks import planting
 from star_elastic.architectures import family_of, read_config
+from star_elastic.checkpoints.manifest import load_manifest
 from star_elastic.cost.amounts import show_amount
 from star_elastic.cost.count import CostModel, Workload
 from star_elastic.errors import BudgetError, CheckpointError, ShapeError
-from star_elastic.manifest import load_manifest
 from star_elastic.models.elastic import ElasticModel
 from star_elastic.nesting.gate import Mixture, expected_widths
 from star_elastic.nesting.slice import slice_tensor

@@ -14,6 +14,7 @@ from star_elastic.architectures import family_of
 from star_elastic.cli import main
 from star_elastic.cost.amounts import parse_budget
 from star_elastic.cost.count import CostModel
+from star_elastic.data.source_config import SourceConfig
 from star_elastic.errors import ConfigError
 from star_elastic.router.grid import default_choices, make_grid
 from star_elastic.router.reach import check_budgets
@@ -26,7 +27,6 @@ from star_elastic.train.config import (
     QuantConfig,
     RouterConfig,
     RunConfig,
-    SourceConfig,
     StageConfig,
     load_run_config,
     parse,

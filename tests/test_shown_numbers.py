@@ -13,8 +13,9 @@ import pytest
 
 from star_elastic.cli import main
 from star_elastic.cli.terminal import print_table, show_report
+from star_elastic.evaluate.budgets import listed
 from star_elastic.evaluate.run import FORMAT_VERSION, RESULT
-from star_elastic.report.findings import counted, listed, with_interval
+from star_elastic.report.findings import counted, with_interval
 from star_elastic.report.report import make_page
 from star_elastic.report.tables import (
     answers_table,

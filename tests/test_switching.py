@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 import star_elastic
 from star_elastic.architectures import family_of, read_config
+from star_elastic.checkpoints.manifest import Manifest, Size, save_manifest
 from star_elastic.cost.count import Workload
 from star_elastic.errors import BudgetError, ConfigError
 from star_elastic.generate.caches import HandOver, take_row
@@ -31,7 +32,6 @@ from star_elastic.generate.phases import (
 from star_elastic.generate.prompts import ThinkingTags
 from star_elastic.generate.sequence import Rules, Sequence
 from star_elastic.generate.text import TextStream
-from star_elastic.manifest import Manifest, Size, save_manifest
 from star_elastic.models.submodel import end_of_turn
 from star_elastic.nesting.slice import slice_tensor
 from tests.thinking import PLAIN, one, parts_streamed, table_generator

@@ -13,13 +13,13 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from star_elastic.architectures import family_of, read_config
+from star_elastic.checkpoints.manifest import load_manifest
 from star_elastic.checkpoints.tensors import load_tensors
 from star_elastic.cli.terminal import at_the_command_line
 from star_elastic.cost.latency import load_table, save_table
 from star_elastic.errors import BudgetError, CheckpointError, ConfigError, Interrupted, ShapeError
 from star_elastic.generate.family import load
 from star_elastic.importance.files import load_scores, save_scores
-from star_elastic.manifest import load_manifest
 from star_elastic.models.elastic import ElasticModel
 from star_elastic.models.submodel import load_parent, sort_in_place
 from star_elastic.rewrite.stream import slice_checkpoint

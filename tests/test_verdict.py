@@ -15,30 +15,24 @@ from transformers import AutoTokenizer
 import star_elastic.train.run as run_module
 from star_elastic.cli import main
 from star_elastic.data.sources import (
+    MAX_CONTEXT,
     Document,
     ShuffledEpochs,
     Source,
     epochs_key,
     first_documents,
+    held_out_documents,
 )
 from star_elastic.demo import bundled_parent, write_rows
 from star_elastic.errors import CheckpointError, ConfigError, Interrupted
 from star_elastic.generate.family import load
 from star_elastic.measure.divergence import Divergence, Reading, compare, continue_greedily, read
 from star_elastic.models.submodel import load_tokenizer
-from star_elastic.rewrite.quantise import InputCalibration, held_out_of
+from star_elastic.rewrite.family import InputCalibration, held_out_of
 from star_elastic.train.config import load_run_config
 from star_elastic.train.packing import PackedStream
 from star_elastic.train.run import train
-from star_elastic.train.verdict import (
-    LEFT,
-    MAX_CONTEXT,
-    Sample,
-    SizeVerdict,
-    Verdict,
-    free_name,
-    held_out_documents,
-)
+from star_elastic.train.verdict import LEFT, Sample, SizeVerdict, Verdict, free_name
 from tests.tiny_run import JUDGED, RUN, config_in
 from tests.tiny_trainer import LLAMA, MOE, make_model
 from tests.watchers import KillIn, Said, Stages

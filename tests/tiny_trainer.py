@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from star_elastic.architectures import family_of
 from star_elastic.cost.count import CostModel
+from star_elastic.data.source_config import SourceConfig
 from star_elastic.data.sources import Source
 from star_elastic.demo import bundled_parent, write_rows
 from star_elastic.models.elastic import ElasticModel
@@ -26,7 +27,6 @@ from star_elastic.train.config import (
     OptimizerConfig,
     RouterConfig,
     RunConfig,
-    SourceConfig,
     StageConfig,
 )
 from star_elastic.train.loop import Trainer

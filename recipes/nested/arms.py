@@ -21,7 +21,6 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from star_elastic.axes import LAYERS
-from star_elastic.checkpoints.tensors import write_json
 from star_elastic.cli.bars import Bars
 from star_elastic.cost.count import CostModel
 from star_elastic.data.sources import Source
@@ -39,6 +38,7 @@ from star_elastic.demo import (
 from star_elastic.errors import ConfigError
 from star_elastic.evaluate.accuracy import evaluate_plan
 from star_elastic.evaluate.tasks import TASKS, Problem, sample_problems
+from star_elastic.files.writing import write_json
 from star_elastic.generate.phased import PhasedGenerator
 from star_elastic.generate.phases import think_and_answer
 from star_elastic.models.elastic import ElasticModel

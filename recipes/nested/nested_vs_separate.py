@@ -26,9 +26,9 @@ from arms import SIZES, Lab, Outcome, nats, parse_options, percent, run_seeds, s
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from star_elastic.checkpoints.tensors import write_json
 from star_elastic.cli.terminal import at_the_command_line, print_table
 from star_elastic.demo import DEMO, stages
+from star_elastic.files.writing import write_json
 from star_elastic.router.grid import Grid
 from star_elastic.train.config import StageConfig
 

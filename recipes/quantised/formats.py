@@ -29,7 +29,6 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import StrMethodFormatter
 
 from star_elastic.checkpoints.quantised import load_input_scales
-from star_elastic.checkpoints.tensors import write_json
 from star_elastic.cli.bars import Bars
 from star_elastic.cli.terminal import at_the_command_line, command_line, print_table
 from star_elastic.demo import (
@@ -47,12 +46,13 @@ from star_elastic.demo import (
 from star_elastic.errors import ConfigError
 from star_elastic.evaluate.accuracy import evaluate_plan
 from star_elastic.evaluate.tasks import TASKS, sample_problems
+from star_elastic.files.writing import write_json
 from star_elastic.generate.family import load
 from star_elastic.generate.phased import PhasedGenerator
 from star_elastic.generate.phases import think_and_answer
 from star_elastic.models.submodel import load_parent
 from star_elastic.progress import Progress
-from star_elastic.rewrite.quantise import InputCalibration, quantise_family
+from star_elastic.rewrite.family import InputCalibration, quantise_family
 from star_elastic.rewrite.stream import slice_checkpoint
 from star_elastic.train.config import QuantConfig, RouterConfig, RunConfig, StageConfig
 from star_elastic.train.directory import ELASTIC, QUANTISED

@@ -34,8 +34,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from star_elastic.architectures import family_of
 from star_elastic.architectures.base import Config
 from star_elastic.axes import AxisMap
-from star_elastic.checkpoints.tensors import write_json
 from star_elastic.cost.count import CostModel
+from star_elastic.files.writing import write_json
 from star_elastic.importance.estimate import estimate_scores
 from star_elastic.importance.files import ScoreInfo, save_scores
 from star_elastic.importance.orders import magnitude_scores, orders_from_scores, random_orders

@@ -14,9 +14,9 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from star_elastic.checkpoints.tensors import read_json, write_json
 from star_elastic.errors import library_boundary
 from star_elastic.files.paths import has_file, is_file, is_folder, names_in, require_content
+from star_elastic.files.writing import read_json, write_json
 
 MANIFEST = "elastic.json"
 """The sizes of a family."""

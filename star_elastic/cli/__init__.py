@@ -19,7 +19,3 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
         with at_the_command_line():
             run_program(program, arguments)
-
-
-if __name__ == "__main__":
-    main()

@@ -136,7 +136,7 @@ def _require_known_weights(config: Config, axis_map: AxisMap) -> None:
     """Raises ConfigError for weights that another tool has quantised: the figures of the model that
     they stand for are not theirs."""
     if config.get("quantization_config"):
-        from star_elastic.quant.scheme import read_scheme  # which loads torch
+        from star_elastic.checkpoints.layouts import read_scheme
 
         read_scheme(config, axis_map)
 
@@ -157,9 +157,9 @@ def rank(
 ) -> None:
     """Importance scores of every unit of every axis, from forward passes on data."""
     from star_elastic.architectures import family_of, read_config
-    from star_elastic.checkpoints.tensors import require_writable
     from star_elastic.data.row_kinds import find_files
     from star_elastic.data.sources import Source, calibration_batches
+    from star_elastic.files.writing import require_writable
     from star_elastic.importance.files import save_scores
     from star_elastic.models.placement import choose_device, choose_dtype
     from star_elastic.models.submodel import load_parent, load_tokenizer
@@ -228,7 +228,7 @@ def latency(
 
     With --sizes, what the sizes of an elastic checkpoint take, at every batch and context named.
     """
-    from star_elastic.checkpoints.tensors import require_writable
+    from star_elastic.files.writing import require_writable
 
     require_writable(out, as_file=True)  # mistakes first: what follows may take minutes
     if (model is None) == (run is None):
@@ -306,7 +306,7 @@ def _grid_of_run(
 def _grid_of_checkpoint(model: Path) -> tuple[Any, AxisMap, Mapping[str, Sequence[int]] | None]:
     """A checkpoint's config and table, and the choices of an elastic one."""
     from star_elastic.architectures import family_of, read_config
-    from star_elastic.manifest import FILE_NAME, load_manifest
+    from star_elastic.checkpoints.manifest import FILE_NAME, load_manifest
 
     config = read_config(model)
     axis_map = family_of(config).axis_map(config)
@@ -320,7 +320,7 @@ def _size_latency(
     seconds: float, as_json: bool,
 ) -> None:  # fmt: skip
     """Measures the sizes of an elastic checkpoint, writes and prints their times."""
-    from star_elastic.checkpoints.tensors import write_json
+    from star_elastic.files.writing import write_json
     from star_elastic.generate.family import load
     from star_elastic.measure.size_latency import describe_machine, measure_sizes
     from star_elastic.models.placement import name_of
@@ -394,8 +394,8 @@ def _check_rows(config: Any, as_json: bool) -> None:
 
     import torch
 
-    from star_elastic.checkpoints.tensors import require_folder
     from star_elastic.data.sources import open_sources
+    from star_elastic.files.writing import require_folder
     from star_elastic.models.placement import choose_device
     from star_elastic.models.submodel import load_tokenizer, stop_tokens
     from star_elastic.train.calibrate import given_scores
@@ -434,8 +434,8 @@ def sizes(
 ) -> None:
     """The sizes of an elastic checkpoint: widths, budgets, exact cost."""
     from star_elastic.architectures import family_of, read_config
+    from star_elastic.checkpoints.manifest import load_manifest
     from star_elastic.cost.count import CostModel
-    from star_elastic.manifest import load_manifest
 
     config = read_config(elastic)
     axis_map = family_of(config).axis_map(config)
@@ -498,9 +498,9 @@ def slice_size(
     if sum(map(bool, (size, budget, widths))) != 1:
         raise ConfigError("name one of --size, --budget and --widths, for example --size small")
     from star_elastic.architectures import family_of, read_config
+    from star_elastic.checkpoints.manifest import load_manifest
     from star_elastic.checkpoints.quantised import load_input_scales
-    from star_elastic.checkpoints.tensors import require_writable
-    from star_elastic.manifest import load_manifest
+    from star_elastic.files.writing import require_writable
     from star_elastic.rewrite.stream import slice_checkpoint
 
     require_writable(out)
@@ -560,10 +560,10 @@ def quantize(
     Embeddings, head, routers, norms and convolutions stay as they are. With --data the sizes are
     also held against what they were before, on 64 rows that are kept out of calibration.
     """
-    from star_elastic.checkpoints.tensors import require_writable
+    from star_elastic.data.source_config import SourceConfig
+    from star_elastic.files.writing import require_writable
     from star_elastic.models.placement import choose_device
-    from star_elastic.rewrite.quantise import InputCalibration, held_out_of, quantise_family
-    from star_elastic.train.config import SourceConfig
+    from star_elastic.rewrite.family import InputCalibration, held_out_of, quantise_family
     from star_elastic.train.verdict import VERDICT, judge_quantised
 
     require_writable(out)  # mistakes first: what follows may take minutes
@@ -633,9 +633,9 @@ def _require_family(path: Path) -> None:
     or another model's. Of other checkpoints there is nothing to say."""
     from star_elastic.architectures import family_of, read_config
     from star_elastic.checkpoints.companions import LATENCY, MANIFEST, ROUTER
+    from star_elastic.checkpoints.manifest import load_manifest
     from star_elastic.checkpoints.quantised import load_input_scales
     from star_elastic.cost.latency import load_table
-    from star_elastic.manifest import load_manifest
     from star_elastic.models.submodel import load_sorting
     from star_elastic.router.files import load_router
 
@@ -768,9 +768,9 @@ def evaluate(
     Plans with thinking are tried where the chat template opens a trace; otherwise every size
     answers at once. DIR gets evaluation.json and answers.jsonl, what every plan wrote.
     """
-    from star_elastic.checkpoints.tensors import require_folder
     from star_elastic.evaluate.grid import parse_budgets, parse_dials
     from star_elastic.evaluate.run import RESULT, Settings, evaluate_family
+    from star_elastic.files.writing import require_folder
     from star_elastic.models.placement import choose_device, choose_dtype, name_of
     from star_elastic.report.tables import evaluation_notes, evaluation_tables
 
@@ -803,7 +803,7 @@ def report(
     as_json: AsJson = False,
 ) -> None:
     """What eval has found as one page to read, report.html, and a plot, pareto.png."""
-    from star_elastic.checkpoints.tensors import require_folder
+    from star_elastic.files.writing import require_folder
     from star_elastic.report.report import write_report
 
     if exists(out):

@@ -262,7 +262,7 @@ def kind_axes(axis_map: AxisMap, layer: int) -> tuple[str, ...]:
 
 def save_table(table: LatencyTable, file: str | Path) -> None:
     """Writes a table as JSON, in place only when it is complete."""
-    from star_elastic.checkpoints.tensors import write_json
+    from star_elastic.files.writing import write_json
 
     content = {"format_version": FORMAT_VERSION, **asdict(table)}
     content["full"] = dict(table.full)
@@ -274,7 +274,7 @@ def load_table(file: str | Path, axis_map: AxisMap) -> LatencyTable:
 
     Raises CheckpointError if it is missing, damaged, of another format version or model.
     """
-    from star_elastic.checkpoints.tensors import read_json
+    from star_elastic.files.writing import read_json
 
     file = Path(file)
     if not exists(file):

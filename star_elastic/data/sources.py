@@ -11,7 +11,7 @@ import copy
 import hashlib
 import itertools
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -23,13 +23,15 @@ from transformers import PreTrainedTokenizerBase
 from star_elastic.data.rendering import Document, LossOn, Renderer
 from star_elastic.data.row_files import Rows, open_rows
 from star_elastic.data.row_kinds import find_files
+from star_elastic.data.source_config import SourceConfig
 from star_elastic.errors import CheckpointError, ConfigError, RowError
 from star_elastic.recent import Recent
-from star_elastic.train.config import SourceConfig
 
 LENGTH_STEP = 16
 """Padded batches have multiples of this many tokens: kernels are kept for every new shape."""
 
+MAX_TOKENS, MAX_CONTEXT = 8192, 1024
+"""Of the held-out rows, what each model reads at most, in all and of one row."""
 MOST_HELD_OUT = 10
 """At most one of so many rows is held out."""
 
@@ -303,3 +305,38 @@ def padded_batch(documents: Sequence[Document], context: int, pad_id: int) -> Ba
         input_ids[number, : len(ids)] = torch.tensor(ids, dtype=torch.long)
         attention_mask[number, : len(ids)] = 1
     return Batch(input_ids, attention_mask)
+
+
+def held_out_documents(sources: Sequence[Source], context: int) -> list[Document]:
+    """The held-out rows of sources in turn, cut to `context` tokens (`MAX_CONTEXT` at most), as
+    many as have `MAX_TOKENS` together. Raises RowError for one that cannot be read, unless its
+    source skips such rows."""
+    return shorten(_in_turn(sources), MAX_TOKENS, min(context, MAX_CONTEXT))
+
+
+def _in_turn(sources: Sequence[Source]) -> Iterator[Document]:
+    for turn in itertools.zip_longest(*(source.held_out for source in sources)):
+        for source, row in zip(sources, turn, strict=True):
+            if row is None:
+                continue
+            try:
+                yield source.document(row)
+            except RowError:
+                if not source.skips_bad_rows:
+                    raise
+
+
+def shorten(documents: Iterable[Document], max_tokens: int, context: int) -> list[Document]:
+    """Documents cut to `context` tokens, as many as have at most `max_tokens` together (at least
+    one); those in which nothing is left to count do not come along."""
+    found: list[Document] = []
+    left = max_tokens
+    for document in documents:
+        if not document.teaches(context):
+            continue
+        ids = document.ids[: context + 1]
+        if found and len(ids) > left:
+            break
+        found.append(Document(ids, document.first))
+        left -= len(ids)
+    return found

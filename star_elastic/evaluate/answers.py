@@ -7,12 +7,12 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from star_elastic.checkpoints.tensors import write_text
 from star_elastic.evaluate.accuracy import MAX_TEXT
 from star_elastic.evaluate.assemble import Solved
 from star_elastic.evaluate.grid import Entry
 from star_elastic.evaluate.problems import TEST, Splits
 from star_elastic.evaluate.tasks import Problem
+from star_elastic.files.writing import write_text
 
 FILE = "answers.jsonl"
 MAX_ROWS = 20_000

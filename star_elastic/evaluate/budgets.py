@@ -7,7 +7,7 @@ trace is the same whatever its budget is (at temperature 0).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -89,3 +89,27 @@ def common_groups(
 
 def _representative(group: Sequence[Budget]) -> Budget:
     return None if None in group else min(b for b in group if b is not None)
+
+
+NO_BUDGET = "none"
+
+
+def coinciding(alike: Mapping[str, Iterable[Sequence[int | None]]]) -> list[str]:
+    """`16, 32 and none (of large and small)`: groups of budgets that come to the same, from those
+    of every size."""
+    sizes: dict[tuple[int | None, ...], list[str]] = {}
+    for size, groups in alike.items():
+        for group in groups:
+            if len(group) > 1:
+                sizes.setdefault(tuple(group), []).append(size)
+    return [
+        listed(NO_BUDGET if budget is None else str(budget) for budget in group)
+        + f" (of {listed(names)})"
+        for group, names in sizes.items()
+    ]
+
+
+def listed(names: Iterable[str]) -> str:
+    """`a, b and c`."""
+    *first, last = names
+    return f"{', '.join(first)} and {last}" if first else last

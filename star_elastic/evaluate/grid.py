@@ -10,7 +10,7 @@ from typing import Any
 
 from star_elastic.errors import BudgetError, ConfigError
 from star_elastic.evaluate.accuracy import Kind
-from star_elastic.evaluate.budgets import Budget, common_groups
+from star_elastic.evaluate.budgets import NO_BUDGET, Budget, common_groups
 from star_elastic.evaluate.difficulty import ALWAYS_SMALL, Dial
 from star_elastic.generate.phases import (
     ByDifficulty,
@@ -18,7 +18,6 @@ from star_elastic.generate.phases import (
     Switch,
     think_and_answer,
 )
-from star_elastic.report.findings import NO_BUDGET
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,8 +13,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from star_elastic.checkpoints.tensors import write_json, write_text
 from star_elastic.errors import CheckpointError, ConfigError, reason
+from star_elastic.files.writing import write_json, write_text
 
 SETTINGS, KEPT = "settings.json", "kept"
 

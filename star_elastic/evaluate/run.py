@@ -19,12 +19,17 @@ from typing import Any
 import numpy as np
 
 import star_elastic
-from star_elastic.checkpoints.tensors import digest_files, write_json
 from star_elastic.errors import ConfigError, Interrupted
 from star_elastic.evaluate.accuracy import SizeCost, solve
 from star_elastic.evaluate.answers import choose_samples, write_answers
 from star_elastic.evaluate.assemble import assemble, keep
-from star_elastic.evaluate.budgets import Budget, alike_budgets, common_groups, natural_budgets
+from star_elastic.evaluate.budgets import (
+    Budget,
+    alike_budgets,
+    coinciding,
+    common_groups,
+    natural_budgets,
+)
 from star_elastic.evaluate.difficulty import (
     Dial,
     Text,
@@ -45,13 +50,13 @@ from star_elastic.evaluate.problems import (
 )
 from star_elastic.evaluate.reuse import study_reuse
 from star_elastic.files.paths import is_file, names_in
+from star_elastic.files.writing import digest_files, write_json
 from star_elastic.generate.caches import HandOver
 from star_elastic.generate.family import ElasticFamily, load
 from star_elastic.generate.phased import DEFAULT_BATCH_SIZE
 from star_elastic.generate.phases import DEFAULT_MAX_NEW_TOKENS, Plan, Switch
 from star_elastic.measure.size_latency import describe_machine
 from star_elastic.progress import Progress, Silent
-from star_elastic.report.findings import coinciding
 from star_elastic.widths import Widths
 
 RESULT = "evaluation.json"

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from star_elastic.architectures import family_of, read_config
 from star_elastic.architectures.base import Config
+from star_elastic.checkpoints.manifest import Manifest, Size, load_manifest
 from star_elastic.checkpoints.quantised import load_input_scales
 from star_elastic.cost.count import Cost, CostModel, Workload
 from star_elastic.errors import ConfigError
@@ -26,7 +27,6 @@ from star_elastic.generate.phases import (
     think_and_answer,
 )
 from star_elastic.generate.prompts import Prompt
-from star_elastic.manifest import Manifest, Size, load_manifest
 from star_elastic.models.placement import AUTO, choose_device, choose_dtype
 from star_elastic.models.resident import ResidentBytes, count_resident, nest_in_place
 from star_elastic.models.submodel import build_submodel, load_parent, load_tokenizer

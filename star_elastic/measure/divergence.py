@@ -8,7 +8,7 @@ Shapes: N counted positions of all rows, R rows, C positions of a chunk, V vocab
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from star_elastic.data.sources import Document
-from star_elastic.train.losses import CHUNK_BYTES, chunks
+from star_elastic.measure.chunks import CHUNK_BYTES, chunks
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,20 +165,4 @@ def continue_greedily(
             break
         found.append(token)
         unread, cache = [token], output.past_key_values
-    return found
-
-
-def shorten(documents: Iterable[Document], max_tokens: int, context: int) -> list[Document]:
-    """Documents cut to `context` tokens, as many as have at most `max_tokens` together (at least
-    one); those in which nothing is left to count do not come along."""
-    found: list[Document] = []
-    left = max_tokens
-    for document in documents:
-        if not document.teaches(context):
-            continue
-        ids = document.ids[: context + 1]
-        if found and len(ids) > left:
-            break
-        found.append(Document(ids, document.first))
-        left -= len(ids)
     return found

@@ -15,10 +15,11 @@ import torch
 from torch import nn
 
 from star_elastic.axes import AxisMap, TensorSpec
+from star_elastic.checkpoints.layouts import cut_scales
 from star_elastic.checkpoints.tensors import load_tensors, save_tensors
 from star_elastic.models.quantised_inputs import FakeInput, attach
 from star_elastic.quant.formats import dequantise, largest_of, quantise, straight_through
-from star_elastic.quant.scheme import Scheme, cut_scales, partners
+from star_elastic.quant.scheme import Scheme, partners
 from star_elastic.widths import Widths
 
 FILE_NAME = "quant.safetensors"

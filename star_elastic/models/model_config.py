@@ -19,9 +19,9 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from star_elastic.architectures import family_of
 from star_elastic.architectures.base import Config, told
+from star_elastic.checkpoints.layouts import CONFIG_KEY
+from star_elastic.checkpoints.written_config import EAGER, GROUPED_MULTIPLE, grouped_products_fit
 from star_elastic.errors import ConfigError, StarElasticError, library_boundary
-from star_elastic.export.engines import EAGER, GROUPED_MULTIPLE, grouped_products_fit
-from star_elastic.quant.scheme import CONFIG_KEY
 
 logger = logging.getLogger(__name__)
 

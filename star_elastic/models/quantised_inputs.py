@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from star_elastic.axes import AxisMap, TensorSpec
+from star_elastic.checkpoints.layouts import cut_scales
 from star_elastic.errors import ConfigError
 from star_elastic.models.native import Fp8Experts, Fp8Product
 from star_elastic.quant.formats import (
@@ -24,7 +25,7 @@ from star_elastic.quant.formats import (
     fake_activation,
     straight_through,
 )
-from star_elastic.quant.scheme import Scheme, cut_scales
+from star_elastic.quant.scheme import Scheme
 from star_elastic.widths import Widths
 
 INPUTS = "quantised_inputs"

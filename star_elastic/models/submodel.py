@@ -30,11 +30,12 @@ from star_elastic.checkpoints.companions import (
     reading_files,
     require_reading_files,
 )
+from star_elastic.checkpoints.layouts import MODELOPT_FILE, read_scheme, stored_map
 from star_elastic.checkpoints.quantised import model_state, read_input_scales
 from star_elastic.checkpoints.stored import StoredModel
 from star_elastic.checkpoints.tensors import CheckpointReader, load_tensors
+from star_elastic.checkpoints.written_config import require_readable
 from star_elastic.errors import CheckpointError, ShapeError, library_boundary, not_jinja
-from star_elastic.export.engines import require_readable
 from star_elastic.files.paths import has_file, is_file
 from star_elastic.models.model_config import buildable_config, model_config
 from star_elastic.models.native import multiplies_fp8
@@ -48,7 +49,6 @@ from star_elastic.models.skeleton import (
 )
 from star_elastic.nesting.rotate import check_basis, rotate_state
 from star_elastic.nesting.slice import Orders, check_orders, slice_state, sort_state
-from star_elastic.quant.scheme import MODELOPT_FILE, read_scheme, stored_map
 from star_elastic.widths import Width
 
 

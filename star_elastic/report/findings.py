@@ -6,11 +6,9 @@ the difference excludes zero, equal if it excludes a loss of more than `TOLERANC
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
-
-NO_BUDGET = "none"
 
 Tone = Literal["gain", "none", "loss"]
 Data = Mapping[str, Any]
@@ -138,27 +136,6 @@ def with_interval(measured: Data) -> str:
     """`99.4% (98.3 to 99.8)`: an `accuracy` with its `interval`."""
     low, high = measured["interval"]
     return f"{percent(measured['accuracy'])} ({100 * low:.1f} to {100 * high:.1f})"
-
-
-def listed(names: Iterable[str]) -> str:
-    """`a, b and c`."""
-    *first, last = names
-    return f"{', '.join(first)} and {last}" if first else last
-
-
-def coinciding(alike: Mapping[str, Iterable[Sequence[int | None]]]) -> list[str]:
-    """`16, 32 and none (of large and small)`: groups of budgets that come to the same, from those
-    of every size."""
-    sizes: dict[tuple[int | None, ...], list[str]] = {}
-    for size, groups in alike.items():
-        for group in groups:
-            if len(group) > 1:
-                sizes.setdefault(tuple(group), []).append(size)
-    return [
-        listed(NO_BUDGET if budget is None else str(budget) for budget in group)
-        + f" (of {listed(names)})"
-        for group, names in sizes.items()
-    ]
 
 
 def counted(number: int, noun: str) -> str:

@@ -6,12 +6,12 @@ import json
 from html import escape
 from pathlib import Path
 
-from star_elastic.checkpoints.tensors import write_text
 from star_elastic.errors import CheckpointError
 from star_elastic.evaluate.accuracy import Evaluation
 from star_elastic.evaluate.pareto import plot_pareto
 from star_elastic.evaluate.run import FORMAT_VERSION, RESULT
 from star_elastic.files.paths import is_file
+from star_elastic.files.writing import write_text
 from star_elastic.report import sections
 from star_elastic.report.findings import Data
 from star_elastic.report.page import alone_labels, name_of

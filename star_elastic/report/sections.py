@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 from html import escape
 
+from star_elastic.evaluate.budgets import listed
 from star_elastic.evaluate.pareto import KINDS
 from star_elastic.report.chart import Point, curves, legend_marker, scatter
-from star_elastic.report.findings import COST_NAMES, GROUP_NAMES, Data, counted, headline, listed
+from star_elastic.report.findings import COST_NAMES, GROUP_NAMES, Data, counted, headline
 from star_elastic.report.page import alone_labels, details, largest_of, table_html
 from star_elastic.report.tables import (
     answers_table,

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
+from star_elastic.evaluate.budgets import NO_BUDGET
 from star_elastic.report.findings import (
     COST_NAMES,
-    NO_BUDGET,
     SHORT_NAMES,
     Data,
     Tone,

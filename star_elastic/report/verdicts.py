@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from html import escape
 
+from star_elastic.evaluate.budgets import coinciding, listed
 from star_elastic.evaluate.problems import TEST, VALIDATION
 from star_elastic.report.findings import (
     GROUP_NAMES,
     Data,
     Finding,
-    coinciding,
     counted,
     headline,
     judge,
-    listed,
     percent,
 )
 from star_elastic.report.page import alone_labels, capital, largest_of, name_of

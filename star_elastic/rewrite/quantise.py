@@ -1,211 +1,177 @@
-"""Post-training quantisation of a family: every size is calibrated, one checkpoint is written.
+"""Quantises a whole checkpoint, tensor by tensor.
 
-The weights' scales are those of the full width, shared by all sizes. Inputs have a scale per size,
-because a small size's activations are its own: a slice takes its size's scales along, and the
-checkpoint itself, and so its full size and widths without a name, has the largest of them.
+The model is never held in memory: one weight at a time is read, quantised and written.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import PreTrainedModel
 
 from star_elastic.architectures import family_of, read_config
-from star_elastic.architectures.base import Config
-from star_elastic.axes import AxisMap
-from star_elastic.checkpoints.companions import copy_family_files
-from star_elastic.checkpoints.quantised import (
-    PartBytes,
-    count_bytes,
-    quantise_checkpoint,
-    save_input_scales,
+from star_elastic.axes import Piece, TensorSpec
+from star_elastic.checkpoints.companions import copy_companions
+from star_elastic.checkpoints.layouts import (
+    CODES,
+    COMPRESSED_TENSORS,
+    CONFIG_KEY,
+    GLOBAL,
+    INPUT,
+    config_entry,
+    stored_dtype,
+    stored_parts,
 )
-from star_elastic.checkpoints.tensors import require_writable
-from star_elastic.data.sources import Document, Source, epochs_key, first_documents
-from star_elastic.errors import ConfigError, ShapeError
-from star_elastic.manifest import load_manifest, save_manifest
-from star_elastic.models.fake_quantisation import FakeQuantisation
-from star_elastic.models.placement import choose_device, choose_dtype
-from star_elastic.models.quantised_inputs import calibrate_inputs
-from star_elastic.models.skeleton import build_skeleton
-from star_elastic.models.submodel import build_submodel, load_parent, load_tokenizer
-from star_elastic.progress import Progress, Silent, staged
-from star_elastic.quant.scheme import CONFIG_KEY, Scheme, make_scheme, stored_map
-from star_elastic.train.verdict import MAX_CONTEXT, held_out_documents
-from star_elastic.widths import Widths
+from star_elastic.checkpoints.quantised import Progress, Values
+from star_elastic.checkpoints.stored import StoredModel
+from star_elastic.checkpoints.tensors import (
+    DEFAULT_SHARD_BYTES,
+    Planned,
+    is_finite,
+    write_tensors,
+)
+from star_elastic.checkpoints.written_config import written_config
+from star_elastic.errors import CheckpointError, ConfigError
+from star_elastic.files.writing import new_directory, write_json
+from star_elastic.quant.formats import Quantised, largest_of, quantise
+from star_elastic.quant.scheme import Scheme, partners
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class InputCalibration:
-    """Rows that inputs are calibrated on (the first of the files, without `held_out` ones, as in
-    `Source.hold_out`), cut to `context` tokens, and the percentile of magnitudes that the scales
-    cover (100: all)."""
+@dataclass(frozen=True, slots=True)
+class _Entry:
+    """A tensor to write: a weight as it is, or what a quantised one holds."""
 
-    files: Sequence[Path] = ()
-    held_out: int = 0
-    samples: int = 256
-    context: int = 1024
-    percentile: float = 100.0
+    spec: TensorSpec
+    piece: Piece
+    kind: str | None
 
 
-def quantise_family(
-    elastic: str | Path,
+class _Writer:
+    """The weights of an unquantised checkpoint, quantised one after the other."""
+
+    def __init__(self, source: StoredModel, scheme: Scheme, inputs: Values, largest: Values):
+        self.source, self.scheme = source, scheme
+        self.quantised = scheme.quantised(source.axis_map)
+        self._inputs, self._largest = inputs, largest
+        self._amax: dict[str, torch.Tensor] = {}
+        self._last: tuple[str, Quantised] | None = None
+        self.entries: dict[str, _Entry] = {}
+
+    def plan(self) -> Iterator[Planned]:
+        """Every tensor to write; all that belong to one weight follow each other."""
+        axis_map, format = self.source.axis_map, self.scheme.format
+        for spec in axis_map.tensors.values():
+            stacked = spec.pieces[0].index is not None
+            parts: Mapping[str | None, TensorSpec] = {None: spec}
+            if spec.name in self.quantised:
+                parts = {**stored_parts(spec, format, COMPRESSED_TENSORS)}
+            for number, piece in enumerate(spec.pieces):
+                name = self.source.name_of(spec, piece)
+                for kind, part in parts.items():
+                    shape = axis_map.shape(part, axis_map.full)[int(stacked) :]
+                    dtype = stored_dtype(kind, format) if kind else self.source.reader.dtype(name)
+                    written = part.pieces[number].name
+                    self.entries[written] = _Entry(spec, piece, kind)
+                    yield Planned(written, shape, dtype)
+
+    def value_of(self, name: str) -> torch.Tensor:
+        """The value of a planned tensor."""
+        entry = self.entries[name]
+        if entry.kind is None:
+            return self._read(entry.spec, entry.piece)
+        if entry.kind == INPUT:
+            scale = self._inputs[entry.spec.name].float().reshape(1)
+            return 1 / scale if self.scheme.format.packed else scale
+        weight = self._quantise(entry.spec, entry.piece)
+        if entry.kind == GLOBAL:
+            assert weight.global_scale is not None
+            return 1 / weight.global_scale
+        return weight.codes if entry.kind == CODES else weight.scales
+
+    def _read(self, spec: TensorSpec, piece: Piece) -> torch.Tensor:
+        return self.source.reader.read(self.source.name_of(spec, piece))
+
+    def _quantise(self, spec: TensorSpec, piece: Piece) -> Quantised:
+        if self._last is None or self._last[0] != piece.name:
+            largest = self._largest_of(spec, piece)
+            weight = self._read(spec, piece)
+            if not is_finite(weight):
+                raise CheckpointError(
+                    f"{piece.name} is not finite; restore the checkpoint it comes from"
+                )
+            self._last = piece.name, quantise(weight, self.scheme.format, largest)
+        return self._last[1]
+
+    def _largest_of(self, spec: TensorSpec, piece: Piece) -> torch.Tensor | None:
+        """What the scales of a piece come from, if not from its own values alone: frozen values, or
+        those of all weights that engines fuse with it."""
+        if spec.name in self._largest:
+            largest = self._largest[spec.name]
+            return largest if piece.index is None else largest[piece.index]
+        if not self.scheme.format.has_one_scale:
+            return None
+        names = [name for name in partners(spec.name) if name in self.quantised]
+        specs = [self.source.axis_map.tensors[name] for name in names]
+        together = [other.pieces[piece.index or 0] for other in specs]
+        for other, its_piece in zip(specs, together, strict=True):
+            if its_piece.name not in self._amax:
+                weight = self._read(other, its_piece)
+                self._amax[its_piece.name] = largest_of(weight, self.scheme.format)
+        return torch.stack([self._amax[p.name] for p in together]).amax(0)
+
+
+def quantise_checkpoint(
+    path: str | Path,
+    scheme: Scheme,
     out: str | Path,
-    format_name: str,
     *,
-    keep: Iterable[str] = (),
-    calibration: InputCalibration | None = None,
-    frozen: FakeQuantisation | None = None,
-    dtype: str = "float32",
-    device: str = "auto",
+    input_scales: Values | None = None,
+    largest: Values | None = None,
+    max_shard_bytes: int = DEFAULT_SHARD_BYTES,
     progress: Progress | None = None,
-) -> dict[str, PartBytes]:
-    """Quantises an elastic checkpoint into the new directory `out`; returns bytes by part.
+    finish: Callable[[Path], None] | None = None,
+) -> None:
+    """Writes a checkpoint with the weights of `scheme` quantised to the new directory `out`.
 
-    Every size of the family must end on the edges of the format's blocks. `frozen`: magnitudes and
-    scales that quantisation-aware training has kept, in place of measured ones. `dtype` and
-    `device` (see `placement`) are those to calibrate in. Raises ConfigError, ShapeError or
-    CheckpointError with one line, before anything is written.
+    `input_scales` by weight, for formats whose inputs are calibrated; `largest`: magnitudes frozen
+    before in place of the weights' own. `finish(directory)` may add files before the directory gets
+    its name. Raises ConfigError for a checkpoint that is quantised already or scales that are
+    missing, CheckpointError for a damaged one; nothing is left behind then.
     """
-    path, progress = Path(elastic), progress or Silent()
-    calibration = calibration or InputCalibration()
-    require_writable(out)
-    if not 0 < calibration.percentile <= 100:
-        raise ConfigError(f"percentile={calibration.percentile} is not in (0, 100]; use 99.99")
+    path = Path(path)
     config = read_config(path)
-    axis_map = family_of(config).axis_map(config)
-    manifest = load_manifest(path, axis_map)
     if config.get(CONFIG_KEY):
         raise ConfigError(f"{path} is quantised already; quantise the checkpoint it was made from")
-    build_skeleton(config, file=path / "config.json")
-    scheme = make_scheme(axis_map, format_name, keep)
-    stored = stored_map(axis_map, scheme)
-    for name, size in manifest.sizes.items():
-        try:
-            axis_map.at(size.widths)  # one width per axis
-            stored.require_edges(size.widths)
-        except ShapeError as error:
-            raise ShapeError(
-                f"size {name!r} cannot be quantised to {scheme.format.name}: {error}. Widths are "
-                "those of the run that made the family ([choices]); fp8-channel takes any"
-            ) from None
-    scales: dict[str, dict[str, torch.Tensor]] = {}
-    if frozen is not None:
-        shared = frozen.inputs
-    else:
-        if scheme.format.is_calibrated:
-            source = _calibration_source(path, axis_map, scheme, calibration)
-            parent, _ = load_parent(path, choose_dtype(dtype, path), choose_device(device))
-            widths = {name: size.widths for name, size in manifest.sizes.items()}
-            scales = calibrate_sizes(
-                parent, config, axis_map, widths, scheme, [source], calibration, progress
-            )
-            del parent
-        shared = shared_scales(scales, scheme, axis_map)
-
-    def finish(directory: Path) -> None:
-        # The full size has the scales of the checkpoint itself.
-        cut = [n for n, size in manifest.sizes.items() if size.widths != axis_map.full]
-        own = {name: scales[name] for name in cut if scales.get(name)}
-        save_manifest(replace(manifest, own_input_scales=tuple(own)), directory)
-        copy_family_files(path, directory)
-        if own:
-            save_input_scales(directory, own)
-
-    quantise_checkpoint(
-        path, scheme, out, input_scales=shared, largest=frozen.largest if frozen else None,
-        progress=staged(progress, "quantize"), finish=finish,
-    )  # fmt: skip
-    return count_bytes(path, Path(out))
-
-
-def _calibration_source(
-    path: Path, axis_map: AxisMap, scheme: Scheme, calibration: InputCalibration
-) -> Source:
-    if not calibration.files:
+    family = family_of(config)
+    axis_map = family.axis_map(config)
+    source = StoredModel(path, axis_map, family)
+    source.require_whole()
+    writer = _Writer(source, scheme, input_scales or {}, largest or {})
+    lacking = writer.quantised.keys() - (input_scales or {}).keys()
+    if scheme.format.is_calibrated and lacking:
         raise ConfigError(
-            f"{scheme.format.name} needs data to calibrate inputs on; name rows with --data, or "
-            "use fp8-channel, whose inputs are scaled as they come"
+            f"{scheme.format.name} needs a scale for the inputs of {min(lacking)} "
+            f"({len(lacking)} such); calibrate it on data"
         )
-    return _rows(path, calibration, axis_map)
+    plan = list(writer.plan())
+    total, written = sum(planned.num_bytes for planned in plan), 0
 
+    def on_tensor(planned: Planned) -> None:
+        nonlocal written
+        written += planned.num_bytes
+        if progress:
+            progress(written, total)
 
-def _rows(path: Path, calibration: InputCalibration, axis_map: AxisMap) -> Source:
-    files, tokenizer = tuple(map(str, calibration.files)), load_tokenizer(path)
-    source = Source(files, tokenizer, num_embeddings=axis_map.num_embeddings)
-    return source.hold_out(calibration.held_out, epochs_key(0, 0, 0))
-
-
-def held_out_of(elastic: Path, calibration: InputCalibration) -> list[Document]:
-    """The rows that a family is not calibrated on, to hold it against what it was."""
-    if not calibration.files:
-        return []
-    config = read_config(elastic)
-    rows = _rows(elastic, calibration, family_of(config).axis_map(config))
-    return held_out_documents([rows], MAX_CONTEXT)
-
-
-def calibrate_sizes(
-    parent: PreTrainedModel,
-    config: Config,
-    axis_map: AxisMap,
-    widths: Mapping[str, Widths],
-    scheme: Scheme,
-    sources: Sequence[Source],
-    calibration: InputCalibration,
-    progress: Progress,
-) -> dict[str, dict[str, torch.Tensor]]:
-    """Scales of the inputs of every size, by the weights' names in the parent; none where a format
-    is not calibrated. Sources take turns, row by row. Raises as `first_documents`."""
-    if not scheme.format.is_calibrated:
-        return {}
-    # Without padding, whose activations would count, too.
-    documents = first_documents(sources, [1.0] * len(sources), calibration.samples)
-    held = sum(len(source) for source in sources)
-    progress.stage("read", min(calibration.samples, held))
-    rows = []
-    for document in documents:
-        rows.append(document.fed[: calibration.context])
-        progress.advance(len(rows))
-    count = len(rows)
-    widths = dict(widths)
-    kept = {name for own in widths.values() for name in axis_map.names_at(own)}
-    if scheme.quantised(axis_map).keys() - kept:  # in layers that no size has
-        widths[""] = axis_map.full
-    progress.stage("calibrate", count * len(widths))
-    scales = {}
-    for place, (name, own) in enumerate(widths.items()):
-        found = calibrate_inputs(
-            build_submodel(parent, config, own),
-            axis_map.at(own),
-            scheme.at(axis_map, own),
-            _watched(rows, progress, place * count),
-            percentile=calibration.percentile,
-        )
-        names = axis_map.names_at(own)
-        scales[name] = {old: found[new] for old, new in names.items() if new in found}
-    return scales
-
-
-def shared_scales(
-    scales: Mapping[str, Mapping[str, torch.Tensor]], scheme: Scheme, axis_map: AxisMap
-) -> dict[str, torch.Tensor]:
-    """The largest scale of any size, by weight."""
-    shared = {}
-    for name in scheme.quantised(axis_map):
-        found = [own[name] for own in scales.values() if name in own]
-        if found:
-            shared[name] = torch.stack(found).amax(0)
-    return shared
-
-
-def _watched(
-    rows: Iterable[Sequence[int]], progress: Progress, done: int
-) -> Iterator[dict[str, torch.Tensor]]:
-    for number, ids in enumerate(rows, start=1):
-        yield {"input_ids": torch.tensor([list(ids)], dtype=torch.long)}
-        progress.advance(done + number)
+    whole = family.config_at(config, axis_map.full)
+    whole = written_config(whole, axis_map, source.dtype, scheme)
+    with new_directory(out) as directory:
+        copy_companions(path, directory)
+        write_json(directory / "config.json", {**whole, CONFIG_KEY: config_entry(axis_map, scheme)})
+        write_tensors(
+            directory, plan, writer.value_of,
+            max_shard_bytes=max_shard_bytes, on_tensor=on_tensor,
+        )  # fmt: skip
+        if finish:
+            finish(directory)

@@ -17,26 +17,7 @@ from star_elastic.architectures import family_of, read_config
 from star_elastic.architectures.base import Config, Family
 from star_elastic.axes import AxisMap, Piece, TensorSpec
 from star_elastic.checkpoints.companions import copy_companions
-from star_elastic.checkpoints.quantised import stored_input_scales
-from star_elastic.checkpoints.stored import StoredModel, most_common_dtype
-from star_elastic.checkpoints.tensors import (
-    DEFAULT_SHARD_BYTES,
-    Planned,
-    new_directory,
-    write_json,
-    write_tensors,
-)
-from star_elastic.errors import ConfigError
-from star_elastic.export.engines import require_readable, written_config
-from star_elastic.models.skeleton import build_skeleton
-from star_elastic.nesting.slice import (
-    Orders,
-    check_orders,
-    dim_order,
-    slice_tensor,
-    sort_tensor,
-)
-from star_elastic.quant.scheme import (
+from star_elastic.checkpoints.layouts import (
     COMPRESSED_TENSORS,
     CONFIG_KEY,
     MODELOPT,
@@ -47,6 +28,20 @@ from star_elastic.quant.scheme import (
     read_scheme,
     require_layout,
     stored_map,
+)
+from star_elastic.checkpoints.quantised import stored_input_scales
+from star_elastic.checkpoints.stored import StoredModel, most_common_dtype
+from star_elastic.checkpoints.tensors import DEFAULT_SHARD_BYTES, Planned, write_tensors
+from star_elastic.checkpoints.written_config import require_readable, written_config
+from star_elastic.errors import ConfigError
+from star_elastic.files.writing import new_directory, write_json
+from star_elastic.models.skeleton import build_skeleton
+from star_elastic.nesting.slice import (
+    Orders,
+    check_orders,
+    dim_order,
+    slice_tensor,
+    sort_tensor,
 )
 from star_elastic.widths import Width
 

@@ -12,14 +12,14 @@ from pathlib import Path
 from star_elastic.architectures import read_config
 from star_elastic.axes import AxisMap
 from star_elastic.checkpoints.companions import LATENCY, ROUTER
+from star_elastic.checkpoints.layouts import CONFIG_KEY
+from star_elastic.checkpoints.manifest import Manifest
 from star_elastic.checkpoints.tensors import is_finite, load_tensors
 from star_elastic.cost.amounts import parse_budget
 from star_elastic.cost.count import CostModel, Workload
 from star_elastic.cost.latency import load_table
 from star_elastic.errors import CheckpointError, ConfigError, ShapeError, library_boundary
 from star_elastic.files.paths import has_file
-from star_elastic.manifest import Manifest
-from star_elastic.quant.scheme import CONFIG_KEY
 from star_elastic.router.commit import Commitment, settle_between
 from star_elastic.router.grid import make_grid
 from star_elastic.router.router import Router

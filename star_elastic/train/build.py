@@ -17,7 +17,7 @@ from star_elastic.models.fake_quantisation import FakeQuantisation
 from star_elastic.models.submodel import load_parent, load_sorting, sort_in_place
 from star_elastic.progress import Progress
 from star_elastic.quant.scheme import Scheme
-from star_elastic.rewrite.quantise import InputCalibration, calibrate_sizes, shared_scales
+from star_elastic.rewrite.family import InputCalibration, calibrate_sizes, shared_scales
 from star_elastic.router.grid import Grid
 from star_elastic.router.router import Router
 from star_elastic.train.calibrate import Calibration

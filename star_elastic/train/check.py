@@ -13,6 +13,8 @@ from star_elastic.architectures import family_of, read_config
 from star_elastic.architectures.base import Config
 from star_elastic.axes import AxisMap
 from star_elastic.checkpoints.companions import LATENCY
+from star_elastic.checkpoints.layouts import CONFIG_KEY, stored_map
+from star_elastic.checkpoints.manifest import Manifest, Size, load_manifest, require_order
 from star_elastic.checkpoints.stored import StoredModel, most_common_dtype
 from star_elastic.cost.amounts import parse_budget, show_amount
 from star_elastic.cost.count import CostModel
@@ -20,11 +22,10 @@ from star_elastic.cost.latency import LatencyTable, load_table
 from star_elastic.data.row_kinds import find_files
 from star_elastic.errors import BudgetError, ConfigError
 from star_elastic.files.paths import exists, is_file
-from star_elastic.manifest import Manifest, Size, load_manifest, require_order
 from star_elastic.models.model_config import model_config as transformers_config
 from star_elastic.models.submodel import require_loadable
 from star_elastic.nesting.rotate import check_rotatable
-from star_elastic.quant.scheme import CONFIG_KEY, Scheme, make_scheme, stored_map
+from star_elastic.quant.scheme import Scheme, make_scheme
 from star_elastic.router.budget import REACH, Budgets, budget_miss, describe
 from star_elastic.router.commit import Commitment
 from star_elastic.router.grid import Grid, default_choices, make_grid, rank_grid

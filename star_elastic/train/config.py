@@ -19,11 +19,12 @@ from typing import Literal
 from star_elastic.architectures.base import is_hub_name, not_a_directory
 from star_elastic.cost.amounts import parse_budget
 from star_elastic.cost.count import METRICS, Workload
+from star_elastic.data.source_config import SourceConfig
 from star_elastic.errors import ConfigError, library_boundary
 from star_elastic.files.paths import is_file, is_folder, no_file
 from star_elastic.quant.formats import FORMATS
 from star_elastic.router.router import Annealing
-from star_elastic.strict import MOST_ROWS, MOST_TOKENS, at, parse, require, require_within
+from star_elastic.strict import MOST, MOST_ROWS, MOST_TOKENS, at, parse, require, require_within
 
 MOST_THREADS = 2**10
 """Of a process."""
@@ -31,49 +32,8 @@ MOST_BYTES = 16
 """Of a number."""
 MOST_OF_A_STEP = 2**30
 """Tokens."""
-MOST = 2**62
-"""Of whatever is only counted. More than any of these is a slip of the pen, and would fill the
-memory or never end."""
 LONGEST_NAME = 64
 """Characters of a size's name, which names files."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class SourceConfig:
-    """Rows of one kind. Several sources are mixed by weight."""
-
-    files: tuple[str, ...]
-    """JSONL files, parquet files, or directories that `datasets` has saved; also patterns
-    (`data/train-*.parquet`) and directories of such files. A row is `{"text"}`,
-    `{"prompt", "completion"}` or `{"messages"}`. Start with the text that the sizes will be used
-    on."""
-    weight: float = 1.0
-    """Share of the tokens, relative to the other sources."""
-    loss_on: Literal["all", "answers"] = "all"
-    """Which tokens count: all, or only those of completions and last answers. Start with `answers`
-    for prompts and conversations."""
-    bad_rows: Literal["stop", "skip"] = "stop"
-    """Whether a row that cannot be read as it was written stops the run (with its state saved) or
-    is left out and counted. Start with `stop`, and with `star-elastic train RUN.toml --check`."""
-    notes: tuple[str, ...] = ()
-    """Columns that the model need not see, beside those whose names say so (id, source, score).
-    Any other words of a row that would not be seen are an error. Start with none."""
-    held_out: int = 64
-    """Rows drawn from the source that training and ranking never see, at most a tenth of it: the
-    verdict is measured on them. 0: none, and no verdict on this source."""
-
-    def __post_init__(self):
-        require_within("held_out", self.held_out, 0, MOST)
-        forms = sorted({"text", "prompt", "completion", "messages"} & set(self.notes))
-        require(
-            not forms, f"notes names {', '.join(forms)}, which rows are made of; leave them out"
-        )
-        require(
-            bool(self.files) and all(self.files),
-            f"files={list(self.files)} names no file, or one without a name; list JSONL files or "
-            "datasets",
-        )
-        require(self.weight > 0, f"weight={self.weight} is not > 0; leave the source out")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from star_elastic.checkpoints.companions import BASIS, LATENCY
-from star_elastic.checkpoints.tensors import read_json, write_json
 from star_elastic.data.sources import Source
 from star_elastic.errors import CheckpointError, ConfigError, reason
 from star_elastic.files.paths import exists, has_file, is_file, names_in
+from star_elastic.files.writing import read_json, write_json
 from star_elastic.models.fake_quantisation import FILE_NAME as FAKE
 from star_elastic.strict import to_plain
 from star_elastic.train.calibrate import DEPTH, SCORES

@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from star_elastic.checkpoints.companions import BASIS, MANIFEST, ORDERS, ROUTER, reading_files
-from star_elastic.checkpoints.tensors import INDEX_NAME, SINGLE_NAME, digest_files
+from star_elastic.checkpoints.tensors import INDEX_NAME, SINGLE_NAME
 from star_elastic.data.sources import Source
 from star_elastic.errors import RowError, library_boundary
 from star_elastic.files.paths import is_file
+from star_elastic.files.writing import digest_files
 
 SAMPLED_ROWS = 64
 MAY_CHANGE = 0.25

@@ -17,14 +17,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any, Protocol
 
 import torch
 from torch.autograd.function import once_differentiable
 
-CHUNK_BYTES = 256 * 1024**2
-"""Memory for the logits of a chunk, at least; 170 tokens of a live teacher at V = 131,072."""
+from star_elastic.measure.chunks import CHUNK_BYTES, chunks
+
 GPU_SHARE = 64
 """On a GPU a chunk may take one part in so many of its memory: few tokens would leave it idle."""
 BLOCK = 4096
@@ -197,13 +196,6 @@ class Head:
                 wide_BH = weight_VH[block].to(work_CV.dtype)
                 torch.mm(rows_CH, wide_BH.T, out=work_CV[:, block])
         torch.log_softmax(work_CV, -1, out=out_CV)
-
-
-def chunks(num_rows: int, row_bytes: int, chunk_bytes: int) -> list[slice]:
-    """Consecutive slices of `num_rows` rows with at most `chunk_bytes` each, or one row."""
-    size = max(chunk_bytes // row_bytes, 1)
-    edges = [*range(0, num_rows, size), num_rows]
-    return [slice(start, stop) for start, stop in pairwise(edges)]
 
 
 class _Target(Protocol):

@@ -21,16 +21,23 @@ import torch
 
 import star_elastic
 from star_elastic.checkpoints.companions import BASIS, LATENCY, ORDERS, ROUTER
-from star_elastic.checkpoints.tensors import require_folder, save_tensors
-from star_elastic.data.sources import Document, Source, open_sources
+from star_elastic.checkpoints.manifest import Manifest, Size, load_manifest, save_manifest
+from star_elastic.checkpoints.tensors import save_tensors
+from star_elastic.data.sources import (
+    MAX_CONTEXT,
+    Document,
+    Source,
+    held_out_documents,
+    open_sources,
+)
 from star_elastic.errors import CheckpointError, Interrupted, RowError, is_out_of_memory, reason
 from star_elastic.files.paths import exists, has_file
+from star_elastic.files.writing import require_folder
 from star_elastic.importance.files import save_scores
-from star_elastic.manifest import Manifest, Size, load_manifest, save_manifest
 from star_elastic.models.elastic import ElasticModel
 from star_elastic.models.submodel import load_tokenizer, stop_tokens
 from star_elastic.progress import Progress, Silent, staged
-from star_elastic.rewrite.quantise import quantise_family
+from star_elastic.rewrite.family import quantise_family
 from star_elastic.rewrite.stream import save_model
 from star_elastic.router.budget import AIM
 from star_elastic.router.commit import Commitment
@@ -56,13 +63,7 @@ from star_elastic.train.outlook import look_ahead
 from star_elastic.train.pace import Pace
 from star_elastic.train.row_check import require_lessons, warn_of_rows
 from star_elastic.train.state import has_state, load_state, save_state
-from star_elastic.train.verdict import (
-    MAX_CONTEXT,
-    VERDICT,
-    Verdict,
-    held_out_documents,
-    judge_run,
-)
+from star_elastic.train.verdict import VERDICT, Verdict, judge_run
 
 LOST_RANK = re.compile("closed by peer|reset by peer|remote process exited")
 """In what gloo and NCCL say when another rank is gone."""

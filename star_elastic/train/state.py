@@ -24,9 +24,9 @@ from torch.distributed.checkpoint.hf_storage import (
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
-from star_elastic.checkpoints.tensors import flush, write_json
 from star_elastic.errors import CheckpointError, reason
 from star_elastic.files.paths import is_file
+from star_elastic.files.writing import flush, write_json
 from star_elastic.router.commit import Commitment
 from star_elastic.train.loop import Trainer
 

@@ -26,16 +26,12 @@ from typing import Any, NamedTuple
 import torch
 from safetensors import SafetensorError, safe_open
 
-from star_elastic.checkpoints.tensors import save_tensors, write_json
+from star_elastic.checkpoints.tensors import save_tensors
 from star_elastic.errors import CheckpointError, ConfigError
+from star_elastic.files.writing import write_json
+from star_elastic.measure.chunks import chunks
 from star_elastic.router.router import seed_for
-from star_elastic.train.losses import (
-    Head,
-    SampledTargets,
-    chunks,
-    default_chunk_bytes,
-    starts_of,
-)
+from star_elastic.train.losses import Head, SampledTargets, default_chunk_bytes, starts_of
 
 INDEX_NAME = "cache.json"
 FORMAT = 2

@@ -17,19 +17,11 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from star_elastic.architectures import family_of, read_config
+from star_elastic.checkpoints.manifest import Size, load_manifest
 from star_elastic.checkpoints.quantised import load_input_scales
-from star_elastic.checkpoints.tensors import write_json
-from star_elastic.data.sources import Document, Source
-from star_elastic.errors import RowError
-from star_elastic.manifest import Size, load_manifest
-from star_elastic.measure.divergence import (
-    Divergence,
-    Reading,
-    compare,
-    continue_greedily,
-    read,
-    shorten,
-)
+from star_elastic.data.sources import Document
+from star_elastic.files.writing import write_json
+from star_elastic.measure.divergence import Divergence, Reading, compare, continue_greedily, read
 from star_elastic.models.submodel import (
     build_submodel,
     end_of_turn,
@@ -41,8 +33,6 @@ from star_elastic.models.submodel import (
 from star_elastic.progress import Progress
 
 VERDICT = "verdict.json"
-MAX_TOKENS, MAX_CONTEXT = 8192, 1024
-"""Of the held-out rows, what each model reads at most, in all and of one row."""
 PROMPT_TOKENS, SAMPLE_TOKENS = 64, 32
 LEFT = 0.01
 """KL in nats per token from which a size that costs what its parent does has left it."""
@@ -141,25 +131,6 @@ class Verdict:
     def save(self, file: Path) -> None:
         """Writes it as JSON."""
         write_json(file, self.to_json())
-
-
-def held_out_documents(sources: Sequence[Source], context: int) -> list[Document]:
-    """The held-out rows of sources in turn, cut to `context` tokens (`MAX_CONTEXT` at most), as
-    many as have `MAX_TOKENS` together. Raises RowError for one that cannot be read, unless its
-    source skips such rows."""
-    return shorten(_in_turn(sources), MAX_TOKENS, min(context, MAX_CONTEXT))
-
-
-def _in_turn(sources: Sequence[Source]) -> Iterator[Document]:
-    for turn in itertools.zip_longest(*(source.held_out for source in sources)):
-        for source, row in zip(sources, turn, strict=True):
-            if row is None:
-                continue
-            try:
-                yield source.document(row)
-            except RowError:
-                if not source.skips_bad_rows:
-                    raise
 
 
 def judge_run(

@@ -11,7 +11,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from star_elastic.architectures import family_of, read_config
-from star_elastic.checkpoints.quantised import quantise_checkpoint, read_weight
+from star_elastic.checkpoints.layouts import (
+    CODES,
+    COMPRESSED_TENSORS,
+    SCALES,
+    read_scheme,
+    stored_map,
+    stored_parts,
+)
+from star_elastic.checkpoints.quantised import read_weight
 from star_elastic.checkpoints.stored import StoredModel
 from star_elastic.checkpoints.tensors import CheckpointReader
 from star_elastic.errors import ShapeError
@@ -25,17 +33,8 @@ from star_elastic.quant.formats import (
     quantise,
     requantise,
 )
-from star_elastic.quant.scheme import (
-    CODES,
-    COMPRESSED_TENSORS,
-    SCALES,
-    make_scheme,
-    partners,
-    quantisable,
-    read_scheme,
-    stored_map,
-    stored_parts,
-)
+from star_elastic.quant.scheme import make_scheme, partners, quantisable
+from star_elastic.rewrite.quantise import quantise_checkpoint
 from star_elastic.rewrite.stream import slice_checkpoint
 from tests.laws.parents import assert_equal, examples, make_parent
 

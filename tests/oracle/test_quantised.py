@@ -17,11 +17,12 @@ from compressed_tensors.quantization.utils.helpers import (
 )
 from transformers import AutoModelForCausalLM
 
-from star_elastic.checkpoints.quantised import quantise_checkpoint
+from star_elastic.checkpoints.layouts import config_entry
 from star_elastic.models.quantised_inputs import calibrate_inputs
 from star_elastic.models.submodel import load_parent
 from star_elastic.quant.formats import FORMATS, dequantise, fake_activation, quantise
-from star_elastic.quant.scheme import config_entry, make_scheme
+from star_elastic.quant.scheme import make_scheme
+from star_elastic.rewrite.quantise import quantise_checkpoint
 from star_elastic.rewrite.stream import slice_checkpoint
 from tests.laws.parents import make_parent, relative_error
 
