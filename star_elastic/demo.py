@@ -14,7 +14,6 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ import torch
 import transformers
 
 import star_elastic
+from star_elastic import bundled
 from star_elastic.architectures import read_config
 from star_elastic.axes import LAYERS
 from star_elastic.cost.count import CostModel, Workload
@@ -61,18 +61,13 @@ WORKERS = 2
 """Threads that train and evaluate: the smallest machines have two cores."""
 
 
-def bundled_parent() -> Path:
-    """Directory of the parent that comes with the package: a small reasoning NemotronH."""
-    return Path(str(resources.files("star_elastic") / "bundled"))
-
-
 def shallow_parent(out: Path) -> Path:
     """`out`, where the bundled parent's slice of five layers is written unless it is there: two of
     each kind but attention, in less than half of the time. Smoke runs of recipes train it."""
     if not exists(out):
-        count = read_config(bundled_parent())["num_hidden_layers"]
+        count = read_config(bundled.PARENT)["num_hidden_layers"]
         kept = tuple(int(layer < 3 or layer >= count - 2) for layer in range(count))
-        slice_checkpoint(bundled_parent(), {LAYERS: kept}, out)
+        slice_checkpoint(bundled.PARENT, {LAYERS: kept}, out)
     return out
 
 
@@ -103,7 +98,7 @@ class Recipe:
     @property
     def parent_folder(self) -> Path:
         """Where the parent is; without a name the bundled one."""
-        return Path(self.parent) if self.parent else bundled_parent()
+        return Path(self.parent) if self.parent else bundled.PARENT
 
 
 def stages(

@@ -2,7 +2,6 @@
 
 import json
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -10,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, NemotronHConfig
 
-import star_elastic
+from star_elastic import bundled
 from star_elastic.architectures import family_of
 from star_elastic.cost.count import CostModel, Workload
 from star_elastic.errors import ConfigError
@@ -57,7 +56,7 @@ def problems():
 
 @pytest.fixture(scope="module")
 def generator(problems):
-    tokenizer = AutoTokenizer.from_pretrained(Path(star_elastic.__file__).parent / "bundled")
+    tokenizer = AutoTokenizer.from_pretrained(bundled.PARENT)
     shared = {
         "vocab_size": len(tokenizer),
         "hidden_size": 32,

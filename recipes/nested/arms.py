@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from star_elastic import bundled
 from star_elastic.axes import LAYERS
 from star_elastic.cli.bars import Bars
 from star_elastic.cost.count import CostModel
@@ -29,7 +30,6 @@ from star_elastic.demo import (
     DEMO,
     MAX_NEW_TOKENS,
     PARENT,
-    bundled_parent,
     divergences_from_parent,
     run_config,
     shallow_parent,
@@ -107,7 +107,7 @@ class Lab:
         rows = folder / f"rows-{seed}.jsonl"
         write_rows(rows, num_rows, seed)
         self.rows, self.folder, self.seed, self.progress = rows, folder, seed, progress
-        self.parent = shallow_parent(folder / "parent") if smoke else bundled_parent()
+        self.parent = shallow_parent(folder / "parent") if smoke else bundled.PARENT
         self.teacher, self.config = load_parent(self.parent)
         self.tokenizer = load_tokenizer(self.parent)
         self.source = Source([rows], self.tokenizer, "answers")

@@ -28,6 +28,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import StrMethodFormatter
 
+from star_elastic import bundled
 from star_elastic.checkpoints.quantised import load_input_scales
 from star_elastic.cli.bars import Bars
 from star_elastic.cli.terminal import at_the_command_line, command_line, print_table
@@ -36,7 +37,6 @@ from star_elastic.demo import (
     DEMO,
     MAX_NEW_TOKENS,
     PARENT,
-    bundled_parent,
     divergences_from_parent,
     run_config,
     shallow_parent,
@@ -145,7 +145,7 @@ class Lab:
     @property
     def parent(self) -> Path:
         """The bundled parent, or what stands for it in a smoke run."""
-        return shallow_parent(self.folder / "parent") if self.options.smoke else bundled_parent()
+        return shallow_parent(self.folder / "parent") if self.options.smoke else bundled.PARENT
 
     @property
     def rows(self) -> Path:
