@@ -29,7 +29,7 @@ from training_cost import HUNDRED
 
 from star_elastic import bundled
 from star_elastic.architectures import family_of
-from star_elastic.cli.bars import Bars
+from star_elastic.cli.bars import progress_bars
 from star_elastic.cli.terminal import at_the_command_line, command_line
 from star_elastic.cost.count import CostModel
 from star_elastic.data.source_config import SourceConfig
@@ -59,7 +59,7 @@ def main() -> None:
     options = parser.parse_args()
     if options.smoke:
         options.steps, options.context, options.windows = [2, 2, 6], 128, 2
-    with tempfile.TemporaryDirectory() as folder, Bars() as bars:
+    with tempfile.TemporaryDirectory() as folder, progress_bars() as bars:
         parameters = write_parent(Path(folder) / "parent", TINY if options.smoke else HUNDRED)
         tokens = sum(options.steps) * options.context * options.windows
         write_rows(Path(folder) / "rows.jsonl", tokens // 40, seed=0)

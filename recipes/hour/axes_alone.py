@@ -15,7 +15,7 @@ import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from star_elastic.cli.bars import Bars
+from star_elastic.cli.bars import progress_bars
 from star_elastic.cli.terminal import at_the_command_line, print_table
 from star_elastic.cost.count import CostModel
 from star_elastic.data.sources import Source
@@ -127,7 +127,7 @@ def measure(
     recipe = replace(recipe, sizes=sizes, stages=(stage,))
     run = run_config(recipe, rows, out)
     source = Source([rows], tokenizer, "answers")
-    with Bars() as bars:
+    with progress_bars() as bars:
         calibration = Calibration(run, out, teacher, config, elastic.axis_map, [source], bars)
         orders, basis = calibration.orders(write=False), calibration.basis(write=False)
         sort_in_place(parent, elastic.axis_map, orders, basis)

@@ -22,7 +22,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from star_elastic import bundled
 from star_elastic.axes import LAYERS
-from star_elastic.cli.bars import Bars
+from star_elastic.cli.bars import progress_bars
 from star_elastic.cost.count import CostModel
 from star_elastic.data.sources import Source
 from star_elastic.demo import (
@@ -284,7 +284,7 @@ def run_seeds(
     outcomes = []
     made_with = {k: v for k, v in vars(options).items() if k not in ("out", "seeds")}
     made_with["recipe"] = Path(sys.argv[0]).stem
-    with Bars() as bars:
+    with progress_bars() as bars:
         for seed in range(options.seeds):
             done = options.out / "work" / f"outcomes-{seed}.json"
             if done.is_file():

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
 from statistics import fmean
 
 from star_elastic.evaluate.budgets import NO_BUDGET
@@ -11,27 +9,15 @@ from star_elastic.report.findings import (
     COST_NAMES,
     SHORT_NAMES,
     Data,
-    Tone,
     counted,
     judge,
     percent,
     points,
     with_interval,
 )
+from star_elastic.tables import Table
 
 NO_VALUE = "–"
-
-
-@dataclass(frozen=True, slots=True)
-class Table:
-    """Rows of cells. `tones` colour the last cell of each row; the first `num_text` columns are
-    text, the others numbers."""
-
-    title: str
-    columns: Sequence[str]
-    rows: Sequence[Sequence[str]]
-    tones: Sequence[Tone] = ()
-    num_text: int = 1
 
 
 def evaluation_tables(result: Data) -> list[Table]:
