@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 
 import torch
 import transformers
+from transformers import PreTrainedModel
 
 import star_elastic
 from star_elastic import bundled
@@ -99,11 +100,6 @@ class Recipe:
     seed: int = 0
     parent: str = ""
 
-    @property
-    def parent_folder(self) -> Path:
-        """Where the parent is; without a name the bundled one."""
-        return Path(self.parent) if self.parent else bundled.PARENT
-
 
 def stages(
     router_steps: int,
@@ -179,10 +175,9 @@ def run_recipe(recipe: Recipe, out: str | Path, progress: Progress | None = None
     cut_slices(family, out / "slices", progress)
     problems = sample_problems(TASKS, "test", recipe.problems_per_task, recipe.seed)
     generator = PhasedGenerator(
-        _models(family, recipe.parent_folder, elastic),
-        family.tokenizer,
+        _models(family, Path(recipe.parent or bundled.PARENT)), family.tokenizer,
         family.table.end_of_thinking,
-    )
+    )  # fmt: skip
     evaluations = evaluate(generator, problems, plans(recipe), progress)
     solved = problems[:: max(len(problems) // KL_PROBLEMS, 1)]
     sizes = [name for name in generator.models if name != PARENT]
@@ -207,7 +202,7 @@ def write_rows(file: Path, count: int, seed: int) -> None:
 def run_config(recipe: Recipe, rows: Path, run: Path) -> RunConfig:
     """The run config of a recipe."""
     return RunConfig(
-        parent=str(recipe.parent_folder),
+        parent=str(recipe.parent or bundled.PARENT),
         out=str(run),
         seed=recipe.seed,
         sizes=recipe.sizes,
@@ -246,11 +241,11 @@ def cut_slices(family: ElasticFamily, directory: Path, progress: Progress) -> No
         progress.advance(number, name)
 
 
-def _models(family: ElasticFamily, path: Path, elastic: Path) -> dict:
+def _models(family: ElasticFamily, path: Path) -> dict[str, PreTrainedModel]:
     """The parent, every size, and the same widths cut from the sorted parent without training."""
     parent, config = load_parent(path)
-    models: dict = {PARENT: parent, **{name: family[name] for name in family.sizes}}
-    orders, basis = load_sorting(elastic, family.axis_map)
+    models = {PARENT: parent, **family}
+    orders, basis = load_sorting(family.path, family.axis_map)
     sorted_parent, _ = load_parent(path)
     sort_in_place(sorted_parent, family.axis_map, orders, basis)
     for name, size in family.sizes.items():

@@ -75,12 +75,10 @@ class OnTerminal:
         self._task: Any = None
 
     def stage(self, name: str, total: int) -> None:
-        """See `Progress.stage`."""
         self.bars.start()
         self._task = self.bars.add_task(STAGES.get(name, name), total=total, note="")
 
     def advance(self, done: int, note: str = "") -> None:
-        """See `Progress.advance`."""
         self.bars.update(self._task, completed=done, note=note)
 
     def say(self, line: str) -> None:
@@ -109,19 +107,23 @@ class Lines:
     ) -> None:
         self._write, self._first, self._every = write, first, every
         self._lock = threading.Lock()
-        self._stage: _Stage | None = None
+        self._over = threading.Event()
+        self.drop()
 
     def stage(self, name: str, total: int) -> None:
         """Begins a stage; the one before ends."""
         self.close()
-        self._stage = _Stage(STAGES.get(name, name), total)
-        threading.Thread(target=self._tell, args=(self._stage,), daemon=True).start()
+        self._label, self._total, self._done, self._note = STAGES.get(name, name), total, 0, ""
+        self._begin, self._from = time.monotonic(), None
+        self._over = threading.Event()
+        threading.Thread(target=self._tell, args=(self._over,), daemon=True).start()
 
     def advance(self, done: int, note: str = "") -> None:
         """Moves the stage on; the last unit ends it."""
-        assert self._stage is not None, "advance comes after stage"
-        self._stage.move(done, note)
-        if done >= self._stage.total:
+        if self._from is None:  # work that goes on begins in the middle, and the first unit is slow
+            self._from = time.monotonic(), done
+        self._done, self._note = done, note
+        if done >= self._total:
             self.close()
 
     def say(self, line: str) -> None:
@@ -130,51 +132,27 @@ class Lines:
             self._write(line)
 
     def close(self) -> None:
-        """Writes the last line of the stage, unless it is over."""
-        if self._stage is not None and not self._stage.over.is_set():
-            self._stage.over.set()
-            self.say(self._stage.last_line())
+        """Writes the last line of the stage: how far it came, and how long it took."""
+        if not self._over.is_set():
+            self._over.set()
+            self._say_with(f"{duration(time.monotonic() - self._begin)} in all")
 
     def drop(self) -> None:
         """Ends the stage without a line."""
-        if self._stage is not None:
-            self._stage.over.set()
+        self._over.set()
 
-    def _tell(self, stage: _Stage) -> None:
+    def _tell(self, over: threading.Event) -> None:
+        """Until the stage is over: how far it is, and how long the rest will take."""
         wait = self._first
-        while not stage.over.wait(wait):
-            self.say(stage.line())
+        while not over.wait(wait):
+            left = ""
+            if self._from is not None and self._done > self._from[1]:
+                pace = (time.monotonic() - self._from[0]) / (self._done - self._from[1])
+                left = f"about {duration(pace * (self._total - self._done))} left"
+            self._say_with(left)
             wait = self._every
 
-
-class _Stage:
-    """Where a stage stands, and whether it is `over`."""
-
-    def __init__(self, label: str, total: int):
-        self.label, self.total, self.over = label, total, threading.Event()
-        self._begin = time.monotonic()
-        self._done, self._note = 0, ""
-        self._from: tuple[float, int] | None = None
-
-    def move(self, done: int, note: str) -> None:
-        """`done` units are finished now."""
-        if self._from is None:  # work that goes on begins in the middle, and the first unit is slow
-            self._from = time.monotonic(), done
-        self._done, self._note = done, note
-
-    def line(self) -> str:
-        """How far the stage is, and how long the rest will take."""
-        left = ""
-        if self._from is not None and self._done > self._from[1]:
-            pace = (time.monotonic() - self._from[0]) / (self._done - self._from[1])
-            left = f"about {duration(pace * (self.total - self._done))} left"
-        return self._joined(left)
-
-    def last_line(self) -> str:
-        """How far the stage came, and how long it took."""
-        return self._joined(f"{duration(time.monotonic() - self._begin)} in all")
-
-    def _joined(self, taken: str) -> str:
-        share = self._done / self.total if self.total else 1.0
-        reached = f"{self.label}  {self._done:,}/{self.total:,}, {share:.0%}"
-        return ", ".join(filter(None, [reached, taken, self._note]))
+    def _say_with(self, time_: str) -> None:
+        share = self._done / self._total if self._total else 1.0
+        reached = f"{self._label}  {self._done:,}/{self._total:,}, {share:.0%}"
+        self.say(", ".join(filter(None, [reached, time_, self._note])))

@@ -7,7 +7,7 @@ from typer import Option
 from star_elastic.cli.bars import progress_bars
 from star_elastic.cli.options import AsJson, Device, Dtype, Elastic
 from star_elastic.cli.terminal import show
-from star_elastic.cli.verdict import verdict_parts
+from star_elastic.cli.train import verdict_parts
 from star_elastic.data.source_config import SourceConfig
 from star_elastic.files.writing import require_writable
 from star_elastic.strict import MOST_TOKENS

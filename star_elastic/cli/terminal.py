@@ -8,6 +8,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -69,8 +70,6 @@ def print_table(
 
 LOST = (errno.ENOSPC, errno.EPIPE, errno.EIO, errno.EBADF, errno.EDQUOT)
 """What an output says that takes nothing more."""
-BY_SIGINT = 130
-"""How typer ends on Ctrl-C."""
 
 
 def run_program(program: Any, arguments: Sequence[str] | None) -> None:
@@ -111,10 +110,8 @@ def at_the_command_line() -> Iterator[None]:
         if os.environ.get("STAR_ELASTIC_TRACEBACK"):
             raise
         said, code = f"error: {printable(str(error), sys.maxsize)}", 2  # a path may hold a line end
-    except Interrupted as error:
-        said, code = str(error) if is_first_rank() else "", 1
-    except KeyboardInterrupt:  # before long work began
-        said, code = "stopped", 1
+    except (Interrupted, KeyboardInterrupt) as error:  # the second has no words
+        said, code = (str(error) or "stopped") if is_first_rank() else "", 1
     except OSError as error:
         # What is written to files has its own message; an error of an open stream names none.
         if error.filename is not None or error.errno not in LOST:
@@ -130,7 +127,7 @@ def at_the_command_line() -> Iterator[None]:
     except SystemExit as error:
         if error.code and not isinstance(error.code, int):
             raise
-        said, code = ("stopped", 1) if error.code == BY_SIGINT else ("", error.code or 0)
+        code = error.code or 0
     if said:  # by every rank: torchrun stops the others as soon as one has ended
         with suppress(OSError):
             print(said, file=sys.stderr, flush=True)
@@ -167,11 +164,5 @@ def _empty(stream: Any) -> None:
 
 def command_line(script: str) -> str:
     """How a recipe or benchmark was started, without where its result goes."""
-    given = iter(sys.argv[1:])
-    kept = []
-    for argument in given:
-        if argument == "--out":
-            next(given, None)
-        elif not argument.startswith("--out="):
-            kept.append(argument)
-    return " ".join(["python", script, *kept])
+    given = re.sub(r"--out[= ]\S+", "", " ".join(sys.argv[1:]))
+    return " ".join(["python", script, *given.split()])
