@@ -3,24 +3,18 @@
 from dataclasses import asdict
 from pathlib import Path
 
-from typer import Argument
-
-from star_elastic.architectures import family_of, read_config
-from star_elastic.bundled import find_model
 from star_elastic.checkpoints.companions import LATENCY, MANIFEST, ROUTER
 from star_elastic.checkpoints.manifest import load_manifest
-from star_elastic.cli.options import AsJson
+from star_elastic.cli.count import read_countable
+from star_elastic.cli.options import AsJson, Model
 from star_elastic.cli.terminal import show
 from star_elastic.cost.latency import load_table
 from star_elastic.files.paths import has_file, is_folder
 from star_elastic.tables import Table
 
 
-def check(
-    checkpoint: Path = Argument(parser=find_model, help="A slice, a family, or any checkpoint."),
-    as_json: AsJson = False,
-) -> None:
-    """Which engines and GPUs run a checkpoint, and why others do not.
+def check(checkpoint: Model, as_json: AsJson = False) -> None:
+    """Which engines and GPUs run a slice, a family or any checkpoint, and why others do not.
 
     Of the weights it reads names, shapes and dtypes, not the values.
     """
@@ -31,12 +25,10 @@ def check(
     if is_folder(checkpoint) and has_file(checkpoint / MANIFEST):
         _require_family(checkpoint)
     verdicts = check_engines(checkpoint)
+    content = {"checkpoint": str(checkpoint), "engines": [asdict(v) for v in verdicts]}
     rows = [[v.engine, "yes" if v.runs else "no", v.note] for v in verdicts]
-    show(
-        as_json,
-        {"checkpoint": str(checkpoint), "engines": [asdict(v) for v in verdicts]},
-        Table(str(checkpoint), ["runs on", "", "what to know"], rows, num_text=3),
-    )
+    table = Table(str(checkpoint), ["runs on", "", "what to know"], rows, num_text=3)
+    show(as_json, content, table)
 
 
 def _require_family(path: Path) -> None:
@@ -46,8 +38,7 @@ def _require_family(path: Path) -> None:
     from star_elastic.models.submodel import load_sorting
     from star_elastic.router.files import load_router
 
-    config = read_config(path)
-    axis_map = family_of(config).axis_map(config)
+    _, axis_map = read_countable(path)
     manifest = load_manifest(path, axis_map)
     load_sorting(path, axis_map)
     if has_file(path / ROUTER):

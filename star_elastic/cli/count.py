@@ -2,13 +2,12 @@
 
 from pathlib import Path
 
-from typer import Argument, Option
+from typer import Option
 
 from star_elastic.architectures import family_of, read_config
 from star_elastic.architectures.base import Config
 from star_elastic.axes import AxisMap
-from star_elastic.bundled import find_model
-from star_elastic.cli.options import AsJson
+from star_elastic.cli.options import AsJson, Model
 from star_elastic.cli.terminal import show
 from star_elastic.cost.count import CostModel, Workload, count_parts
 from star_elastic.strict import MOST_ROWS, MOST_TOKENS
@@ -21,7 +20,7 @@ COUNTED = ("total", "active", "weight_bytes", "state_bytes", "flops_per_token",
 
 
 def count(
-    model: Path = Argument(parser=find_model, help="Checkpoint directory or config.json."),
+    model: Model,
     widths: str = Option("", help="For example hidden=1920,expert_ffn=960."),
     context: int = Option(0, help="Tokens of context for KV bytes.", min=0, max=MOST_TOKENS),
     batch: int = Option(1, help="Sequences held at once.", min=1, max=MOST_ROWS),

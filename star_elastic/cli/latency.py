@@ -26,7 +26,6 @@ from star_elastic.strict import MOST_ROWS, MOST_TOKENS
 from star_elastic.tables import Table
 
 if TYPE_CHECKING:
-    from star_elastic.generate.family import ElasticFamily
     from star_elastic.measure.latency_bench import Setting
 
 MOST_SECONDS = 10**6
@@ -66,17 +65,21 @@ def latency(
     if sizes:
         if model is None:
             raise ConfigError("--sizes measures an elastic checkpoint; name one in place of --for")
-        from star_elastic.generate.family import load
-
-        family = load(model, dtype, device)
-        _measure_sizes(family, batch or [1], context or [DEFAULT_CONTEXT], seconds, out, as_json)
+        works = batch or [1], context or [DEFAULT_CONTEXT]
+        _measure_sizes(model, dtype, device, *works, seconds, out, as_json)
         return
     if len(batch) > 1 or len(context) > 1:
         raise ConfigError("a table holds one batch and one context; name one, or use --sizes")
     from star_elastic.measure.latency_bench import Setting
     from star_elastic.models.placement import choose_device, choose_dtype
 
-    model, config, axis_map, choices, workload = _what_to_measure(model, run)
+    choices, workload = None, Workload()
+    if run is not None:
+        model, choices, workload = _of_run(run)
+    assert model is not None
+    config, axis_map = read_countable(model)
+    if run is None and is_folder(model) and has_file(model / FILE_NAME):
+        choices = load_manifest(model, axis_map).choices
     setting = Setting(
         phase=phase, batch=(batch or [workload.batch])[0], seconds=seconds,
         context=(context or [workload.context or DEFAULT_CONTEXT])[0],
@@ -85,23 +88,14 @@ def latency(
     _measure_widths(config, axis_map, choices, setting, out, as_json)
 
 
-def _what_to_measure(
-    model: Path | None, run: Path | None
-) -> tuple[Path, Config, AxisMap, Choices, Workload]:
-    """A checkpoint or a run's parent, its config and axis map; the widths to choose from (None:
-    there are no choices), and what to measure them at."""
-    if run is not None:
-        from star_elastic.train.check import read_parent
-        from star_elastic.train.config import load_run_config
+def _of_run(run: Path) -> tuple[Path, Choices, Workload]:
+    """The parent of a run config, its choices of widths, and its workload."""
+    from star_elastic.train.check import read_parent
+    from star_elastic.train.config import load_run_config
 
-        of_run = load_run_config(run)
-        config, axis_map, _, grid = read_parent(of_run)
-        return Path(of_run.parent), config, axis_map, grid.choices, of_run.workload
-    assert model is not None
-    config, axis_map = read_countable(model)
-    is_family = is_folder(model) and has_file(model / FILE_NAME)
-    choices = load_manifest(model, axis_map).choices if is_family else None
-    return model, config, axis_map, choices, Workload()
+    config = load_run_config(run)
+    *_, grid = read_parent(config)
+    return Path(config.parent), grid.choices, config.workload
 
 
 def _measure_widths(
@@ -144,13 +138,15 @@ def _measure_widths(
 
 
 def _measure_sizes(
-    family: ElasticFamily, batches: list[int], contexts: list[int], seconds: float, out: Path,
-    as_json: bool,
+    elastic: Path, dtype: str, device: str, batches: list[int], contexts: list[int],
+    seconds: float, out: Path, as_json: bool,
 ) -> None:  # fmt: skip
     """Measures the sizes of a family, writes and tells their times."""
+    from star_elastic.generate.family import load
     from star_elastic.measure.size_latency import describe_machine, measure_sizes
     from star_elastic.models.placement import name_of
 
+    family = load(elastic, dtype, device)
     with progress_bars(f"stopped; {out} was not written") as progress:
         times = measure_sizes(dict(family), batches, contexts, seconds=seconds, progress=progress)
     dtype = name_of(family.parent.dtype)
