@@ -33,13 +33,13 @@ from typing import Any
 import torch
 from common import LARGE, TINY, build_model, medians_in_turn
 
+from star_elastic.axes.widths import Widths
 from star_elastic.cli.terminal import at_the_command_line, command_line
 from star_elastic.cost.count import CostModel, Workload
 from star_elastic.models.elastic import ElasticModel
 from star_elastic.nesting.gate import Mixture
 from star_elastic.train.losses import linear_kl, sampled_kl
 from star_elastic.train.teacher import sample_targets
-from star_elastic.widths import Widths
 
 SHARES = {"large": 1.0, "medium": 0.78, "small": 0.58}
 """Share of the hidden channels that a size keeps: active parameters follow it."""

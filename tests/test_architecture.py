@@ -75,7 +75,7 @@ def test_tests_share_what_lies_in_support_files(file):
         "import star_elastic.cost.count",
         "import star_elastic.cost.latency",
         "import star_elastic.architectures",
-        "import star_elastic.widths",
+        "import star_elastic.axes.widths",
         "import star_elastic.cli; sys.argv = ['star-elastic', '--help']; star_elastic.cli.main()",
     ],
 )

@@ -14,6 +14,7 @@ import torch
 
 import star_elastic
 from star_elastic.architectures import family_of, read_config
+from star_elastic.axes.widths import Widths
 from star_elastic.checkpoints.manifest import Manifest, Size, save_manifest
 from star_elastic.cli import main
 from star_elastic.demo import bundled_parent
@@ -33,7 +34,6 @@ from star_elastic.models.submodel import load_tokenizer
 from star_elastic.progress import Silent
 from star_elastic.report.report import load_result, make_page, write_report
 from star_elastic.report.tables import NO_VALUE, answers_table
-from star_elastic.widths import Widths
 from tests.processes import answer
 from tests.tiny_family import PROMPTS, WIDTHS, make_config, make_model, make_tokenizer
 

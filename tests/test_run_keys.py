@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from star_elastic.axes import axis_keys
+from star_elastic.axes.widths import Widths
 from star_elastic.cost.latency import save_table
 from star_elastic.data.sources import open_sources
 from star_elastic.errors import ConfigError, RowError
@@ -26,7 +27,6 @@ from star_elastic.train.config import RunConfig, load_run_config
 from star_elastic.train.losses import next_token_targets, sampled_kl
 from star_elastic.train.outlook import look_ahead
 from star_elastic.train.run import train
-from star_elastic.widths import Widths
 from tests.latencies import made_up
 from tests.tiny_run import RUN, TINY, config_in, make_folder, metrics
 from tests.watched import keys_of

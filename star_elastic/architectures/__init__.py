@@ -1,29 +1,33 @@
-"""One table per model family: axis map, config rewriting, on-disk names.
+"""Architectures: one short file per model type, composed of parts.
 
-A family reads a config as plain JSON data (no tensor library is imported), so that a model can be
-counted and planned from its config.json alone.
+An architecture reads a config as plain JSON data (no tensor library is imported), so that a model
+can be counted and planned from its config.json alone. To add one, write its file and name it in
+`ARCHITECTURES`; docs/architectures.md shows how.
 """
 
 import reprlib
 
-from star_elastic.architectures.base import Family, read_config
+from star_elastic.architectures.config_file import read_config
+from star_elastic.architectures.decoder import Architecture
 from star_elastic.architectures.llama import Llama
 from star_elastic.architectures.nemotron_h import NemotronH
+from star_elastic.architectures.qwen3 import Qwen3
+from star_elastic.errors import ConfigError
 
-FAMILIES: dict[str, Family] = {family.model_type: family for family in (NemotronH(), Llama())}
+ARCHITECTURES: dict[str, Architecture] = {
+    architecture.model_type: architecture for architecture in (NemotronH(), Llama(), Qwen3())
+}
 
 
-def family_of(config: dict) -> Family:
-    """The family of a config. Raises ConfigError if none serves its `model_type`."""
-    from star_elastic.errors import ConfigError
-
+def family_of(config: dict) -> Architecture:
+    """The architecture of a config. Raises ConfigError if none serves its `model_type`."""
     model_type = config.get("model_type")
-    if not isinstance(model_type, str) or model_type not in FAMILIES:
+    if not isinstance(model_type, str) or model_type not in ARCHITECTURES:
         raise ConfigError(
             f"model_type={reprlib.repr(model_type)} has no family table; supported: "
-            f"{', '.join(FAMILIES)}"
+            f"{', '.join(ARCHITECTURES)}"
         )
-    return FAMILIES[model_type]
+    return ARCHITECTURES[model_type]
 
 
-__all__ = ["FAMILIES", "Family", "family_of", "read_config"]
+__all__ = ["ARCHITECTURES", "Architecture", "family_of", "read_config"]

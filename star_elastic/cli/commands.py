@@ -17,8 +17,9 @@ import typer
 from rich.console import Console
 from typer.core import TyperCommand
 
-from star_elastic.architectures.base import Config
+from star_elastic.architectures.config_file import Config
 from star_elastic.axes import LAYERS, AxisMap
+from star_elastic.axes.widths import parse_widths
 from star_elastic.cli.bars import Bars
 from star_elastic.cli.terminal import (
     print_generation,
@@ -40,7 +41,6 @@ from star_elastic.generate.phases import (
 from star_elastic.progress import staged
 from star_elastic.signals import is_first_rank, num_ranks
 from star_elastic.strict import MOST_ROWS, MOST_TOKENS
-from star_elastic.widths import parse_widths
 
 app = typer.Typer(
     help="One reasoning model, many nested sizes inside a single checkpoint.",

@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 
 from star_elastic.architectures import family_of
 from star_elastic.axes import AxisMap
+from star_elastic.axes.widths import Widths
 from star_elastic.cost.count import Cost, CostModel, Workload
 from star_elastic.errors import ConfigError
 from star_elastic.evaluate.matching import BY_TASK, Match
@@ -28,7 +29,6 @@ from star_elastic.evaluate.wilson import effective_count, wilson_interval
 from star_elastic.generate.family import ElasticFamily
 from star_elastic.generate.phased import DEFAULT_BATCH_SIZE, PhasedGenerator
 from star_elastic.generate.phases import ANSWERING, TAG, THINKING, ByDifficulty, Generation, Plan
-from star_elastic.widths import Widths
 
 MAX_TEXT, LEFT_OUT = 1_000, " [...] "
 """Characters that are kept of a text, and what stands for its middle where it is longer."""

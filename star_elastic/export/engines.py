@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from star_elastic.architectures import family_of, read_config
-from star_elastic.architectures.base import Config
+from star_elastic.architectures.config_file import Config
 from star_elastic.axes import AxisMap
 from star_elastic.checkpoints.companions import MANIFEST
 from star_elastic.checkpoints.layouts import (

@@ -16,7 +16,7 @@ import torch
 from transformers import PreTrainedModel
 
 from star_elastic.architectures import family_of
-from star_elastic.architectures.base import Config
+from star_elastic.architectures.config_file import Config
 from star_elastic.axes import LAYERS
 from star_elastic.errors import ConfigError, ShapeError, not_finite
 from star_elastic.progress import Progress

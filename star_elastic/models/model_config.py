@@ -18,7 +18,7 @@ from typing import Any
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from star_elastic.architectures import family_of
-from star_elastic.architectures.base import Config, told
+from star_elastic.architectures.config_file import Config, told
 from star_elastic.checkpoints.layouts import CONFIG_KEY
 from star_elastic.checkpoints.written_config import EAGER, GROUPED_MULTIPLE, grouped_products_fit
 from star_elastic.errors import ConfigError, StarElasticError, library_boundary

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from star_elastic.axes import AxisMap, TensorSpec
+from star_elastic.axes.widths import Widths
 from star_elastic.checkpoints.layouts import cut_scales
 from star_elastic.errors import ConfigError
 from star_elastic.models.native import Fp8Experts, Fp8Product
@@ -26,7 +27,6 @@ from star_elastic.quant.formats import (
     straight_through,
 )
 from star_elastic.quant.scheme import Scheme
-from star_elastic.widths import Widths
 
 INPUTS = "quantised_inputs"
 """Attribute of models with quantised layers."""
@@ -39,7 +39,7 @@ def attach(model: nn.Module, spec: TensorSpec, change: Change) -> Callable[[], N
 
     The second matrix of a stack of experts reads what their activation function gives.
     """
-    if spec.pieces[0].index is None:
+    if not spec.is_stacked:
         module = model.get_submodule(spec.name.removesuffix(".weight"))
     else:
         path, _, last = spec.name.rpartition(".")
@@ -95,7 +95,7 @@ class QuantisedInputs:
         scale = self.scales.get(spec.name)
         if self.weight_scales is None:
             attach(model, spec, FakeInput(self.scheme.format, scale))
-        elif spec.pieces[0].index is None:
+        elif not spec.is_stacked:
             module = model.get_submodule(spec.name.removesuffix(".weight"))
             Fp8Product(self.weight_scales[spec.name], scale).install(module)
         else:
@@ -115,7 +115,9 @@ class QuantisedInputs:
         if weights is not None:
             specs, scheme = axis_map.tensors, self.scheme
             weights = {
-                names[name]: cut_scales(scale, specs[name], axis_map, scheme, widths)
+                names[name]: cut_scales(
+                    scale, specs[name], scheme, axis_map.seen_by(specs[name].layer, widths)
+                )
                 for name, scale in weights.items()
                 if name in names
             }

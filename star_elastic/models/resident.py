@@ -18,10 +18,10 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from star_elastic.axes import AxisMap, Dim, Segment, TensorSpec
+from star_elastic.axes.widths import Widths
 from star_elastic.models.native import Fp8Product
 from star_elastic.models.quantised_inputs import INPUTS, QuantisedInputs
 from star_elastic.quant.formats import E4M3
-from star_elastic.widths import Widths
 
 Place = tuple[tuple[int, ...], int]
 """Where a block of elements lies: strides and start."""

@@ -19,10 +19,10 @@ from torch.nn import init
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from star_elastic.architectures import family_of
-from star_elastic.architectures.base import Config, nearest_homogeneous
+from star_elastic.architectures.config_file import Config
+from star_elastic.axes.widths import Width
 from star_elastic.errors import ConfigError, library_boundary
 from star_elastic.models.model_config import advice, buildable_config, left_to_chance
-from star_elastic.widths import Width
 
 _BUILDING = threading.RLock()
 """Building a model sets the default dtype and device of the whole process for a moment."""
@@ -156,11 +156,10 @@ def build_skeleton_at(
     family = family_of(config)
     axis_map = family.axis_map(config)
     complete = axis_map.complete(widths)
-    uniform = axis_map.complete(nearest_homogeneous(complete, axis_map))
+    uniform = axis_map.complete(axis_map.nearest_homogeneous(complete))
     target = family.config_at(config, uniform)
     skeleton = build_skeleton(target, like)
-    here = axis_map.at(uniform)
-    blocks: Any = skeleton.get_submodule(here.blocks)
+    blocks: Any = skeleton.get_submodule(axis_map.path)
     for place, layer in enumerate(axis_map.kept_layers(complete)):
         own = {n: axis_map.width(complete, n, layer) for n in axis_map.own_axes(layer)}
         if any(uniform[name] != width for name, width in own.items()):

@@ -22,8 +22,9 @@ from transformers import (
 from transformers.utils import GENERATION_CONFIG_NAME
 
 from star_elastic.architectures import family_of, read_config
-from star_elastic.architectures.base import Config
+from star_elastic.architectures.config_file import Config
 from star_elastic.axes import AxisMap
+from star_elastic.axes.widths import Width
 from star_elastic.checkpoints.companions import (
     BASIS,
     ORDERS,
@@ -49,7 +50,6 @@ from star_elastic.models.skeleton import (
 )
 from star_elastic.nesting.rotate import check_basis, rotate_state
 from star_elastic.nesting.slice import Orders, check_orders, slice_state, sort_state
-from star_elastic.widths import Width
 
 
 def build_submodel(

@@ -15,8 +15,9 @@ import torch
 from transformers import PreTrainedModel
 
 from star_elastic.architectures import family_of, read_config
-from star_elastic.architectures.base import Config
+from star_elastic.architectures.config_file import Config
 from star_elastic.axes import AxisMap
+from star_elastic.axes.widths import Widths
 from star_elastic.checkpoints.companions import copy_family_files
 from star_elastic.checkpoints.layouts import CONFIG_KEY, stored_map
 from star_elastic.checkpoints.manifest import load_manifest, save_manifest
@@ -39,7 +40,6 @@ from star_elastic.models.submodel import build_submodel, load_parent, load_token
 from star_elastic.progress import Progress, Silent, staged
 from star_elastic.quant.scheme import Scheme, make_scheme
 from star_elastic.rewrite.quantise import quantise_checkpoint
-from star_elastic.widths import Widths
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -63,18 +63,17 @@ class _Writer:
         """Every tensor to write; all that belong to one weight follow each other."""
         axis_map, format = self.source.axis_map, self.scheme.format
         for spec in axis_map.tensors.values():
-            stacked = spec.pieces[0].index is not None
             parts: Mapping[str | None, TensorSpec] = {None: spec}
             if spec.name in self.quantised:
                 parts = {**stored_parts(spec, format, COMPRESSED_TENSORS)}
             for number, piece in enumerate(spec.pieces):
                 name = self.source.name_of(spec, piece)
                 for kind, part in parts.items():
-                    shape = axis_map.shape(part, axis_map.full)[int(stacked) :]
+                    written = part.pieces[number]
+                    shape = axis_map.shape(part.on_disk(written), axis_map.full)
                     dtype = stored_dtype(kind, format) if kind else self.source.reader.dtype(name)
-                    written = part.pieces[number].name
-                    self.entries[written] = _Entry(spec, piece, kind)
-                    yield Planned(written, shape, dtype)
+                    self.entries[written.name] = _Entry(spec, piece, kind)
+                    yield Planned(written.name, shape, dtype)
 
     def value_of(self, name: str) -> torch.Tensor:
         """The value of a planned tensor."""

@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from star_elastic.axes.widths import Widths
 from star_elastic.cost.amounts import show_amount
 from star_elastic.cost.count import CostModel
 from star_elastic.errors import BudgetError
@@ -21,7 +22,6 @@ from star_elastic.router.budget import AIM, REACH, Budgets, budget_miss
 from star_elastic.router.grid import Grid
 from star_elastic.router.router import Decision, Router, Temperature
 from star_elastic.router.search import Search
-from star_elastic.widths import Widths
 
 LEARNED = 80
 """Router steps from which its own choice is to be trusted (`benchmarks/planted_axes.py`)."""

@@ -9,8 +9,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from star_elastic.axes import LAYERS, AxisMap
+from star_elastic.axes.widths import Widths, default_step
 from star_elastic.errors import ConfigError, ShapeError
-from star_elastic.widths import Widths, default_step
 
 KEPT_WHOLE = ("heads", "layers", "top_k")
 """Axes that are not elastic unless asked for: the papers keep them."""

@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import replace
 
 from star_elastic.axes import LAYERS
+from star_elastic.axes.widths import Widths
 from star_elastic.cost.amounts import show_amount
 from star_elastic.cost.count import METRICS, CostModel
 from star_elastic.errors import BudgetError
 from star_elastic.router.budget import REACH, Budgets, describe
 from star_elastic.router.grid import Grid
 from star_elastic.router.search import Search
-from star_elastic.widths import Widths
 
 
 def check_reach(name: str, budgets: Budgets, cost: CostModel, grid: Grid) -> None:

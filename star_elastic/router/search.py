@@ -16,11 +16,11 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from star_elastic.axes.widths import Widths
 from star_elastic.cost.count import CostModel
 from star_elastic.nesting.gate import Mixture
 from star_elastic.router.budget import AIM, Budgets, overspent
 from star_elastic.router.grid import Grid, complete_widths
-from star_elastic.widths import Widths
 
 EXHAUSTIVE = 200_000
 """Combinations of widths up to this many are counted one and all."""

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from star_elastic.architectures.base import is_hub_name, not_a_directory
+from star_elastic.architectures.config_file import is_hub_name, not_a_directory
 from star_elastic.cost.amounts import parse_budget
 from star_elastic.cost.count import METRICS, Workload
 from star_elastic.data.source_config import SourceConfig
