@@ -15,7 +15,7 @@ PACKAGE = ROOT / "star_elastic"
 # Rooms of one line are siblings: each may import itself and what stands in the lines before.
 LAYERS = (
     {"errors", "progress", "recent"},
-    {"files", "strict", "signals", "widths"},
+    {"files", "strict", "signals"},
     {"axes"},
     {"architectures", "quant", "nesting", "cost"},
     {"checkpoints", "data"},
@@ -24,7 +24,7 @@ LAYERS = (
     {"measure"},
     {"train", "evaluate"},
     {"report", "demo"},
-    {"cli", "families", "manifest"},
+    {"cli", "families", "manifest", "widths"},
 )
 RANK = {room: rank for rank, rooms in enumerate(LAYERS) for room in rooms}
 LAZY_FACADE = PACKAGE / "__init__.py"

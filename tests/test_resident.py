@@ -23,15 +23,10 @@ from star_elastic.checkpoints.manifest import Manifest, Size, save_manifest
 from star_elastic.checkpoints.tensors import save_tensors
 from star_elastic.cost.count import CostModel
 from star_elastic.generate.family import ElasticFamily
-from star_elastic.models.resident import (
-    NestedLinear,
-    count_resident,
-    layout_of,
-    nest,
-    nest_in_place,
-    nested_names,
-)
+from star_elastic.models.linear import NestedLinear
+from star_elastic.models.resident import count_resident, nest_in_place, nested_names
 from star_elastic.models.submodel import build_submodel, load_parent
+from star_elastic.nesting.order import layout_of, nest
 from star_elastic.rewrite.stream import slice_checkpoint
 from star_elastic.router.grid import make_grid
 from star_elastic.router.router import Router

@@ -18,7 +18,8 @@ from star_elastic.axes import AxisMap, TensorSpec
 from star_elastic.axes.widths import Widths
 from star_elastic.checkpoints.layouts import cut_scales
 from star_elastic.checkpoints.tensors import load_tensors, save_tensors
-from star_elastic.models.quantised_inputs import FakeInput, attach
+from star_elastic.models.linear import KnownInput
+from star_elastic.models.quantised_inputs import know_inputs
 from star_elastic.quant.formats import dequantise, largest_of, quantise, straight_through
 from star_elastic.quant.scheme import Scheme, partners
 
@@ -82,7 +83,7 @@ class FakeQuantisation:
         for spec in specs:
             name = prefix + spec.name
             if name in self.largest:
-                attach(block, spec, FakeInput(self.scheme.format, self.inputs.get(name)))
+                know_inputs(block, spec, KnownInput(self.scheme.format, self.inputs.get(name)))
 
     def save(self, directory: Path) -> None:
         """Writes what is frozen."""

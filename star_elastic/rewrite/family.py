@@ -32,9 +32,9 @@ from star_elastic.data.sources import (
 )
 from star_elastic.errors import ConfigError, ShapeError
 from star_elastic.files.writing import require_writable
+from star_elastic.models.calibration import calibrate_inputs
 from star_elastic.models.fake_quantisation import FakeQuantisation
 from star_elastic.models.placement import choose_device, choose_dtype
-from star_elastic.models.quantised_inputs import calibrate_inputs
 from star_elastic.models.skeleton import build_skeleton
 from star_elastic.models.submodel import build_submodel, load_parent, load_tokenizer
 from star_elastic.progress import Progress, Silent, staged
