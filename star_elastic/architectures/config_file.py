@@ -37,7 +37,7 @@ NOT_BY_LAYER = re.compile(r"architectures|.*_token_ids?|.*_tokens|time_step_limi
 """Lists in a config that may be as long as there are layers and have nothing to do with them."""
 
 
-def read_config(path: str | Path) -> Config:
+def read_json_config(path: str | Path) -> Config:
     """The config of a checkpoint directory or config.json file.
 
     Keys that only caches and masks read (`ATTENTION_KEYS`) are left out where they are null. Raises

@@ -114,10 +114,13 @@ class Architecture(ABC):
         )
         return require_size(axis_map)
 
-    def config_at(self, config: Config, widths: Mapping[str, Any]) -> Config:
-        """The config.json of the submodel. Raises ShapeError if the format cannot express it."""
+    def config_at(
+        self, config: Config, widths: Mapping[str, Any], axis_map: AxisMap | None = None
+    ) -> Config:
+        """The config.json of the submodel; `axis_map` is that of the config, if it is known. Raises
+        ShapeError if the format cannot express it."""
+        axis_map = axis_map or self.axis_map(config)
         config = self.normalise(config)
-        axis_map = self.axis_map(config)
         complete = axis_map.complete(widths)
         kept = homogeneous(complete, axis_map)
         layers = axis_map.kept_layers(complete)

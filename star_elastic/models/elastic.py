@@ -17,7 +17,7 @@ from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from star_elastic.architectures import family_of
+from star_elastic.architectures import ModelConfig
 from star_elastic.architectures.config_file import Config
 from star_elastic.axes import LAYERS, TOP_K, AxisMap, Block, MoeSpec
 from star_elastic.axes.widths import Widths
@@ -151,15 +151,14 @@ class ElasticBlock(_Part):
     def __init__(
         self,
         parent: PreTrainedModel,
-        config: Config,
+        config: ModelConfig,
         axis_map: AxisMap,
         layer: int,
         fake: FakeQuantisation | None,
     ):
-        family = family_of(config)
         super().__init__(axis_map, layer, axis_map.blocks[layer], fake)
         self.block = parent.get_submodule(f"{axis_map.path}.{layer}")
-        self._family, self._config = family, config
+        self._config = config
         self._like = (parent,)  # in a tuple, so that it is no submodule
         self._kind = type(self.block)
 
@@ -216,7 +215,7 @@ class ElasticBlock(_Part):
 
     def _build_skeleton(self, widths: Widths, gated: bool) -> nn.Module:
         assert self.layer is not None
-        config = self._family.config_at(self._config, widths)
+        config = self._config.at(widths)
         skeleton = build_block(self._kind, config, self.layer, self._like[0], deterministic=True)
         with without_memory():
             for mixer in self.rows.mixers:
@@ -267,12 +266,12 @@ class ElasticModel(_Part):
         axis_map: AxisMap | None = None,
         fake: FakeQuantisation | None = None,
     ):
-        family = family_of(config)
-        axis_map = axis_map or family.axis_map(config)
+        config = ModelConfig.of(config)
+        axis_map = axis_map or config.axis_map
         super().__init__(axis_map, None, axis_map.outside)
         self.parent = parent
         self.model_config = config
-        self.family = family
+        self.family = config.architecture
         self.recompute = recompute
         self.fake = fake
         layers = self.axis_map.axes[LAYERS].layers
@@ -335,8 +334,7 @@ class ElasticModel(_Part):
             if first == "hidden":
                 outside[divisor] = axis_map.axes[divisor].minimum
         widths = axis_map.complete(outside)
-        config = self.family.config_at(self.model_config, widths)
-        skeleton = build_skeleton(config, self.parent, deterministic=True)
+        skeleton = build_skeleton(self.model_config.at(widths), self.parent, deterministic=True)
         if gated:
             self.install_norms(skeleton, widths)
         callers = nn.ModuleList(_Caller(self._block_at(layer)) for layer in kept)

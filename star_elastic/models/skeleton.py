@@ -18,7 +18,7 @@ from torch import nn
 from torch.nn import init
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from star_elastic.architectures import family_of
+from star_elastic.architectures import ModelConfig
 from star_elastic.architectures.config_file import Config
 from star_elastic.axes.widths import Width
 from star_elastic.errors import ConfigError, library_boundary
@@ -153,16 +153,15 @@ def build_skeleton_at(
     `config` is the parent's. The config of such a model is that of the nearest homogeneous widths,
     which no saved checkpoint could honour.
     """
-    family = family_of(config)
-    axis_map = family.axis_map(config)
+    config = ModelConfig.of(config)
+    axis_map = config.axis_map
     complete = axis_map.complete(widths)
     uniform = axis_map.complete(axis_map.nearest_homogeneous(complete))
-    target = family.config_at(config, uniform)
-    skeleton = build_skeleton(target, like)
+    skeleton = build_skeleton(config.at(uniform), like)
     blocks: Any = skeleton.get_submodule(axis_map.path)
     for place, layer in enumerate(axis_map.kept_layers(complete)):
         own = {n: axis_map.width(complete, n, layer) for n in axis_map.own_axes(layer)}
         if any(uniform[name] != width for name, width in own.items()):
-            its_config = family.config_at(config, {**uniform, **own})
+            its_config = config.at({**uniform, **own})
             blocks[place] = build_block(type(blocks[place]), its_config, place, like)
     return skeleton

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
-from star_elastic.architectures import family_of, read_config
+from star_elastic.architectures import read_config
 from star_elastic.architectures.config_file import Config
 from star_elastic.axes import AxisMap
 from star_elastic.axes.widths import Widths
@@ -80,7 +80,7 @@ def quantise_family(
     if not 0 < calibration.percentile <= 100:
         raise ConfigError(f"percentile={calibration.percentile} is not in (0, 100]; use 99.99")
     config = read_config(path)
-    axis_map = family_of(config).axis_map(config)
+    axis_map = config.axis_map
     manifest = load_manifest(path, axis_map)
     if config.get(CONFIG_KEY):
         raise ConfigError(f"{path} is quantised already; quantise the checkpoint it was made from")
@@ -147,8 +147,7 @@ def held_out_of(elastic: Path, calibration: InputCalibration) -> list[Document]:
     """The rows that a family is not calibrated on, to hold it against what it was."""
     if not calibration.files:
         return []
-    config = read_config(elastic)
-    rows = _rows(elastic, calibration, family_of(config).axis_map(config))
+    rows = _rows(elastic, calibration, read_config(elastic).axis_map)
     return held_out_documents([rows], MAX_CONTEXT)
 
 

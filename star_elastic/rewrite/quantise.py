@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from star_elastic.architectures import family_of, read_config
+from star_elastic.architectures import read_config
 from star_elastic.axes import Piece, TensorSpec
 from star_elastic.checkpoints.companions import copy_companions
 from star_elastic.checkpoints.layouts import (
@@ -143,9 +143,8 @@ def quantise_checkpoint(
     config = read_config(path)
     if config.get(CONFIG_KEY):
         raise ConfigError(f"{path} is quantised already; quantise the checkpoint it was made from")
-    family = family_of(config)
-    axis_map = family.axis_map(config)
-    source = StoredModel(path, axis_map, family)
+    axis_map = config.axis_map
+    source = StoredModel(path, axis_map, config.architecture)
     source.require_whole()
     writer = _Writer(source, scheme, input_scales or {}, largest or {})
     lacking = writer.quantised.keys() - (input_scales or {}).keys()
@@ -163,8 +162,7 @@ def quantise_checkpoint(
         if progress:
             progress(written, total)
 
-    whole = family.config_at(config, axis_map.full)
-    whole = written_config(whole, axis_map, source.dtype, scheme)
+    whole = written_config(config.at(axis_map.full), axis_map, source.dtype, scheme)
     with new_directory(out) as directory:
         copy_companions(path, directory)
         write_json(directory / "config.json", {**whole, CONFIG_KEY: config_entry(axis_map, scheme)})

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from star_elastic.architectures import Architecture, family_of, read_config
+from star_elastic.architectures import Architecture, ModelConfig, read_config
 from star_elastic.architectures.config_file import Config
 from star_elastic.axes import AxisMap, Piece, TensorSpec, size_of
 from star_elastic.axes.widths import Width
@@ -151,10 +151,9 @@ def slice_checkpoint(
     """
     path = Path(path)
     config = read_config(path)
-    family = family_of(config)
-    axis_map = family.axis_map(config)
+    axis_map = config.axis_map
     complete = axis_map.complete(widths)
-    target = family.config_at(config, complete)
+    target: Config = {**config.at(complete)}
     build_skeleton(target, file=f"the slice's config.json, made of {path / 'config.json'},")
     require_readable(path)
     scheme = read_scheme(config, axis_map)
@@ -172,7 +171,7 @@ def slice_checkpoint(
         axis_map = stored_map(axis_map, scheme)
         axis_map.require_edges(complete)
     smaller = axis_map.at(complete)
-    source = _open(path, axis_map, family)
+    source = _open(path, axis_map, config.architecture)
     target = written_config(target, model, source.dtype, scheme)
 
     def kept(spec: TensorSpec) -> list[int]:
@@ -239,13 +238,12 @@ def sort_checkpoint(
     """
     path = Path(path)
     config = read_config(path)
-    family = family_of(config)
-    axis_map = family.axis_map(config)
+    axis_map = config.axis_map
     check_orders(orders, axis_map)
     build_skeleton(config, file=path / "config.json")
     if read_scheme(config, axis_map) is not None:
         raise ConfigError(f"{path} is quantised; sort the checkpoint first, then quantise it")
-    source = _open(path, axis_map, family)
+    source = _open(path, axis_map, config.architecture)
 
     def moved(spec: TensorSpec) -> list[int]:
         order = dim_order(spec.dims[0], orders_of(spec.layer, axis_map, orders))
@@ -256,8 +254,7 @@ def sort_checkpoint(
         return lambda tensor: sort_tensor(tensor, dims, here)
 
     jobs = list(_jobs(source, axis_map, axis_map.names_at(axis_map.full), moved, convert))
-    written = family.config_at(config, axis_map.full)
-    written = written_config(written, axis_map, source.dtype, None)
+    written = written_config(config.at(axis_map.full), axis_map, source.dtype, None)
     _write(source, jobs, written, out, max_shard_bytes, progress, finish)
 
 
@@ -277,8 +274,8 @@ def save_model(
     tensors, or of each by name; those that the table keeps in fp32 stay so. config.json names the
     dtype that most elements have. `progress` is told bytes.
     """
-    family = family_of(config)
-    axis_map = family.axis_map(config)
+    config = ModelConfig.of(config)
+    axis_map = config.axis_map
     dtypes = {
         spec.name: torch.float32
         if spec.keep_fp32
@@ -299,8 +296,9 @@ def save_model(
         spec, piece = values[name]
         return state[spec.name][spec.box(piece)].detach().to(dtypes[spec.name])
 
-    written = family.config_at(config, axis_map.full)
-    written = written_config(written, axis_map, most_common_dtype(dtypes, axis_map), None)
+    written = written_config(
+        config.at(axis_map.full), axis_map, most_common_dtype(dtypes, axis_map), None
+    )
     with new_directory(out) as directory:
         copy_companions(extras, directory)
         write_json(directory / "config.json", written)
