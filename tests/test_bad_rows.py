@@ -559,19 +559,6 @@ def test_the_task_is_the_next_id_of_every_position(run_folder):
     assert report.kd["large"] == pytest.approx(total / count, rel=1e-4)
 
 
-def test_a_corrected_row_is_another_document_to_a_cached_teacher(run_folder, tmp_path):
-    """Whatever it is cut to, a document keeps its name; other words have another."""
-    tokenizer = load_tokenizer(run_folder / "parent")
-
-    def names(text, context):
-        (tmp_path / "rows.jsonl").write_text(json.dumps({"text": text}))
-        source = Source([tmp_path / "rows.jsonl"], tokenizer)
-        packed = PackedStream([source], [1.0], context=context, batch_size=1, seed=0, stage=0)
-        return {digest for row in packed.batch(0).texts for _, digest, _, _ in row}
-
-    assert names("1234567", 4) == names("1234567", 20) != names("1234568", 20)
-
-
 def test_lengths_beyond_the_positions_are_told(run_folder):
     """Whatever the order of tokens comes from: generation keeps to the same bound."""
     config = config_in(
