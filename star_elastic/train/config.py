@@ -224,8 +224,7 @@ the papers' stages need, whose steps have twelve million tokens."""
 
 @dataclass(frozen=True, kw_only=True)
 class EngineConfig:
-    """How a step is computed. But for `teacher_samples`, which adds noise without bias, none of it
-    changes what is learned beyond rounding."""
+    """How a step is computed. None of it changes what is learned beyond rounding."""
 
     micro_batch: int = 0
     """Windows at a time, of a step's; 0: as many as hold 16,384 tokens, at least one. Start with 1
@@ -239,9 +238,6 @@ class EngineConfig:
     autocast: bool | None = None
     """Multiplies in bf16; experts' scores, the Mamba state, losses, weights and their updates stay
     in fp32. Left out: where the device has units for it, which many CPUs have not."""
-    teacher_samples: int = 0
-    """Samples of the teacher's distribution per token that are kept on disk, so that it need not
-    run when a row comes again. 0: it runs every time. Start with 64 for data read many times."""
     save_every: int = 200
     """Steps between two saved states."""
 
@@ -250,10 +246,6 @@ class EngineConfig:
             ("micro_batch", 0, MOST_ROWS), ("workers", 1, MOST_THREADS), ("save_every", 1, MOST),
         ):  # fmt: skip
             require_within(name, getattr(self, name), least, most)
-        require(
-            0 <= self.teacher_samples <= 255,
-            f"teacher_samples={self.teacher_samples} is not in 0 to 255; give one of them",
-        )
 
     def windows_at_once(self, context: int) -> int:
         """The most windows of `context` tokens that one forward reads."""
