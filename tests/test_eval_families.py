@@ -26,7 +26,7 @@ from star_elastic.evaluate.run import Settings, evaluate_family
 from star_elastic.evaluate.tasks import Problem
 from star_elastic.generate.phases import TAG, THINKING, think_and_answer
 from star_elastic.progress import Silent
-from star_elastic.report.report import load_result, make_page
+from star_elastic.report.page import load_result, make_page
 from star_elastic.widths import Widths
 from tests.tiny_family import (
     ALWAYS_THINKS,

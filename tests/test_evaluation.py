@@ -31,7 +31,7 @@ from star_elastic.generate.caches import LayerState, RowCache
 from star_elastic.generate.phases import think_and_answer
 from star_elastic.models.submodel import load_tokenizer
 from star_elastic.progress import Silent
-from star_elastic.report.report import load_result, make_page, write_report
+from star_elastic.report.page import load_result, make_page, write_report
 from star_elastic.report.tables import NO_VALUE, answers_table
 from star_elastic.widths import Widths
 from tests.processes import answer
