@@ -17,7 +17,7 @@ import star_elastic
 from star_elastic.architectures import family_of
 from star_elastic.cost.count import CostModel, Workload
 from star_elastic.errors import CheckpointError, ConfigError
-from star_elastic.evaluate.accuracy import Evaluation, evaluate_plan, solve, summarise
+from star_elastic.evaluate.accuracy import Evaluation, Solved, evaluate_plan, solve, summarise
 from star_elastic.evaluate.tasks import messages, sample_problems
 from star_elastic.evaluate.wilson import wilson_interval
 from star_elastic.generate.phased import PhasedGenerator
@@ -125,14 +125,14 @@ def test_unfinished_traces_score_nothing(generator, problems):
 
 def test_cut_traces_are_scored_by_themselves(generator, problems):
     plan = think_and_answer("trained", "trained")
-    outcomes, seconds = solve(generator, problems, plan)
-    assert summarise(plan, problems, outcomes, seconds, 64).cut_accuracy is None
+    outcomes, seconds = solved = solve(generator, problems, plan)
+    assert summarise(plan, problems, solved, 64).cut_accuracy is None
     marks = [(True, True), (True, False), (True, False), (False, True)]
     mixed = [
         replace(outcome, is_cut=is_cut, is_right=is_right)
         for outcome, (is_cut, is_right) in zip(outcomes, marks, strict=True)
     ]
-    found = summarise(plan, problems, mixed, seconds, 64)
+    found = summarise(plan, problems, Solved(mixed, seconds), 64)
     assert (found.cut_share, found.cut_accuracy) == (0.75, pytest.approx(1 / 3))
 
 
