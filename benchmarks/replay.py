@@ -43,7 +43,7 @@ from star_elastic.generate.decode import BatchDecoder
 from star_elastic.generate.family import load
 from star_elastic.generate.phases import Generation
 from star_elastic.models.submodel import build_submodel
-from star_elastic.report.report import load_result
+from star_elastic.report.page import load_result
 
 PLANS = (
     "large", "medium", "small", "small~large 5%", "small~medium 5%", "small~large 5% lines",

@@ -23,7 +23,8 @@ LAYERS = (
     {"rewrite", "generate"},
     {"measure"},
     {"train", "evaluate"},
-    {"report", "demo"},
+    {"report"},
+    {"demo"},
     {"cli", "families", "manifest", "widths"},
 )
 RANK = {room: rank for rank, rooms in enumerate(LAYERS) for room in rooms}

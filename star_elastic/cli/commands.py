@@ -804,7 +804,7 @@ def report(
 ) -> None:
     """What eval has found as one page to read, report.html, and a plot, pareto.png."""
     from star_elastic.files.writing import require_folder
-    from star_elastic.report.report import write_report
+    from star_elastic.report.page import write_report
 
     if exists(out):
         require_folder(out)
