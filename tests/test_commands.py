@@ -21,7 +21,7 @@ import torch
 from safetensors.torch import load_file
 
 import star_elastic
-from star_elastic import demo
+from star_elastic import bundled, demo
 from star_elastic.architectures import family_of, read_config
 from star_elastic.checkpoints.manifest import load_manifest, save_manifest
 from star_elastic.checkpoints.quantised import load_input_scales
@@ -103,7 +103,7 @@ def question(writer) -> str:
     "count", "model", "widths", "context", "batch", "dtype_bytes", "ssm_dtype_bytes", "as_json"
 )  # fmt: skip
 def test_count(told, printed):
-    model = demo.bundled_parent()
+    model = bundled.PARENT
     axis_map = family_of(read_config(model)).axis_map(read_config(model))
     options = {"context": 100, "batch": 3, "dtype_bytes": 4, "ssm_dtype_bytes": 8}
     flags = [x for k, v in options.items() for x in (f"--{k.replace('_', '-')}", v)]

@@ -14,11 +14,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
+from star_elastic import bundled
 from star_elastic.data import sources
 from star_elastic.data.rendering import Document
 from star_elastic.data.row_files import open_rows
 from star_elastic.data.sources import Source, calibration_batches
-from star_elastic.demo import bundled_parent, write_rows
+from star_elastic.demo import write_rows
 from star_elastic.errors import CheckpointError, ConfigError
 from star_elastic.evaluate.tasks import messages, sample_problems
 from star_elastic.train.packing import PackedStream, merge_states
@@ -305,7 +306,7 @@ def test_a_row_in_hand_that_was_corrected_is_read_anew():
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return AutoTokenizer.from_pretrained(bundled_parent())
+    return AutoTokenizer.from_pretrained(bundled.PARENT)
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,6 @@
 import json
 import re
 from dataclasses import replace
-from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
@@ -13,7 +12,7 @@ from hypothesis import strategies as st
 from matplotlib.figure import Figure
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, NemotronHConfig
 
-import star_elastic
+from star_elastic import bundled
 from star_elastic.architectures import family_of
 from star_elastic.cost.count import CostModel, Workload
 from star_elastic.errors import CheckpointError, ConfigError
@@ -59,7 +58,7 @@ def problems():
 
 @pytest.fixture(scope="module")
 def generator(problems):
-    tokenizer = AutoTokenizer.from_pretrained(Path(star_elastic.__file__).parent / "bundled")
+    tokenizer = AutoTokenizer.from_pretrained(bundled.PARENT)
     shared = {
         "vocab_size": len(tokenizer),
         "hidden_size": 32,

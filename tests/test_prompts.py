@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from star_elastic.cli import main
-from star_elastic.cli.terminal import print_stream
+from star_elastic.cli.generate import print_stream
 from star_elastic.errors import ConfigError
 from star_elastic.generate.phased import BatchLimits, PhasedGenerator
 from star_elastic.generate.phases import Token, think_and_answer

@@ -15,8 +15,9 @@ import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from star_elastic import bundled
 from star_elastic.axes.widths import Widths
-from star_elastic.cli.bars import Bars
+from star_elastic.cli.bars import progress_bars
 from star_elastic.cli.terminal import at_the_command_line, print_table
 from star_elastic.cost.count import CostModel
 from star_elastic.data.sources import Source
@@ -116,9 +117,10 @@ def measure(
     out.mkdir(parents=True, exist_ok=True)
     rows = out / "train.jsonl"
     write_rows(rows, max(16 * steps, 64), DEMO.seed)
-    parent, config = load_parent(recipe.parent_folder)
-    teacher, _ = load_parent(recipe.parent_folder)
-    tokenizer = load_tokenizer(recipe.parent_folder)
+    path = recipe.parent or bundled.PARENT
+    parent, config = load_parent(path)
+    teacher, _ = load_parent(path)
+    tokenizer = load_tokenizer(path)
     elastic = ElasticModel(parent, config)
     cost = CostModel(elastic.axis_map)
     cuts = [*equal_cuts(cost, "active", 0.12), *equal_cuts(cost, "total", 0.2)]
@@ -127,7 +129,7 @@ def measure(
     recipe = replace(recipe, sizes=sizes, stages=(stage,))
     run = run_config(recipe, rows, out)
     source = Source([rows], tokenizer, "answers")
-    with Bars() as bars:
+    with progress_bars() as bars:
         calibration = Calibration(run, out, teacher, config, elastic.axis_map, [source], bars)
         orders, basis = calibration.orders(write=False), calibration.basis(write=False)
         sort_in_place(parent, elastic.axis_map, orders, basis)

@@ -20,9 +20,10 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from star_elastic import bundled
 from star_elastic.axes import LAYERS
 from star_elastic.axes.widths import Widths, parse_widths
-from star_elastic.cli.bars import Bars
+from star_elastic.cli.bars import progress_bars
 from star_elastic.cost.count import CostModel
 from star_elastic.data.sources import Source
 from star_elastic.demo import (
@@ -30,7 +31,6 @@ from star_elastic.demo import (
     DEMO,
     MAX_NEW_TOKENS,
     PARENT,
-    bundled_parent,
     divergences_from_parent,
     run_config,
     shallow_parent,
@@ -107,7 +107,7 @@ class Lab:
         rows = folder / f"rows-{seed}.jsonl"
         write_rows(rows, num_rows, seed)
         self.rows, self.folder, self.seed, self.progress = rows, folder, seed, progress
-        self.parent = shallow_parent(folder / "parent") if smoke else bundled_parent()
+        self.parent = shallow_parent(folder / "parent") if smoke else bundled.PARENT
         self.teacher, self.config = load_parent(self.parent)
         self.tokenizer = load_tokenizer(self.parent)
         self.source = Source([rows], self.tokenizer, "answers")
@@ -284,7 +284,7 @@ def run_seeds(
     outcomes = []
     made_with = {k: v for k, v in vars(options).items() if k not in ("out", "seeds")}
     made_with["recipe"] = Path(sys.argv[0]).stem
-    with Bars() as bars:
+    with progress_bars() as bars:
         for seed in range(options.seeds):
             done = options.out / "work" / f"outcomes-{seed}.json"
             if done.is_file():

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from star_elastic.architectures import family_of, read_config
 from star_elastic.architectures.config_file import Config
 from star_elastic.axes.widths import Widths
+from star_elastic.bundled import find_model
 from star_elastic.checkpoints.manifest import Manifest, Size, load_manifest
 from star_elastic.checkpoints.quantised import load_input_scales
 from star_elastic.cost.count import Cost, CostModel, Workload
@@ -194,6 +195,7 @@ def load(
 ) -> ElasticFamily:
     """An elastic checkpoint, loaded once for all its sizes.
 
+    `path` is its directory, or `bundled`: the family that comes with the package.
     `dtype` is float32, bfloat16 or float16; "auto" (or None) is the one that the weights are stored
     in, on every device. `device` is a device of torch; "auto" (or None) is a GPU if there is one.
     Switching between sizes is exact (as far as rounding goes) in any dtype; where tokens must not
@@ -205,7 +207,8 @@ def load(
         raise ConfigError(
             f"a checkpoint of type {type(path).__name__} cannot be loaded; name its directory"
         )
-    path = Path(path).absolute()  # tokenizer, router and input scales are read when first used
+    # Absolute: tokenizer, router and input scales are read when they are first used.
+    path = find_model(path).absolute()
     config = read_config(path)
     axis_map = family_of(config).axis_map(config)
     manifest = load_manifest(path, axis_map)

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Literal
 
 from star_elastic.architectures.config_file import is_hub_name, not_a_directory
+from star_elastic.bundled import find_model
 from star_elastic.cost.amounts import parse_budget
 from star_elastic.cost.count import METRICS, Workload
 from star_elastic.data.source_config import SourceConfig
@@ -284,7 +285,8 @@ class RunConfig:
 
     parent: str
     """The model to make sizes of: a Hugging Face checkpoint directory with safetensors weights and
-    a tokenizer. Start with a small one: training takes 20 bytes per parameter and activations."""
+    a tokenizer, or `bundled-parent`, which comes with the package. Start with a small one: training
+    takes 20 bytes per parameter and activations."""
     out: str
     """The run's directory: states while it trains, `elastic/` in the end. Start with a new one for
     every run."""
@@ -428,12 +430,15 @@ def load_run_config(file: str | Path) -> RunConfig:
     def resolve(path: str) -> str:
         return os.path.abspath(file.parent / path) if path else path
 
+    def resolve_model(path: str) -> str:
+        return os.path.abspath(find_model(path, file.parent)) if path else path
+
     return dataclasses.replace(
         config,
-        parent=resolve(config.parent),
+        parent=resolve_model(config.parent),
         out=resolve(config.out),
         latency=resolve(config.latency),
-        family=resolve(config.family),
+        family=resolve_model(config.family),
         data=tuple(
             dataclasses.replace(source, files=tuple(map(resolve, source.files)))
             for source in config.data
