@@ -31,6 +31,7 @@ from transformers import PreTrainedModel
 
 from star_elastic.architectures import family_of
 from star_elastic.axes import AxisMap
+from star_elastic.axes.widths import Widths
 from star_elastic.cli.terminal import at_the_command_line, command_line, print_table
 from star_elastic.cost.count import CostModel
 from star_elastic.files.writing import write_json
@@ -44,7 +45,6 @@ from star_elastic.models.skeleton import build_skeleton
 from star_elastic.models.submodel import build_submodel, quantise_inputs
 from star_elastic.quant.formats import quantise
 from star_elastic.quant.scheme import Scheme, make_scheme
-from star_elastic.widths import Widths
 
 NANO_V3 = {
     "model_type": "nemotron_h", "num_hidden_layers": 52,

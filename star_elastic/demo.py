@@ -30,7 +30,6 @@ from star_elastic.data.rendering import Renderer
 from star_elastic.data.source_config import SourceConfig
 from star_elastic.errors import CheckpointError, Interrupted
 from star_elastic.evaluate.accuracy import Evaluation, evaluate_plan
-from star_elastic.evaluate.pareto import plot_pareto
 from star_elastic.evaluate.tasks import TASKS, Problem, draw_conversation, messages, sample_problems
 from star_elastic.files.paths import exists, names_in
 from star_elastic.files.writing import require_folder, write_json, write_text
@@ -40,6 +39,7 @@ from star_elastic.generate.phases import Plan, think_and_answer
 from star_elastic.measure.divergence import compare, read
 from star_elastic.models.submodel import build_submodel, load_parent, load_sorting, sort_in_place
 from star_elastic.progress import Progress, Silent
+from star_elastic.report.charts import plot_plans
 from star_elastic.rewrite.stream import slice_checkpoint
 from star_elastic.strict import to_plain
 from star_elastic.train.config import (
@@ -183,7 +183,7 @@ def run_recipe(recipe: Recipe, out: str | Path, progress: Progress | None = None
     sizes = [name for name in generator.models if name != PARENT]
     divergences = divergences_from_parent(generator, sizes, solved, progress)
     report = make_report(recipe, family, evaluations, divergences, run)
-    plot_pareto(
+    plot_plans(
         [e for e in evaluations if UNTRAINED not in e.label],
         out / "pareto.png",
         title="Bundled parent: one size alone against small thinks, large answers",

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from star_elastic import bundled
 from star_elastic.architectures import family_of, read_config
+from star_elastic.axes.widths import parse_widths
 from star_elastic.checkpoints.manifest import Manifest, Size, save_manifest
 from star_elastic.cli import main
 from star_elastic.cli.commands import program
@@ -25,7 +26,6 @@ from star_elastic.errors import ConfigError
 from star_elastic.evaluate.run import Settings, evaluate_family
 from star_elastic.train.check import check
 from star_elastic.train.config import RunConfig, parse
-from star_elastic.widths import parse_widths
 from tests.processes import ROOT, answer, refusal, run_code, run_command, run_script
 from tests.tiny_run import RUN
 

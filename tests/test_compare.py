@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import random
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 
 from star_elastic.errors import BudgetError, ConfigError
 from star_elastic.evaluate.bootstrap import LEAST_STRATUM, PairedBootstrap
-from star_elastic.evaluate.compare import CHOICES, COSTS, Scores, compare
+from star_elastic.evaluate.compare import COSTS, choose, compare
 from star_elastic.evaluate.difficulty import Dial
 from star_elastic.evaluate.grid import make_grid, parse_budgets, parse_dials
 from star_elastic.generate.phases import ByDifficulty
@@ -152,15 +153,16 @@ def test_tasks_of_few_problems_do_not_look_sure():
 # --- the choice ------------------------------------------------------------------------------
 
 
-def draw_scores(entries, tasks, rng: random.Random) -> dict[str, Scores]:
-    """Made-up outcomes of every plan; accuracies and costs often tie."""
-    found = {}
+def draw_scores(entries, tasks, rng: random.Random) -> tuple[dict, dict]:
+    """Made-up accuracies and costs of every plan, which often tie, and the outcomes behind them."""
+    found, outcomes = {}, {}
     for entry in entries:
         ease = rng.random()
-        right = [rng.random() < ease for _ in tasks]
+        outcomes[entry.label] = [rng.random() < ease for _ in tasks]
         costs = {name: float(rng.randint(1, 9)) for name in COSTS}
-        found[entry.label] = Scores(right, PairedBootstrap(tasks, resamples=1).mean(right), costs)
-    return found
+        accuracy = PairedBootstrap(tasks, resamples=1).mean(outcomes[entry.label])
+        found[entry.label] = SimpleNamespace(accuracy=accuracy, **costs)
+    return found, outcomes
 
 
 TASKS = ["a"] * 6 + ["b"] * 9
@@ -171,10 +173,10 @@ def test_the_test_split_changes_no_choice(seed):
     """Whatever the test outcomes are, the same plans are chosen; what is seen of them differs."""
     rng = random.Random(seed)
     entries = grid()
-    validation = draw_scores(entries, TASKS[::2], rng)
+    validation, _ = draw_scores(entries, TASKS[::2], rng)
     bootstrap = PairedBootstrap(TASKS, resamples=50)
-    first = compare(entries, validation, draw_scores(entries, TASKS, rng), bootstrap)
-    second = compare(entries, validation, draw_scores(entries, TASKS, rng), bootstrap)
+    first = compare(entries, validation, *draw_scores(entries, TASKS, rng), bootstrap)
+    second = compare(entries, validation, *draw_scores(entries, TASKS, rng), bootstrap)
 
     def choice(c):
         return c.question, c.group, c.cost, c.budget, c.reference, c.chosen, c.validation
@@ -187,9 +189,10 @@ def test_the_test_split_changes_no_choice(seed):
 def test_choices_are_the_best_that_qualify(seed):
     rng = random.Random(seed)
     entries = grid()
-    validation, test = (draw_scores(entries, tasks, rng) for tasks in (TASKS[::2], TASKS))
+    validation, _ = draw_scores(entries, TASKS[::2], rng)
+    test, right = draw_scores(entries, TASKS, rng)
     by_label = {entry.label: entry for entry in entries}
-    found = compare(entries, validation, test, PairedBootstrap(TASKS, resamples=50))
+    found = compare(entries, validation, test, right, PairedBootstrap(TASKS, resamples=50))
     groups = {
         "any": lambda e: True,
         "smaller": lambda e: e.kind == "single" and e.sizes != ("large",),
@@ -202,13 +205,12 @@ def test_choices_are_the_best_that_qualify(seed):
         members = [e for e in entries if groups[comparison.group](e)]
         if comparison.question == "equal accuracy":
             fit = [e for e in members if validation[e.label].accuracy >= reference.accuracy - 1e-9]
-            best = min((validation[e.label].costs[cost] for e in fit), default=None)
-            got = comparison.chosen and validation[comparison.chosen].costs[cost]
+            best = min((getattr(validation[e.label], cost) for e in fit), default=None)
+            got = comparison.chosen and getattr(validation[comparison.chosen], cost)
         else:
             if comparison.question == "equal cost":
-                fit = [
-                    e for e in members if validation[e.label].costs[cost] <= reference.costs[cost]
-                ]
+                most = getattr(reference, cost)
+                fit = [e for e in members if getattr(validation[e.label], cost) <= most]
             else:
                 fit = [e for e in members if e.budget == by_label[comparison.reference].budget]
             best = max((validation[e.label].accuracy for e in fit), default=None)
@@ -222,22 +224,22 @@ def test_choices_are_the_best_that_qualify(seed):
         assert comparison.difference.difference == pytest.approx(ours.accuracy - theirs.accuracy)
         assert comparison.test.accuracy == ours.accuracy
         for name in COSTS:
-            assert comparison.test.cost_ratios[name] == ours.costs[name] / theirs.costs[name]
+            assert comparison.test.cost_ratios[name] == getattr(ours, name) / getattr(theirs, name)
 
 
 def test_equals_are_settled_by_the_other_criterion():
     def scores(accuracy, flops):
-        return Scores([], accuracy, {"flops": flops})
+        return SimpleNamespace(accuracy=accuracy, flops=flops)
 
     reference = scores(0.5, 4.0)
     alike = {"dear": scores(0.7, 3.0), "cheap": scores(0.7, 2.0), "wrong": scores(0.4, 1.0)}
-    assert CHOICES["equal accuracy"](alike, reference, "flops") == "cheap"
-    assert CHOICES["equal cost"](alike, reference, "flops") == "cheap"
-    assert CHOICES["equal tokens"](alike, reference, "flops") == "cheap"
+    assert choose("equal accuracy", alike, reference, "flops") == "cheap"
+    assert choose("equal cost", alike, reference, "flops") == "cheap"
+    assert choose("equal tokens", alike, reference, "flops") == "cheap"
     same_cost = {"worse": scores(0.6, 2.0), "better": scores(0.8, 2.0)}
-    assert CHOICES["equal accuracy"](same_cost, reference, "flops") == "better"
-    assert CHOICES["equal accuracy"](alike, scores(0.9, 4.0), "flops") is None
-    assert CHOICES["equal cost"](alike, scores(0.9, 0.5), "flops") is None
+    assert choose("equal accuracy", same_cost, reference, "flops") == "better"
+    assert choose("equal accuracy", alike, scores(0.9, 4.0), "flops") is None
+    assert choose("equal cost", alike, scores(0.9, 0.5), "flops") is None
 
 
 # --- what is said of it ----------------------------------------------------------------------

@@ -101,7 +101,7 @@ def test_windows_hold_whole_documents_and_predict_inside_them(first, second, sta
             expected = torch.full((packing["context"],), PAD)
             predicts = torch.zeros(packing["context"], dtype=torch.bool)
             position, used = [], 0
-            for number, (source, index, begin, length, _) in enumerate(documents):
+            for number, (source, index, begin, length) in enumerate(documents):
                 document = sources[source].document(index)
                 assert begin == used and length == min(len(document.fed), packing["context"])
                 used += length

@@ -17,13 +17,13 @@ import star_elastic
 from star_elastic import bundled
 from star_elastic.architectures import family_of
 from star_elastic.axes import AxisMap, axis_keys
+from star_elastic.axes.widths import Widths
 from star_elastic.cost.count import CostModel, Workload
 from star_elastic.demo import write_rows
 from star_elastic.models.elastic import ElasticModel
 from star_elastic.models.submodel import build_submodel, load_parent, sort_in_place
 from star_elastic.rewrite.stream import save_model
 from star_elastic.train.losses import distillation_loss
-from star_elastic.widths import Widths
 from tests.architectures import ROWS
 from tests.processes import answer
 from tests.tiny_run import random_model

@@ -5,19 +5,21 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import star_elastic
 from star_elastic.architectures import family_of, read_config
+from star_elastic.axes.widths import Widths
 from star_elastic.checkpoints.manifest import Manifest, Size, save_manifest
 from star_elastic.cli import main
 from star_elastic.evaluate import answers, run
 from star_elastic.evaluate.accuracy import LEFT_OUT, MAX_TEXT, _shorten
 from star_elastic.evaluate.bootstrap import PairedBootstrap
 from star_elastic.evaluate.budgets import Thought, alike_budgets, common_groups, cut_place
-from star_elastic.evaluate.compare import COSTS, Scores, compare
+from star_elastic.evaluate.compare import COSTS, compare
 from star_elastic.evaluate.difficulty import ALWAYS_SMALL, Dial, Look, write_texts
 from star_elastic.evaluate.grid import make_grid
 from star_elastic.evaluate.matching import parse_match
@@ -26,8 +28,7 @@ from star_elastic.evaluate.run import Settings, evaluate_family
 from star_elastic.evaluate.tasks import Problem
 from star_elastic.generate.phases import TAG, THINKING, think_and_answer
 from star_elastic.progress import Silent
-from star_elastic.report.report import load_result, make_page
-from star_elastic.widths import Widths
+from star_elastic.report.page import load_result, make_page
 from tests.tiny_family import (
     ALWAYS_THINKS,
     LEAVES_TAG_TO_MODEL,
@@ -290,8 +291,10 @@ def test_budgets_coincide_size_by_size():
     assert budgets["policy", ("c", "a")] == whole
     assert budgets["policy", ("c", "b")] == [(4, (4,)), (None, (8, None))]
     # With a budget of 8, what is compared with the largest size is what stands for 8.
-    scores = {e.label: Scores([True], 1.0, dict.fromkeys(COSTS, 1.0)) for e in entries}
-    found = compare(entries, scores, scores, PairedBootstrap(["t"]))
+    same = SimpleNamespace(accuracy=1.0, **dict.fromkeys(COSTS, 1.0))
+    scores: dict = {entry.label: same for entry in entries}
+    right = {entry.label: [True] for entry in entries}
+    found = compare(entries, scores, scores, right, PairedBootstrap(["t"]))
     equal = {(c.group, c.budget): c.chosen for c in found if c.question == "equal tokens"}
     assert equal["smaller", 8] in ("b", "c") and equal["pair", 4] in (
         "a>b@4", "a>c@4", "b>a@4", "b>c@4", "c>a", "c>b"

@@ -1,25 +1,27 @@
 """Accuracy, counted cost and the Pareto plot, on a tiny model that has learnt a few problems."""
 
 import json
+import re
 from dataclasses import replace
+from xml.etree import ElementTree
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from matplotlib.figure import Figure
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, NemotronHConfig
 
 from star_elastic import bundled
 from star_elastic.architectures import family_of
 from star_elastic.cost.count import CostModel, Workload
-from star_elastic.errors import ConfigError
-from star_elastic.evaluate import pareto
-from star_elastic.evaluate.accuracy import Evaluation, evaluate_plan, solve, summarise
-from star_elastic.evaluate.pareto import pareto_front, plot_pareto
+from star_elastic.errors import CheckpointError, ConfigError
+from star_elastic.evaluate.accuracy import Evaluation, Solved, evaluate_plan, solve, summarise
 from star_elastic.evaluate.tasks import messages, sample_problems
 from star_elastic.evaluate.wilson import wilson_interval
 from star_elastic.generate.phased import PhasedGenerator
 from star_elastic.generate.phases import ANSWERING, THINKING, think_and_answer
+from star_elastic.report.charts import PlansChart, pareto_front, plot_plans
 
 MAX_TRAIN_STEPS = 300
 SIZES = ("trained", "random", "hybrid")
@@ -122,14 +124,14 @@ def test_unfinished_traces_score_nothing(generator, problems):
 
 def test_cut_traces_are_scored_by_themselves(generator, problems):
     plan = think_and_answer("trained", "trained")
-    outcomes, seconds = solve(generator, problems, plan)
-    assert summarise(plan, problems, outcomes, seconds, 64).cut_accuracy is None
+    outcomes, seconds = solved = solve(generator, problems, plan)
+    assert summarise(plan, problems, solved, 64).cut_accuracy is None
     marks = [(True, True), (True, False), (True, False), (False, True)]
     mixed = [
         replace(outcome, is_cut=is_cut, is_right=is_right)
         for outcome, (is_cut, is_right) in zip(outcomes, marks, strict=True)
     ]
-    found = summarise(plan, problems, mixed, seconds, 64)
+    found = summarise(plan, problems, Solved(mixed, seconds), 64)
     assert (found.cut_share, found.cut_accuracy) == (0.75, pytest.approx(1 / 3))
 
 
@@ -244,27 +246,44 @@ def test_plot_is_a_small_png(tmp_path):
         for i in range(30)
     ]
     file = tmp_path / "pareto.png"
-    plot_pareto(results, file, title="Sizes and pairs")
+    plot_plans(results, file, title="Sizes and pairs")
     assert file.read_bytes().startswith(b"\x89PNG")
     assert 20_000 < file.stat().st_size < 300_000
-    plot_pareto(results[:1], file)
+    plot_plans(results[:1], file)
     assert list(tmp_path.iterdir()) == [file]
 
 
-def test_error_bars_end_where_the_intervals_do(tmp_path, monkeypatch):
+def test_error_bars_end_where_the_intervals_do():
     """Down to the lower end and up to the upper one, which lie at different distances."""
-    figures = []
-    monkeypatch.setattr(pareto, "_save", lambda figure, file: figures.append(figure))
     results = [make_evaluation("size", 0.1, 0.9), make_evaluation("one>other", 0.2, 0.4)]
-    plot_pareto(results, tmp_path / "pareto.png")
-    for panel in figures[0].axes:
-        bars = [segment for c in panel.containers for segment in c.lines[2][0].get_segments()]
-        found = [end for bar in bars for end in (bar[0, 1], bar[1, 1])]
-        assert found == pytest.approx([45, 95, 20, 70])
+    panel = Figure().subplots()
+    PlansChart(results, "seconds", ()).draw(panel)
+    bars = [segment for c in panel.containers for segment in c.lines[2][0].get_segments()]
+    found = [end for bar in bars for end in (bar[0, 1], bar[1, 1])]
+    assert found == pytest.approx([0.45, 0.95, 0.2, 0.7])
+
+
+def test_a_chart_of_a_page_takes_its_colours_from_the_page():
+    """And its marks tell their plans, its labels can be read as text, and no two differ."""
+    results = [make_evaluation("a & b", 0.1, 0.9), make_evaluation("one>other", 0.2, 0.4)]
+    chart = PlansChart(results, "seconds", ["a & b"], ["one>other"])
+    drawn = chart.svg()
+    assert drawn == chart.svg()
+    root = ElementTree.fromstring(drawn.replace("xlink:href", "href"))
+    assert root.get("role") == "img" and "measured time" in root.get("aria-label")
+    texts = [element.text for element in root.iter("text")]
+    assert {"a & b", "one>other", "the largest size alone", "100 ms", "80%"} <= set(texts)
+    assert [element.text for element in root.iter("title")] == [
+        "a & b: 90.0% (45.0 to 95.0) at 100.0 ms", "one>other: 40.0% (20.0 to 70.0) at 200.0 ms",
+    ]  # fmt: skip
+    colours = set(re.findall(r"(?:fill|stroke): ([^;\"]+)", drawn)) - {"none"}
+    assert colours == {f"var(--{name})" for name in ("soft", "line", "single", "pair", "card")}
+    ids = {element.get("id") for element in root.iter() if element.get("id")}
+    assert {element.get("href") for element in root.iter("use")} <= {f"#{name}" for name in ids}
 
 
 def test_plot_mistakes(tmp_path):
     with pytest.raises(ConfigError, match="there is no result to plot"):
-        plot_pareto([], tmp_path / "pareto.png")
-    with pytest.raises(ConfigError, match="cannot be written"):
-        plot_pareto([make_evaluation("size", 0.1, 0.5)], tmp_path / "missing" / "pareto.png")
+        plot_plans([], tmp_path / "pareto.png")
+    with pytest.raises(CheckpointError, match="cannot be written"):
+        plot_plans([make_evaluation("size", 0.1, 0.5)], tmp_path / "missing" / "pareto.png")

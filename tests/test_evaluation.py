@@ -7,7 +7,6 @@ import re
 import shutil
 from dataclasses import replace
 from html.parser import HTMLParser
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,6 +14,7 @@ import torch
 import star_elastic
 from star_elastic import bundled
 from star_elastic.architectures import family_of, read_config
+from star_elastic.axes.widths import Widths
 from star_elastic.checkpoints.manifest import Manifest, Size, save_manifest
 from star_elastic.cli import main
 from star_elastic.errors import ConfigError, Interrupted
@@ -31,9 +31,8 @@ from star_elastic.generate.caches import LayerState, RowCache
 from star_elastic.generate.phases import think_and_answer
 from star_elastic.models.submodel import load_tokenizer
 from star_elastic.progress import Silent
-from star_elastic.report.report import load_result, make_page, write_report
+from star_elastic.report.page import load_result, make_page, write_report
 from star_elastic.report.tables import NO_VALUE, answers_table
-from star_elastic.widths import Widths
 from tests.processes import answer
 from tests.tiny_family import PROMPTS, WIDTHS, make_config, make_model, make_tokenizer
 
@@ -197,9 +196,7 @@ def test_natural_traces_give_budgets(elastic, data, tmp_path):
     family = star_elastic.load(elastic)
     settings = replace(SETTINGS, data=data, budgets=None, dials=(), max_new_tokens=100)
     splits = read_problems(data)
-    kept = SimpleNamespace(settings={})
-    match = parse_match("auto")
-    run = evaluation_run._Run(family, tuple(family), splits, match, True, settings, kept, Silent())
+    run = evaluation_run._Run(elastic, settings, tmp_path / "out", Silent())
     found = run.calibrate()
     lengths = sorted(
         generation.phases[0].tokens

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from star_elastic.models.quantised_inputs import calibrate_inputs
+from star_elastic.models.calibration import calibrate_inputs
 from star_elastic.models.resident import count_resident, nest_in_place
 from star_elastic.models.submodel import build_submodel, load_parent
 from star_elastic.quant.formats import E4M3

@@ -17,7 +17,7 @@ from star_elastic.cli.terminal import print_table, show
 from star_elastic.evaluate.budgets import listed
 from star_elastic.evaluate.run import FORMAT_VERSION, RESULT
 from star_elastic.report.findings import counted, with_interval
-from star_elastic.report.report import make_page
+from star_elastic.report.page import make_page
 from star_elastic.report.tables import (
     answers_table,
     calibration_table,
@@ -162,11 +162,11 @@ def test_a_comparison_has_the_ratios_of_its_costs(result):
     assert table.title.endswith("by counted operations")
     cells = dict(zip(table.columns, table.rows[0], strict=True))
     assert cells == {
-        "reference": "large: 99.5%", "plans": "any", "chosen": "small", "accuracy": "98.0%",
-        "difference (95%)": "-1.5 (-3.4 to +0.2)", "operations": "0.53", "time": "0.92",
-        "bytes": "0.50", "verdict": "47% less, unsure",
+        "compared with": "large: 99.5%", "plans": "any", "chosen": "small", "accuracy": "98.0%",
+        "difference (95%)": "-1.5 (-3.4 to +0.2)", "operations": "0.53×", "time": "0.92×",
+        "bytes": "0.50×", "verdict": "47% less, unsure",
     }  # fmt: skip
-    assert [row[1] for row in table.rows] == ["any", "smaller", "pair"]
+    assert [row[1] for row in table.rows] == ["any", "smaller alone", "two sizes"]
     assert table.rows[2][2:] == ["–"] * 6 + ["no gain"]
     by_time = comparison_table(result, "equal accuracy", "seconds")
     assert by_time.title.endswith("by measured time")
@@ -226,9 +226,11 @@ def test_the_page_has_the_tables_cell_by_cell(result):
 def test_the_page_says_what_was_done_and_shows_answers(result):
     said = text_of(make_page(result))
     assert said.startswith(
-        "Elastic budget control x 4 ways to think and answer with the sizes large and small were "
-        "tried on problems of the bundled tasks. The others are compared with large alone. Each "
-        "plan named here was chosen on 100 validation problems; its numbers are from 200 test "
+        "Elastic budget control x One checkpoint holds a model in several sizes. A plan says which "
+        "size thinks, which one answers, and how many tokens thinking may take (its budget). "
+        "4 ways to think and answer with the sizes large and small were tried on problems of the "
+        "bundled tasks. The others are compared with large alone. Each plan named here was chosen "
+        "on 100 validation problems; its numbers are from 200 test "
         "problems that the choice did not see. In brackets: 95% intervals. Answers are matched by "
         "a rule. In 1.5% of the replies of large it found none. answers.jsonl has what every plan "
         "wrote on 200 test problems (800 rows; 1,000 characters of longer texts)."
@@ -245,7 +247,7 @@ def test_no_sentence_is_said_twice(result):
     """Where nothing was gained, that is said once for all questions alike."""
     for found in result["comparisons"]:
         found["chosen"] = found["test"] = found["validation"] = found["difference"] = None
-    said = text_of(re.sub(r"<table>.*?</table>", "", make_page(result)))
+    said = text_of(re.sub(r"(?s)<table>.*?</table>", "", make_page(result)))
     sentences = [s for s in re.split(r"(?<=[.:;]) ", said) if len(s.split()) > 5]
     assert len(sentences) > 20
     assert {s for s in sentences if sentences.count(s) > 1} == set()

@@ -9,11 +9,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 
 import star_elastic
 from star_elastic.architectures import family_of, read_config
+from star_elastic.axes.widths import Widths
 from star_elastic.checkpoints.manifest import Manifest, Size, save_manifest
 from star_elastic.generate.phases import Generation, Plan
 from star_elastic.generate.prompts import ThinkingTags
 from star_elastic.generate.sequence import Rules, Sequence
-from star_elastic.widths import Widths
 from tests.architectures import LIVELY
 
 END = "\n</think>\n"

@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from star_elastic import bundled
+from star_elastic.axes.widths import Widths
 from star_elastic.cli.bars import progress_bars
 from star_elastic.cli.terminal import at_the_command_line, print_table
 from star_elastic.cost.count import CostModel
@@ -41,7 +42,6 @@ from star_elastic.router.router import Router
 from star_elastic.train.calibrate import Calibration
 from star_elastic.train.config import StageConfig
 from star_elastic.train.loop import Trainer
-from star_elastic.widths import Widths
 
 NEAR = 0.01
 """A cut counts as equal in cost if it is within this share of the parent's cost."""

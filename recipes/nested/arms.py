@@ -22,6 +22,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from star_elastic import bundled
 from star_elastic.axes import LAYERS
+from star_elastic.axes.widths import Widths, parse_widths
 from star_elastic.cli.bars import progress_bars
 from star_elastic.cost.count import CostModel
 from star_elastic.data.sources import Source
@@ -50,7 +51,6 @@ from star_elastic.router.router import Router
 from star_elastic.train.calibrate import Calibration
 from star_elastic.train.config import CalibrationConfig, RunConfig, StageConfig
 from star_elastic.train.loop import Trainer
-from star_elastic.widths import Widths, parse_widths
 
 SIZES = {"medium": {"active": 0.7}, "small": {"active": 0.5}, "tiny": {"active": 0.35}}
 

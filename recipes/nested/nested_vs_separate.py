@@ -23,12 +23,11 @@ from pathlib import Path
 from typing import Any
 
 from arms import SIZES, Lab, Outcome, nats, parse_options, percent, run_seeds, spread
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 
 from star_elastic.cli.terminal import at_the_command_line, print_table
 from star_elastic.demo import DEMO, stages
 from star_elastic.files.writing import write_json
+from star_elastic.report.charts import drawn_to
 from star_elastic.router.grid import Grid
 from star_elastic.train.config import StageConfig
 
@@ -161,22 +160,16 @@ def show(report: dict[str, Any]) -> None:
 
 def plot(outcomes: Sequence[Outcome], file: Path) -> None:
     """Learning curves: KL to the parent against tokens read by the run, one panel per size."""
-    figure = Figure(figsize=(11, 3.8), dpi=110, layout="constrained")
-    FigureCanvasAgg(figure)
-    panels = figure.subplots(1, len(SIZES))
-    for panel, size in zip(panels, SIZES, strict=True):
-        for outcome in (o for o in outcomes if o.size == size and o.curve):
-            xs, ys = zip(*outcome.curve, strict=True)
-            label = outcome.arm if outcome.seed == 0 else None
-            panel.plot([x / 1e6 for x in xs], ys, color=COLOURS[outcome.arm], label=label,
-                       linewidth=1.2, marker=".", alpha=0.8)  # fmt: skip
-        panel.set_yscale("log")
-        panel.set_title(size, fontsize=10)
-        panel.set_xlabel("tokens read by the run (millions)")
-        panel.grid(alpha=0.25)
-    panels[0].set_ylabel("KL to the parent (nats per token)")
-    panels[-1].legend(fontsize=8)
-    figure.savefig(file)
+    with drawn_to(file, len(SIZES), (1000, 340)) as (_, panels):
+        for panel, size in zip(panels, SIZES, strict=True):
+            for outcome in (o for o in outcomes if o.size == size and o.curve):
+                tokens, kl = zip(*outcome.curve, strict=True)
+                label = outcome.arm if outcome.seed == 0 else None
+                panel.plot([x / 1e6 for x in tokens], kl, ".-", color=COLOURS[outcome.arm],
+                           label=label, linewidth=1.2, alpha=0.8)  # fmt: skip
+            panel.set(yscale="log", title=size, xlabel="tokens read by the run (millions)")
+        panels[0].set_ylabel("KL to the parent (nats per token)")
+        panels[-1].legend()
 
 
 if __name__ == "__main__":

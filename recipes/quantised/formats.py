@@ -24,8 +24,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from matplotlib.ticker import StrMethodFormatter
 
 from star_elastic import bundled
@@ -52,6 +50,7 @@ from star_elastic.generate.phased import PhasedGenerator
 from star_elastic.generate.phases import think_and_answer
 from star_elastic.models.submodel import load_parent
 from star_elastic.progress import Progress
+from star_elastic.report.charts import drawn_to
 from star_elastic.rewrite.family import InputCalibration, quantise_family
 from star_elastic.rewrite.stream import slice_checkpoint
 from star_elastic.train.config import QuantConfig, RouterConfig, RunConfig, StageConfig
@@ -284,29 +283,23 @@ def deviation(values: Sequence[float]) -> float:
 
 def plot(arms: dict[str, Any], file: Path) -> None:
     """Accuracy and KL to the parent against bytes: one line for each arm through its sizes."""
-    figure = Figure(figsize=(11, 4.5), dpi=110, layout="constrained")
-    FigureCanvasAgg(figure)
-    panels = figure.subplots(1, 2, sharex=True)
-    for arm, sizes in arms.items():
-        kind, _, how = arm.partition(" ")
-        megabytes = [size["bytes"] / 1e6 for size in sizes.values()]
-        style = {"color": COLOURS[kind], "marker": MARKERS[how], "label": arm}
-        style |= {"linestyle": "-" if how in ("", "QAD") else ":", "linewidth": 1.2}
-        panels[0].plot(megabytes, [100 * s["accuracy"] for s in sizes.values()], **style)
-        panels[1].plot(megabytes, [s["kl"] for s in sizes.values()], **style)
-    panels[0].set_ylabel("accuracy, %")
-    panels[1].set_ylabel("KL to the parent, nats per token")
-    panels[1].set_yscale("log")
-    for panel in panels:
-        panel.set_xscale("log")
-        for axis in (panel.xaxis, panel.yaxis):
-            axis.set_major_formatter(StrMethodFormatter("{x:g}"))
-            axis.set_minor_formatter(StrMethodFormatter("{x:g}"))
-        panel.set_xlabel("MB on disk")
-        panel.grid(alpha=0.25)
-    panels[0].legend(fontsize=8)
-    figure.suptitle("Small in many bits, or large in few: every size in every format")
-    figure.savefig(file)
+    with drawn_to(file, 2, (1000, 410), sharex=True) as (figure, panels):
+        for arm, sizes in arms.items():
+            kind, _, how = arm.partition(" ")
+            megabytes = [size["bytes"] / 1e6 for size in sizes.values()]
+            style = {"color": COLOURS[kind], "marker": MARKERS[how], "label": arm}
+            style |= {"linestyle": "-" if how in ("", "QAD") else ":", "linewidth": 1.2}
+            panels[0].plot(megabytes, [100 * s["accuracy"] for s in sizes.values()], **style)
+            panels[1].plot(megabytes, [s["kl"] for s in sizes.values()], **style)
+        panels[0].set_ylabel("accuracy, %")
+        panels[1].set(ylabel="KL to the parent, nats per token", yscale="log")
+        for panel in panels:
+            panel.set(xscale="log", xlabel="MB on disk")
+            for axis in (panel.xaxis, panel.yaxis):
+                axis.set_major_formatter(StrMethodFormatter("{x:g}"))
+                axis.set_minor_formatter(StrMethodFormatter("{x:g}"))
+        panels[0].legend()
+        figure.suptitle("Small in many bits, or large in few: every size in every format")
 
 
 def show(arms: dict[str, Any]) -> None:

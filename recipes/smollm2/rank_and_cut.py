@@ -26,14 +26,14 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
-import matplotlib
 import torch
 from prepare import SEPARATOR, prepare_tiny
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from star_elastic.architectures import family_of
-from star_elastic.architectures.base import Config
+from star_elastic.architectures.config_file import Config
 from star_elastic.axes import AxisMap
+from star_elastic.axes.widths import Widths
 from star_elastic.cost.count import CostModel
 from star_elastic.files.writing import write_json
 from star_elastic.importance.estimate import estimate_scores
@@ -42,9 +42,9 @@ from star_elastic.importance.orders import magnitude_scores, orders_from_scores,
 from star_elastic.measure.perplexity import measure_perplexity, read_texts, token_windows
 from star_elastic.models.submodel import build_submodel, load_parent
 from star_elastic.nesting.slice import Orders, sort_state
+from star_elastic.report.charts import drawn_to
 from star_elastic.rewrite.stream import slice_checkpoint, sort_checkpoint
 from star_elastic.train.fingerprint import digest_weights
-from star_elastic.widths import Widths
 
 REMOVED = (0.1, 0.2, 0.3)
 """Shares of the parent's parameters to cut."""
@@ -333,29 +333,22 @@ def table(cuts: list[Cut], parent: float) -> str:
 
 def plot(cuts: list[Cut], parent: float, file: Path) -> None:
     """One panel per set of axes: perplexity (log) against the share of parameters removed."""
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
     colours = {"importance": "tab:blue", "magnitude": "tab:orange", "random": "tab:grey"}
     names = list(dict.fromkeys(cut.axes for cut in cuts))
-    figure, panels = plt.subplots(1, len(names), figsize=(3 * len(names), 3.4), sharey=True)
     grouped = kinds(cuts)
-    for name, panel in zip(names, panels, strict=True):
-        for kind, colour in colours.items():
-            series = sorted(grouped.get((name, kind), {}).items())
-            removed = [0.0, *(100 * share for share, _ in series)]
-            middle = [parent, *(math.exp(sum(map(math.log, v)) / len(v)) for _, v in series)]
-            panel.plot(removed, middle, "o-", color=colour, label=kind, markersize=4)
-            if any(len(values) > 1 for _, values in series):
-                low, high = ([parent, *(edge(v) for _, v in series)] for edge in (min, max))
-                panel.fill_between(removed, low, high, color=colour, alpha=0.25, linewidth=0)
-        panel.set(yscale="log", title=name, xlabel="% of parameters removed")
-        panel.grid(alpha=0.3, which="both")
-    panels[0].set_ylabel("perplexity")
-    panels[0].legend()
-    figure.tight_layout()
-    figure.savefig(file, dpi=110)
-    plt.close(figure)
+    with drawn_to(file, len(names), (270 * len(names), 310), sharey=True) as (_, panels):
+        for name, panel in zip(names, panels, strict=True):
+            for kind, colour in colours.items():
+                series = sorted(grouped.get((name, kind), {}).items())
+                removed = [0.0, *(100 * share for share, _ in series)]
+                middle = [parent, *(math.exp(sum(map(math.log, v)) / len(v)) for _, v in series)]
+                panel.plot(removed, middle, "o-", color=colour, label=kind, markersize=4)
+                if any(len(values) > 1 for _, values in series):
+                    low, high = ([parent, *(edge(v) for _, v in series)] for edge in (min, max))
+                    panel.fill_between(removed, low, high, color=colour, alpha=0.25, linewidth=0)
+            panel.set(yscale="log", title=name, xlabel="% of parameters removed")
+        panels[0].set_ylabel("perplexity")
+        panels[0].legend()
 
 
 def say(line: str) -> None:

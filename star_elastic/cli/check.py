@@ -3,12 +3,9 @@
 from dataclasses import asdict
 from pathlib import Path
 
-from star_elastic.checkpoints.companions import LATENCY, MANIFEST, ROUTER
-from star_elastic.checkpoints.manifest import load_manifest
-from star_elastic.cli.count import read_countable
+from star_elastic.checkpoints.companions import MANIFEST
 from star_elastic.cli.options import AsJson, Model
 from star_elastic.cli.terminal import show
-from star_elastic.cost.latency import load_table
 from star_elastic.files.paths import has_file, is_folder
 from star_elastic.tables import Table
 
@@ -34,16 +31,12 @@ def check(checkpoint: Model, as_json: AsJson = False) -> None:
 def _require_family(path: Path) -> None:
     """Raises CheckpointError for a file that a family has beside its weights and that is damaged,
     or another model's."""
-    from star_elastic.checkpoints.quantised import load_input_scales
-    from star_elastic.models.submodel import load_sorting
+    from star_elastic.checkpoints.elastic import ElasticCheckpoint
     from star_elastic.router.files import load_router
 
-    _, axis_map = read_countable(path)
-    manifest = load_manifest(path, axis_map)
-    load_sorting(path, axis_map)
-    if has_file(path / ROUTER):
-        load_router(path, manifest, axis_map)
-    if has_file(path / LATENCY):
-        load_table(path / LATENCY, axis_map)
-    for name in manifest.sizes:
-        load_input_scales(path, manifest, name)
+    family = ElasticCheckpoint(path)
+    _ = family.orders, family.basis, family.latency  # each is checked when it is asked for
+    for name in family.manifest.sizes:
+        family.input_scales(name)
+    if family.router_state is not None:
+        load_router(path, family.manifest, family.axis_map)

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 from typer import Argument, Option
 
-from star_elastic.architectures.base import Config
-from star_elastic.axes import LAYERS, AxisMap
+from star_elastic.architectures import ModelConfig
+from star_elastic.axes import LAYERS
 from star_elastic.bundled import find_model
 from star_elastic.checkpoints.manifest import FILE_NAME, load_manifest
 from star_elastic.cli.bars import progress_bars
@@ -77,15 +77,15 @@ def latency(
     if run is not None:
         model, choices, workload = _of_run(run)
     assert model is not None
-    config, axis_map = read_countable(model)
+    config = read_countable(model)
     if run is None and is_folder(model) and has_file(model / FILE_NAME):
-        choices = load_manifest(model, axis_map).choices
+        choices = load_manifest(model, config.axis_map).choices
     setting = Setting(
         phase=phase, batch=(batch or [workload.batch])[0], seconds=seconds,
         context=(context or [workload.context or DEFAULT_CONTEXT])[0],
         dtype=choose_dtype(dtype, model), device=choose_device(device),
     )  # fmt: skip
-    _measure_widths(config, axis_map, choices, setting, out, as_json)
+    _measure_widths(config, choices, setting, out, as_json)
 
 
 def _of_run(run: Path) -> tuple[Path, Choices, Workload]:
@@ -99,7 +99,7 @@ def _of_run(run: Path) -> tuple[Path, Choices, Workload]:
 
 
 def _measure_widths(
-    config: Config, axis_map: AxisMap, choices: Choices, setting: Setting, out: Path, as_json: bool
+    config: ModelConfig, choices: Choices, setting: Setting, out: Path, as_json: bool
 ) -> None:
     """Measures a table over all choices, writes it, and tells how well it predicts other widths."""
     from star_elastic.measure.latency import measure
@@ -111,6 +111,7 @@ def _measure_widths(
             progress=lambda done, _: progress.advance(round(done)),
         )  # fmt: skip
         save_table(table, out)
+    axis_map = config.axis_map
     full = table.milliseconds(axis_map.full, axis_map)
     errors = sorted(abs(check.error) for check in checks)
     content = {

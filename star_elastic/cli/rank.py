@@ -34,7 +34,7 @@ def rank(
 
     require_writable(out, as_file=True)
     find_files(data)
-    _, axis_map = read_countable(model)
+    axis_map = read_countable(model).axis_map
     source = Source([data], load_tokenizer(model), num_embeddings=axis_map.num_embeddings)
     parent, _ = load_parent(model, choose_dtype(dtype, model), choose_device(device))
     count = min(samples, len(source))

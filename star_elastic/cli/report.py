@@ -14,7 +14,7 @@ def report(
     out: Path = Argument(help="Directory that eval has written."), as_json: AsJson = False
 ) -> None:
     """What eval has found as one page to read, report.html, and a plot, pareto.png."""
-    from star_elastic.report.report import write_report
+    from star_elastic.report.page import write_report
 
     if exists(out):
         require_folder(out)

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from typer import Option
 
+from star_elastic.axes.widths import parse_widths
 from star_elastic.checkpoints.manifest import load_manifest
 from star_elastic.cli.bars import progress_bars
 from star_elastic.cli.count import read_countable
@@ -13,7 +14,6 @@ from star_elastic.cli.terminal import show
 from star_elastic.errors import ConfigError
 from star_elastic.files.writing import require_writable
 from star_elastic.progress import staged
-from star_elastic.widths import parse_widths
 
 
 def slice_size(
@@ -38,7 +38,7 @@ def slice_size(
     from star_elastic.router.files import widths_for
 
     require_writable(out)
-    _, axis_map = read_countable(elastic)
+    axis_map = read_countable(elastic).axis_map
     manifest = load_manifest(elastic, axis_map)
     if size:
         chosen = manifest.size(size).widths

@@ -12,14 +12,15 @@ import math
 import time
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Literal, NamedTuple
 
 import torch
 from transformers import PreTrainedModel
 
 from star_elastic.architectures import family_of
 from star_elastic.axes import AxisMap
+from star_elastic.axes.widths import Widths
 from star_elastic.cost.count import Cost, CostModel, Workload
 from star_elastic.errors import ConfigError
 from star_elastic.evaluate.matching import BY_TASK, Match
@@ -28,7 +29,6 @@ from star_elastic.evaluate.wilson import effective_count, wilson_interval
 from star_elastic.generate.family import ElasticFamily
 from star_elastic.generate.phased import DEFAULT_BATCH_SIZE, PhasedGenerator
 from star_elastic.generate.phases import ANSWERING, TAG, THINKING, ByDifficulty, Generation, Plan
-from star_elastic.widths import Widths
 
 MAX_TEXT, LEFT_OUT = 1_000, " [...] "
 """Characters that are kept of a text, and what stands for its middle where it is longer."""
@@ -59,6 +59,31 @@ class Outcome:
     flops: float
     decoded_bytes: float
     weight_bytes: float
+
+
+class Solved(NamedTuple):
+    """What became of every problem under one plan, and the wall seconds of all together."""
+
+    outcomes: list[Outcome]
+    seconds: float
+
+    @property
+    def right(self) -> list[bool]:
+        """Whether each problem was solved."""
+        return [outcome.is_right for outcome in self.outcomes]
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON data: a list for each field of the outcomes."""
+        names = [field.name for field in fields(Outcome)]
+        columns = {name: [getattr(own, name) for own in self.outcomes] for name in names}
+        return {"seconds": self.seconds, "outcomes": columns}
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> Solved:
+        """What `to_json` wrote."""
+        columns = content["outcomes"]
+        rows = (dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True))
+        return cls([Outcome(**row) for row in rows], content["seconds"])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -144,42 +169,17 @@ class SizeCost:
         return num_tokens * body + contexts * per_context + head
 
 
-@dataclass(frozen=True, slots=True)
-class Work:
-    """What one sequence took, all sizes: operations, and bytes of weights as in `Outcome`."""
-
-    flops: float
-    decoded_bytes: float
-    weight_bytes: float
-
-
-def count_work(generation: Generation, costs: Mapping[str, SizeCost]) -> Work:
-    """Counts all that was read for one sequence."""
-    flops = decoded = at_once = 0.0
-    for read in generation.reads:
-        cost = costs[read.size]
-        flops += cost.count_flops(read.start, read.tokens, at_once=read.at_once)
-        if read.at_once:
-            at_once += cost.bytes_per_token
-        else:
-            decoded += read.tokens * cost.bytes_per_token
-    return Work(flops, decoded, decoded + at_once)
-
-
 def evaluate_plan(
     generator: PhasedGenerator,
     problems: Sequence[Problem],
     plan: Plan,
     *,
     match: Match = BY_TASK,
-    temperature: float = 0.0,
-    seed: int = 0,
     batch_size: int = DEFAULT_BATCH_SIZE,
 ) -> Evaluation:
     """Solves the problems by one plan. Raises what `PhasedGenerator.generate` raises."""
-    options = {"temperature": temperature, "seed": seed, "batch_size": batch_size}
-    outcomes, seconds = solve(generator, problems, plan, match=match, **options)
-    return summarise(plan, problems, outcomes, seconds, batch_size)
+    solved = solve(generator, problems, plan, match=match, batch_size=batch_size)
+    return summarise(plan, problems, solved, batch_size)
 
 
 def solve(
@@ -188,23 +188,20 @@ def solve(
     plan: Plan,
     *,
     match: Match = BY_TASK,
-    temperature: float = 0.0,
-    seed: int = 0,
     batch_size: int = DEFAULT_BATCH_SIZE,
-) -> tuple[list[Outcome], float]:
-    """What became of every problem by a matching rule, and the wall seconds of all together."""
+) -> Solved:
+    """What one plan makes of the problems, judged by a matching rule."""
     if not problems:
         raise ConfigError("there is no problem to evaluate; draw at least one")
     prompts = [problem.question for problem in problems]
-    options = {"temperature": temperature, "seed": seed, "batch_size": batch_size}
     for size in plan.sizes:
         _warm_up(generator.model(size))
     start = time.perf_counter()
-    generations = generator.generate(prompts, plan, **options)
+    generations = generator.generate(prompts, plan, batch_size=batch_size)
     seconds = time.perf_counter() - start
     costs = {size: SizeCost.of(generator.models, size) for size in plan.sizes}
-    solved = zip(problems, generations, strict=True)
-    return [_outcome(*each, match, costs) for each in solved], seconds
+    found = zip(problems, generations, strict=True)
+    return Solved([_outcome(*each, match, costs) for each in found], seconds)
 
 
 def _outcome(
@@ -212,21 +209,30 @@ def _outcome(
 ) -> Outcome:
     verdict = match.judge(problem, generation.answer)
     by_size: Counter[str] = Counter()
+    tokens: Counter[str] = Counter()
     for phase in generation.phases:
         by_size.update(phase.by_size)
-    work = count_work(generation, costs)
+        tokens[phase.name] += phase.tokens
+    flops = decoded = at_once = 0.0
+    for read in generation.reads:
+        cost = costs[read.size]
+        flops += cost.count_flops(read.start, read.tokens, at_once=read.at_once)
+        if read.at_once:
+            at_once += cost.bytes_per_token
+        else:
+            decoded += read.tokens * cost.bytes_per_token
     return Outcome(
         is_right=verdict.is_right,
         extracted=verdict.extracted,
         text=_shorten(generation.text),
-        thinking_tokens=_num_tokens(generation, THINKING),
-        answer_tokens=_num_tokens(generation, ANSWERING),
+        thinking_tokens=tokens[THINKING],
+        answer_tokens=tokens[ANSWERING],
         tokens_by_size=dict(by_size),
         is_cut=_was_cut(generation),
         decode_steps=sum(phase.decode_steps for phase in generation.phases),
-        flops=work.flops,
-        decoded_bytes=work.decoded_bytes,
-        weight_bytes=work.weight_bytes,
+        flops=flops,
+        decoded_bytes=decoded,
+        weight_bytes=decoded + at_once,
     )
 
 
@@ -239,35 +245,32 @@ def _shorten(text: str) -> str:
 
 
 def summarise(
-    plan: Plan,
-    problems: Sequence[Problem],
-    outcomes: Sequence[Outcome],
-    seconds: float,
-    batch_size: int,
+    plan: Plan, problems: Sequence[Problem], solved: Solved, batch_size: int, label: str = ""
 ) -> Evaluation:
-    """The means over problems; `seconds` is the time of all together."""
+    """The means over problems, under the plan's own label or another."""
+    outcomes, count = solved.outcomes, len(problems)
 
     def mean(name: str) -> float:
-        return sum(getattr(outcome, name) for outcome in outcomes) / len(outcomes)
+        return sum(getattr(outcome, name) for outcome in outcomes) / count
 
     after_cut = [outcome.is_right for outcome in outcomes if outcome.is_cut]
     return Evaluation(
-        label=plan.label,
+        label=label or plan.label,
         think=str(plan.phases[0].size),
         answer=str(plan.phases[-1].size),
         thinking_budget=plan.thinking_budget,
-        num_problems=len(problems),
-        **_score(problems, outcomes),
+        num_problems=count,
+        **_score(problems, solved.right),
         thinking_tokens=mean("thinking_tokens"),
         answer_tokens=mean("answer_tokens"),
         cut_share=mean("is_cut"),
         batch_size=batch_size,
-        seconds=seconds / len(problems),
+        seconds=solved.seconds / count,
         flops=mean("flops"),
-        bytes_per_token=mean("decoded_bytes") / max(mean("decode_steps"), 1 / len(problems)),
+        bytes_per_token=mean("decoded_bytes") / max(mean("decode_steps"), 1 / count),
         weight_bytes=mean("weight_bytes"),
         cut_accuracy=sum(after_cut) / len(after_cut) if after_cut else None,
-        no_answer_share=sum(o.extracted is None for o in outcomes) / len(outcomes),
+        no_answer_share=sum(own.extracted is None for own in outcomes) / count,
         by_difficulty=any(isinstance(phase.size, ByDifficulty) for phase in plan.phases),
     )
 
@@ -278,19 +281,15 @@ def _warm_up(model: PreTrainedModel) -> None:
         model(input_ids=torch.zeros(1, 2, dtype=torch.long, device=model.device))
 
 
-def _score(problems: Sequence[Problem], outcomes: Sequence[Outcome]) -> dict[str, Any]:
+def _score(problems: Sequence[Problem], right: Sequence[bool]) -> dict[str, Any]:
     """Accuracy per task, its mean over tasks, and the interval of that mean."""
-    right: dict[str, list[bool]] = defaultdict(list)
-    for problem, outcome in zip(problems, outcomes, strict=True):
-        right[problem.task].append(outcome.is_right)
-    per_task = {task: sum(marks) / len(marks) for task, marks in right.items()}
+    marks: dict[str, list[bool]] = defaultdict(list)
+    for problem, is_right in zip(problems, right, strict=True):
+        marks[problem.task].append(is_right)
+    per_task = {task: sum(own) / len(own) for task, own in marks.items()}
     accuracy = sum(per_task.values()) / len(per_task)
-    count = effective_count([len(marks) for marks in right.values()])
-    return {
-        "per_task": per_task,
-        "accuracy": accuracy,
-        "interval": wilson_interval(accuracy, count),
-    }
+    interval = wilson_interval(accuracy, effective_count([len(own) for own in marks.values()]))
+    return {"per_task": per_task, "accuracy": accuracy, "interval": interval}
 
 
 def _was_cut(generation: Generation) -> bool:
@@ -300,7 +299,3 @@ def _was_cut(generation: Generation) -> bool:
         end = parts.index(TAG)
         return end > 0 and generation.token_sizes[end] is None
     return THINKING in parts and generation.phases[-1].ended == "length"
-
-
-def _num_tokens(generation: Generation, name: str) -> int:
-    return sum(phase.tokens for phase in generation.phases if phase.name == name)

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from star_elastic.evaluate.accuracy import MAX_TEXT
-from star_elastic.evaluate.assemble import Solved
+from star_elastic.evaluate.accuracy import MAX_TEXT, Solved
 from star_elastic.evaluate.grid import Entry
 from star_elastic.evaluate.problems import TEST, Splits
-from star_elastic.evaluate.tasks import Problem
 from star_elastic.files.writing import write_text
 
 FILE = "answers.jsonl"
@@ -22,7 +21,7 @@ NUM_SAMPLES = 6
 
 
 def write_answers(
-    out: Path, entries: Sequence[Entry], splits: Splits, solved: Sequence[Solved]
+    out: Path, entries: Sequence[Entry], splits: Splits, solved: Sequence[Mapping[str, Solved]]
 ) -> dict[str, Any]:
     """Writes a line for each plan and test problem, and returns what the file holds.
 
@@ -30,50 +29,39 @@ def write_answers(
     `MAX_TEXT` characters of it), `extracted` (what the matching rule took for the answer, or null)
     and `correct`. Of many problems, those evenly spaced that make `MAX_ROWS` lines.
     """
-    kept = spaced(len(splits.test), max(MAX_ROWS // len(entries), 1))
+    count = len(splits.test)
+    most = min(count, max(MAX_ROWS // len(entries), 1))
+    kept = [number * count // most for number in range(most)]
     lines = [
-        json.dumps(row, ensure_ascii=False)
+        json.dumps(
+            {"plan": entry.label, **_asked(splits, place), **_written(found, place)},
+            ensure_ascii=False,
+        )
         for entry, found in zip(entries, solved, strict=True)
-        for row in _rows(entry, splits.test, found, kept)
+        for place in kept
     ]
     write_text(out / FILE, "\n".join(lines) + "\n")
     return {
         "file": FILE,
         "num_rows": len(lines),
         "num_problems": len(kept),
-        "of_problems": len(splits.test),
+        "of_problems": count,
         "max_characters": MAX_TEXT,
     }
 
 
-def spaced(count: int, most: int) -> list[int]:
-    """At most so many places of `count`, evenly spaced."""
-    num = min(count, most)
-    return [number * count // num for number in range(num)]
+def _asked(splits: Splits, place: int) -> dict[str, str]:
+    problem = splits.test[place]
+    return {"task": problem.task, "problem": problem.question, "expected": problem.answer}
 
 
-def _rows(
-    entry: Entry, problems: Sequence[Problem], found: Solved, kept: Sequence[int]
-) -> Iterator[dict[str, Any]]:
-    for place in kept:
-        problem = problems[place]
-        yield {
-            "plan": entry.label,
-            "task": problem.task,
-            "problem": problem.question,
-            "expected": problem.answer,
-            **_written(found, place),
-        }
-
-
-def _written(found: Solved, place: int) -> dict[str, Any]:
-    outcomes = found[TEST]["outcomes"]
-    names = {"text": "text", "extracted": "extracted", "correct": "is_right"}
-    return {name: outcomes[column][place] for name, column in names.items()}
+def _written(found: Mapping[str, Solved], place: int) -> dict[str, Any]:
+    own = found[TEST].outcomes[place]
+    return {"text": own.text, "extracted": own.extracted, "correct": own.is_right}
 
 
 def choose_samples(
-    entries: Sequence[Entry], splits: Splits, solved: Sequence[Solved]
+    entries: Sequence[Entry], splits: Splits, solved: Sequence[Mapping[str, Solved]]
 ) -> list[dict[str, Any]]:
     """Some test problems with what single sizes wrote: the largest, the smallest, one between.
 
@@ -81,24 +69,16 @@ def choose_samples(
     after the other.
     """
     plans = _shown_plans(entries)
-    rights = [solved[number][TEST]["outcomes"]["is_right"] for number in plans]
-    marks = list(zip(*rights, strict=True))
-
-    def interest(place: int) -> int:
-        own = marks[place]
-        return 0 if len(set(own)) > 1 else 2 if all(own) else 1
-
-    seen: dict[tuple[int, str], int] = {}
+    marks = zip(*(solved[number][TEST].right for number in plans), strict=True)
+    seen: Counter[tuple[int, str]] = Counter()
     ranks = []
-    for place, problem in enumerate(splits.test):
-        key = interest(place), problem.task
-        seen[key] = seen.get(key, -1) + 1
-        ranks.append((key[0], seen[key], place))
+    for place, (problem, own) in enumerate(zip(splits.test, marks, strict=True)):
+        interest = 0 if len(set(own)) > 1 else 2 if all(own) else 1
+        ranks.append((interest, seen[interest, problem.task], place))
+        seen[interest, problem.task] += 1
     return [
         {
-            "task": splits.test[place].task,
-            "problem": splits.test[place].question,
-            "expected": splits.test[place].answer,
+            **_asked(splits, place),
             "replies": [
                 {"plan": entries[number].label, **_written(solved[number], place)}
                 for number in plans

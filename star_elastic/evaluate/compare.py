@@ -9,10 +9,12 @@ are looked at on the test split once.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
+from star_elastic.evaluate.accuracy import Evaluation
 from star_elastic.evaluate.bootstrap import Interval, PairedBootstrap
 from star_elastic.evaluate.grid import Entry
 
@@ -25,16 +27,6 @@ COSTS = ("flops", "seconds", "weight_bytes")
 """Per problem: counted operations; measured time; weights to fetch at batch 1, which bound the
 speed of any machine whose memory is the narrow part."""
 ROUNDING = 1e-9
-
-
-@dataclass(frozen=True, slots=True)
-class Scores:
-    """One plan on one split: whether each problem was solved (N,), the mean over tasks of their
-    share, and the mean costs per problem by name."""
-
-    right: Sequence[bool]
-    accuracy: float
-    costs: Mapping[str, float]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,73 +57,52 @@ class Comparison:
     test: Seen | None = None
     difference: Interval | None = None
 
-    def to_json(self) -> dict[str, Any]:
-        """Plain JSON data."""
-        return asdict(self)
 
-
-Choose = Callable[[Mapping[str, Scores], Scores, str], str | None]
-"""Picks one of the candidates on the validation split: their scores by label, those of the
-reference, the name of the cost. None if no candidate qualifies."""
-
-
-def cheapest_as_accurate(
-    candidates: Mapping[str, Scores], reference: Scores, cost: str
+def choose(
+    question: Question, candidates: Mapping[str, Evaluation], reference: Evaluation, cost: str
 ) -> str | None:
-    """The cheapest that is at least as accurate as the reference; the more accurate of equals."""
-    least = reference.accuracy - ROUNDING
-    fit = [label for label, own in candidates.items() if own.accuracy >= least]
-    return min(fit, key=lambda k: _cheap_first(candidates[k], cost), default=None)
+    """The label of the best candidate on the validation split; None if none qualifies.
 
+    - equal accuracy: the cheapest that is at least as accurate as the reference; of equally cheap
+      ones the most accurate.
+    - equal cost: the most accurate that costs no more than the reference; of equally accurate ones
+      the cheapest.
+    - equal tokens: the most accurate, whatever it costs.
+    """
 
-def most_accurate_as_cheap(
-    candidates: Mapping[str, Scores], reference: Scores, cost: str
-) -> str | None:
-    """The most accurate that costs no more than the reference; the cheapest of equals."""
-    most = reference.costs[cost] * (1 + ROUNDING)
-    fit = [label for label, own in candidates.items() if own.costs[cost] <= most]
-    return min(fit, key=lambda k: _accurate_first(candidates[k], cost), default=None)
+    def price(label: str) -> float:
+        return getattr(candidates[label], cost)
 
+    def accuracy(label: str) -> float:
+        return candidates[label].accuracy
 
-def most_accurate(candidates: Mapping[str, Scores], reference: Scores, cost: str) -> str | None:
-    """The most accurate, whatever the reference is; the cheapest of equals."""
-    return min(candidates, key=lambda k: _accurate_first(candidates[k], cost), default=None)
-
-
-def _cheap_first(scores: Scores, cost: str) -> tuple[float, float]:
-    return scores.costs[cost], -scores.accuracy
-
-
-def _accurate_first(scores: Scores, cost: str) -> tuple[float, float]:
-    return -round(scores.accuracy, 9), scores.costs[cost]
-
-
-CHOICES: Mapping[Question, Choose] = {
-    "equal accuracy": cheapest_as_accurate,
-    "equal cost": most_accurate_as_cheap,
-    "equal tokens": most_accurate,
-}
+    if question == "equal accuracy":
+        fit = [label for label in candidates if accuracy(label) >= reference.accuracy - ROUNDING]
+        return min(fit, key=lambda label: (price(label), -accuracy(label)), default=None)
+    most = getattr(reference, cost) * (1 + ROUNDING) if question == "equal cost" else math.inf
+    fit = [label for label in candidates if price(label) <= most]
+    return min(fit, key=lambda label: (-round(accuracy(label), 9), price(label)), default=None)
 
 
 def compare(
     entries: Sequence[Entry],
-    validation: Mapping[str, Scores],
-    test: Mapping[str, Scores],
+    validation: Mapping[str, Evaluation],
+    test: Mapping[str, Evaluation],
+    right: Mapping[str, Sequence[bool]],
     bootstrap: PairedBootstrap,
 ) -> list[Comparison]:
-    """All comparisons with the first entry's size alone. Scores by label; the bootstrap is of the
-    test problems."""
+    """All comparisons with the first entry's size alone. All mappings are by label; `right` says
+    which test problems each plan solved (N,), and the bootstrap is of these problems."""
     found = []
     for question, group, cost, reference, labels in _cases(entries):
         candidates = {label: validation[label] for label in labels}
-        chosen = CHOICES[question](candidates, validation[reference.label], cost or COSTS[0])
+        chosen = choose(question, candidates, validation[reference.label], cost or COSTS[0])
         shown: dict[str, Any] = {}
         if chosen is not None:
-            pairs = test[chosen].right, test[reference.label].right
             shown = {
-                "validation": _see(validation, chosen, reference.label),
-                "test": _see(test, chosen, reference.label),
-                "difference": bootstrap.interval(*pairs),
+                "validation": _see(validation[chosen], validation[reference.label]),
+                "test": _see(test[chosen], test[reference.label]),
+                "difference": bootstrap.interval(right[chosen], right[reference.label]),
             }
         found.append(
             Comparison(
@@ -172,10 +143,9 @@ def _belongs(entry: Entry, group: Group, largest: tuple[str, ...]) -> bool:
     return entry.kind == group
 
 
-def _see(scores: Mapping[str, Scores], chosen: str, reference: str) -> Seen:
-    ours, theirs = scores[chosen], scores[reference]
+def _see(ours: Evaluation, theirs: Evaluation) -> Seen:
     return Seen(
         accuracy=ours.accuracy,
         reference_accuracy=theirs.accuracy,
-        cost_ratios={name: ours.costs[name] / theirs.costs[name] for name in COSTS},
+        cost_ratios={name: getattr(ours, name) / getattr(theirs, name) for name in COSTS},
     )

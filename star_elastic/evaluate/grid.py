@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -67,63 +67,43 @@ def make_grid(
     are no pairs. Raises ConfigError and BudgetError for plans that cannot be.
     """
     assert thinks or tuple(budgets) == (None,), budgets
-    options = {"max_new_tokens": max_new_tokens, "switch": switch}
     entries: list[Entry] = []
-    taken: set[str] = set()
-    plans: set[Plan] = set()
-    for label, kind, names, (budget, group), dial in _describe(sizes, budgets, dials, alike or {}):
-        if (not thinks and kind == "pair") or (dial and dial.threshold == ALWAYS_SMALL):
-            continue
-        think, answer = names[0], names[-1]
+    known = alike or {}
+
+    def add(name: str, kind: Kind, own: tuple[str, ...], dial: Dial | None = None) -> None:
+        """Adds one combination of sizes at every budget that makes another plan of it."""
+        think: str | ByDifficulty = own[0]
+        answer: str | ByDifficulty = own[-1]
         if dial:
             think = answer = ByDifficulty(
-                small=names[0], large=names[1], threshold=dial.threshold, look=dial.look
+                small=own[0], large=own[1], threshold=dial.threshold, look=dial.look
             )
-        tokens = budget if thinks else 0
-        plan = think_and_answer(think, answer, thinking_budget=tokens, **options)
-        if plan in plans:
-            continue
-        plans.add(plan)
-        # Names of sizes may hold anything, and so may look like a label of others.
-        label = next(own for own in _variants(label) if own not in taken)
-        taken.add(label)
-        entries.append(Entry(label, kind, names, budget, group, dial, plan))
-    return entries
-
-
-Description = tuple[str, Kind, tuple[str, ...], tuple[Budget, tuple[Budget, ...]], Dial | None]
-
-
-def _describe(
-    sizes: Sequence[str],
-    budgets: Sequence[Budget],
-    dials: Mapping[tuple[str, str], Sequence[Dial]],
-    alike: Mapping[str, Sequence[Sequence[Budget]]],
-) -> Iterator[Description]:
-    def groups(*thinking: str) -> list[tuple[Budget, tuple[Budget, ...]]]:
-        return [*common_groups(budgets, [alike[s] for s in thinking if s in alike]).items()]
+        thinking = own if dial else own[:1]
+        groups = common_groups(budgets, [known[size] for size in thinking if size in known])
+        for budget, group in groups.items():
+            plan = think_and_answer(
+                think, answer, thinking_budget=budget if thinks else 0,
+                max_new_tokens=max_new_tokens, switch=switch,
+            )  # fmt: skip
+            if (kind == "pair" and budget == 0) or plan in [entry.plan for entry in entries]:
+                continue
+            label = name if budget is None else f"{name}@{budget}"
+            # Names of sizes may hold anything, and so may look like a label of others.
+            taken = {entry.label for entry in entries}
+            variants = (f"{label} ({number})" for number in itertools.count(2))
+            label = next(own for own in itertools.chain([label], variants) if own not in taken)
+            entries.append(Entry(label, kind, own, budget, group, dial, plan))
 
     for size in sizes:
-        for own in groups(size):
-            yield f"{size}{_at(own[0])}", "single", (size,), own, None
-    for pair in itertools.permutations(sizes, 2):
-        for own in groups(pair[0]):
-            if own[0] != 0:
-                yield f"{pair[0]}>{pair[1]}{_at(own[0])}", "pair", pair, own, None
+        add(size, "single", (size,))
+    for pair in itertools.permutations(sizes, 2) if thinks else ():
+        add(f"{pair[0]}>{pair[1]}", "pair", pair)
     for pair, positions in dials.items():
-        for dial, own in itertools.product(positions, groups(*pair)):
+        for dial in positions:
             shown = f"{100 * dial.position:g}%" + (" lines" if dial.look == "line" else "")
-            yield f"{pair[0]}~{pair[1]} {shown}{_at(own[0])}", "policy", pair, own, dial
-
-
-def _at(budget: Budget) -> str:
-    return "" if budget is None else f"@{budget}"
-
-
-def _variants(label: str) -> Iterator[str]:
-    yield label
-    for number in itertools.count(2):
-        yield f"{label} ({number})"
+            if dial.threshold != ALWAYS_SMALL:
+                add(f"{pair[0]}~{pair[1]} {shown}", "policy", pair, dial)
+    return entries
 
 
 def parse_budgets(text: str) -> tuple[Budget, ...]:

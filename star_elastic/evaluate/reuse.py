@@ -9,8 +9,7 @@ from __future__ import annotations
 import statistics
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 
@@ -60,10 +59,6 @@ class Reuse:
     median_divergence: float | None
     worst_divergence: float | None
     likeness: tuple[Likeness, ...]
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain JSON data."""
-        return asdict(self)
 
 
 def study_reuse(

@@ -19,10 +19,11 @@ from typing import Any
 import numpy as np
 
 import star_elastic
+from star_elastic.axes.widths import Widths
 from star_elastic.errors import ConfigError, Interrupted
-from star_elastic.evaluate.accuracy import SizeCost, solve
+from star_elastic.evaluate.accuracy import SizeCost, Solved, solve
 from star_elastic.evaluate.answers import choose_samples, write_answers
-from star_elastic.evaluate.assemble import assemble, keep
+from star_elastic.evaluate.assemble import assemble
 from star_elastic.evaluate.budgets import (
     Budget,
     alike_budgets,
@@ -52,12 +53,11 @@ from star_elastic.evaluate.reuse import study_reuse
 from star_elastic.files.paths import is_file, names_in
 from star_elastic.files.writing import digest_files, write_json
 from star_elastic.generate.caches import HandOver
-from star_elastic.generate.family import ElasticFamily, load
+from star_elastic.generate.family import load
 from star_elastic.generate.phased import DEFAULT_BATCH_SIZE
 from star_elastic.generate.phases import DEFAULT_MAX_NEW_TOKENS, Plan, Switch
 from star_elastic.measure.size_latency import describe_machine
 from star_elastic.progress import Progress, Silent
-from star_elastic.widths import Widths
 
 RESULT = "evaluation.json"
 FORMAT_VERSION = 3
@@ -123,108 +123,99 @@ def evaluate_family(
     Mistakes are found before anything is written. Raises ConfigError, BudgetError, CheckpointError
     with one line each, Interrupted when the user stops it.
     """
-    progress = progress or Silent()
-    match = settings.rule
-    family = load(elastic, settings.dtype, settings.device)
-    sizes = _sizes(family, settings, progress)
-    splits = _problems(family, settings)
-    thinks = _thinks(family, splits, settings, progress)
-    kept = Kept(out, _lasting(family, sizes, splits, settings))
-    run = _Run(family, sizes, splits, match, thinks, settings, kept, progress)
-    run.check()
+    run = _Run(elastic, settings, out, progress or Silent())
     try:
         result = run.result(command)
     except KeyboardInterrupt:
         raise Interrupted(f"stopped; the same command goes on where {out} stands") from None
-    write_json(kept.out / RESULT, result)
+    write_json(run.kept.out / RESULT, result)
     return result
 
 
-def _sizes(family: ElasticFamily, settings: Settings, progress: Progress) -> tuple[str, ...]:
-    """The sizes to evaluate, from the largest; of those with equal widths the first."""
-    for size in settings.sizes:
-        family.manifest.size(size)
-    chosen: dict[Widths, str] = {}
-    for size in family.sizes:
-        if settings.sizes and size not in settings.sizes:
-            continue
-        first = chosen.setdefault(family.sizes[size].widths, size)
-        if first != size:
-            progress.say(f"{size} has the widths of {first}: what {first} does holds for both")
-    return tuple(chosen.values())
-
-
-def _thinks(family: ElasticFamily, splits: Splits, settings: Settings, progress: Progress) -> bool:
-    """Whether prompts open a trace, which the chat template decides; says so if they do not.
-
-    Raises ConfigError for budgets of thinking where there is none.
-    """
-    tags = family.generator.tags
-    prompts = [p.question for p in (*splits.validation, *splits.test)]
-    if all(tags.encode_prompt(prompt, thinking=True).in_thinking for prompt in prompts):
-        return True
-    opens = f"the prompts of this family do not open {tags.open}"
-    if any(settings.budgets or ()):
-        named = ",".join(str(budget) for budget in settings.budgets or () if budget)
-        raise ConfigError(
-            f"budgets={named} are of tokens of thinking, but {opens}; use --budgets none, which "
-            "evaluates plans without thinking"
-        )
-    progress.say(f"{opens}, so every plan answers at once: no thinking budgets, no pairs")
-    return False
-
-
-def _problems(family: ElasticFamily, settings: Settings) -> Splits:
-    counts = settings.num_validation, settings.num_test
-    if settings.data is not None:
-        return read_problems(settings.data, *counts)
-    if not knows_bundled_tasks(family.tokenizer):
-        raise ConfigError(
-            "this family does not know the bundled tasks, which need the bundled tokenizer; name "
-            'your own problems with --data FILE.jsonl, rows {"prompt": ..., "answer": ...}'
-        )
-    validation, test = (DEFAULT_PROBLEMS if count is None else count for count in counts)
-    return bundled_problems(validation, test, settings.seed)
-
-
-def _lasting(
-    family: ElasticFamily, sizes: Sequence[str], splits: Splits, settings: Settings
-) -> dict[str, Any]:
-    """What must not change while an evaluation goes on."""
-    paths = [family.path / name for name in names_in(family.path)]
-    files = [path for path in paths if is_file(path)]
-    lasting = {**asdict(settings), "sizes": sizes, "data": splits.name}
-    return {
-        "package_version": star_elastic.__version__,
-        "format_version": FORMAT_VERSION,
-        "checkpoint": digest_files(files),
-        "problems": hashlib.sha256(repr(splits).encode()).hexdigest()[:16],
-        **lasting,
-    }
-
-
-@dataclass(frozen=True)
 class _Run:
-    """One evaluation under way."""
+    """One evaluation under way: what it is of is found out and checked when it is made."""
 
-    family: ElasticFamily
-    sizes: tuple[str, ...]
-    splits: Splits
-    match: Match
-    thinks: bool
-    settings: Settings
-    kept: Kept
-    progress: Progress
+    def __init__(
+        self, elastic: str | Path, settings: Settings, out: str | Path, progress: Progress
+    ):
+        self.settings, self.progress = settings, progress
+        self.match = settings.rule
+        self.family = load(elastic, settings.dtype, settings.device)
+        self.generator = self.family.generator
+        self.sizes = self._find_sizes()
+        self.splits = self._find_problems()
+        self.prompts = [p.question for p in (*self.splits.validation, *self.splits.test)]
+        self.thinks = self._find_whether_it_thinks()
+        self.kept = Kept(out, self._lasting())
+        self._check()
 
-    def check(self) -> None:
+    def _find_sizes(self) -> tuple[str, ...]:
+        """The sizes to evaluate, from the largest; of those with equal widths the first."""
+        asked, known = self.settings.sizes, self.family.sizes
+        for size in asked:
+            self.family.manifest.size(size)
+        chosen: dict[Widths, str] = {}
+        for size in known:
+            if asked and size not in asked:
+                continue
+            first = chosen.setdefault(known[size].widths, size)
+            if first != size:
+                self.progress.say(
+                    f"{size} has the widths of {first}: what {first} does holds for both"
+                )
+        return tuple(chosen.values())
+
+    def _find_problems(self) -> Splits:
+        counts = self.settings.num_validation, self.settings.num_test
+        if self.settings.data is not None:
+            return read_problems(self.settings.data, *counts)
+        if not knows_bundled_tasks(self.family.tokenizer):
+            raise ConfigError(
+                "this family does not know the bundled tasks, which need the bundled tokenizer; "
+                'name your own problems with --data FILE.jsonl, rows {"prompt": ..., "answer": ...}'
+            )
+        validation, test = (DEFAULT_PROBLEMS if count is None else count for count in counts)
+        return bundled_problems(validation, test, self.settings.seed)
+
+    def _find_whether_it_thinks(self) -> bool:
+        """Whether prompts open a trace, which the chat template decides; says so if they do not.
+
+        Raises ConfigError for budgets of thinking where there is none.
+        """
+        tags = self.generator.tags
+        if all(tags.encode_prompt(prompt, thinking=True).in_thinking for prompt in self.prompts):
+            return True
+        opens = f"the prompts of this family do not open {tags.open}"
+        named = ",".join(str(budget) for budget in self.settings.budgets or () if budget)
+        if named:
+            raise ConfigError(
+                f"budgets={named} are of tokens of thinking, but {opens}; use --budgets none, "
+                "which evaluates plans without thinking"
+            )
+        self.progress.say(f"{opens}, so every plan answers at once: no thinking budgets, no pairs")
+        return False
+
+    def _lasting(self) -> dict[str, Any]:
+        """What must not change while an evaluation goes on."""
+        paths = [self.family.path / name for name in names_in(self.family.path)]
+        return {
+            "package_version": star_elastic.__version__,
+            "format_version": FORMAT_VERSION,
+            "checkpoint": digest_files([path for path in paths if is_file(path)]),
+            "problems": hashlib.sha256(repr(self.splits).encode()).hexdigest()[:16],
+            **asdict(self.settings),
+            "sizes": self.sizes,
+            "data": self.splits.name,
+        }
+
+    def _check(self) -> None:
         """Raises what any plan of the grid would, before any work."""
         budgets = self.settings.budgets if self.thinks else None
         plans = [entry.plan for entry in self.grid(budgets or (None,), {}, {})]
         kinds = {(len(plan.sizes), plan.thinking_budget): plan for plan in plans}
-        prompts = [p.question for p in (*self.splits.validation, *self.splits.test)]
         for plan in kinds.values():
             # A stream checks its prompts when it is opened, and works when it is read.
-            self.family.generator.stream(prompts, plan, batch_size=self.settings.batch_size)
+            self.generator.stream(self.prompts, plan, batch_size=self.settings.batch_size)
         if self.settings.switch == "hand-over":
             for pair in itertools.permutations(self.sizes, 2):
                 HandOver(self.family.axis_map, *(self.family.sizes[size].widths for size in pair))
@@ -253,7 +244,7 @@ class _Run:
         texts: dict[str, list[Text]] = {}
         for number, size in enumerate(self.sizes, start=1):
             texts[size] = write_texts(
-                self.family.generator,
+                self.generator,
                 self.splits.validation,
                 size,
                 max_new_tokens=self.settings.max_new_tokens,
@@ -266,8 +257,11 @@ class _Run:
             policies.append(self._policies(texts[large], small, large))
             self.progress.advance(number, f"{small} and {large} read")
         lengths = [text.num_trace for text in texts[self.sizes[0]]]
-        budgets = self._budgets(lengths)
-        ends_line = self.family.generator.tags.ends_line
+        budgets: list[Budget] = [None]
+        if self.thinks:
+            natural = natural_budgets(lengths, self.settings.max_new_tokens)
+            budgets = natural if self.settings.budgets is None else [*self.settings.budgets]
+        ends_line = self.generator.tags.ends_line
         return {
             "trace_tokens": {"mean": float(np.mean(lengths)), "longest": max(lengths)},
             "budgets": budgets,
@@ -280,9 +274,8 @@ class _Run:
 
     def _policies(self, texts: Sequence[Text], small: str, large: str) -> dict[str, Any]:
         """The dial of one pair: the positions that are asked for, and a curve over all."""
-        readings = read_texts(
-            self.family.generator, texts, small, large, batch_size=self.settings.batch_size
-        )
+        size = self.settings.batch_size
+        readings = read_texts(self.generator, texts, small, large, batch_size=size)
         asked, curve = (
             [dial.to_json() for look in LOOKS for dial in calibrate(readings, positions, look)]
             for positions in (self.settings.dials, CURVE)
@@ -297,43 +290,21 @@ class _Run:
             "curve": curve,
         }
 
-    def _budgets(self, lengths: Sequence[int]) -> list[Budget]:
-        """The budgets that are asked for, or else those that cut a part of the natural traces."""
-        if not self.thinks:
-            return [None]
-        if self.settings.budgets is not None:
-            return list(self.settings.budgets)
-        return natural_budgets(lengths, self.settings.max_new_tokens)
-
-    def _say_coinciding(self, calibration: Mapping[str, Any]) -> None:
-        """Tells of budgets that the user named and that are tried once."""
-        if self.settings.budgets and self.thinks:
-            for told in coinciding(calibration["alike"]):
-                self.progress.say(
-                    f"thinking budgets that cut the same of every validation trace: {told}; tried "
-                    "once"
-                )
-
-    def solve(self, entries: Sequence[Entry]) -> list[dict[str, Any]]:
+    def solve(self, entries: Sequence[Entry]) -> list[dict[str, Solved]]:
         """What became of every problem under every plan, by split."""
         self.progress.stage("evaluate", len(entries))
         found = []
         for number, entry in enumerate(entries, start=1):
-            found.append(
-                self.kept.fetch(f"plan {entry.label}", partial(self._solve_one, entry.plan))
-            )
-            right = found[-1][VALIDATION]["outcomes"]["is_right"]
-            self.progress.advance(number, f"{entry.label} {np.mean(right):.1%}")
+            kept = self.kept.fetch(f"plan {entry.label}", partial(self._solve_one, entry.plan))
+            found.append({split: Solved.from_json(own) for split, own in kept.items()})
+            right = np.mean(found[-1][VALIDATION].right)
+            self.progress.advance(number, f"{entry.label} {right:.1%}")
         return found
 
     def _solve_one(self, plan: Plan) -> dict[str, Any]:
-        batch_size = self.settings.batch_size
+        options = {"match": self.match, "batch_size": self.settings.batch_size}
         return {
-            split: keep(
-                *solve(
-                    self.family.generator, problems, plan, match=self.match, batch_size=batch_size
-                )
-            )
+            split: solve(self.generator, problems, plan, **options).to_json()
             for split, problems in self.splits.items()
         }
 
@@ -354,7 +325,6 @@ class _Run:
         return found
 
     def _study_one(self, think: str, answer: str, budget: int | None) -> dict[str, Any]:
-        pair = {"think": think, "answer": answer, "budget": budget}
         try:
             found = study_reuse(
                 self.family,
@@ -368,13 +338,18 @@ class _Run:
                 seed=self.settings.seed,
             )
         except ConfigError as error:
-            return {**pair, "refused": str(error)}
-        return found.to_json()
+            return {"think": think, "answer": answer, "budget": budget, "refused": str(error)}
+        return asdict(found)
 
     def result(self, command: str) -> dict[str, Any]:
         """Everything that was found, as plain data."""
         calibration = self.kept.fetch("calibration", self.calibrate)
-        self._say_coinciding(calibration)
+        if self.settings.budgets and self.thinks:
+            for told in coinciding(calibration["alike"]):
+                self.progress.say(
+                    f"thinking budgets that cut the same of every validation trace: {told}; tried "
+                    "once"
+                )
         dials = dials_by_pair(calibration["policies"])
         entries = self.grid(calibration["budgets"], calibration["alike"], dials)
         solved = self.solve(entries)
@@ -405,14 +380,14 @@ class _Run:
 
     def _size_costs(self) -> dict[str, Any]:
         """What the sizes are, and how much faster memory alone lets each be at batch 1."""
-        costs = {size: SizeCost.of(self.family, size) for size in self.sizes}
-        most = costs[self.sizes[0]].bytes_per_token
+        bytes_per_token = {s: SizeCost.of(self.family, s).bytes_per_token for s in self.sizes}
+        most = bytes_per_token[self.sizes[0]]
         return {
             size: {
                 "active": self.family.cost(size).active,
                 "total": self.family.cost(size).total,
-                "bytes_per_token": cost.bytes_per_token,
-                "bandwidth_bound": most / cost.bytes_per_token,
+                "bytes_per_token": own,
+                "bandwidth_bound": most / own,
             }
-            for size, cost in costs.items()
+            for size, own in bytes_per_token.items()
         }

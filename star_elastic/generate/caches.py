@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from transformers import DynamicCache, PreTrainedConfig
 
 from star_elastic.axes import AxisMap
+from star_elastic.axes.widths import Widths
 from star_elastic.errors import ConfigError
-from star_elastic.widths import Widths
 
 ATTENTION, MAMBA = "attention", "mamba"
 

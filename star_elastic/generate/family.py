@@ -10,7 +10,8 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from star_elastic.architectures import family_of, read_config
-from star_elastic.architectures.base import Config
+from star_elastic.architectures.config_file import Config
+from star_elastic.axes.widths import Widths
 from star_elastic.bundled import find_model
 from star_elastic.checkpoints.manifest import Manifest, Size, load_manifest
 from star_elastic.checkpoints.quantised import load_input_scales
@@ -32,7 +33,6 @@ from star_elastic.models.placement import AUTO, choose_device, choose_dtype
 from star_elastic.models.resident import ResidentBytes, count_resident, nest_in_place
 from star_elastic.models.submodel import build_submodel, load_parent, load_tokenizer
 from star_elastic.router.files import widths_for
-from star_elastic.widths import Widths
 
 
 class ElasticFamily(Mapping[str, PreTrainedModel]):

@@ -21,9 +21,10 @@ from transformers import (
 )
 from transformers.utils import GENERATION_CONFIG_NAME
 
-from star_elastic.architectures import family_of, read_config
-from star_elastic.architectures.base import Config
+from star_elastic.architectures import ModelConfig, read_config
+from star_elastic.architectures.config_file import Config
 from star_elastic.axes import AxisMap
+from star_elastic.axes.widths import Width
 from star_elastic.checkpoints.companions import (
     BASIS,
     ORDERS,
@@ -49,7 +50,6 @@ from star_elastic.models.skeleton import (
 )
 from star_elastic.nesting.rotate import check_basis, rotate_state
 from star_elastic.nesting.slice import Orders, check_orders, slice_state, sort_state
-from star_elastic.widths import Width
 
 
 def build_submodel(
@@ -66,7 +66,7 @@ def build_submodel(
     `input_scales`: of a quantised model, by the parent's weights, in place of the parent's. Raises
     ShapeError for widths the family cannot express.
     """
-    axis_map = family_of(config).axis_map(config)
+    axis_map = ModelConfig.of(config).axis_map
     complete = axis_map.complete(widths)
     inputs: QuantisedInputs | None = getattr(parent, INPUTS, None)
     if inputs is not None:
@@ -158,7 +158,7 @@ def load_parent(
     device: str = "cpu",
     *,
     native: bool | None = None,
-) -> tuple[PreTrainedModel, Config]:
+) -> tuple[PreTrainedModel, ModelConfig]:
     """A parent (or elastic) checkpoint as a transformers model, and its config.json.
 
     On the CPU, parameters that have the stored dtype and shape stay in the mapped file: the files
@@ -171,11 +171,10 @@ def load_parent(
     path = Path(path)
     config = read_config(path)
     require_readable(path)
-    family = family_of(config)
-    axis_map = family.axis_map(config)
+    axis_map = config.axis_map
     scheme = read_scheme(config, axis_map)
     # transformers would stack experts beside the mapped pages they come from.
-    source = StoredModel(path, stored_map(axis_map, scheme), family)
+    source = StoredModel(path, stored_map(axis_map, scheme), config.architecture)
     source.require_whole()
     weight_scales = None
     if scheme is None:
@@ -232,13 +231,12 @@ def require_checkpoint(path: str | Path) -> None:
     if is_file(path):
         return
     config = read_config(path)
-    family = family_of(config)
-    axis_map = family.axis_map(config)
+    axis_map = config.axis_map
     if has_file(path / MODELOPT_FILE):  # whose tensors have other names
         CheckpointReader(path)
     else:
         stored = stored_map(axis_map, read_scheme(config, axis_map))
-        StoredModel(path, stored, family).require_whole()
+        StoredModel(path, stored, config.architecture).require_whole()
     require_loadable(path, config)
     if any("template" not in file.name.lower() for file in reading_files(path)):
         _require_template(load_tokenizer(path))

@@ -1,7 +1,8 @@
 """What comparisons say in plain words, from the plain data of an evaluation.
 
-A gain is called one only where the test split shows it: an accuracy is higher if the interval of
-the difference excludes zero, equal if it excludes a loss of more than `TOLERANCE`.
+A gain is called one only where the test problems show it. A plan counts as more accurate if the
+95 % interval of the difference excludes zero, and as equally accurate if that interval excludes a
+loss of more than `TOLERANCE`.
 """
 
 from __future__ import annotations
@@ -24,7 +25,6 @@ GROUP_NAMES = {
     "pair": "one size thinks, another answers",
     "policy": "choice by difficulty",
 }
-SHORT_NAMES = {"any": "any", "smaller": "smaller", "pair": "pair", "policy": "by difficulty"}
 LEAST_SAVING = {"flops": 0.005, "weight_bytes": 0.005, "seconds": 0.05}
 """Of each cost; less is not told from nothing. Times are measured once, on a machine that may have
 other work: the same slice timed twice differs by up to 5 %."""
@@ -43,62 +43,60 @@ class Finding:
 
 def judge(comparison: Data) -> Finding:
     """What one comparison says."""
-    question, chosen = comparison["question"], comparison["chosen"]
+    question, chosen, test = (comparison[key] for key in ("question", "chosen", "test"))
+    reference, saves = comparison["reference"], question == "equal accuracy"
     if chosen is None:
-        quality = "as accurate" if question == "equal accuracy" else "as cheap"
-        reference = comparison["reference"]
+        quality = "as accurate" if saves else "as cheap"
         text = f"None was {quality} as {reference} on the validation problems: no gain."
         return Finding("none", "no gain", text)
-    if chosen == comparison["reference"]:
+    if chosen == reference:
         text = f"Nothing was better than {chosen} itself on the validation problems: no gain."
         return Finding("none", "no gain", text)
-    reference, test = comparison["reference"], comparison["test"]
-    if test["accuracy"] == test["reference_accuracy"] == 0:
-        text = f"Neither {chosen} nor {reference} has one test problem right: nothing to compare."
-        return Finding("none", "none right", text)
-    if question == "equal accuracy" and test["reference_accuracy"] == 0:
+    if test["reference_accuracy"] == 0 and (saves or test["accuracy"] == 0):
         text = f"{reference} has not one test problem right, and to be as accurate costs nothing."
+        if test["accuracy"] == 0:
+            text = (
+                f"Neither {chosen} nor {reference} has one test problem right: nothing to compare."
+            )
         return Finding("none", "none right", text)
-    if question == "equal accuracy":
-        return _judge_saving(comparison)
-    return _judge_accuracy(comparison)
+    return (_judge_saving if saves else _judge_accuracy)(comparison)
 
 
 def _judge_saving(comparison: Data) -> Finding:
     """A cost at equal accuracy."""
-    cost, chosen = comparison["cost"], comparison["chosen"]
-    ratio = comparison["test"]["cost_ratios"][cost]
+    cost, test, interval = (comparison[key] for key in ("cost", "test", "difference"))
+    ratio = test["cost_ratios"][cost]
     takes = (
-        f"{chosen} takes {times(ratio)} the {COST_NAMES[cost]} of {comparison['reference']}; its "
-        f"accuracy is {percent(comparison['test']['accuracy'])} against "
-        f"{percent(comparison['test']['reference_accuracy'])}, a difference of "
-        f"{points(comparison['difference'])} points"
+        f"{comparison['chosen']} takes {ratio:.2f} times the {COST_NAMES[cost]} of "
+        f"{comparison['reference']}; its accuracy is {percent(test['accuracy'])} against "
+        f"{percent(test['reference_accuracy'])}, a difference of {points(interval)} points"
     )
-    if comparison["difference"]["high"] < 0:
+    if interval["high"] < 0:
         return Finding("loss", "less accurate", f"{takes}: less accurate, so no gain.")
     if ratio > 1 - LEAST_SAVING[cost]:
         return Finding("none", "no gain", f"{takes}: no gain.")
-    if comparison["difference"]["low"] < -TOLERANCE:
-        loss = f"{-100 * comparison['difference']['low']:.1f} points"
+    saving = f"{1 - ratio:.0%} less"
+    if interval["low"] < -TOLERANCE:
+        loss = f"{-100 * interval['low']:.1f} points"
         text = f"{takes}: the problems are too few to exclude a loss of up to {loss}."
-        return Finding("none", f"{saving(ratio)}, unsure", text)
-    return Finding("gain", saving(ratio), f"{takes}.")
+        return Finding("none", f"{saving}, unsure", text)
+    return Finding("gain", saving, f"{takes}.")
 
 
 def _judge_accuracy(comparison: Data) -> Finding:
     """An accuracy at equal cost or equal tokens."""
     test, interval = comparison["test"], comparison["difference"]
-    ratios = test["cost_ratios"]
     cost = comparison["cost"] or "flops"
     says = (
         f"{comparison['chosen']} is right in {percent(test['accuracy'])} against "
         f"{percent(test['reference_accuracy'])} of {comparison['reference']}, a difference of "
-        f"{points(interval)} points, at {times(ratios[cost])} its {COST_NAMES[cost]}"
+        f"{points(interval)} points, at {test['cost_ratios'][cost]:.2f} times its "
+        f"{COST_NAMES[cost]}"
     )
+    short = f"{100 * interval['difference']:+.1f} points"
     if interval["low"] > 0:
-        return Finding("gain", f"{100 * interval['difference']:+.1f} points", f"{says}.")
+        return Finding("gain", short, f"{says}.")
     if interval["high"] < 0:
-        short = f"{100 * interval['difference']:+.1f} points"
         return Finding("loss", short, f"{says}: less accurate.")
     return Finding("none", "no gain", f"{says}; that could be chance: no gain.")
 
@@ -107,14 +105,6 @@ def headline(result: Data, question: str, group: str, cost: str) -> Data | None:
     """The comparison that stands for a question: at the budget at which the reference is most
     accurate, or else where the plan gains most accuracy, both on the validation split. None where
     there is no such plan."""
-    found = [
-        comparison
-        for comparison in result["comparisons"]
-        if (comparison["question"], comparison["group"]) == (question, group)
-        and comparison["cost"] == cost
-    ]
-    if not found:
-        return None
     accuracies = {plan["label"]: plan["validation"]["accuracy"] for plan in result["plans"]}
 
     def rank(comparison: Data) -> tuple[float, float]:
@@ -124,7 +114,12 @@ def headline(result: Data, question: str, group: str, cost: str) -> Data | None:
         gain = accuracies.get(comparison["chosen"], -1.0) - reference
         return round(gain, 9), reference
 
-    return max(found, key=rank)
+    found = [
+        own
+        for own in result["comparisons"]
+        if (own["question"], own["group"], own["cost"]) == (question, group, cost)
+    ]
+    return max(found, key=rank, default=None)
 
 
 def percent(share: float) -> str:
@@ -138,22 +133,12 @@ def with_interval(measured: Data) -> str:
     return f"{percent(measured['accuracy'])} ({100 * low:.1f} to {100 * high:.1f})"
 
 
+def points(interval: Data) -> str:
+    """`+0.5 (-0.5 to +1.5)`, in percentage points."""
+    middle, low, high = (100 * interval[key] for key in ("difference", "low", "high"))
+    return f"{middle:+.1f} ({low:+.1f} to {high:+.1f})"
+
+
 def counted(number: int, noun: str) -> str:
     """`1 way`, `1,200 ways`."""
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
-
-
-def times(ratio: float) -> str:
-    """`0.52 times`."""
-    return f"{ratio:.2f} times"
-
-
-def saving(ratio: float) -> str:
-    """`48% less`, or more."""
-    return f"{abs(1 - ratio):.0%} {'less' if ratio <= 1 else 'more'}"
-
-
-def points(interval: Data) -> str:
-    """`+0.5 (-0.5 to +1.5)`, in percentage points."""
-    low, high = 100 * interval["low"], 100 * interval["high"]
-    return f"{100 * interval['difference']:+.1f} ({low:+.1f} to {high:+.1f})"

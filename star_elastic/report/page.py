@@ -1,62 +1,229 @@
-"""Pieces of the page of an evaluation: names, lists, tables as HTML."""
+"""An evaluation as one page that stands alone: words, charts and tables; nothing is loaded.
+
+`page.html` is the page as a template (jinja2), which escapes all values; here is what it shows.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from html import escape
+import json
+from importlib import resources
 from pathlib import Path
+from typing import Any
 
-from star_elastic.report.findings import Data
-from star_elastic.report.tables import Table
+from jinja2 import Environment, StrictUndefined, TemplateError
+
+from star_elastic.errors import CheckpointError
+from star_elastic.evaluate.accuracy import Evaluation
+from star_elastic.evaluate.budgets import coinciding, listed
+from star_elastic.evaluate.run import FORMAT_VERSION, RESULT
+from star_elastic.files.paths import is_file
+from star_elastic.files.writing import write_text
+from star_elastic.report import tables
+from star_elastic.report.charts import COLOURS, COSTS, PlansChart, curves_chart, plot_plans
+from star_elastic.report.findings import (
+    COST_NAMES,
+    GROUP_NAMES,
+    TOLERANCE,
+    Data,
+    Finding,
+    counted,
+    headline,
+    judge,
+    percent,
+)
+
+PAGE, PLOT = "report.html", "pareto.png"
+QUESTIONS = {
+    "operations at equal accuracy": ("equal accuracy", "flops"),
+    "time at equal accuracy": ("equal accuracy", "seconds"),
+    "accuracy at equal operations": ("equal cost", "flops"),
+    "accuracy at equal tokens": ("equal tokens", ""),
+}
+"""What the page asks of every kind of plan: the question and the cost of comparisons."""
 
 
-def name_of(result: Data) -> str:
+def write_report(out: str | Path) -> tuple[Path, Path]:
+    """Writes the page and the plot of the evaluation in a directory; returns both files.
+
+    Raises CheckpointError if the directory holds no finished evaluation.
+    """
+    result = load_result(out)
+    page, plot = Path(out) / PAGE, Path(out) / PLOT
+    try:
+        text = make_page(result)
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, TemplateError) as error:
+        raise _damaged(Path(out) / RESULT, error) from None
+    title = f"{_name(result)}: plans on the test problems"
+    plot_plans(_tests(result), plot, title=title, reference=_alone(result))
+    write_text(page, text)
+    return page, plot
+
+
+def load_result(out: str | Path) -> Data:
+    """What `evaluation.json` of a directory holds. Raises CheckpointError."""
+    file = Path(out) / RESULT
+    if not is_file(file):
+        raise CheckpointError(f"{out} holds no {RESULT}; make one with star-elastic eval")
+    try:
+        result = json.loads(file.read_text(encoding="utf-8"))
+        version = result["format_version"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise _damaged(file, error) from None
+    if version != FORMAT_VERSION:
+        raise CheckpointError(
+            f"{file} has format version {version}, this package reads {FORMAT_VERSION}; "
+            "evaluate again"
+        )
+    return result
+
+
+def _damaged(file: Path, error: Exception) -> CheckpointError:
+    return CheckpointError(f"{file} is damaged ({error!r}); make it anew with star-elastic eval")
+
+
+def make_page(result: Data) -> str:
+    """The page as HTML text."""
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True)
+    source = resources.files("star_elastic.report") / "page.html"
+    return environment.from_string(source.read_text(encoding="utf-8")).render(_shown(result))
+
+
+def _shown(result: Data) -> dict[str, Any]:
+    """What the template names: the result's own parts, and what is made of them."""
+    sizes, policies = result["sizes"], result["calibration"]["policies"]
+    num_validation, num_test = (sum(result["problems"][s].values()) for s in ("validation", "test"))
+    answers = tables.answers_table(result)
+    return {
+        **result,
+        "name": _name(result),
+        "largest": next(iter(sizes)),
+        "smallest": min(sizes, key=lambda name: sizes[name]["bytes_per_token"]),
+        "alone": _alone(result),
+        "num_validation": num_validation,
+        "num_test": num_test,
+        "level": f"{result['intervals']['level']:.0%}",
+        "tolerance": 100 * TOLERANCE,
+        "merged": "; ".join(coinciding(result["calibration"]["alike"])),
+        "notes": tables.evaluation_notes(result),
+        "cards": _cards(result),
+        "questions": list(QUESTIONS),
+        "by_group": _by_group(result),
+        "charts": _charts(result),
+        "comparisons": _comparisons(result),
+        "answers": answers if len(sizes) > 1 and result["thinks"] and answers.rows else None,
+        "curves": [(_curves(policy), policy) for policy in policies],
+        "calibration": tables.calibration_table(result),
+        "reuse": tables.reuse_table(result),
+        "refused": _refused(result),
+        "likeness": tables.likeness_table(result),
+        "sizes_table": tables.sizes_table(result),
+        "plans_table": tables.plans_table(result),
+        "settings_text": json.dumps(result["settings"], ensure_ascii=False),
+        "colours": COLOURS,
+        "counted": counted,
+        "listed": listed,
+        "percent": percent,
+    }
+
+
+def _name(result: Data) -> str:
     """A family by its directory; runs keep it in `run/elastic`."""
     parts = [part for part in Path(result["elastic"]).parts if part not in ("elastic", "run", "/")]
     return parts[-1] if parts else result["elastic"]
 
 
-def largest_of(result: Data) -> str:
-    """The name of the largest size."""
-    return next(iter(result["sizes"]))
-
-
-def alone_labels(result: Data) -> list[str]:
+def _alone(result: Data) -> list[str]:
     """Labels of the largest size alone."""
-    own = [largest_of(result)]
-    return [plan["label"] for plan in result["plans"] if plan["sizes"] == own]
+    largest = [next(iter(result["sizes"]))]
+    return [plan["label"] for plan in result["plans"] if plan["sizes"] == largest]
 
 
-def capital(text: str) -> str:
-    """With its first letter in upper case."""
-    return text[:1].upper() + text[1:]
+def _tests(result: Data) -> list[Evaluation]:
+    return [Evaluation(**plan["test"]) for plan in result["plans"]]
 
 
-def details(table: Table, *, is_open: bool = False) -> str:
-    """A table under its title, to open and close."""
-    opened = " open" if is_open else ""
-    return f"<details{opened}><summary>{escape(table.title)}</summary>{table_html(table)}</details>"
+def _cards(result: Data) -> dict[Finding, str]:
+    """The answers that come first, each with the questions that it answers."""
+    found: dict[Finding, list[str]] = {}
+    for title, groups, question, cost in (
+        ("operations at equal accuracy", ["any"], "equal accuracy", "flops"),
+        ("measured time at equal accuracy", ["any"], "equal accuracy", "seconds"),
+        ("accuracy at equal operations", ["any"], "equal cost", "flops"),
+        ("accuracy of two sizes at equal tokens", ["pair", "policy"], "equal tokens", ""),
+    ):
+        headlines = [headline(result, question, group, cost) for group in groups]
+        there = [comparison for comparison in headlines if comparison]
+        if there:
+            found.setdefault(judge(max(there, key=_validation_gain)), []).append(title)
+    return {finding: "; ".join(titles).capitalize() for finding, titles in found.items()}
 
 
-def table_html(table: Table) -> str:
-    """A table; cells carry the names of their columns, for pages too narrow for columns."""
-    text = " class='text'"
-    styles = [text] * table.num_text + [""] * (len(table.columns) - table.num_text)
-    labels = [f' data-label="{escape(column)}"' for column in table.columns]
-    head = "".join(
-        f"<th{style}>{escape(column)}</th>"
-        for column, style in zip(table.columns, styles, strict=True)
-    )
-    tones: Sequence[str] = table.tones or [""] * len(table.rows)
-    rows = []
-    for row, tone in zip(table.rows, tones, strict=True):
-        own = [*styles[:-1], f" class='{tone}'"] if tone else styles
-        cells = (
-            f"<td{style}{label}>{escape(cell)}</td>"
-            for cell, style, label in zip(row, own, labels, strict=True)
-        )
-        rows.append(f"<tr>{''.join(cells)}</tr>")
-    return (
-        f"<div class='table'><table><thead><tr>{head}</tr></thead>"
-        f"<tbody>{''.join(rows)}</tbody></table></div>"
-    )
+def _validation_gain(comparison: Data) -> float:
+    seen = comparison["validation"]
+    return seen["accuracy"] - seen["reference_accuracy"] if seen else -1.0
+
+
+def _by_group(result: Data) -> dict[str, list[tuple[str, str, str]]]:
+    """By kind of plan and question the verdict: its tone, in short, and which plan it is of."""
+    found = {}
+    for group in ("smaller", "pair", "policy"):
+        cells = [headline(result, question, group, cost) for question, cost in QUESTIONS.values()]
+        if any(cells):
+            found[GROUP_NAMES[group]] = [_verdict(comparison) for comparison in cells]
+    return found
+
+
+def _verdict(comparison: Data | None) -> tuple[str, str, str]:
+    if comparison is None:
+        return "", tables.NO_VALUE, ""
+    finding, test, reference = judge(comparison), comparison["test"], comparison["reference"]
+    quality = "accurate" if comparison["question"] == "equal accuracy" else "cheap"
+    told = f"none as {quality} as {reference}"
+    if test:
+        accuracies = percent(test["accuracy"]), percent(test["reference_accuracy"])
+        told = "{}: {} against {} of {}".format(comparison["chosen"], *accuracies, reference)
+    return finding.tone, finding.short, told
+
+
+def _charts(result: Data) -> list[str]:
+    """Accuracy against both costs; what stands out are the plans of the verdicts."""
+    found = [
+        headline(result, question, group, "flops")
+        for question in ("equal accuracy", "equal cost")
+        for group in GROUP_NAMES
+    ]
+    named = [comparison["chosen"] for comparison in found if comparison]
+    tests, alone = _tests(result), _alone(result)
+    return [PlansChart(tests, cost, alone, named).svg() for cost in COSTS]
+
+
+def _comparisons(result: Data) -> list[tuple[tables.Table, bool]]:
+    """A table for every question and cost, and whether it stands open."""
+    if not result["comparisons"]:
+        return []
+    main = [("equal accuracy", "flops"), ("equal cost", "flops"), ("equal tokens", "")]
+    more = [(q, cost) for q, _ in main[:2] for cost in COST_NAMES if cost != "flops"]
+    asked = [(pair, pair in main) for pair in (*main, *more)]
+    return [(tables.comparison_table(result, *pair), is_open) for pair, is_open in asked]
+
+
+def _curves(policy: Data) -> str:
+    points = {
+        look: [
+            (dial["token_share"], dial["recall"])
+            for dial in policy["curve"]
+            if dial["look"] == look and dial["recall"] is not None
+        ]
+        for look in ("token", "line")
+    }
+    return curves_chart(points, f"{policy['small']} ~ {policy['large']}")
+
+
+def _refused(result: Data) -> dict[str, list[str]]:
+    """Pairs whose caches cannot be handed over, by the reason."""
+    found: dict[str, list[str]] = {}
+    for study in result["reuse"]:
+        pairs = found.setdefault(study.get("refused", ""), [])
+        if tables.pair_of(study) not in pairs:
+            pairs.append(tables.pair_of(study))
+    return {reason: pairs for reason, pairs in found.items() if reason}

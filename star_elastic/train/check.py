@@ -10,8 +10,9 @@ from typing import Any
 import torch
 
 from star_elastic.architectures import family_of, read_config
-from star_elastic.architectures.base import Config
+from star_elastic.architectures.config_file import Config
 from star_elastic.axes import AxisMap
+from star_elastic.axes.widths import Widths, parse_widths
 from star_elastic.checkpoints.companions import LATENCY
 from star_elastic.checkpoints.layouts import CONFIG_KEY, stored_map
 from star_elastic.checkpoints.manifest import Manifest, Size, load_manifest, require_order
@@ -33,7 +34,6 @@ from star_elastic.router.reach import check_budgets, check_reach
 from star_elastic.strict import require
 from star_elastic.train.config import RunConfig
 from star_elastic.train.state import has_state
-from star_elastic.widths import Widths, parse_widths
 
 
 @dataclass(frozen=True, slots=True)
