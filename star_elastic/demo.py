@@ -37,7 +37,8 @@ from star_elastic.generate.family import ElasticFamily, load
 from star_elastic.generate.phased import PhasedGenerator
 from star_elastic.generate.phases import Plan, think_and_answer
 from star_elastic.measure.divergence import compare, read
-from star_elastic.models.submodel import build_submodel, load_parent, load_sorting, sort_in_place
+from star_elastic.models.load import load_parent
+from star_elastic.models.submodel import build_submodel, load_sorting, sort_in_place
 from star_elastic.progress import Progress, Silent
 from star_elastic.report.charts import plot_plans
 from star_elastic.rewrite.stream import slice_checkpoint

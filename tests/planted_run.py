@@ -21,7 +21,7 @@ from star_elastic.cost.count import CostModel
 from star_elastic.data.source_config import SourceConfig
 from star_elastic.data.sources import Source
 from star_elastic.demo import write_rows
-from star_elastic.models.submodel import load_tokenizer
+from star_elastic.models.tokenizer import load_tokenizer
 from star_elastic.progress import Silent
 from star_elastic.train.build import build_trainer
 from star_elastic.train.check import check

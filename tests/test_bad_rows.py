@@ -18,7 +18,8 @@ from star_elastic.checkpoints.tensors import load_tensors
 from star_elastic.data.sources import ShuffledEpochs, Source, first_documents, open_sources
 from star_elastic.demo import write_rows
 from star_elastic.errors import CheckpointError, ConfigError, Interrupted, RowError
-from star_elastic.models.submodel import load_parent, load_tokenizer
+from star_elastic.models.load import load_parent
+from star_elastic.models.tokenizer import load_tokenizer
 from star_elastic.progress import Silent
 from star_elastic.train.calibrate import Calibration
 from star_elastic.train.check import beyond_positions

@@ -39,8 +39,8 @@ from star_elastic.generate.phases import Plan, parse_phases
 from star_elastic.importance.files import load_scores
 from star_elastic.importance.orders import random_orders
 from star_elastic.measure import size_latency
-from star_elastic.models import submodel
-from star_elastic.models.submodel import load_parent
+from star_elastic.models import load as loading
+from star_elastic.models.load import load_parent
 from star_elastic.rewrite import family as quantise
 from tests.processes import run_command
 from tests.tiny_family import PROMPTS, make_checkpoint
@@ -727,13 +727,13 @@ def test_the_parent_is_computed_in_the_dtype_that_is_named(
     writer, blocks, run_folder, tmp_path, told, monkeypatch
 ):
     seen = []
-    original = submodel.load_parent
+    original = loading.load_parent
 
     def watched(path, dtype=torch.float32, *arguments, **options):
         seen.append(dtype)
         return original(path, dtype, *arguments, **options)
 
-    for module in (submodel, generate_family, quantise):
+    for module in (loading, generate_family, quantise):
         monkeypatch.setattr(module, "load_parent", watched)
     rows = run_folder / "rows.jsonl"
     told(

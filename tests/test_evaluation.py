@@ -29,7 +29,7 @@ from star_elastic.evaluate.run import Settings, evaluate_family
 from star_elastic.evaluate.tasks import TASKS, Problem
 from star_elastic.generate.caches import LayerState, RowCache
 from star_elastic.generate.phases import think_and_answer
-from star_elastic.models.submodel import load_tokenizer
+from star_elastic.models.tokenizer import load_tokenizer
 from star_elastic.progress import Silent
 from star_elastic.report.page import load_result, make_page, write_report
 from star_elastic.report.tables import NO_VALUE, answers_table

@@ -23,7 +23,7 @@ from star_elastic.export.engines import check_engines
 from star_elastic.models.calibration import calibrate_inputs
 from star_elastic.models.fake_quantisation import FakeQuantisation
 from star_elastic.models.linear import KnownInput
-from star_elastic.models.submodel import load_parent
+from star_elastic.models.load import load_parent
 from star_elastic.quant import formats
 from star_elastic.quant.formats import fake_activation, format_of, quantise
 from star_elastic.quant.scheme import BEFORE_ATTENTION, make_scheme

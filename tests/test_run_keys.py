@@ -19,7 +19,7 @@ from star_elastic.cost.latency import save_table
 from star_elastic.data.sources import open_sources
 from star_elastic.errors import ConfigError, RowError
 from star_elastic.importance.files import ScoreInfo, load_scores, save_scores
-from star_elastic.models.submodel import load_tokenizer
+from star_elastic.models.tokenizer import load_tokenizer
 from star_elastic.nesting.gate import Mixture
 from star_elastic.train import loop
 from star_elastic.train import run as run_module

@@ -32,7 +32,7 @@ from star_elastic.generate.phases import (
 from star_elastic.generate.prompts import ThinkingTags
 from star_elastic.generate.sequence import Rules, Sequence
 from star_elastic.generate.text import TextStream
-from star_elastic.models.submodel import end_of_turn
+from star_elastic.models.tokenizer import end_of_turn
 from star_elastic.nesting.slice import slice_tensor
 from tests.thinking import PLAIN, one, parts_streamed, table_generator
 from tests.thinking import make_tokenizer as make_byte_tokenizer

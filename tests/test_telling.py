@@ -19,7 +19,8 @@ from star_elastic.cost.amounts import show_amount
 from star_elastic.cost.latency import load_table, save_table
 from star_elastic.data.sources import open_sources
 from star_elastic.errors import ConfigError, Interrupted
-from star_elastic.models.submodel import load_parent, load_tokenizer
+from star_elastic.models.load import load_parent
+from star_elastic.models.tokenizer import load_tokenizer
 from star_elastic.progress import duration
 from star_elastic.router.commit import LEARNED
 from star_elastic.router.grid import make_grid

@@ -21,7 +21,8 @@ from star_elastic.errors import BudgetError, CheckpointError, ConfigError, Inter
 from star_elastic.generate.family import load
 from star_elastic.importance.files import load_scores, save_scores
 from star_elastic.models.elastic import ElasticModel
-from star_elastic.models.submodel import load_parent, sort_in_place
+from star_elastic.models.load import load_parent
+from star_elastic.models.submodel import sort_in_place
 from star_elastic.rewrite.stream import slice_checkpoint
 from star_elastic.router.budget import AIM, REACH
 from star_elastic.router.files import widths_for

@@ -18,7 +18,7 @@ from star_elastic import bundled
 from star_elastic.data.sources import open_sources
 from star_elastic.demo import write_rows
 from star_elastic.models.elastic import ElasticModel
-from star_elastic.models.submodel import load_tokenizer
+from star_elastic.models.tokenizer import load_tokenizer
 from star_elastic.progress import Silent
 from star_elastic.rewrite.stream import save_model
 from star_elastic.train import build

@@ -43,7 +43,9 @@ from star_elastic.files.writing import write_json
 from star_elastic.generate.phased import PhasedGenerator
 from star_elastic.generate.phases import think_and_answer
 from star_elastic.models.elastic import ElasticModel
-from star_elastic.models.submodel import build_submodel, load_parent, load_tokenizer, sort_in_place
+from star_elastic.models.load import load_parent
+from star_elastic.models.submodel import build_submodel, sort_in_place
+from star_elastic.models.tokenizer import load_tokenizer
 from star_elastic.progress import Progress
 from star_elastic.router.commit import Commitment
 from star_elastic.router.grid import Grid

@@ -48,7 +48,7 @@ from star_elastic.files.writing import write_json
 from star_elastic.generate.family import load
 from star_elastic.generate.phased import PhasedGenerator
 from star_elastic.generate.phases import think_and_answer
-from star_elastic.models.submodel import load_parent
+from star_elastic.models.load import load_parent
 from star_elastic.progress import Progress
 from star_elastic.report.charts import drawn_to
 from star_elastic.rewrite.family import InputCalibration, quantise_family

@@ -40,7 +40,8 @@ from star_elastic.importance.estimate import estimate_scores
 from star_elastic.importance.files import ScoreInfo, save_scores
 from star_elastic.importance.orders import magnitude_scores, orders_from_scores, random_orders
 from star_elastic.measure.perplexity import measure_perplexity, read_texts, token_windows
-from star_elastic.models.submodel import build_submodel, load_parent
+from star_elastic.models.load import load_parent
+from star_elastic.models.submodel import build_submodel
 from star_elastic.nesting.slice import Orders, sort_state
 from star_elastic.report.charts import drawn_to
 from star_elastic.rewrite.stream import slice_checkpoint, sort_checkpoint

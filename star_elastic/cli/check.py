@@ -25,7 +25,7 @@ def check(
     Of the weights it reads names, shapes and dtypes, not the values.
     """
     from star_elastic.export.engines import check_engines
-    from star_elastic.models.submodel import require_checkpoint
+    from star_elastic.models.load import require_checkpoint
 
     require_checkpoint(checkpoint)
     if is_folder(checkpoint) and has_file(checkpoint / MANIFEST):

@@ -23,7 +23,7 @@ from star_elastic.data.row_files import JsonLines
 from star_elastic.errors import ConfigError
 from star_elastic.evaluate.tasks import TASKS, Problem, sample_problems
 from star_elastic.files.paths import is_file
-from star_elastic.models.submodel import load_tokenizer
+from star_elastic.models.tokenizer import load_tokenizer
 
 VALIDATION, TEST = "validation", "test"
 VALIDATION_PERCENT = 40

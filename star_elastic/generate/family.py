@@ -29,9 +29,11 @@ from star_elastic.generate.phases import (
     think_and_answer,
 )
 from star_elastic.generate.prompts import Prompt
+from star_elastic.models.load import load_parent
 from star_elastic.models.placement import AUTO, choose_device, choose_dtype
 from star_elastic.models.resident import ResidentBytes, count_resident, nest_in_place
-from star_elastic.models.submodel import build_submodel, load_parent, load_tokenizer
+from star_elastic.models.submodel import build_submodel
+from star_elastic.models.tokenizer import load_tokenizer
 from star_elastic.router.files import widths_for
 
 

@@ -28,7 +28,7 @@ from star_elastic.generate.prompts import Prompt, ThinkingTags
 from star_elastic.generate.sequence import Rules, Sequence
 from star_elastic.generate.steps import StepPool, pool_for
 from star_elastic.generate.tokens import TokenStream
-from star_elastic.models.submodel import end_of_turn
+from star_elastic.models.tokenizer import end_of_turn
 
 DEFAULT_BATCH_SIZE = 64
 DEFAULT_BATCH_TOKENS = 65_536

@@ -14,7 +14,8 @@ from star_elastic.files.paths import has_file
 from star_elastic.models.elastic import ElasticModel
 from star_elastic.models.fake_quantisation import FILE_NAME as FAKE
 from star_elastic.models.fake_quantisation import FakeQuantisation
-from star_elastic.models.submodel import load_parent, load_sorting, sort_in_place
+from star_elastic.models.load import load_parent
+from star_elastic.models.submodel import load_sorting, sort_in_place
 from star_elastic.progress import Progress
 from star_elastic.quant.scheme import Scheme
 from star_elastic.rewrite.family import InputCalibration, calibrate_sizes, shared_scales

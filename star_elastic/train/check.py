@@ -23,8 +23,8 @@ from star_elastic.cost.latency import LatencyTable, load_table
 from star_elastic.data.row_kinds import find_files
 from star_elastic.errors import BudgetError, ConfigError
 from star_elastic.files.paths import exists, is_file
+from star_elastic.models.load import require_loadable
 from star_elastic.models.model_config import model_config as transformers_config
-from star_elastic.models.submodel import require_loadable
 from star_elastic.nesting.rotate import check_rotatable
 from star_elastic.quant.scheme import Scheme, make_scheme
 from star_elastic.router.budget import REACH, Budgets, budget_miss, describe

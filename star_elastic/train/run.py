@@ -37,7 +37,7 @@ from star_elastic.files.writing import require_folder
 from star_elastic.importance.files import save_scores
 from star_elastic.models.elastic import ElasticModel
 from star_elastic.models.placement import choose_device
-from star_elastic.models.submodel import load_tokenizer, stop_tokens
+from star_elastic.models.tokenizer import load_tokenizer, stop_tokens
 from star_elastic.progress import Progress, Silent, staged
 from star_elastic.rewrite.family import quantise_family
 from star_elastic.rewrite.stream import save_model
