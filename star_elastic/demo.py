@@ -32,8 +32,8 @@ from star_elastic.evaluate.pareto import plot_pareto
 from star_elastic.evaluate.tasks import TASKS, Problem, draw_conversation, messages, sample_problems
 from star_elastic.files.paths import exists, names_in
 from star_elastic.files.writing import require_folder, write_json, write_text
+from star_elastic.generate.engine import Generator
 from star_elastic.generate.family import ElasticFamily, load
-from star_elastic.generate.phased import PhasedGenerator
 from star_elastic.generate.phases import Plan, think_and_answer
 from star_elastic.models.submodel import build_submodel, load_parent, load_sorting, sort_in_place
 from star_elastic.progress import Progress, Silent
@@ -187,7 +187,7 @@ def run_recipe(recipe: Recipe, out: str | Path, progress: Progress | None = None
     family = load(elastic, "float32", "cpu")
     cut_slices(family, out / "slices", progress)
     problems = sample_problems(TASKS, "test", recipe.problems_per_task, recipe.seed)
-    generator = PhasedGenerator(
+    generator = Generator(
         _models(family, recipe.parent_folder, elastic),
         family.tokenizer,
         family.table.end_of_thinking,
@@ -292,7 +292,7 @@ def plans(recipe: Recipe) -> list[Plan]:
 
 
 def evaluate(
-    generator: PhasedGenerator,
+    generator: Generator,
     problems: Sequence[Problem],
     plans: Sequence[Plan],
     progress: Progress,
@@ -316,7 +316,7 @@ def _workers() -> ThreadPoolExecutor:
 
 
 def divergences_from_parent(
-    generator: PhasedGenerator,
+    generator: Generator,
     names: Sequence[str],
     problems: Sequence[Problem],
     progress: Progress | None = None,
@@ -338,7 +338,7 @@ def divergences_from_parent(
 
 @torch.inference_mode()
 def _divergences(
-    generator: PhasedGenerator, names: Sequence[str], problem: Problem
+    generator: Generator, names: Sequence[str], problem: Problem
 ) -> tuple[int, dict[str, float]]:
     """Counted tokens of a solved problem, and KL in nats, summed over them, by name."""
     whole, first = _solved(generator.tokenizer, problem)

@@ -19,7 +19,7 @@ from star_elastic.evaluate.accuracy import Evaluation, evaluate_plan, solve, sum
 from star_elastic.evaluate.pareto import pareto_front, plot_pareto
 from star_elastic.evaluate.tasks import messages, sample_problems
 from star_elastic.evaluate.wilson import wilson_interval
-from star_elastic.generate.phased import PhasedGenerator
+from star_elastic.generate.engine import Generator
 from star_elastic.generate.phases import ANSWERING, THINKING, think_and_answer
 
 MAX_TRAIN_STEPS = 300
@@ -87,7 +87,7 @@ def generator(problems):
         built = [AutoModelForCausalLM.from_config(config).eval() for config in configs]
     models = dict(zip(SIZES, built, strict=True))
     train(models["trained"], tokenizer, problems)
-    return PhasedGenerator(models, tokenizer, "\n</think>\n")
+    return Generator(models, tokenizer, "\n</think>\n")
 
 
 def test_what_was_learnt_is_scored_right(generator, problems):

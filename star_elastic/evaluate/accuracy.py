@@ -25,8 +25,8 @@ from star_elastic.errors import ConfigError
 from star_elastic.evaluate.matching import BY_TASK, Match
 from star_elastic.evaluate.tasks import Problem
 from star_elastic.evaluate.wilson import effective_count, wilson_interval
+from star_elastic.generate.engine import DEFAULT_BATCH_SIZE, Generator
 from star_elastic.generate.family import ElasticFamily
-from star_elastic.generate.phased import DEFAULT_BATCH_SIZE, PhasedGenerator
 from star_elastic.generate.phases import ANSWERING, TAG, THINKING, ByDifficulty, Generation, Plan
 from star_elastic.widths import Widths
 
@@ -167,7 +167,7 @@ def count_work(generation: Generation, costs: Mapping[str, SizeCost]) -> Work:
 
 
 def evaluate_plan(
-    generator: PhasedGenerator,
+    generator: Generator,
     problems: Sequence[Problem],
     plan: Plan,
     *,
@@ -176,14 +176,14 @@ def evaluate_plan(
     seed: int = 0,
     batch_size: int = DEFAULT_BATCH_SIZE,
 ) -> Evaluation:
-    """Solves the problems by one plan. Raises what `PhasedGenerator.generate` raises."""
+    """Solves the problems by one plan. Raises what `Generator.generate` raises."""
     options = {"temperature": temperature, "seed": seed, "batch_size": batch_size}
     outcomes, seconds = solve(generator, problems, plan, match=match, **options)
     return summarise(plan, problems, outcomes, seconds, batch_size)
 
 
 def solve(
-    generator: PhasedGenerator,
+    generator: Generator,
     problems: Sequence[Problem],
     plan: Plan,
     *,
