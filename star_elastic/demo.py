@@ -33,8 +33,8 @@ from star_elastic.evaluate.accuracy import Evaluation, evaluate_plan
 from star_elastic.evaluate.tasks import TASKS, Problem, draw_conversation, messages, sample_problems
 from star_elastic.files.paths import exists, names_in
 from star_elastic.files.writing import require_folder, write_json, write_text
+from star_elastic.generate.engine import Generator
 from star_elastic.generate.family import ElasticFamily, load
-from star_elastic.generate.phased import PhasedGenerator
 from star_elastic.generate.phases import Plan, think_and_answer
 from star_elastic.measure.divergence import compare, read
 from star_elastic.models.load import load_parent
@@ -175,7 +175,7 @@ def run_recipe(recipe: Recipe, out: str | Path, progress: Progress | None = None
     family = load(elastic, "float32", "cpu")
     cut_slices(family, out / "slices", progress)
     problems = sample_problems(TASKS, "test", recipe.problems_per_task, recipe.seed)
-    generator = PhasedGenerator(
+    generator = Generator(
         _models(family, Path(recipe.parent or bundled.PARENT)), family.tokenizer,
         family.table.end_of_thinking,
     )  # fmt: skip
@@ -275,7 +275,7 @@ def plans(recipe: Recipe) -> list[Plan]:
 
 
 def evaluate(
-    generator: PhasedGenerator,
+    generator: Generator,
     problems: Sequence[Problem],
     plans: Sequence[Plan],
     progress: Progress,
@@ -291,7 +291,7 @@ def evaluate(
 
 
 def divergences_from_parent(
-    generator: PhasedGenerator,
+    generator: Generator,
     names: Sequence[str],
     problems: Sequence[Problem],
     progress: Progress | None = None,

@@ -33,8 +33,8 @@ from star_elastic.data import sources
 from star_elastic.evaluate import run as evaluation
 from star_elastic.generate import family as generate_family
 from star_elastic.generate.decode import BatchDecoder
+from star_elastic.generate.engine import Generator
 from star_elastic.generate.family import load
-from star_elastic.generate.phased import PhasedGenerator
 from star_elastic.generate.phases import Plan, parse_phases
 from star_elastic.importance.files import load_scores
 from star_elastic.importance.orders import random_orders
@@ -570,10 +570,8 @@ def test_generate_by_chance(writer, question, told, printed, monkeypatch):
     assert ask("--temperature", 2.0, "--top-p", 1e-6, "--seed", 3) == greedy
     options = ["generate", writer, question, "--size", "small", "--max-new-tokens", 20]
     result = told(*options)
-    streams, stream = [], PhasedGenerator.stream
-    monkeypatch.setattr(
-        PhasedGenerator, "stream", lambda *a, **k: streams.append(a) or stream(*a, **k)
-    )
+    streams, stream = [], Generator.stream
+    monkeypatch.setattr(Generator, "stream", lambda *a, **k: streams.append(a) or stream(*a, **k))
     for option in ([], ["--stream"]):
         assert printed(*options, *option).startswith(result["text"] + "\n[")
         assert bool(streams) == bool(option)

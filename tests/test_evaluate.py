@@ -19,7 +19,7 @@ from star_elastic.errors import CheckpointError, ConfigError
 from star_elastic.evaluate.accuracy import Evaluation, Solved, evaluate_plan, solve, summarise
 from star_elastic.evaluate.tasks import messages, sample_problems
 from star_elastic.evaluate.wilson import wilson_interval
-from star_elastic.generate.phased import PhasedGenerator
+from star_elastic.generate.engine import Generator
 from star_elastic.generate.phases import ANSWERING, THINKING, think_and_answer
 from star_elastic.report.charts import PlansChart, pareto_front, plot_plans
 
@@ -88,7 +88,7 @@ def generator(problems):
         built = [AutoModelForCausalLM.from_config(config).eval() for config in configs]
     models = dict(zip(SIZES, built, strict=True))
     train(models["trained"], tokenizer, problems)
-    return PhasedGenerator(models, tokenizer, "\n</think>\n")
+    return Generator(models, tokenizer, "\n</think>\n")
 
 
 def test_what_was_learnt_is_scored_right(generator, problems):

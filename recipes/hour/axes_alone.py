@@ -33,7 +33,7 @@ from star_elastic.demo import (
 )
 from star_elastic.evaluate.accuracy import evaluate_plan
 from star_elastic.evaluate.tasks import TASKS, sample_problems
-from star_elastic.generate.phased import PhasedGenerator
+from star_elastic.generate.engine import Generator
 from star_elastic.generate.phases import DEFAULT_MAX_NEW_TOKENS, think_and_answer
 from star_elastic.models.elastic import ElasticModel
 from star_elastic.models.load import load_parent
@@ -140,7 +140,7 @@ def measure(
         def evaluate() -> dict[str, tuple[float, float]]:
             models = {PARENT: teacher}
             models |= {c.name: build_submodel(parent, config, c.widths) for c in cuts}
-            generator = PhasedGenerator(models, tokenizer, elastic.family.end_of_thinking)
+            generator = Generator(models, tokenizer, elastic.family.end_of_thinking)
             bars.stage("evaluate", len(models))
             apart = divergences_from_parent(generator, list(models), problems[::5])
             found = {}

@@ -40,7 +40,7 @@ from star_elastic.errors import ConfigError
 from star_elastic.evaluate.accuracy import evaluate_plan
 from star_elastic.evaluate.tasks import TASKS, Problem, sample_problems
 from star_elastic.files.writing import write_json
-from star_elastic.generate.phased import PhasedGenerator
+from star_elastic.generate.engine import Generator
 from star_elastic.generate.phases import think_and_answer
 from star_elastic.models.elastic import ElasticModel
 from star_elastic.models.load import load_parent
@@ -244,12 +244,12 @@ class Lab:
         """KL to the parent of every size, nats per token."""
         return divergences_from_parent(self._generator(trainer), trainer.names, problems)
 
-    def _generator(self, trainer: Trainer) -> PhasedGenerator:
+    def _generator(self, trainer: Trainer) -> Generator:
         student = trainer.student
         models: dict[str, Any] = {PARENT: self.teacher}
         for name, fixed in trainer.committed.items():
             models[name] = build_submodel(student.parent, student.model_config, fixed.widths)
-        return PhasedGenerator(models, self.tokenizer, self.family.end_of_thinking)
+        return Generator(models, self.tokenizer, self.family.end_of_thinking)
 
 
 # What the recipes' command lines share

@@ -45,8 +45,8 @@ from star_elastic.errors import ConfigError
 from star_elastic.evaluate.accuracy import evaluate_plan
 from star_elastic.evaluate.tasks import TASKS, sample_problems
 from star_elastic.files.writing import write_json
+from star_elastic.generate.engine import Generator
 from star_elastic.generate.family import load
-from star_elastic.generate.phased import PhasedGenerator
 from star_elastic.generate.phases import think_and_answer
 from star_elastic.models.load import load_parent
 from star_elastic.progress import Progress
@@ -217,7 +217,7 @@ class Lab:
         family = load(path, "float32", "cpu")
         parent, _ = load_parent(self.parent)
         models = {PARENT: parent, **{name: family[name] for name in family}}
-        generator = PhasedGenerator(models, family.tokenizer, family.table.end_of_thinking)
+        generator = Generator(models, family.tokenizer, family.table.end_of_thinking)
         problems = sample_problems(TASKS, "test", options.problems, self.seed)
         watched = problems[:: max(len(problems) // options.watched, 1)]
         apart = divergences_from_parent(generator, list(family), watched)
