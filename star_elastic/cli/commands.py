@@ -38,7 +38,7 @@ from star_elastic.generate.phases import (
     parse_phases,
 )
 from star_elastic.progress import staged
-from star_elastic.signals import is_first_rank, num_ranks
+from star_elastic.signals import is_first_rank
 from star_elastic.strict import MOST_ROWS, MOST_TOKENS
 from star_elastic.widths import parse_widths
 
@@ -392,36 +392,10 @@ def _check_rows(config: Any, as_json: bool) -> None:
     run would leave it out, or if a source has none to learn from."""
     from dataclasses import asdict
 
-    import torch
+    from star_elastic.train.run import check_run
 
-    from star_elastic.data.sources import open_sources
-    from star_elastic.files.writing import require_folder
-    from star_elastic.models.placement import choose_device
-    from star_elastic.models.submodel import load_tokenizer, stop_tokens
-    from star_elastic.train.calibrate import given_scores
-    from star_elastic.train.check import check as check_config
-    from star_elastic.train.directory import ELASTIC, require_ready
-    from star_elastic.train.outlook import look_ahead
-    from star_elastic.train.row_check import check_rows
-    from star_elastic.train.state import has_state
-
-    checked = check_config(config, num_ranks())
-    given = given_scores(config, checked.axis_map)
-    tokenizer = load_tokenizer(config.parent)
-    sources = open_sources(config.data, tokenizer, checked.axis_map.num_embeddings, config.seed)
-    device = torch.device(choose_device("auto"))
-    run = Path(config.out)
-    require_folder(run)
-    # A run that has begun is looked at for its data alone.
-    if exists(run) and not has_state(run) and not exists(run / ELASTIC):
-        require_ready(run, config, sources, resume=False)
-    outlook = look_ahead(config, checked, sources, device, given[1] if given else None)
     with Bars() as bars:
-        for fact in outlook.facts:
-            bars.say(fact)
-        ends = stop_tokens(config.parent, tokenizer)
-        found = check_rows(config, sources, bars, ends)
-    found.warnings[:0] = outlook.warnings
+        found = check_run(config, bars)
     print_json(asdict(found)) if as_json else print("\n".join(found.lines()))
     if not found.is_sound:
         raise typer.Exit(2)
