@@ -250,9 +250,7 @@ def test_what_cannot_be_packed_is_refused_at_once(changes, message):
 
 def test_a_source_with_nothing_to_learn_ends_the_stage():
     packed = stream([Lengths([3, 4]), Lengths([9, 1, 5], first=9, name="prompts.jsonl")])
-    with pytest.raises(
-        CheckpointError, match="prompts.jsonl has no row with a token to learn"
-    ):
+    with pytest.raises(CheckpointError, match="prompts.jsonl has no row with a token to learn"):
         packed.batch(0)
 
 
