@@ -133,7 +133,7 @@ def measure(
     source = Source([rows], tokenizer, "answers")
     with progress_bars() as bars:
         calibration = Calibration(run, out, teacher, config, elastic.axis_map, [source], bars)
-        orders, basis = calibration.orders(write=False), calibration.basis(write=False)
+        orders, basis = calibration.orders(), calibration.basis()
         sort_in_place(parent, elastic.axis_map, orders, basis)
         problems = sample_problems(TASKS, "test", problems_per_task, DEMO.seed)
 

@@ -70,7 +70,7 @@ def arms(lab: Lab, options: argparse.Namespace) -> list[Outcome]:
 
     first, second = learning
     halves = two_stages(second)
-    depth = lab.calibration.depth(write=False)
+    depth = lab.calibration.depth()
     per_layer = {
         name: len(lab.axis_map.axes[name].layers)
         for name in ("expert_ffn", "shared_ffn", "ssm_heads")

@@ -128,8 +128,8 @@ class Lab:
             folder / f"calibration-{seed}", self.teacher, self.config, self.axis_map,
             [self.source], progress,
         )  # fmt: skip
-        self._orders = self.calibration.orders(write=False)
-        self._basis = self.calibration.basis(write=False)
+        self._orders = self.calibration.orders()
+        self._basis = self.calibration.basis()
         del self._orders["hidden"]
 
     def _run_config(

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jinja2 import TemplateSyntaxError
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     PreTrainedModel,
@@ -25,7 +24,8 @@ from star_elastic.checkpoints.quantised import model_state, read_input_scales
 from star_elastic.checkpoints.stored import StoredModel
 from star_elastic.checkpoints.tensors import CheckpointReader
 from star_elastic.checkpoints.written_config import require_readable
-from star_elastic.errors import CheckpointError, not_jinja
+from star_elastic.data.chat import render
+from star_elastic.errors import CheckpointError, ConfigError
 from star_elastic.files.paths import has_file, is_file
 from star_elastic.models.model_config import buildable_config
 from star_elastic.models.native import multiplies_fp8
@@ -144,9 +144,9 @@ def _require_template(tokenizer: PreTrainedTokenizerBase) -> None:
     """Raises ConfigError for a chat template that cannot be parsed. Which messages it takes is
     another matter."""
     try:
-        tokenizer.apply_chat_template([{"role": "user", "content": "1"}], tokenize=False)
-    except TemplateSyntaxError as error:
-        raise not_jinja(error) from error
+        render(tokenizer, [{"role": "user", "content": "1"}])
+    except ConfigError:
+        raise
     except Exception:
         return
 

@@ -37,9 +37,9 @@ from star_elastic.train.state import has_state
 
 
 @dataclass(frozen=True, slots=True)
-class Checked:
-    """A run config with its parent's table, grid, costs and budgets as fractions of them, and the
-    dtypes that the parent's tensors are stored in."""
+class RunSpec:
+    """What a run config means for its parent: the parent's table, grid, costs, budgets as fractions
+    of them, widths that are given, and the dtypes that the parent's tensors are stored in."""
 
     model_config: Config
     axis_map: AxisMap
@@ -66,7 +66,7 @@ class Checked:
         return grid
 
 
-def check(config: RunConfig, world_size: int = 1) -> Checked:
+def check(config: RunConfig, world_size: int = 1) -> RunSpec:
     """Checks a run config against its parent's config.json and the headers of its weights.
 
     Raises ConfigError, ShapeError, BudgetError or CheckpointError for whatever would go wrong.
@@ -129,7 +129,7 @@ def check(config: RunConfig, world_size: int = 1) -> Checked:
         raise ConfigError(
             f"engine.workers={config.engine.workers} threads on {world_size} ranks; use 1 worker"
         )
-    return Checked(model_config, axis_map, grid, cost, budgets, fixed, stored.dtypes, scheme)
+    return RunSpec(model_config, axis_map, grid, cost, budgets, fixed, stored.dtypes, scheme)
 
 
 def read_parent(config: RunConfig) -> tuple[Config, AxisMap, Manifest | None, Grid]:

@@ -104,9 +104,14 @@ class StageConfig:
         )
 
     @property
+    def step_tokens(self) -> int:
+        """Tokens of a step, with what is left empty in its windows."""
+        return self.batch_size * self.context
+
+    @property
     def num_steps(self) -> int:
         """Optimiser steps of the stage."""
-        return max(1, round(self.tokens / (self.batch_size * self.context)))
+        return max(1, round(self.tokens / self.step_tokens))
 
 
 FIRST_STAGE = {"context": 8192, "batch_size": 1536}
