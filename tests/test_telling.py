@@ -16,13 +16,12 @@ from star_elastic.checkpoints.tensors import SINGLE_NAME, load_tensors
 from star_elastic.cli import main
 from star_elastic.cli.bars import Lines, OnTerminal, progress_bars
 from star_elastic.cost.amounts import show_amount
-from star_elastic.cost.latency import load_table, save_table
+from star_elastic.cost.latency import save_table
 from star_elastic.errors import ConfigError, Interrupted
 from star_elastic.models.load import load_parent
 from star_elastic.progress import duration
 from star_elastic.router.commit import LEARNED
-from star_elastic.router.grid import make_grid
-from star_elastic.train.check import check, require_covered
+from star_elastic.train.check import check
 from star_elastic.train.config import RouterConfig, StageConfig
 from star_elastic.train.curriculum import Curriculum
 from star_elastic.train.distributed import multiplies_bf16
@@ -84,6 +83,17 @@ def test_bars_are_for_terminals_only(capfd):
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize(("error", "said"), [(ConfigError, ""), (Interrupted, "Rank units  1/3")])
+def test_an_error_is_the_last_line_of_long_work(capfd, error, said):
+    """Where the user stops it, it is said how far it came."""
+    with pytest.raises(error), progress_bars() as bars:
+        bars.stage("rank", 3)
+        bars.advance(1)
+        raise error("as it is")
+    shown = capfd.readouterr().err
+    assert shown.startswith(said) and bool(shown) == bool(said)
+
+
 @pytest.mark.parametrize(
     ("seconds", "said"),
     [(0.4, "0 s"), (119, "119 s"), (130, "2 min"), (5400, "90 min"), (7500, "2 h 05 min")],
@@ -125,19 +135,6 @@ def test_a_table_that_does_not_cover_the_choices_is_refused(run_folder):
     save_table(flat, run_folder / "of-parent.json")
     with pytest.raises(ConfigError, match="covers expert_ffn from 32 to 32, and the choices reach"):
         check(config_in(run_folder, "uncovered", **ms, **narrow))
-
-
-def test_a_table_for_a_run_covers_it(run_folder, capfd):
-    file, table = run_folder / "for-run.toml", run_folder / "for-run.json"
-    load = {"[engine]": "[workload]\ncontext = 24\nbatch = 2\n[engine]"}
-    config = config_in(run_folder, "for-run", **load)
-    main(["latency", "--for", str(file), "--out", str(table), "--seconds", "0", "--json"])
-    assert json.loads(capfd.readouterr().out)["ms_per_token"] > 0
-    parent = read_config(config.parent)
-    axis_map = family_of(parent).axis_map(parent)
-    measured = load_table(table, axis_map)
-    assert (measured.context, measured.batch) == (24, 2)
-    require_covered(measured, make_grid(config.choices, axis_map))
 
 
 @pytest.mark.parametrize(

@@ -27,6 +27,7 @@ STAGES = {
     "write": "Write", "judge": "Judge",
 }  # fmt: skip
 """What the stages of long work are called in front of the user; others by their own name."""
+Write = Callable[[str], None]
 FIRST_LINE, LINE_EVERY = 5.0, 30.0
 """Seconds after which a stage is first told of where there is no terminal, and between two lines.
 Stages that end sooner have one line, when they end."""
@@ -98,13 +99,7 @@ class Lines:
     many seconds, and when it ends. Lines come while a unit lasts, too: a thread writes them.
     """
 
-    def __init__(
-        self,
-        write: Callable[[str], None],
-        *,
-        first: float = FIRST_LINE,
-        every: float = LINE_EVERY,
-    ) -> None:
+    def __init__(self, write: Write, first: float = FIRST_LINE, every: float = LINE_EVERY):
         self._write, self._first, self._every = write, first, every
         self._lock = threading.Lock()
         self._over = threading.Event()

@@ -3,24 +3,15 @@
 from dataclasses import asdict
 from pathlib import Path
 
-from typer import Argument
-
-from star_elastic.architectures import family_of, read_config
-from star_elastic.bundled import find_model
-from star_elastic.checkpoints.companions import LATENCY, MANIFEST, ROUTER
-from star_elastic.checkpoints.manifest import load_manifest
-from star_elastic.cli.options import AsJson
+from star_elastic.checkpoints.companions import MANIFEST
+from star_elastic.cli.options import AsJson, Model
 from star_elastic.cli.terminal import show
-from star_elastic.cost.latency import load_table
 from star_elastic.files.paths import has_file, is_folder
 from star_elastic.tables import Table
 
 
-def check(
-    checkpoint: Path = Argument(parser=find_model, help="A slice, a family, or any checkpoint."),
-    as_json: AsJson = False,
-) -> None:
-    """Which engines and GPUs run a checkpoint, and why others do not.
+def check(checkpoint: Model, as_json: AsJson = False) -> None:
+    """Which engines and GPUs run a slice, a family or any checkpoint, and why others do not.
 
     Of the weights it reads names, shapes and dtypes, not the values.
     """
@@ -31,28 +22,21 @@ def check(
     if is_folder(checkpoint) and has_file(checkpoint / MANIFEST):
         _require_family(checkpoint)
     verdicts = check_engines(checkpoint)
+    content = {"checkpoint": str(checkpoint), "engines": [asdict(v) for v in verdicts]}
     rows = [[v.engine, "yes" if v.runs else "no", v.note] for v in verdicts]
-    show(
-        as_json,
-        {"checkpoint": str(checkpoint), "engines": [asdict(v) for v in verdicts]},
-        Table(str(checkpoint), ["runs on", "", "what to know"], rows, num_text=3),
-    )
+    table = Table(str(checkpoint), ["runs on", "", "what to know"], rows, num_text=3)
+    show(as_json, content, table)
 
 
 def _require_family(path: Path) -> None:
     """Raises CheckpointError for a file that a family has beside its weights and that is damaged,
     or another model's."""
-    from star_elastic.checkpoints.quantised import load_input_scales
-    from star_elastic.models.submodel import load_sorting
+    from star_elastic.checkpoints.elastic import ElasticCheckpoint
     from star_elastic.router.files import load_router
 
-    config = read_config(path)
-    axis_map = family_of(config).axis_map(config)
-    manifest = load_manifest(path, axis_map)
-    load_sorting(path, axis_map)
-    if has_file(path / ROUTER):
-        load_router(path, manifest, axis_map)
-    if has_file(path / LATENCY):
-        load_table(path / LATENCY, axis_map)
-    for name in manifest.sizes:
-        load_input_scales(path, manifest, name)
+    family = ElasticCheckpoint(path)
+    _ = family.orders, family.basis, family.latency  # each is checked when it is asked for
+    for name in family.manifest.sizes:
+        family.input_scales(name)
+    if family.router_state is not None:
+        load_router(path, family.manifest, family.axis_map)

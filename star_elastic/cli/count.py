@@ -2,14 +2,11 @@
 
 from pathlib import Path
 
-from typer import Argument, Option
+from typer import Option
 
-from star_elastic.architectures import family_of, read_config
-from star_elastic.architectures.config_file import Config
-from star_elastic.axes import AxisMap
+from star_elastic.architectures import ModelConfig, read_config
 from star_elastic.axes.widths import parse_widths
-from star_elastic.bundled import find_model
-from star_elastic.cli.options import AsJson
+from star_elastic.cli.options import AsJson, Model
 from star_elastic.cli.terminal import show
 from star_elastic.cost.count import CostModel, Workload, count_parts
 from star_elastic.strict import MOST_ROWS, MOST_TOKENS
@@ -21,7 +18,7 @@ COUNTED = ("total", "active", "weight_bytes", "state_bytes", "flops_per_token",
 
 
 def count(
-    model: Path = Argument(parser=find_model, help="Checkpoint directory or config.json."),
+    model: Model,
     widths: str = Option("", help="For example hidden=1920,expert_ffn=960."),
     context: int = Option(0, help="Tokens of context for KV bytes.", min=0, max=MOST_TOKENS),
     batch: int = Option(1, help="Sequences held at once.", min=1, max=MOST_ROWS),
@@ -38,7 +35,7 @@ def count(
     Operations are per token. A decoded token goes through the LM head; of a prompt that is read at
     once, only the last token does.
     """
-    _, axis_map = read_countable(model)
+    axis_map = read_countable(model).axis_map
     chosen = axis_map.complete(parse_widths(widths))
     load = Workload(context, batch, dtype_bytes, ssm_dtype_bytes)
     cost = CostModel(axis_map, load).count(chosen)
@@ -57,13 +54,12 @@ def count(
     )
 
 
-def read_countable(model: Path) -> tuple[Config, AxisMap]:
-    """The config and the axis map of a checkpoint. Raises ConfigError for weights that another tool
-    has quantised: the figures of the model that they stand for are not theirs."""
+def read_countable(model: Path) -> ModelConfig:
+    """The config of a checkpoint. Raises ConfigError for weights that another tool has quantised:
+    the figures of the model that they stand for are not theirs."""
     config = read_config(model)
-    axis_map = family_of(config).axis_map(config)
     if config.get("quantization_config"):  # only then worth the seconds that torch takes to load
         from star_elastic.checkpoints.layouts import read_scheme
 
-        read_scheme(config, axis_map)
-    return config, axis_map
+        read_scheme(config, config.axis_map)
+    return config

@@ -8,7 +8,7 @@ from rich.console import Console
 from typer import Argument, Option
 
 from star_elastic.cli.options import AsJson, Device, Dtype, Elastic
-from star_elastic.cli.terminal import print_json
+from star_elastic.cli.terminal import show
 from star_elastic.errors import ConfigError, Interrupted
 from star_elastic.generate.phases import (
     DEFAULT_GRACE,
@@ -74,7 +74,7 @@ def generate(
     else:
         (result,) = family.generator.generate([prompt], plan, **sampling)
         if as_json:
-            print_json(result.to_json())
+            show(True, result.to_json())
             return
         _print_text(console, result)
     _print_phases(console, result)

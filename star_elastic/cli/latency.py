@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 from typer import Argument, Option
 
-from star_elastic.architectures.config_file import Config
-from star_elastic.axes import LAYERS, AxisMap
+from star_elastic.architectures import ModelConfig
+from star_elastic.axes import LAYERS
 from star_elastic.bundled import find_model
 from star_elastic.checkpoints.manifest import FILE_NAME, load_manifest
 from star_elastic.cli.bars import progress_bars
@@ -26,7 +26,6 @@ from star_elastic.strict import MOST_ROWS, MOST_TOKENS
 from star_elastic.tables import Table
 
 if TYPE_CHECKING:
-    from star_elastic.generate.family import ElasticFamily
     from star_elastic.measure.latency_bench import Setting
 
 MOST_SECONDS = 10**6
@@ -66,46 +65,41 @@ def latency(
     if sizes:
         if model is None:
             raise ConfigError("--sizes measures an elastic checkpoint; name one in place of --for")
-        from star_elastic.generate.family import load
-
-        family = load(model, dtype, device)
-        _measure_sizes(family, batch or [1], context or [DEFAULT_CONTEXT], seconds, out, as_json)
+        works = batch or [1], context or [DEFAULT_CONTEXT]
+        _measure_sizes(model, dtype, device, *works, seconds, out, as_json)
         return
     if len(batch) > 1 or len(context) > 1:
         raise ConfigError("a table holds one batch and one context; name one, or use --sizes")
     from star_elastic.measure.latency_bench import Setting
     from star_elastic.models.placement import choose_device, choose_dtype
 
-    model, config, axis_map, choices, workload = _what_to_measure(model, run)
+    choices, workload = None, Workload()
+    if run is not None:
+        model, choices, workload = _of_run(run)
+    assert model is not None
+    config = read_countable(model)
+    if run is None and is_folder(model) and has_file(model / FILE_NAME):
+        choices = load_manifest(model, config.axis_map).choices
     setting = Setting(
         phase=phase, batch=(batch or [workload.batch])[0], seconds=seconds,
         context=(context or [workload.context or DEFAULT_CONTEXT])[0],
         dtype=choose_dtype(dtype, model), device=choose_device(device),
     )  # fmt: skip
-    _measure_widths(config, axis_map, choices, setting, out, as_json)
+    _measure_widths(config, choices, setting, out, as_json)
 
 
-def _what_to_measure(
-    model: Path | None, run: Path | None
-) -> tuple[Path, Config, AxisMap, Choices, Workload]:
-    """A checkpoint or a run's parent, its config and axis map; the widths to choose from (None:
-    there are no choices), and what to measure them at."""
-    if run is not None:
-        from star_elastic.train.check import read_parent
-        from star_elastic.train.config import load_run_config
+def _of_run(run: Path) -> tuple[Path, Choices, Workload]:
+    """The parent of a run config, its choices of widths, and its workload."""
+    from star_elastic.train.check import read_parent
+    from star_elastic.train.config import load_run_config
 
-        of_run = load_run_config(run)
-        config, axis_map, _, grid = read_parent(of_run)
-        return Path(of_run.parent), config, axis_map, grid.choices, of_run.workload
-    assert model is not None
-    config, axis_map = read_countable(model)
-    is_family = is_folder(model) and has_file(model / FILE_NAME)
-    choices = load_manifest(model, axis_map).choices if is_family else None
-    return model, config, axis_map, choices, Workload()
+    config = load_run_config(run)
+    *_, grid = read_parent(config)
+    return Path(config.parent), grid.choices, config.workload
 
 
 def _measure_widths(
-    config: Config, axis_map: AxisMap, choices: Choices, setting: Setting, out: Path, as_json: bool
+    config: ModelConfig, choices: Choices, setting: Setting, out: Path, as_json: bool
 ) -> None:
     """Measures a table over all choices, writes it, and tells how well it predicts other widths."""
     from star_elastic.measure.latency import measure
@@ -117,6 +111,7 @@ def _measure_widths(
             progress=lambda done, _: progress.advance(round(done)),
         )  # fmt: skip
         save_table(table, out)
+    axis_map = config.axis_map
     full = table.milliseconds(axis_map.full, axis_map)
     errors = sorted(abs(check.error) for check in checks)
     content = {
@@ -144,13 +139,15 @@ def _measure_widths(
 
 
 def _measure_sizes(
-    family: ElasticFamily, batches: list[int], contexts: list[int], seconds: float, out: Path,
-    as_json: bool,
+    elastic: Path, dtype: str, device: str, batches: list[int], contexts: list[int],
+    seconds: float, out: Path, as_json: bool,
 ) -> None:  # fmt: skip
     """Measures the sizes of a family, writes and tells their times."""
+    from star_elastic.generate.family import load
     from star_elastic.measure.size_latency import describe_machine, measure_sizes
     from star_elastic.models.placement import name_of
 
+    family = load(elastic, dtype, device)
     with progress_bars(f"stopped; {out} was not written") as progress:
         times = measure_sizes(dict(family), batches, contexts, seconds=seconds, progress=progress)
     dtype = name_of(family.parent.dtype)

@@ -10,6 +10,9 @@ from star_elastic.bundled import find_model
 Elastic = Annotated[
     Path, Argument(parser=find_model, help="Elastic checkpoint directory, or bundled.")
 ]
+Model = Annotated[
+    Path, Argument(parser=find_model, help="Checkpoint directory or config.json; bundled-parent.")
+]
 AsJson = Annotated[bool, Option("--json", help="Print one JSON object on stdout.")]
 Device = Annotated[str, Option(help="cpu, cuda, cuda:1, ...; auto: a GPU if there is one.")]
 Dtype = Annotated[

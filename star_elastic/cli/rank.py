@@ -2,19 +2,18 @@
 
 from pathlib import Path
 
-from typer import Argument, Option
+from typer import Option
 
-from star_elastic.architectures import family_of, read_config
-from star_elastic.bundled import find_model
 from star_elastic.cli.bars import progress_bars
-from star_elastic.cli.options import AsJson, Device, Dtype
+from star_elastic.cli.count import read_countable
+from star_elastic.cli.options import AsJson, Device, Dtype, Model
 from star_elastic.cli.terminal import show
 from star_elastic.files.writing import require_writable
 from star_elastic.strict import MOST_ROWS, MOST_TOKENS
 
 
 def rank(
-    model: Path = Argument(parser=find_model, help="Parent checkpoint directory."),
+    model: Model,
     data: Path = Option(help="JSONL file of calibration rows."),
     out: Path = Option(help="Scores file to write (.safetensors)."),
     samples: int = Option(1024, help="Rows to measure on.", min=1),
@@ -36,8 +35,7 @@ def rank(
 
     require_writable(out, as_file=True)
     find_files(data)
-    config = read_config(model)
-    axis_map = family_of(config).axis_map(config)
+    axis_map = read_countable(model).axis_map
     source = Source([data], load_tokenizer(model), num_embeddings=axis_map.num_embeddings)
     parent, _ = load_parent(model, choose_dtype(dtype, model), choose_device(device))
     count = min(samples, len(source))

@@ -11,7 +11,7 @@ from star_elastic.tables import Table
 
 def sizes(elastic: Elastic, as_json: AsJson = False) -> None:
     """The sizes of an elastic checkpoint: widths, budgets, exact cost."""
-    _, axis_map = read_countable(elastic)
+    axis_map = read_countable(elastic).axis_map
     manifest = load_manifest(elastic, axis_map)
     cost = CostModel(axis_map)
     full = cost.full

@@ -5,10 +5,10 @@ from pathlib import Path
 
 from typer import Option
 
-from star_elastic.architectures import family_of, read_config
 from star_elastic.axes.widths import parse_widths
 from star_elastic.checkpoints.manifest import load_manifest
 from star_elastic.cli.bars import progress_bars
+from star_elastic.cli.count import read_countable
 from star_elastic.cli.options import AsJson, Elastic
 from star_elastic.cli.terminal import show
 from star_elastic.errors import ConfigError
@@ -38,8 +38,7 @@ def slice_size(
     from star_elastic.router.files import widths_for
 
     require_writable(out)
-    config = read_config(elastic)
-    axis_map = family_of(config).axis_map(config)
+    axis_map = read_countable(elastic).axis_map
     manifest = load_manifest(elastic, axis_map)
     if size:
         chosen = manifest.size(size).widths

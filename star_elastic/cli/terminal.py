@@ -18,7 +18,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table as RichTable
 from rich.text import Text
-from typer import Abort, TyperException
+from typer import TyperException
 
 from star_elastic.errors import (
     ConfigError,
@@ -36,19 +36,13 @@ def show(as_json: bool, content: object, *parts: Table | str) -> None:
     """Prints a result on stdout: its plain data as one JSON object, or the tables and lines that
     say the same to people."""
     if as_json:
-        print_json(content)
-        return
+        spells_all = (sys.stdout.encoding or "").lower().startswith("utf")
+        parts = (json.dumps(content, indent=2, ensure_ascii=not spells_all),)
     for part in parts:
         if isinstance(part, str):
             print(part)
         else:
             print_table(part.title, part.columns, part.rows, text=part.num_text)
-
-
-def print_json(content: object) -> None:
-    """One JSON object on stdout."""
-    spells_all = (sys.stdout.encoding or "").lower().startswith("utf")
-    sys.stdout.write(json.dumps(content, indent=2, ensure_ascii=not spells_all) + "\n")
 
 
 def print_table(
@@ -83,8 +77,6 @@ def run_program(program: Any, arguments: Sequence[str] | None) -> None:
         context = getattr(error, "ctx", None)
         path = context.command_path if context else "star-elastic"
         raise ConfigError(f"{said.rstrip('.')}; see {path} --help") from None
-    except Abort:  # the end of an input
-        raise Interrupted("stopped") from None
     if isinstance(code, int) and code:
         raise SystemExit(code)
 
@@ -132,7 +124,10 @@ def at_the_command_line() -> Iterator[None]:
         with suppress(OSError):
             print(said, file=sys.stderr, flush=True)
     for stream in (sys.stdout, sys.stderr):
-        _empty(stream)
+        try:
+            stream.flush()
+        except (OSError, ValueError):  # the interpreter would try again, and complain
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
     if num_ranks() > 1:
         # gloo's threads may abort a process that ends in the ordinary way, after all work is done.
         os._exit(code)
@@ -149,17 +144,6 @@ def _open_outputs() -> None:
             setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
         elif hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
-
-
-def _empty(stream: Any) -> None:
-    """Writes what is left in an output, or, where it takes nothing more, nowhere: so that the
-    interpreter does not try when it ends."""
-    try:
-        stream.flush()
-    except (OSError, ValueError):
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, stream.fileno())
-        os.close(nowhere)
 
 
 def command_line(script: str) -> str:
