@@ -22,9 +22,9 @@ from star_elastic.architectures import family_of
 from star_elastic.axes import AxisMap
 from star_elastic.cost.count import Cost, CostModel, Workload
 from star_elastic.errors import ConfigError
+from star_elastic.evaluate.intervals import effective_count, wilson_interval
 from star_elastic.evaluate.matching import BY_TASK, Match
 from star_elastic.evaluate.tasks import Problem
-from star_elastic.evaluate.wilson import effective_count, wilson_interval
 from star_elastic.generate.family import ElasticFamily
 from star_elastic.generate.phased import DEFAULT_BATCH_SIZE, PhasedGenerator
 from star_elastic.generate.phases import ANSWERING, TAG, THINKING, ByDifficulty, Generation, Plan
@@ -61,8 +61,8 @@ class Outcome:
     weight_bytes: float
 
 
-class Solved(NamedTuple):
-    """What became of every problem under one plan, and the wall seconds of all together."""
+class Trial(NamedTuple):
+    """One plan tried on a set of problems: every outcome, and the wall seconds of all together."""
 
     outcomes: list[Outcome]
     seconds: float
@@ -79,11 +79,15 @@ class Solved(NamedTuple):
         return {"seconds": self.seconds, "outcomes": columns}
 
     @classmethod
-    def from_json(cls, content: Mapping[str, Any]) -> Solved:
+    def from_json(cls, content: Mapping[str, Any]) -> Trial:
         """What `to_json` wrote."""
         columns = content["outcomes"]
         rows = (dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True))
         return cls([Outcome(**row) for row in rows], content["seconds"])
+
+
+Trials = Mapping[str, Mapping[str, Trial]]
+"""Of many plans: by label and split."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -189,7 +193,7 @@ def solve(
     *,
     match: Match = BY_TASK,
     batch_size: int = DEFAULT_BATCH_SIZE,
-) -> Solved:
+) -> Trial:
     """What one plan makes of the problems, judged by a matching rule."""
     if not problems:
         raise ConfigError("there is no problem to evaluate; draw at least one")
@@ -201,7 +205,7 @@ def solve(
     seconds = time.perf_counter() - start
     costs = {size: SizeCost.of(generator.models, size) for size in plan.sizes}
     found = zip(problems, generations, strict=True)
-    return Solved([_outcome(*each, match, costs) for each in found], seconds)
+    return Trial([_outcome(*each, match, costs) for each in found], seconds)
 
 
 def _outcome(
@@ -245,7 +249,7 @@ def _shorten(text: str) -> str:
 
 
 def summarise(
-    plan: Plan, problems: Sequence[Problem], solved: Solved, batch_size: int, label: str = ""
+    plan: Plan, problems: Sequence[Problem], solved: Trial, batch_size: int, label: str = ""
 ) -> Evaluation:
     """The means over problems, under the plan's own label or another."""
     outcomes, count = solved.outcomes, len(problems)

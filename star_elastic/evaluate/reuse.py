@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
-from star_elastic.evaluate.bootstrap import Interval, PairedBootstrap
+from star_elastic.evaluate.intervals import Interval, PairedBootstrap
 from star_elastic.evaluate.matching import BY_TASK, Match
 from star_elastic.evaluate.tasks import Problem
 from star_elastic.generate.caches import ATTENTION, MAMBA, HandOver, RowCache

@@ -20,9 +20,8 @@ import numpy as np
 
 import star_elastic
 from star_elastic.errors import ConfigError, Interrupted
-from star_elastic.evaluate.accuracy import SizeCost, Solved, solve
+from star_elastic.evaluate.accuracy import SizeCost, Trial, solve
 from star_elastic.evaluate.answers import choose_samples, write_answers
-from star_elastic.evaluate.assemble import assemble
 from star_elastic.evaluate.budgets import (
     Budget,
     alike_budgets,
@@ -30,6 +29,7 @@ from star_elastic.evaluate.budgets import (
     common_groups,
     natural_budgets,
 )
+from star_elastic.evaluate.compare import assemble
 from star_elastic.evaluate.difficulty import (
     Dial,
     Text,
@@ -290,16 +290,16 @@ class _Run:
             "curve": curve,
         }
 
-    def solve(self, entries: Sequence[Entry]) -> list[dict[str, Solved]]:
-        """What became of every problem under every plan, by split."""
+    def solve(self, entries: Sequence[Entry]) -> dict[str, dict[str, Trial]]:
+        """Every plan tried on every problem, by label and split."""
         self.progress.stage("evaluate", len(entries))
-        found = []
+        trials = {}
         for number, entry in enumerate(entries, start=1):
             kept = self.kept.fetch(f"plan {entry.label}", partial(self._solve_one, entry.plan))
-            found.append({split: Solved.from_json(own) for split, own in kept.items()})
-            right = np.mean(found[-1][VALIDATION].right)
-            self.progress.advance(number, f"{entry.label} {right:.1%}")
-        return found
+            own = {split: Trial.from_json(content) for split, content in kept.items()}
+            trials[entry.label] = own
+            self.progress.advance(number, f"{entry.label} {np.mean(own[VALIDATION].right):.1%}")
+        return trials
 
     def _solve_one(self, plan: Plan) -> dict[str, Any]:
         options = {"match": self.match, "batch_size": self.settings.batch_size}
@@ -352,9 +352,10 @@ class _Run:
                 )
         dials = dials_by_pair(calibration["policies"])
         entries = self.grid(calibration["budgets"], calibration["alike"], dials)
-        solved = self.solve(entries)
+        trials = self.solve(entries)
         reuse = self.study_reuse(calibration)
         settings = self.settings
+        options = {"batch_size": settings.batch_size, "seed": settings.seed}
         return {
             "format_version": FORMAT_VERSION,
             "package_version": star_elastic.__version__,
@@ -370,12 +371,10 @@ class _Run:
             "match": {"name": self.match.name, "words": self.match.words},
             "sizes": self._size_costs(),
             "calibration": calibration,
-            **assemble(
-                entries, self.splits, solved, batch_size=settings.batch_size, seed=settings.seed
-            ),
+            **assemble(entries, self.splits, trials, **options),
             "reuse": reuse,
-            "answers": write_answers(self.kept.out, entries, self.splits, solved),
-            "samples": choose_samples(entries, self.splits, solved),
+            "answers": write_answers(self.kept.out, entries, self.splits, trials),
+            "samples": choose_samples(entries, self.splits, trials),
         }
 
     def _size_costs(self) -> dict[str, Any]:

@@ -35,20 +35,44 @@ class Problem:
     answer: str
 
 
-@dataclass(frozen=True, kw_only=True)
+Drawn = tuple[str, list[str], str]
+"""The question after the task's name, the lines of the trace, the answer."""
+
+
+@dataclass(frozen=True)
 class Task:
-    """A family of problems: how it reads, how hard it gets, and how to draw one."""
+    """A kind of problem: what is asked, how hard it gets, and how to draw one."""
 
     name: str
     description: str
     difficulty: str
-    generate: Callable[[random.Random], Problem]
+    draw: Callable[[random.Random], Drawn]
+
+    def generate(self, rng: random.Random) -> Problem:
+        """A problem of this task."""
+        question, steps, answer = self.draw(rng)
+        return Problem(self.name, f"{self.name} {question}", tuple(steps), answer)
+
+
+TASKS: dict[str, Task] = {}
+
+
+def _task(description: str, difficulty: str) -> Callable:
+    """Enters the function under it into `TASKS`, under its own name."""
+
+    def enter(draw: Callable[[random.Random], Drawn]) -> Callable[[random.Random], Drawn]:
+        name = draw.__name__.removeprefix("_")
+        TASKS[name] = Task(name, description, difficulty, draw)
+        return draw
+
+    return enter
 
 
 # --- the tasks -------------------------------------------------------------------------------
 
 
-def _generate_add(rng: random.Random) -> Problem:
+@_task("add two numbers digit by digit from the right", "two operands of 4 or of 5 digits")
+def _add(rng: random.Random) -> Drawn:
     """State `A+B+carry=step:result`, A and B reversed; the step's tens digit is the next carry."""
     num_digits = rng.randint(4, 5)
     a, b = (rng.randrange(10 ** (num_digits - 1), 10**num_digits) for _ in range(2))
@@ -59,10 +83,14 @@ def _generate_add(rng: random.Random) -> Problem:
         steps.append(f"{left}+{right}+{carry}={step:02d}:{result}")
         left, right, carry = left[1:], right[1:], step // 10
     answer = f"{carry}{result}" if carry else result
-    return Problem("add", f"add {a} {b}", (*steps, answer), answer)
+    return f"{a} {b}", [*steps, answer], answer
 
 
-def _generate_subtract(rng: random.Random) -> Problem:
+@_task(
+    "subtract the second number from the larger first, with borrows",
+    "two operands of 4 or of 5 digits, positive difference",
+)
+def _subtract(rng: random.Random) -> Drawn:
     """State `A-B-borrow=step:result`, A and B reversed; the step is the next borrow and a digit."""
     num_digits = rng.randint(4, 5)
     b, a = sorted(rng.sample(range(10 ** (num_digits - 1), 10**num_digits), 2))
@@ -74,10 +102,11 @@ def _generate_subtract(rng: random.Random) -> Problem:
         steps.append(f"{left}-{right}-{borrow}={next_borrow}{digit}:{result}")
         left, right, borrow = left[1:], right[1:], next_borrow
     answer = result.lstrip("0")
-    return Problem("subtract", f"subtract {a} {b}", (*steps, answer), answer)
+    return f"{a} {b}", [*steps, answer], answer
 
 
-def _generate_multiply(rng: random.Random) -> Problem:
+@_task("multiply by one digit, digit by digit from the right with carries", "4 digits times 3 to 9")
+def _multiply(rng: random.Random) -> Drawn:
     """State `A*m+carry=step:result`, A reversed; the step's tens digit is the next carry."""
     a, m = rng.randrange(1000, 10_000), rng.randint(3, 9)
     left, carry, result, steps = str(a)[::-1], 0, "", []
@@ -87,10 +116,11 @@ def _generate_multiply(rng: random.Random) -> Problem:
         steps.append(f"{left}*{m}+{carry}={step:02d}:{result}")
         left, carry = left[1:], step // 10
     answer = f"{carry}{result}" if carry else result
-    return Problem("multiply", f"multiply {a} {m}", (*steps, answer), answer)
+    return f"{a} {m}", [*steps, answer], answer
 
 
-def _generate_divide(rng: random.Random) -> Problem:
+@_task("long division by one digit without remainder", "quotients of 4 digits, divisors 3 to 9")
+def _divide(rng: random.Random) -> Drawn:
     """State `remaining/m=digit:quotient`; the digit divides the first two of the remaining."""
     quotient, m = rng.randrange(1000, 10_000), rng.randint(3, 9)
     n = quotient * m
@@ -100,10 +130,11 @@ def _generate_divide(rng: random.Random) -> Problem:
         digits += str(digit)
         steps.append(f"{left}/{m}={digit}:{digits}")
         left = f"{remainder}{left[2:]}"
-    return Problem("divide", f"divide {n} {m}", (*steps, str(quotient)), str(quotient))
+    return f"{n} {m}", [*steps, str(quotient)], str(quotient)
 
 
-def _generate_modulo(rng: random.Random) -> Problem:
+@_task("remainder of a long number by one digit", "6 or 7 digits modulo 6 to 9")
+def _modulo(rng: random.Random) -> Drawn:
     """State `remaining/m`; the first two digits of the remaining become their remainder."""
     num_digits = rng.randint(6, 7)
     n, m = rng.randrange(10 ** (num_digits - 1), 10**num_digits), rng.randint(6, 9)
@@ -112,7 +143,7 @@ def _generate_modulo(rng: random.Random) -> Problem:
     while len(left) > 1:
         left = f"{int(left[:2]) % m}{left[2:]}"
         steps.append(f"{left}/{m}")
-    return Problem("modulo", f"modulo {n} {m}", tuple(steps), left)
+    return f"{n} {m}", steps, left
 
 
 def _apply_mod_10(a: int, op: str, b: int) -> int:
@@ -120,22 +151,29 @@ def _apply_mod_10(a: int, op: str, b: int) -> int:
     return {"+": a + b, "-": a - b, "*": a * b}[op] % 10
 
 
-def _generate_chain(rng: random.Random) -> Problem:
+@_task(
+    "run a program of +, - and * from left to right, all modulo 10",
+    "6 to 8 operations; multiplications by 3, 7, 9",
+)
+def _chain(rng: random.Random) -> Drawn:
     """State: the program with its first operation already applied to the value."""
     value = rng.randrange(10)
     program = []
     for _ in range(rng.randint(6, 8)):
         op = rng.choice("+-*")
         program.append((op, rng.choice((3, 7, 9)) if op == "*" else rng.randint(1, 9)))
-    question = f"chain {value}" + "".join(f"{op}{operand}" for op, operand in program)
-    steps = []
+    states = [f"{value}" + "".join(f"{op}{operand}" for op, operand in program)]
     for position, (op, operand) in enumerate(program, start=1):
         value = _apply_mod_10(value, op, operand)
-        steps.append(f"{value}" + "".join(f"{o}{x}" for o, x in program[position:]))
-    return Problem("chain", question, tuple(steps), str(value))
+        states.append(f"{value}" + "".join(f"{o}{x}" for o, x in program[position:]))
+    return states[0], states[1:], str(value)
 
 
-def _generate_rpn(rng: random.Random) -> Problem:
+@_task(
+    "evaluate reverse Polish notation with a stack, all modulo 10",
+    "5 or 6 digits, 4 or 5 operations",
+)
+def _rpn(rng: random.Random) -> Drawn:
     """State `stack|rest`, top of the stack first: each step pushes a digit or applies an op."""
     num_digits = rng.randint(5, 6)
     tokens, depth, digits_left, ops_left = [], 0, num_digits, num_digits - 1
@@ -155,7 +193,7 @@ def _generate_rpn(rng: random.Random) -> Problem:
             stack = f"{_apply_mod_10(int(stack[1]), token, int(stack[0]))}{stack[2:]}"
         rest = _join_rpn(tokens[position:])
         steps.append(f"{stack}|{rest}" if rest else stack)
-    return Problem("rpn", f"rpn {_join_rpn(tokens)}", tuple(steps), stack)
+    return _join_rpn(tokens), steps, stack
 
 
 def _join_rpn(tokens: list[str]) -> str:
@@ -163,20 +201,21 @@ def _join_rpn(tokens: list[str]) -> str:
     return re.sub(r"(?<=\d)(?=\d)", " ", "".join(tokens))
 
 
-def _generate_sort(rng: random.Random) -> Problem:
+@_task("sort letters by repeated selection", "6 or 7 different letters")
+def _sort(rng: random.Random) -> Drawn:
     """State `sorted|rest`: the smallest letter of the rest moves to the end of the sorted."""
-    rest = rng.sample(string.ascii_uppercase, rng.randint(6, 7))
-    question = "sort " + " ".join(rest)
-    done, steps = "", []
+    letters = rng.sample(string.ascii_uppercase, rng.randint(6, 7))
+    rest, done, steps = letters, "", []
     while rest:
         smallest = min(rest)
         rest = [letter for letter in rest if letter != smallest]
         done += smallest
         steps.append(f"{done}|{''.join(rest)}" if rest else done)
-    return Problem("sort", question, tuple(steps), done)
+    return " ".join(letters), steps, done
 
 
-def _generate_hops(rng: random.Random) -> Problem:
+@_task("follow arrows between letters for a number of hops", "8 arrows, 5 to 7 hops")
+def _hops(rng: random.Random) -> Drawn:
     """State `from>to left`: the arrow that leaves the present letter and the hops left after it."""
     nodes = rng.sample(string.ascii_uppercase, 8)
     num_hops = rng.randint(5, 7)
@@ -185,92 +224,26 @@ def _generate_hops(rng: random.Random) -> Problem:
     for node in nodes[num_hops:]:
         target[node] = rng.choice([other for other in nodes if other != node])
     arrows = [f"{source}{target[source]}" for source in rng.sample(nodes, len(nodes))]
-    question = f"hops {' '.join(arrows)} from {path[0]} {num_hops}"
     steps = [
         f"{source}>{target[source]} {num_hops - hop}"
         for hop, source in enumerate(path[:-1], start=1)
     ]
-    return Problem("hops", question, tuple(steps), path[-1])
+    return f"{' '.join(arrows)} from {path[0]} {num_hops}", steps, path[-1]
 
 
-def _generate_swaps(rng: random.Random) -> Problem:
+@_task(
+    "apply exchanges of two letters to a row of letters, one after the other",
+    "5 letters, 4 or 5 exchanges",
+)
+def _swaps(rng: random.Random) -> Drawn:
     """State `row swaps`: the first of the swaps still to do exchanges its two letters."""
     row = "".join(rng.sample("ABCDE", 5))
     swaps = ["".join(sorted(rng.sample("ABCDE", 2))) for _ in range(rng.randint(4, 5))]
-    question = f"swaps {row} {' '.join(swaps)}"
-    steps = []
-    while swaps:
-        x, y = swaps.pop(0)
+    states = [" ".join([row, *swaps])]
+    for done, (x, y) in enumerate(swaps, start=1):
         row = row.translate(str.maketrans({x: y, y: x}))
-        steps.append(" ".join([row, *swaps]))
-    return Problem("swaps", question, tuple(steps), row)
-
-
-TASKS: dict[str, Task] = {
-    task.name: task
-    for task in (
-        Task(
-            name="add",
-            description="add two numbers digit by digit from the right",
-            difficulty="two operands of 4 or of 5 digits",
-            generate=_generate_add,
-        ),
-        Task(
-            name="subtract",
-            description="subtract the second number from the larger first, with borrows",
-            difficulty="two operands of 4 or of 5 digits, positive difference",
-            generate=_generate_subtract,
-        ),
-        Task(
-            name="multiply",
-            description="multiply by one digit, digit by digit from the right with carries",
-            difficulty="4 digits times 3 to 9",
-            generate=_generate_multiply,
-        ),
-        Task(
-            name="divide",
-            description="long division by one digit without remainder",
-            difficulty="quotients of 4 digits, divisors 3 to 9",
-            generate=_generate_divide,
-        ),
-        Task(
-            name="modulo",
-            description="remainder of a long number by one digit",
-            difficulty="6 or 7 digits modulo 6 to 9",
-            generate=_generate_modulo,
-        ),
-        Task(
-            name="chain",
-            description="run a program of +, - and * from left to right, all modulo 10",
-            difficulty="6 to 8 operations; multiplications by 3, 7, 9",
-            generate=_generate_chain,
-        ),
-        Task(
-            name="rpn",
-            description="evaluate reverse Polish notation with a stack, all modulo 10",
-            difficulty="5 or 6 digits, 4 or 5 operations",
-            generate=_generate_rpn,
-        ),
-        Task(
-            name="sort",
-            description="sort letters by repeated selection",
-            difficulty="6 or 7 different letters",
-            generate=_generate_sort,
-        ),
-        Task(
-            name="hops",
-            description="follow arrows between letters for a number of hops",
-            difficulty="8 arrows, 5 to 7 hops",
-            generate=_generate_hops,
-        ),
-        Task(
-            name="swaps",
-            description="apply exchanges of two letters to a row of letters, one after the other",
-            difficulty="5 letters, 4 or 5 exchanges",
-            generate=_generate_swaps,
-        ),
-    )
-}
+        states.append(" ".join([row, *swaps[done:]]))
+    return states[0], states[1:], row
 
 
 # --- splits and samples ----------------------------------------------------------------------
