@@ -35,45 +35,12 @@ class Problem:
     answer: str
 
 
-Drawn = tuple[str, list[str], str]
-"""The question after the task's name, the lines of the trace, the answer."""
-
-
-@dataclass(frozen=True)
-class Task:
-    """A kind of problem: what is asked, how hard it gets, and how to draw one."""
-
-    name: str
-    description: str
-    difficulty: str
-    draw: Callable[[random.Random], Drawn]
-
-    def generate(self, rng: random.Random) -> Problem:
-        """A problem of this task."""
-        question, steps, answer = self.draw(rng)
-        return Problem(self.name, f"{self.name} {question}", tuple(steps), answer)
-
-
-TASKS: dict[str, Task] = {}
-
-
-def _task(description: str, difficulty: str) -> Callable:
-    """Enters the function under it into `TASKS`, under its own name."""
-
-    def enter(draw: Callable[[random.Random], Drawn]) -> Callable[[random.Random], Drawn]:
-        name = draw.__name__.removeprefix("_")
-        TASKS[name] = Task(name, description, difficulty, draw)
-        return draw
-
-    return enter
-
-
 # --- the tasks -------------------------------------------------------------------------------
 
 
-@_task("add two numbers digit by digit from the right", "two operands of 4 or of 5 digits")
-def _add(rng: random.Random) -> Drawn:
-    """State `A+B+carry=step:result`, A and B reversed; the step's tens digit is the next carry."""
+def _add(rng: random.Random) -> Problem:
+    """Add two numbers digit by digit from the right: two operands of 4 or of 5 digits. State
+    `A+B+carry=step:result`, A and B reversed; the step's tens digit is the next carry."""
     num_digits = rng.randint(4, 5)
     a, b = (rng.randrange(10 ** (num_digits - 1), 10**num_digits) for _ in range(2))
     left, right, carry, result, steps = str(a)[::-1], str(b)[::-1], 0, "", []
@@ -83,15 +50,13 @@ def _add(rng: random.Random) -> Drawn:
         steps.append(f"{left}+{right}+{carry}={step:02d}:{result}")
         left, right, carry = left[1:], right[1:], step // 10
     answer = f"{carry}{result}" if carry else result
-    return f"{a} {b}", [*steps, answer], answer
+    return Problem("add", f"add {a} {b}", (*steps, answer), answer)
 
 
-@_task(
-    "subtract the second number from the larger first, with borrows",
-    "two operands of 4 or of 5 digits, positive difference",
-)
-def _subtract(rng: random.Random) -> Drawn:
-    """State `A-B-borrow=step:result`, A and B reversed; the step is the next borrow and a digit."""
+def _subtract(rng: random.Random) -> Problem:
+    """Subtract the second number from the larger first, with borrows: two operands of 4 or of 5
+    digits, positive difference. State `A-B-borrow=step:result`, A and B reversed; the step is the
+    next borrow and a digit."""
     num_digits = rng.randint(4, 5)
     b, a = sorted(rng.sample(range(10 ** (num_digits - 1), 10**num_digits), 2))
     left, right, borrow, result, steps = str(a)[::-1], str(b)[::-1], 0, "", []
@@ -102,12 +67,12 @@ def _subtract(rng: random.Random) -> Drawn:
         steps.append(f"{left}-{right}-{borrow}={next_borrow}{digit}:{result}")
         left, right, borrow = left[1:], right[1:], next_borrow
     answer = result.lstrip("0")
-    return f"{a} {b}", [*steps, answer], answer
+    return Problem("subtract", f"subtract {a} {b}", (*steps, answer), answer)
 
 
-@_task("multiply by one digit, digit by digit from the right with carries", "4 digits times 3 to 9")
-def _multiply(rng: random.Random) -> Drawn:
-    """State `A*m+carry=step:result`, A reversed; the step's tens digit is the next carry."""
+def _multiply(rng: random.Random) -> Problem:
+    """Multiply by one digit, digit by digit from the right with carries: 4 digits times 3 to 9.
+    State `A*m+carry=step:result`, A reversed; the step's tens digit is the next carry."""
     a, m = rng.randrange(1000, 10_000), rng.randint(3, 9)
     left, carry, result, steps = str(a)[::-1], 0, "", []
     while left:
@@ -116,12 +81,12 @@ def _multiply(rng: random.Random) -> Drawn:
         steps.append(f"{left}*{m}+{carry}={step:02d}:{result}")
         left, carry = left[1:], step // 10
     answer = f"{carry}{result}" if carry else result
-    return f"{a} {m}", [*steps, answer], answer
+    return Problem("multiply", f"multiply {a} {m}", (*steps, answer), answer)
 
 
-@_task("long division by one digit without remainder", "quotients of 4 digits, divisors 3 to 9")
-def _divide(rng: random.Random) -> Drawn:
-    """State `remaining/m=digit:quotient`; the digit divides the first two of the remaining."""
+def _divide(rng: random.Random) -> Problem:
+    """Long division by one digit without remainder: quotients of 4 digits, divisors 3 to 9. State
+    `remaining/m=digit:quotient`; the digit divides the first two of the remaining."""
     quotient, m = rng.randrange(1000, 10_000), rng.randint(3, 9)
     n = quotient * m
     left, digits, steps = f"0{n}", "", []
@@ -130,12 +95,12 @@ def _divide(rng: random.Random) -> Drawn:
         digits += str(digit)
         steps.append(f"{left}/{m}={digit}:{digits}")
         left = f"{remainder}{left[2:]}"
-    return f"{n} {m}", [*steps, str(quotient)], str(quotient)
+    return Problem("divide", f"divide {n} {m}", (*steps, str(quotient)), str(quotient))
 
 
-@_task("remainder of a long number by one digit", "6 or 7 digits modulo 6 to 9")
-def _modulo(rng: random.Random) -> Drawn:
-    """State `remaining/m`; the first two digits of the remaining become their remainder."""
+def _modulo(rng: random.Random) -> Problem:
+    """Remainder of a long number by one digit: 6 or 7 digits modulo 6 to 9. State `remaining/m`;
+    the first two digits of the remaining become their remainder."""
     num_digits = rng.randint(6, 7)
     n, m = rng.randrange(10 ** (num_digits - 1), 10**num_digits), rng.randint(6, 9)
     left = f"0{n}"
@@ -143,7 +108,7 @@ def _modulo(rng: random.Random) -> Drawn:
     while len(left) > 1:
         left = f"{int(left[:2]) % m}{left[2:]}"
         steps.append(f"{left}/{m}")
-    return f"{n} {m}", steps, left
+    return Problem("modulo", f"modulo {n} {m}", tuple(steps), left)
 
 
 def _apply_mod_10(a: int, op: str, b: int) -> int:
@@ -151,30 +116,27 @@ def _apply_mod_10(a: int, op: str, b: int) -> int:
     return {"+": a + b, "-": a - b, "*": a * b}[op] % 10
 
 
-@_task(
-    "run a program of +, - and * from left to right, all modulo 10",
-    "6 to 8 operations; multiplications by 3, 7, 9",
-)
-def _chain(rng: random.Random) -> Drawn:
-    """State: the program with its first operation already applied to the value."""
+def _chain(rng: random.Random) -> Problem:
+    """Run a program of +, - and * from left to right, all modulo 10: 6 to 8 operations;
+    multiplications by 3, 7, 9. State: the program with its first operation already applied to the
+    value."""
     value = rng.randrange(10)
     program = []
     for _ in range(rng.randint(6, 8)):
         op = rng.choice("+-*")
         program.append((op, rng.choice((3, 7, 9)) if op == "*" else rng.randint(1, 9)))
-    states = [f"{value}" + "".join(f"{op}{operand}" for op, operand in program)]
+    question = f"chain {value}" + "".join(f"{op}{operand}" for op, operand in program)
+    steps = []
     for position, (op, operand) in enumerate(program, start=1):
         value = _apply_mod_10(value, op, operand)
-        states.append(f"{value}" + "".join(f"{o}{x}" for o, x in program[position:]))
-    return states[0], states[1:], str(value)
+        steps.append(f"{value}" + "".join(f"{o}{x}" for o, x in program[position:]))
+    return Problem("chain", question, tuple(steps), str(value))
 
 
-@_task(
-    "evaluate reverse Polish notation with a stack, all modulo 10",
-    "5 or 6 digits, 4 or 5 operations",
-)
-def _rpn(rng: random.Random) -> Drawn:
-    """State `stack|rest`, top of the stack first: each step pushes a digit or applies an op."""
+def _rpn(rng: random.Random) -> Problem:
+    """Evaluate reverse Polish notation with a stack, all modulo 10: 5 or 6 digits, 4 or 5
+    operations. State `stack|rest`, top of the stack first: each step pushes a digit or applies an
+    op."""
     num_digits = rng.randint(5, 6)
     tokens, depth, digits_left, ops_left = [], 0, num_digits, num_digits - 1
     while digits_left or ops_left:
@@ -193,7 +155,7 @@ def _rpn(rng: random.Random) -> Drawn:
             stack = f"{_apply_mod_10(int(stack[1]), token, int(stack[0]))}{stack[2:]}"
         rest = _join_rpn(tokens[position:])
         steps.append(f"{stack}|{rest}" if rest else stack)
-    return _join_rpn(tokens), steps, stack
+    return Problem("rpn", f"rpn {_join_rpn(tokens)}", tuple(steps), stack)
 
 
 def _join_rpn(tokens: list[str]) -> str:
@@ -201,22 +163,23 @@ def _join_rpn(tokens: list[str]) -> str:
     return re.sub(r"(?<=\d)(?=\d)", " ", "".join(tokens))
 
 
-@_task("sort letters by repeated selection", "6 or 7 different letters")
-def _sort(rng: random.Random) -> Drawn:
-    """State `sorted|rest`: the smallest letter of the rest moves to the end of the sorted."""
-    letters = rng.sample(string.ascii_uppercase, rng.randint(6, 7))
-    rest, done, steps = letters, "", []
+def _sort(rng: random.Random) -> Problem:
+    """Sort letters by repeated selection: 6 or 7 different letters. State `sorted|rest`: the
+    smallest letter of the rest moves to the end of the sorted."""
+    rest = rng.sample(string.ascii_uppercase, rng.randint(6, 7))
+    question = "sort " + " ".join(rest)
+    done, steps = "", []
     while rest:
         smallest = min(rest)
         rest = [letter for letter in rest if letter != smallest]
         done += smallest
         steps.append(f"{done}|{''.join(rest)}" if rest else done)
-    return " ".join(letters), steps, done
+    return Problem("sort", question, tuple(steps), done)
 
 
-@_task("follow arrows between letters for a number of hops", "8 arrows, 5 to 7 hops")
-def _hops(rng: random.Random) -> Drawn:
-    """State `from>to left`: the arrow that leaves the present letter and the hops left after it."""
+def _hops(rng: random.Random) -> Problem:
+    """Follow arrows between letters for a number of hops: 8 arrows, 5 to 7 hops. State `from>to
+    left`: the arrow that leaves the present letter and the hops left after it."""
     nodes = rng.sample(string.ascii_uppercase, 8)
     num_hops = rng.randint(5, 7)
     path = nodes[: num_hops + 1]
@@ -224,26 +187,36 @@ def _hops(rng: random.Random) -> Drawn:
     for node in nodes[num_hops:]:
         target[node] = rng.choice([other for other in nodes if other != node])
     arrows = [f"{source}{target[source]}" for source in rng.sample(nodes, len(nodes))]
+    question = f"hops {' '.join(arrows)} from {path[0]} {num_hops}"
     steps = [
         f"{source}>{target[source]} {num_hops - hop}"
         for hop, source in enumerate(path[:-1], start=1)
     ]
-    return f"{' '.join(arrows)} from {path[0]} {num_hops}", steps, path[-1]
+    return Problem("hops", question, tuple(steps), path[-1])
 
 
-@_task(
-    "apply exchanges of two letters to a row of letters, one after the other",
-    "5 letters, 4 or 5 exchanges",
-)
-def _swaps(rng: random.Random) -> Drawn:
-    """State `row swaps`: the first of the swaps still to do exchanges its two letters."""
+def _swaps(rng: random.Random) -> Problem:
+    """Apply exchanges of two letters to a row of letters, one after the other: 5 letters, 4 or 5
+    exchanges. State `row swaps`: the first of the swaps still to do exchanges its two letters."""
     row = "".join(rng.sample("ABCDE", 5))
     swaps = ["".join(sorted(rng.sample("ABCDE", 2))) for _ in range(rng.randint(4, 5))]
-    states = [" ".join([row, *swaps])]
-    for done, (x, y) in enumerate(swaps, start=1):
+    question = f"swaps {row} {' '.join(swaps)}"
+    steps = []
+    while swaps:
+        x, y = swaps.pop(0)
         row = row.translate(str.maketrans({x: y, y: x}))
-        states.append(" ".join([row, *swaps[done:]]))
-    return states[0], states[1:], row
+        steps.append(" ".join([row, *swaps]))
+    return Problem("swaps", question, tuple(steps), row)
+
+
+TASKS: dict[str, Callable[[random.Random], Problem]] = {
+    draw.__name__.removeprefix("_"): draw
+    for draw in (
+        _add, _subtract, _multiply, _divide, _modulo, _chain, _rpn, _sort, _hops, _swaps,
+    )
+}  # fmt: skip
+"""How to draw a problem of each task. A docstring says what the task is, how hard it gets (after
+the colon), and how a line of its traces reads (its state)."""
 
 
 # --- splits and samples ----------------------------------------------------------------------
@@ -284,7 +257,7 @@ def sample_problems(
         keys: set[str] = set()
         in_vain = 0
         while len(keys) < num_per_task and in_vain < MAX_DRAWS_PER_PROBLEM:
-            problem = TASKS[name].generate(rng)
+            problem = TASKS[name](rng)
             key = problem_key(problem)
             in_vain += 1
             if split_of(problem) == split and key not in keys:
@@ -325,10 +298,10 @@ def draw_conversation(
     often a task is drawn (default 1 each).
     """
     weights = [(task_weights or {}).get(name, 1.0) for name in TASKS]
-    task = TASKS[rng.choices(list(TASKS), weights)[0]]
-    problem = task.generate(rng)
+    draw = TASKS[rng.choices(list(TASKS), weights)[0]]
+    problem = draw(rng)
     while split_of(problem) != "train":
-        problem = task.generate(rng)
+        problem = draw(rng)
     share = rng.random()
     if share < FULL_TRACE_SHARE:
         return messages(problem)
