@@ -208,7 +208,7 @@ def test_natural_traces_give_budgets(elastic, data, tmp_path):
     assert found["trace_tokens"]["longest"] == lengths[-1]
     cuts = found["budgets"][:-1]
     assert cuts and all(lengths[0] <= cut <= lengths[-1] for cut in cuts)
-    run.grid(found["budgets"], found["alike"], {})
+    run.grid(found["budgets"], {}, alike=found["alike"])
     assert natural_budgets([0, 0, 5000], 100) == [75 - 32, None]
     assert natural_budgets([0, 0, 0], 100) == [None]
 
