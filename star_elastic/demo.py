@@ -38,7 +38,7 @@ from star_elastic.generate.family import ElasticFamily, load
 from star_elastic.generate.phases import Plan, think_and_answer
 from star_elastic.measure.divergence import compare, read
 from star_elastic.models.load import load_parent
-from star_elastic.models.submodel import build_submodel, load_sorting, sort_in_place
+from star_elastic.models.submodel import build_submodel, sort_in_place
 from star_elastic.progress import Progress, Silent
 from star_elastic.report.charts import plot_plans
 from star_elastic.rewrite.stream import slice_checkpoint
@@ -246,9 +246,8 @@ def _models(family: ElasticFamily, path: Path) -> dict[str, PreTrainedModel]:
     """The parent, every size, and the same widths cut from the sorted parent without training."""
     parent, config = load_parent(path)
     models = {PARENT: parent, **family}
-    orders, basis = load_sorting(family.path, family.axis_map)
     sorted_parent, _ = load_parent(path)
-    sort_in_place(sorted_parent, family.axis_map, orders, basis)
+    sort_in_place(sorted_parent, family.axis_map, family.checkpoint.orders, family.checkpoint.basis)
     for name, size in family.sizes.items():
         if size.widths != family.axis_map.full:
             models[f"{name} {UNTRAINED}"] = build_submodel(sorted_parent, config, size.widths)

@@ -23,8 +23,8 @@ from safetensors.torch import load_file
 import star_elastic
 from star_elastic import bundled, demo
 from star_elastic.architectures import family_of, read_config
+from star_elastic.checkpoints.elastic import ElasticCheckpoint
 from star_elastic.checkpoints.manifest import load_manifest, save_manifest
-from star_elastic.checkpoints.quantised import load_input_scales
 from star_elastic.checkpoints.tensors import save_tensors
 from star_elastic.cli import main
 from star_elastic.cli.commands import program
@@ -429,9 +429,7 @@ def test_quantize(blocks, run_folder, tmp_path, told, printed):
     assert base["parts"]["attention"]["after"] < base["parts"]["attention"]["before"]
     stored = load_file(tmp_path / "kept" / "model.safetensors")
     assert not any("q_proj" in name and name.endswith("scale") for name in stored)
-    assert load_input_scales(
-        tmp_path / "kept", star_elastic.load(tmp_path / "kept").manifest, "small"
-    )
+    assert ElasticCheckpoint(tmp_path / "kept").input_scales("small")
 
     text = printed(
         "quantize", blocks, "--format", "fp8", "--out", tmp_path / "shown", *data, "--samples", 4

@@ -375,7 +375,7 @@ def test_budgets_in_milliseconds_come_from_the_table(run_folder):
     # The run keeps its table, and a plain slice has no use for it.
     slice_checkpoint(result.elastic, small.widths, run_folder / "ms-cut")
     assert not (run_folder / "ms-cut" / "latency.json").exists()
-    between = widths_for(result.elastic, family.manifest, axis_map, {"ms": 0.95})
+    between = widths_for(family.checkpoint, {"ms": 0.95})
     assert table.milliseconds(between.widths, axis_map) == pytest.approx(0.95 * full, rel=REACH)
 
 

@@ -27,7 +27,6 @@ from typing import Any
 from matplotlib.ticker import StrMethodFormatter
 
 from star_elastic import bundled
-from star_elastic.checkpoints.quantised import load_input_scales
 from star_elastic.cli.bars import progress_bars
 from star_elastic.cli.terminal import at_the_command_line, command_line, print_table
 from star_elastic.demo import (
@@ -226,7 +225,7 @@ class Lab:
             result = evaluate_plan(generator, problems, plan, batch_size=200)
             cut = self.folder / "cut"
             shutil.rmtree(cut, ignore_errors=True)
-            scales = load_input_scales(path, family.manifest, name)
+            scales = family.checkpoint.input_scales(name)
             slice_checkpoint(path, size.widths, cut, input_scales=scales)
             yield (
                 name,

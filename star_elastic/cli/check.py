@@ -39,4 +39,4 @@ def _require_family(path: Path) -> None:
     for name in family.manifest.sizes:
         family.input_scales(name)
     if family.router_state is not None:
-        load_router(path, family.manifest, family.axis_map)
+        load_router(family)

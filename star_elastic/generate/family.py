@@ -10,12 +10,10 @@ from typing import Unpack
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from star_elastic.architectures import family_of, read_config
-from star_elastic.architectures.config_file import Config
 from star_elastic.axes.widths import Widths
 from star_elastic.bundled import find_model
-from star_elastic.checkpoints.manifest import Manifest, Size, load_manifest
-from star_elastic.checkpoints.quantised import load_input_scales
+from star_elastic.checkpoints.elastic import ElasticCheckpoint
+from star_elastic.checkpoints.manifest import Size
 from star_elastic.cost.count import Cost, CostModel, Workload
 from star_elastic.errors import ConfigError
 from star_elastic.generate.caches import HandOver
@@ -47,13 +45,12 @@ class ElasticFamily(Mapping[str, PreTrainedModel]):
     and kept.
     """
 
-    def __init__(self, path: Path, parent: PreTrainedModel, config: Config, manifest: Manifest):
-        self.path = path
+    def __init__(self, checkpoint: ElasticCheckpoint, parent: PreTrainedModel):
+        self.checkpoint = checkpoint
+        self.path, self.config = checkpoint.path, checkpoint.config
+        self.manifest, self.axis_map = checkpoint.manifest, checkpoint.axis_map
         self.parent = parent
-        self.config = config
-        self.manifest = manifest
-        self.table = family_of(config)
-        self.axis_map = self.table.axis_map(config)
+        self.table = self.config.architecture
         self._models: dict[str, PreTrainedModel] = {}
 
     def __getitem__(self, size: str) -> PreTrainedModel:
@@ -66,7 +63,7 @@ class ElasticFamily(Mapping[str, PreTrainedModel]):
         return self._models[size]
 
     def _build(self, size: str, widths: Widths) -> PreTrainedModel:
-        scales = load_input_scales(self.path, self.manifest, size)
+        scales = self.checkpoint.input_scales(size)
         return build_submodel(self.parent, self.config, widths, input_scales=scales)
 
     def __iter__(self) -> Iterator[str]:
@@ -84,7 +81,7 @@ class ElasticFamily(Mapping[str, PreTrainedModel]):
         Its widths are the router's; they were not trained themselves. Raises BudgetError outside
         the trained range.
         """
-        found = widths_for(self.path, self.manifest, self.axis_map, budget)
+        found = widths_for(self.checkpoint, budget)
         return build_submodel(self.parent, self.config, found.widths)
 
     @property
@@ -194,10 +191,8 @@ def load(
             f"a checkpoint of type {type(path).__name__} cannot be loaded; name its directory"
         )
     # Absolute: tokenizer, router and input scales are read when they are first used.
-    path = find_model(path).absolute()
-    config = read_config(path)
-    axis_map = family_of(config).axis_map(config)
-    manifest = load_manifest(path, axis_map)
-    parent, config = load_parent(path, choose_dtype(dtype, path), chosen)
-    nest_in_place(parent, axis_map, [size.widths for size in manifest.sizes.values()])
-    return ElasticFamily(path, parent, config, manifest)
+    checkpoint = ElasticCheckpoint(find_model(path).absolute())
+    sizes = checkpoint.manifest.sizes.values()
+    parent, _ = load_parent(checkpoint.path, choose_dtype(dtype, checkpoint.path), chosen)
+    nest_in_place(parent, checkpoint.axis_map, [size.widths for size in sizes])
+    return ElasticFamily(checkpoint, parent)

@@ -5,9 +5,7 @@ The slices are assigned, as views where possible, so that all sizes share one co
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Mapping
 
 import torch
 from transformers import (
@@ -18,21 +16,14 @@ from star_elastic.architectures import ModelConfig
 from star_elastic.architectures.config_file import Config
 from star_elastic.axes import AxisMap
 from star_elastic.axes.widths import Width
-from star_elastic.checkpoints.companions import (
-    BASIS,
-    ORDERS,
-)
 from star_elastic.checkpoints.layouts import stored_map
-from star_elastic.checkpoints.tensors import load_tensors
-from star_elastic.errors import CheckpointError, ShapeError
-from star_elastic.files.paths import has_file
 from star_elastic.models.quantised_inputs import INPUTS, QuantisedInputs
 from star_elastic.models.resident import nested_names, share_nested
 from star_elastic.models.skeleton import (
     build_skeleton_at,
 )
-from star_elastic.nesting.rotate import check_basis, rotate_state
-from star_elastic.nesting.slice import Orders, check_orders, slice_state, sort_state
+from star_elastic.nesting.rotate import rotate_state
+from star_elastic.nesting.slice import Orders, slice_state, sort_state
 
 
 def build_submodel(
@@ -71,39 +62,6 @@ def build_submodel(
     if inputs is not None:
         inputs.at(axis_map, complete).install(submodel, axis_map.at(complete))
     return submodel.eval()
-
-
-def load_sorting(
-    family: Path, axis_map: AxisMap
-) -> tuple[dict[str, torch.Tensor], torch.Tensor | None]:
-    """How the parent of a family was sorted, as far as the family says: the order of every axis
-    (empty if it does not say) and the basis (H, H) of the residual stream.
-
-    Raises CheckpointError for files that are damaged or another model's.
-    """
-    orders: dict[str, torch.Tensor] = {}
-    if has_file(file := family / ORDERS):
-        orders = load_tensors(file)
-        with _one_of(file, axis_map):
-            check_orders(orders, axis_map)
-    if not has_file(file := family / BASIS):
-        return orders, None
-    found = load_tensors(file)
-    with _one_of(file, axis_map):
-        if "hidden" not in found:
-            raise ShapeError("it holds no basis of the residual stream")
-        check_basis(found["hidden"], axis_map)
-    return orders, found["hidden"]
-
-
-@contextmanager
-def _one_of(file: Path, axis_map: AxisMap) -> Iterator[None]:
-    try:
-        yield
-    except ShapeError as error:
-        raise CheckpointError(
-            f"{file} does not fit this {axis_map.family} model ({error}); restore the file"
-        ) from None
 
 
 def sort_in_place(

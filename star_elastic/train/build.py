@@ -8,12 +8,13 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
+from star_elastic.checkpoints.elastic import ElasticCheckpoint
 from star_elastic.files.paths import has_file
 from star_elastic.models.elastic import ElasticModel
 from star_elastic.models.fake_quantisation import FILE_NAME as FAKE
 from star_elastic.models.fake_quantisation import FakeQuantisation
 from star_elastic.models.load import load_parent
-from star_elastic.models.submodel import load_sorting, sort_in_place
+from star_elastic.models.submodel import sort_in_place
 from star_elastic.progress import Progress
 from star_elastic.rewrite.family import InputCalibration, calibrate_sizes, shared_scales
 from star_elastic.router.grid import Grid
@@ -36,7 +37,8 @@ def build_trainer(
     config, spec, device = inputs.config, inputs.spec, str(world.device)
     if config.family:  # its weights, in the order and basis that they are in
         parent, _ = load_parent(Path(config.family), device=device)
-        orders, basis = load_sorting(Path(config.family), spec.axis_map)
+        family = ElasticCheckpoint(config.family)
+        orders, basis = family.orders, family.basis
         grid = spec.grid
     else:
         parent, orders, basis, grid = _sorted(inputs, progress, world)

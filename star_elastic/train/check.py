@@ -14,8 +14,9 @@ from star_elastic.architectures.config_file import Config
 from star_elastic.axes import AxisMap
 from star_elastic.axes.widths import Widths, parse_widths
 from star_elastic.checkpoints.companions import LATENCY
+from star_elastic.checkpoints.elastic import ElasticCheckpoint
 from star_elastic.checkpoints.layouts import CONFIG_KEY, stored_map
-from star_elastic.checkpoints.manifest import Manifest, Size, load_manifest, require_order
+from star_elastic.checkpoints.manifest import Manifest, Size, require_order
 from star_elastic.checkpoints.stored import StoredModel, most_common_dtype
 from star_elastic.cost.amounts import parse_budget, show_amount
 from star_elastic.cost.count import CostModel
@@ -192,17 +193,16 @@ def beyond_positions(config: RunConfig, model_config: Config) -> list[str]:
 
 def _family(config: RunConfig, axis_map: AxisMap) -> Manifest:
     """The family to train on from. Raises ConfigError unless it is one of this parent's."""
-    its_config = read_config(config.family)
-    if its_config.get(CONFIG_KEY):
+    family = ElasticCheckpoint(config.family)
+    if family.is_quantised:
         raise ConfigError(f"{config.family} is quantised; train on the family it was made from")
-    table = family_of(its_config).axis_map(its_config)
-    if table.tensors != axis_map.tensors:
+    if family.axis_map.tensors != axis_map.tensors:
         raise ConfigError(
             f"{config.family} is not a family of {config.parent}: its tensors are others; name the "
             "parent it was made from"
         )
-    StoredModel(Path(config.family), axis_map, family_of(its_config)).require_whole()
-    return load_manifest(config.family, axis_map)
+    StoredModel(family.path, axis_map, family.config.architecture).require_whole()
+    return family.manifest
 
 
 def latency_file(config: RunConfig) -> Path:

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from star_elastic.checkpoints.manifest import load_manifest
+from star_elastic.checkpoints.elastic import ElasticCheckpoint
 from star_elastic.data.sources import MAX_CONTEXT, Document, held_out_documents
 from star_elastic.errors import CheckpointError, Interrupted, RowError, is_out_of_memory, reason
 from star_elastic.files.paths import exists
@@ -160,7 +160,7 @@ def _train(config: RunConfig, resume: bool, shown: Progress, stop: Stop, world: 
             write_family(inputs, trainer, orders, basis, progress)
         verdict = _judge(inputs, held_out, progress, world) if world.is_first else None
         world.wait()
-    made = load_manifest(run / ELASTIC, inputs.spec.axis_map).provenance
+    made = ElasticCheckpoint(run / ELASTIC).manifest.provenance
     return RunResult(run / ELASTIC, made["steps"], made["tokens"], seconds, verdict)
 
 

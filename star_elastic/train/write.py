@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 import torch
 
 import star_elastic
-from star_elastic.checkpoints.companions import BASIS, LATENCY, ORDERS, ROUTER
-from star_elastic.checkpoints.manifest import Manifest, Size, load_manifest, save_manifest
-from star_elastic.checkpoints.tensors import save_tensors
+from star_elastic.checkpoints.companions import LATENCY
+from star_elastic.checkpoints.elastic import ElasticCheckpoint, write_family_files
+from star_elastic.checkpoints.manifest import Manifest, Size
 from star_elastic.files.paths import has_file
 from star_elastic.progress import Progress, staged
 from star_elastic.rewrite.family import quantise_family
@@ -35,19 +34,13 @@ def write_family(
     state = _whole_state(trainer)
 
     def finish(directory: Path) -> None:
-        save_manifest(_manifest(inputs, trainer), directory)
-        if config.family and _has_its_router(inputs):
-            shutil.copyfile(Path(config.family) / ROUTER, directory / ROUTER)
-        elif not inputs.spec.fixed:
-            save_tensors(directory / ROUTER, trainer.router.state_dict())
+        router = None if inputs.spec.fixed else trainer.router.state_dict()
         # A table stays true of a family that is trained on: its shapes are the same.
         table = (run if config.latency else Path(config.family or run)) / LATENCY
-        if has_file(table):
-            shutil.copyfile(table, directory / LATENCY)
-        if orders:  # a family that is trained on may not say how it was sorted
-            save_tensors(directory / ORDERS, dict(orders))
-        if basis is not None:
-            save_tensors(directory / BASIS, {"hidden": basis})
+        write_family_files(
+            directory, _manifest(inputs, trainer), orders=orders, basis=basis,
+            router=_given_router(inputs) or router, latency=table if has_file(table) else None,
+        )  # fmt: skip
 
     if world.is_first:
         elastic, fake = run / ELASTIC, trainer.student.fake
@@ -64,13 +57,14 @@ def write_family(
     world.wait()
 
 
-def _has_its_router(inputs: RunInputs) -> bool:
-    """Whether the family's router is one for the very sizes of this run."""
-    family, spec = inputs.config.family, inputs.spec
-    sizes = load_manifest(family, spec.axis_map).sizes
-    budgets = [(name, dict(size.budgets)) for name, size in sizes.items()]
-    same = budgets == [(name, dict(own)) for name, own in spec.budgets.items()]
-    return same and has_file(Path(family) / ROUTER)
+def _given_router(inputs: RunInputs) -> dict[str, torch.Tensor] | None:
+    """The router of the family that was trained on, if it is one for the very sizes of this run."""
+    if not inputs.config.family:
+        return None
+    family = ElasticCheckpoint(inputs.config.family)
+    budgets = [(name, dict(size.budgets)) for name, size in family.manifest.sizes.items()]
+    same = budgets == [(name, dict(own)) for name, own in inputs.spec.budgets.items()]
+    return family.router_state if same else None
 
 
 def _whole_state(trainer: Trainer) -> dict[str, torch.Tensor]:
