@@ -23,12 +23,12 @@ from star_elastic.models.tokenizer import load_tokenizer
 from star_elastic.progress import Silent
 from star_elastic.train.calibrate import Calibration
 from star_elastic.train.check import beyond_positions
-from star_elastic.train.curriculum import Position
 from star_elastic.train.directory import MAY_CHANGE
 from star_elastic.train.distributed import World
 from star_elastic.train.packing import PackedStream
 from star_elastic.train.row_check import check_rows, require_lessons, warn_of_rows
 from star_elastic.train.run import train
+from star_elastic.train.stages import Position
 from tests import ranks
 from tests.chat_templates import CHATML, byte_tokenizer
 from tests.processes import on_ranks, run_command

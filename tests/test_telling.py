@@ -23,12 +23,12 @@ from star_elastic.progress import duration
 from star_elastic.router.commit import LEARNED
 from star_elastic.train.check import check
 from star_elastic.train.config import RouterConfig, StageConfig
-from star_elastic.train.curriculum import Curriculum
 from star_elastic.train.distributed import multiplies_bf16
 from star_elastic.train.inputs import open_inputs
 from star_elastic.train.outlook import Outlook, look_ahead
 from star_elastic.train.pace import Pace
 from star_elastic.train.run import train
+from star_elastic.train.stages import Curriculum
 from tests.latencies import made_up
 from tests.tiny_run import JUDGED, config_in
 from tests.watchers import KillIn

@@ -29,11 +29,11 @@ from star_elastic.router.files import widths_for
 from star_elastic.router.grid import default_choices
 from star_elastic.train.check import check
 from star_elastic.train.config import StageConfig, load_run_config
-from star_elastic.train.curriculum import Curriculum, Position
 from star_elastic.train.distributed import World
 from star_elastic.train.loop import Trainer
 from star_elastic.train.losses import distillation_loss
 from star_elastic.train.run import train
+from star_elastic.train.stages import Curriculum, Position
 from tests.latencies import made_up
 from tests.laws.parents import assert_equal
 from tests.processes import run_code, start_command

@@ -22,9 +22,9 @@ from star_elastic.models.elastic import ElasticModel
 from star_elastic.progress import Silent
 from star_elastic.router.router import Router
 from star_elastic.train.calibrate import SCORES
-from star_elastic.train.curriculum import Position
 from star_elastic.train.distributed import World
 from star_elastic.train.loop import StepReport, Trainer
+from star_elastic.train.stages import Position
 from star_elastic.train.windows import WindowReader
 from tests.tiny_run import build_trainer, config_in
 

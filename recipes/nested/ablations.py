@@ -28,7 +28,7 @@ from star_elastic.errors import ShapeError
 from star_elastic.files.writing import write_json
 from star_elastic.router.budget import AIM, budget_miss
 from star_elastic.router.grid import Grid
-from star_elastic.train.config import LATER_WEIGHTS, StageConfig
+from star_elastic.train.stages import LATER_WEIGHTS, StageConfig
 
 UNIFORM = (1 / 3, 1 / 3, 1 / 3)
 TO_LARGE = LATER_WEIGHTS[len(SIZES)]

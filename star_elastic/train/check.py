@@ -21,7 +21,6 @@ from star_elastic.checkpoints.stored import StoredModel, most_common_dtype
 from star_elastic.cost.amounts import parse_budget, show_amount
 from star_elastic.cost.count import CostModel
 from star_elastic.cost.latency import LatencyTable, load_table
-from star_elastic.data.row_kinds import find_files
 from star_elastic.errors import BudgetError, ConfigError
 from star_elastic.files.paths import exists, is_file
 from star_elastic.models.load import require_loadable
@@ -116,8 +115,6 @@ def check(config: RunConfig, world_size: int = 1) -> RunSpec:
             stored_map(axis_map, scheme).require_edges(size.widths)
     for name, given in budgets.items() if not fixed else ():
         (check_budgets if grid.is_ranked else check_reach)(name, given, cost, grid)
-    for file in (file for source in config.data for file in source.files):
-        find_files(file)
     for number, stage in enumerate(config.stages):
         of_group = stage.batch_size // stage.groups
         if of_group % world_size:

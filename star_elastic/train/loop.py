@@ -35,10 +35,10 @@ from star_elastic.router.commit import ASKED, Commitment, commit, origin_line
 from star_elastic.router.optimizer import SharedAdam
 from star_elastic.router.router import Decision, Router, Temperature, seed_for
 from star_elastic.train.config import RunConfig
-from star_elastic.train.curriculum import Curriculum
 from star_elastic.train.distributed import World, multiplies_bf16
 from star_elastic.train.losses import linear_cross_entropy, linear_kl
 from star_elastic.train.packing import PackedBatch
+from star_elastic.train.stages import Curriculum
 from star_elastic.train.windows import WindowReader
 from star_elastic.train.workers import Learner, Workers
 

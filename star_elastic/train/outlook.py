@@ -21,11 +21,11 @@ from star_elastic.router.commit import LEARNED
 from star_elastic.signals import num_ranks
 from star_elastic.train.calibrate import SCORES
 from star_elastic.train.check import beyond_positions
-from star_elastic.train.curriculum import Curriculum
 from star_elastic.train.directory import ELASTIC
 from star_elastic.train.distributed import multiplies_bf16
 from star_elastic.train.fingerprint import digest_weights
 from star_elastic.train.inputs import RunInputs
+from star_elastic.train.stages import Curriculum
 from star_elastic.train.state import STATE
 
 STATE_BYTES = 12

@@ -7,7 +7,7 @@ itself, in seconds per token: stages differ in the tokens of a step.
 from __future__ import annotations
 
 from star_elastic.progress import duration
-from star_elastic.train.curriculum import Curriculum
+from star_elastic.train.stages import Curriculum
 
 MEASURED = 3
 """Steps that a part is measured by, after its first one, which also builds and warms up."""

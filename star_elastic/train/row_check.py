@@ -188,6 +188,8 @@ class _Remarks:
 
     def __init__(self, source: Source, ends: Collection[int]):
         self.source, self.ends = source, ends
+        added = source.tokenizer.added_tokens_decoder
+        self.special = {number for number, token in added.items() if token.special}
         self.looked_at = 0
         self.counts: dict[str, int] = dict.fromkeys((LOST, PLAIN, ENDLESS), 0)
         self.told: dict[str, str] = {}
@@ -198,7 +200,7 @@ class _Remarks:
         content = self.source.content(row)
         for kind, what in (
             (LOST, self._lost(content, document)),
-            (PLAIN, "prompt" in content and self.source.has_template),
+            (PLAIN, "prompt" in content and self.source.tokenizer.chat_template is not None),
             (ENDLESS, self._endless(content, document)),
         ):
             if what:
@@ -223,11 +225,17 @@ class _Remarks:
         """The token that ends the last turn of a row, if generation does not stop at it."""
         if content.get("messages") is None:
             return ""
-        last, mark = checked_messages(content["messages"])[-1], self.source.last_mark(document)
-        if last["role"] not in ASSISTANT or mark is None or mark in self.ends:
+        tokenizer, last = self.source.tokenizer, checked_messages(content["messages"])[-1]
+        words = (token for token in reversed(document.ids) if not self._is_space(token))
+        mark = next(words, None)  # the last token, white space apart
+        if last["role"] not in ASSISTANT or mark not in self.special or mark in self.ends:
             return ""
-        name = self.source.name_of(mark)
+        name = str(tokenizer.convert_ids_to_tokens(mark))
         return "" if end_of(last).endswith(name) else name  # that would be the row's own word
+
+    def _is_space(self, token: int) -> bool:
+        is_special = token in self.special
+        return not is_special and not str(self.source.tokenizer.decode([token])).strip()
 
 
 def warn_of_rows(source: Source, ends: Collection[int]) -> list[str]:

@@ -9,9 +9,9 @@ from typing import Any
 from star_elastic.data.sources import Source
 from star_elastic.errors import CheckpointError
 from star_elastic.train.config import RunConfig
-from star_elastic.train.curriculum import Position
 from star_elastic.train.distributed import World
 from star_elastic.train.packing import PackedBatch, PackedStream, merge_states
+from star_elastic.train.stages import Position
 
 
 @dataclass(frozen=True, slots=True)
