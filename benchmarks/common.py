@@ -11,7 +11,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
 from star_elastic.axes import AxisMap
-from star_elastic.widths import Widths
+from star_elastic.axes.widths import Widths
 
 LARGE = {
     "model_type": "nemotron_h",

@@ -27,14 +27,15 @@ import torch
 from common import TINY, build_model
 from training_cost import HUNDRED
 
+from star_elastic import bundled
 from star_elastic.architectures import family_of
-from star_elastic.cli.bars import Bars
+from star_elastic.cli.bars import progress_bars
 from star_elastic.cli.terminal import at_the_command_line, command_line
 from star_elastic.cost.count import CostModel
 from star_elastic.data.source_config import SourceConfig
-from star_elastic.demo import bundled_parent, write_rows
+from star_elastic.demo import write_rows
 from star_elastic.files.writing import write_json
-from star_elastic.models.submodel import load_tokenizer
+from star_elastic.models.tokenizer import load_tokenizer
 from star_elastic.rewrite.stream import save_model
 from star_elastic.train.config import (
     CalibrationConfig,
@@ -58,7 +59,7 @@ def main() -> None:
     options = parser.parse_args()
     if options.smoke:
         options.steps, options.context, options.windows = [2, 2, 6], 128, 2
-    with tempfile.TemporaryDirectory() as folder, Bars() as bars:
+    with tempfile.TemporaryDirectory() as folder, progress_bars() as bars:
         parameters = write_parent(Path(folder) / "parent", TINY if options.smoke else HUNDRED)
         tokens = sum(options.steps) * options.context * options.windows
         write_rows(Path(folder) / "rows.jsonl", tokens // 40, seed=0)
@@ -80,12 +81,12 @@ def main() -> None:
 
 def write_parent(path: Path, config: dict[str, Any]) -> int:
     """A random hybrid with the bundled parent's tokenizer; returns its parameters."""
-    tokenizer = load_tokenizer(bundled_parent())
+    tokenizer = load_tokenizer(bundled.PARENT)
     config = {**config, "vocab_size": len(tokenizer)}
     config |= {"eos_token_id": tokenizer.eos_token_id, "tie_word_embeddings": False}
     model = build_model(config)
     state = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    save_model(state, config, bundled_parent(), path, dtype=torch.float32)
+    save_model(state, config, bundled.PARENT, path, dtype=torch.float32)
     axis_map = family_of(config).axis_map(config)
     return CostModel(axis_map).full.total
 

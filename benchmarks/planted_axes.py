@@ -26,11 +26,13 @@ from planting import HYBRID, LLAMA, write_planted_parent
 
 from star_elastic.axes import AxisMap
 from star_elastic.checkpoints.manifest import Size, load_manifest
-from star_elastic.cli.terminal import Bars, at_the_command_line, command_line, print_table
+from star_elastic.cli.bars import progress_bars
+from star_elastic.cli.terminal import at_the_command_line, command_line, print_table
 from star_elastic.cost.count import CostModel
 from star_elastic.data.source_config import SourceConfig
 from star_elastic.demo import write_rows
 from star_elastic.files.writing import write_json
+from star_elastic.progress import Progress
 from star_elastic.router.grid import default_choices
 from star_elastic.train.config import (
     CalibrationConfig,
@@ -60,7 +62,7 @@ def main() -> None:
         cases, options.steps, options.seeds = [CASES[3], CASES[6]], [3], 1
     torch.set_num_threads(1)
     runs = []
-    with tempfile.TemporaryDirectory() as folder, Bars() as bars:
+    with tempfile.TemporaryDirectory() as folder, progress_bars() as bars:
         write_rows(Path(folder) / "rows.jsonl", 2_000, seed=0)
         for steps in options.steps:
             for seed in range(options.seeds):
@@ -83,7 +85,7 @@ def main() -> None:
 
 
 def run_case(
-    folder: Path, config: Mapping[str, Any], axis: str, steps: int, seed: int, bars: Bars
+    folder: Path, config: Mapping[str, Any], axis: str, steps: int, seed: int, bars: Progress
 ) -> dict[str, Any]:
     """Trains one planted parent for so many router steps; what the router chose."""
     name = f"{config['model_type']}-{axis}-{seed}-{steps}"

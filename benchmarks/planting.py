@@ -14,11 +14,12 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from star_elastic import bundled
 from star_elastic.architectures import family_of
 from star_elastic.axes import AxisMap, TensorSpec, axis_keys
-from star_elastic.demo import bundled_parent
 from star_elastic.importance.orders import orders_from_scores
-from star_elastic.models.submodel import load_tokenizer, sort_in_place
+from star_elastic.models.submodel import sort_in_place
+from star_elastic.models.tokenizer import load_tokenizer
 from star_elastic.rewrite.stream import save_model
 
 HYBRID = {
@@ -105,12 +106,12 @@ def write_planted_parent(
     config: Mapping[str, Any], axis: str, path: Path, seed: int = 0
 ) -> AxisMap:
     """Saves a parent with a half-dead axis and the bundled tokenizer; returns its axis map."""
-    tokenizer = load_tokenizer(bundled_parent())
+    tokenizer = load_tokenizer(bundled.PARENT)
     whole = {**config, "vocab_size": len(tokenizer), "eos_token_id": tokenizer.eos_token_id}
     model = random_parent(whole, seed)
     axis_map = family_of(whole).axis_map(whole)
     plant_dead_half(model, axis_map, axis)
     scatter_units(model, axis_map, seed)
     state = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    save_model(state, whole, bundled_parent(), path, dtype=torch.float32)
+    save_model(state, whole, bundled.PARENT, path, dtype=torch.float32)
     return axis_map

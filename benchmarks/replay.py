@@ -28,6 +28,7 @@ from transformers import PreTrainedModel
 
 from star_elastic.architectures import family_of
 from star_elastic.axes import AxisMap
+from star_elastic.axes.widths import Widths
 from star_elastic.checkpoints.written_config import GROUPED_MULTIPLE
 from star_elastic.cli.terminal import at_the_command_line, command_line, print_table
 from star_elastic.cost.count import CostModel
@@ -43,7 +44,6 @@ from star_elastic.generate.family import load
 from star_elastic.generate.phases import Generation
 from star_elastic.models.submodel import build_submodel
 from star_elastic.report.page import load_result
-from star_elastic.widths import Widths
 
 PLANS = (
     "large", "medium", "small", "small~large 5%", "small~medium 5%", "small~large 5% lines",

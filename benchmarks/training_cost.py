@@ -4,14 +4,13 @@
     python benchmarks/training_cost.py --device cuda   # one of about 100M in bf16, absolute times
     python benchmarks/training_cost.py --smoke         # the same code on a tiny model, seconds
 
-Four ways to train three sizes (about 1 / .78 / .58 of the active parameters, as in the papers'
+Three ways to train three sizes (about 1 / .78 / .58 of the active parameters, as in the papers'
 family) on the same tokens, interleaved in one run, medians:
     masked           each size as one-hot gates at full parent width, with a teacher forward of its
                      own: what the published reference code does. A baseline only; training never
                      runs it
     sliced           each size as a slice, with a teacher forward of its own
     shared teacher   the slices on the same tokens, one teacher forward for all
-    cached teacher   the slices against stored samples of the teacher's distribution
 Printed beside the ratio of counted operations: 2 per used parameter and token forward, 4 backward.
 Weights are random: time does not depend on them. On a GPU also tokens per second and the peak of
 memory, for every way and for every size by itself.
@@ -33,13 +32,12 @@ from typing import Any
 import torch
 from common import LARGE, TINY, build_model, medians_in_turn
 
+from star_elastic.axes.widths import Widths
 from star_elastic.cli.terminal import at_the_command_line, command_line
 from star_elastic.cost.count import CostModel, Workload
 from star_elastic.models.elastic import ElasticModel
 from star_elastic.nesting.gate import Mixture
-from star_elastic.train.losses import linear_kl, sampled_kl
-from star_elastic.train.teacher import sample_targets
-from star_elastic.widths import Widths
+from star_elastic.train.losses import linear_kl
 
 SHARES = {"large": 1.0, "medium": 0.78, "small": 0.58}
 """Share of the hidden channels that a size keeps: active parameters follow it."""
@@ -48,7 +46,6 @@ HUNDRED = {
     "chunk_size": 64, "vocab_size": 8192,
 }  # fmt: skip
 """A hybrid of about 100M parameters, for a GPU."""
-SAMPLES = 32
 
 
 def main() -> None:
@@ -110,10 +107,6 @@ def measure(config: dict, tokens: int, rounds: int, device: str) -> dict:
             states, head = teacher.hidden_states(full, **inputs)
         return states.flatten(0, 1), head
 
-    known, known_head = ask_teacher()
-    documents = [(0, row, length) for row in range(len(ids))]
-    targets = sample_targets(known, known_head, SAMPLES, documents, seed=0)
-
     def learn(divergence: Callable, size, **options) -> None:
         with autocast():
             states, head = student.hidden_states(size, **inputs, **options)
@@ -136,11 +129,7 @@ def measure(config: dict, tokens: int, rounds: int, device: str) -> dict:
         for widths in sizes.values():
             learn(divergence, widths)
 
-    def cached() -> None:
-        for widths in sizes.values():
-            learn(lambda states, head: sampled_kl(states, head, targets), widths)
-
-    ways = {"masked": masked, "sliced": sliced, "shared teacher": shared, "cached teacher": cached}
+    ways = {"masked": masked, "sliced": sliced, "shared teacher": shared}
     seconds = medians_in_turn({name: fresh(student, way) for name, way in ways.items()}, rounds)
     absolute = {}
     if device == "cuda":  # on a shared machine absolute times mean nothing
@@ -151,7 +140,7 @@ def measure(config: dict, tokens: int, rounds: int, device: str) -> dict:
             }
             for name, way in ways.items()
         }
-        divergence = live((known, known_head))
+        divergence = live(ask_teacher())
         for size, widths in sizes.items():
             each = {
                 "masked": partial(learn, divergence, one_hot(widths, full, device), slice_at=full),
@@ -170,7 +159,6 @@ def measure(config: dict, tokens: int, rounds: int, device: str) -> dict:
         "masked": len(sizes) * 4 * whole,
         "sliced": len(sizes) * whole + 3 * slices,
         "shared teacher": whole + 3 * slices,
-        "cached teacher": 3 * slices,
     }
     return {
         "parameters": cost.count(full).total,

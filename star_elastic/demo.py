@@ -10,31 +10,35 @@ import json
 import os
 import platform
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
-from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import transformers
+from transformers import PreTrainedModel
 
 import star_elastic
+from star_elastic import bundled
 from star_elastic.architectures import read_config
 from star_elastic.axes import LAYERS
 from star_elastic.cost.count import CostModel, Workload
+from star_elastic.data.rendering import Renderer
 from star_elastic.data.source_config import SourceConfig
 from star_elastic.errors import CheckpointError, Interrupted
 from star_elastic.evaluate.accuracy import Evaluation, evaluate_plan
 from star_elastic.evaluate.tasks import TASKS, Problem, draw_conversation, messages, sample_problems
 from star_elastic.files.paths import exists, names_in
 from star_elastic.files.writing import require_folder, write_json, write_text
+from star_elastic.generate.engine import Generator
 from star_elastic.generate.family import ElasticFamily, load
-from star_elastic.generate.phased import PhasedGenerator
 from star_elastic.generate.phases import Plan, think_and_answer
-from star_elastic.models.submodel import build_submodel, load_parent, load_sorting, sort_in_place
+from star_elastic.measure.divergence import compare, read
+from star_elastic.models.load import load_parent
+from star_elastic.models.submodel import build_submodel, load_sorting, sort_in_place
 from star_elastic.progress import Progress, Silent
 from star_elastic.report.charts import plot_plans
 from star_elastic.rewrite.stream import slice_checkpoint
@@ -47,13 +51,15 @@ from star_elastic.train.config import (
     StageConfig,
 )
 from star_elastic.train.directory import ELASTIC, METRICS
-from star_elastic.train.losses import distillation_loss
 from star_elastic.train.run import train
 from star_elastic.train.state import has_state
 
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 PARENT = "parent"
 UNTRAINED = "untrained"
 CONTEXT = 256
+LEARNING_RATE = 1e-3
 EVALUATION_BATCH = 200
 MAX_NEW_TOKENS = 192
 KL_PROBLEMS = 40
@@ -61,18 +67,13 @@ WORKERS = 2
 """Threads that train and evaluate: the smallest machines have two cores."""
 
 
-def bundled_parent() -> Path:
-    """Directory of the parent that comes with the package: a small reasoning NemotronH."""
-    return Path(str(resources.files("star_elastic") / "bundled"))
-
-
 def shallow_parent(out: Path) -> Path:
     """`out`, where the bundled parent's slice of five layers is written unless it is there: two of
     each kind but attention, in less than half of the time. Smoke runs of recipes train it."""
     if not exists(out):
-        count = read_config(bundled_parent())["num_hidden_layers"]
+        count = read_config(bundled.PARENT)["num_hidden_layers"]
         kept = tuple(int(layer < 3 or layer >= count - 2) for layer in range(count))
-        slice_checkpoint(bundled_parent(), {LAYERS: kept}, out)
+        slice_checkpoint(bundled.PARENT, {LAYERS: kept}, out)
     return out
 
 
@@ -100,11 +101,6 @@ class Recipe:
     seed: int = 0
     parent: str = ""
 
-    @property
-    def parent_folder(self) -> Path:
-        """Where the parent is; without a name the bundled one."""
-        return Path(self.parent) if self.parent else bundled_parent()
-
 
 def stages(
     router_steps: int,
@@ -112,7 +108,6 @@ def stages(
     *,
     windows: int = 4,
     context: int = CONTEXT,
-    learning_rate: float = 1e-3,
     size_weights: tuple[float, ...] = (0.4, 0.3, 0.3),
 ) -> tuple[StageConfig, ...]:
     """The curriculum of a short run on the bundled parent.
@@ -122,24 +117,17 @@ def stages(
     it begins as the parent and must not lose what the others change for themselves. In a run of
     minutes they change little, and the small one, which has the longest way to go, weighs most.
     """
-    common = {"context": context, "size_weights": size_weights}
+
+    def stage(steps: int, windows: int, *, warmup: int, final_share: float) -> StageConfig:
+        return StageConfig(
+            tokens=steps * windows * context, context=context, batch_size=windows,
+            size_weights=size_weights, learning_rate=LEARNING_RATE,
+            final_learning_rate=LEARNING_RATE * final_share, warmup_steps=warmup,
+        )  # fmt: skip
+
     return (
-        StageConfig(
-            tokens=router_steps * 2 * context,
-            batch_size=2,
-            learning_rate=learning_rate,
-            final_learning_rate=learning_rate,
-            warmup_steps=max(router_steps // 4, 1),
-            **common,
-        ),
-        StageConfig(
-            tokens=steps * windows * context,
-            batch_size=windows,
-            learning_rate=learning_rate,
-            final_learning_rate=learning_rate / 50,
-            warmup_steps=1,
-            **common,
-        ),
+        stage(router_steps, 2, warmup=max(router_steps // 4, 1), final_share=1),
+        stage(steps, windows, warmup=1, final_share=1 / 50),
     )
 
 
@@ -187,11 +175,10 @@ def run_recipe(recipe: Recipe, out: str | Path, progress: Progress | None = None
     family = load(elastic, "float32", "cpu")
     cut_slices(family, out / "slices", progress)
     problems = sample_problems(TASKS, "test", recipe.problems_per_task, recipe.seed)
-    generator = PhasedGenerator(
-        _models(family, recipe.parent_folder, elastic),
-        family.tokenizer,
+    generator = Generator(
+        _models(family, Path(recipe.parent or bundled.PARENT)), family.tokenizer,
         family.table.end_of_thinking,
-    )
+    )  # fmt: skip
     evaluations = evaluate(generator, problems, plans(recipe), progress)
     solved = problems[:: max(len(problems) // KL_PROBLEMS, 1)]
     sizes = [name for name in generator.models if name != PARENT]
@@ -216,7 +203,7 @@ def write_rows(file: Path, count: int, seed: int) -> None:
 def run_config(recipe: Recipe, rows: Path, run: Path) -> RunConfig:
     """The run config of a recipe."""
     return RunConfig(
-        parent=str(recipe.parent_folder),
+        parent=str(recipe.parent or bundled.PARENT),
         out=str(run),
         seed=recipe.seed,
         sizes=recipe.sizes,
@@ -255,11 +242,11 @@ def cut_slices(family: ElasticFamily, directory: Path, progress: Progress) -> No
         progress.advance(number, name)
 
 
-def _models(family: ElasticFamily, path: Path, elastic: Path) -> dict:
+def _models(family: ElasticFamily, path: Path) -> dict[str, PreTrainedModel]:
     """The parent, every size, and the same widths cut from the sorted parent without training."""
     parent, config = load_parent(path)
-    models: dict = {PARENT: parent, **{name: family[name] for name in family.sizes}}
-    orders, basis = load_sorting(elastic, family.axis_map)
+    models = {PARENT: parent, **family}
+    orders, basis = load_sorting(family.path, family.axis_map)
     sorted_parent, _ = load_parent(path)
     sort_in_place(sorted_parent, family.axis_map, orders, basis)
     for name, size in family.sizes.items():
@@ -270,96 +257,71 @@ def _models(family: ElasticFamily, path: Path, elastic: Path) -> dict:
 
 def plans(recipe: Recipe) -> list[Plan]:
     """Every plan the report compares: single sizes, untrained slices, pairs, at each budget."""
-    names = list(recipe.sizes)
     untrained = [
         f"{name} {UNTRAINED}"
         for name, budgets in recipe.sizes.items()
-        if any(fraction < 1 for fraction in budgets.values())
+        if any(share < 1 for share in budgets.values())
     ]
-    free = [(name, name) for name in (PARENT, *names, *untrained)] + list(recipe.pairs)
-    budgeted = [
+    alone = [(name, name) for name in recipe.sizes]
+    without = [(PARENT, PARENT), *alone, *((name, name) for name in untrained), *recipe.pairs]
+    ways = [(think, answer, None) for think, answer in without] + [
         (think, answer, budget)
-        for think, answer in [*((name, name) for name in names), *recipe.pairs]
+        for think, answer in (*alone, *recipe.pairs)
         for budget in recipe.budgets
         if budget or think == answer
     ]
-    return [
-        think_and_answer(
-            think, answer, thinking_budget=budget, max_new_tokens=recipe.max_new_tokens
-        )
-        for think, answer, budget in [*((t, a, None) for t, a in free), *budgeted]
-    ]
+    tokens = recipe.max_new_tokens
+    return [think_and_answer(t, a, thinking_budget=b, max_new_tokens=tokens) for t, a, b in ways]
 
 
 def evaluate(
-    generator: PhasedGenerator,
+    generator: Generator,
     problems: Sequence[Problem],
     plans: Sequence[Plan],
     progress: Progress,
 ) -> list[Evaluation]:
-    """Evaluates every plan on the same problems, as many at once as there are workers."""
+    """Evaluates every plan on the same problems."""
     progress.stage("evaluate", len(plans))
-    done = []
-    with _workers() as pool:
-        size = min(EVALUATION_BATCH, len(problems))
-        work = partial(evaluate_plan, generator, problems, batch_size=size)
-        for number, found in enumerate(pool.map(work, plans), start=1):
-            done.append(found)
-            progress.advance(number, f"{plans[number - 1].label} {found.accuracy:.1%}")
-    return done
-
-
-def _workers() -> ThreadPoolExecutor:
-    """Threads that each compute alone: products of so small a model keep one core busy, not two."""
-    count = min(WORKERS, os.cpu_count() or 1)
-    return ThreadPoolExecutor(count, "evaluation", torch.set_num_threads, (1,))
+    size = min(EVALUATION_BATCH, len(problems))
+    return _side_by_side(
+        partial(evaluate_plan, generator, problems, batch_size=size),
+        plans,
+        lambda done, found: progress.advance(done, f"{found.label} {found.accuracy:.1%}"),
+    )
 
 
 def divergences_from_parent(
-    generator: PhasedGenerator,
+    generator: Generator,
     names: Sequence[str],
     problems: Sequence[Problem],
     progress: Progress | None = None,
 ) -> dict[str, float]:
     """KL(parent || size) of sizes by name, in nats per token of the assistant's turns of solved
-    problems; the parent reads every problem once."""
+    problems."""
     progress = progress or Silent()
-    progress.stage("compare", len(problems))
-    totals, count = dict.fromkeys(names, 0.0), 0
-    with _workers() as pool:
-        work = partial(_divergences, generator, names)
-        for number, (tokens, found) in enumerate(pool.map(work, problems), start=1):
-            count += tokens
-            for name, value in found.items():
-                totals[name] += value
-            progress.advance(number)
-    return {name: total / count for name, total in totals.items()}
-
-
-@torch.inference_mode()
-def _divergences(
-    generator: PhasedGenerator, names: Sequence[str], problem: Problem
-) -> tuple[int, dict[str, float]]:
-    """Counted tokens of a solved problem, and KL in nats, summed over them, by name."""
-    whole, first = _solved(generator.tokenizer, problem)
-    counted, ids = slice(first - 1, -1), torch.tensor([whole])
-    parent = generator.models[PARENT](input_ids=ids).logits[0, counted]
-    found = {
-        name: distillation_loss(parent, generator.models[name](input_ids=ids).logits[0, counted])
-        for name in names
-    }
-    tokens = len(whole) - first
-    return tokens, {name: float(value) * tokens for name, value in found.items()}
-
-
-def _solved(tokenizer, problem) -> tuple[list[int], int]:
-    """Token ids of a solved conversation, and where its answer's tokens begin."""
-    whole = tokenizer.apply_chat_template(messages(problem), tokenize=False)
-    prompt = tokenizer.apply_chat_template(
-        messages(problem)[:1], tokenize=False, add_generation_prompt=True
+    progress.stage("compare", 1 + len(names))
+    renderer = Renderer(generator.tokenizer, "answers")
+    documents = [renderer.document({"messages": messages(problem)}) for problem in problems]
+    parent, *sizes = _side_by_side(
+        lambda name: read(generator.models[name], documents),
+        [PARENT, *names],
+        lambda done, _: progress.advance(done),
     )
-    head = tokenizer.encode(prompt, add_special_tokens=False)
-    return head + tokenizer.encode(whole[len(prompt) :], add_special_tokens=False), len(head)
+    found = zip(names, sizes, strict=True)
+    return {name: compare(parent, size, documents).kl for name, size in found}
+
+
+def _side_by_side(
+    work: Callable[[Item], Result], items: Iterable[Item], tell: Callable[[int, Result], None]
+) -> list[Result]:
+    """The results in order; `tell` gets how many there are, and the last one. Threads each compute
+    alone: products of so small a model keep one core busy, not two."""
+    count, done = min(WORKERS, os.cpu_count() or 1), []
+    with ThreadPoolExecutor(count, "evaluation", torch.set_num_threads, (1,)) as pool:
+        for found in pool.map(work, items):
+            done.append(found)
+            tell(len(done), found)
+    return done
 
 
 def make_report(
@@ -372,8 +334,8 @@ def make_report(
     """Everything measured, as plain data."""
     cost = CostModel(family.axis_map, recipe.workload)
     full = cost.full
-    parent = next(e for e in evaluations if e.label == PARENT)
     by_label = {e.label: e for e in evaluations}
+    parent = by_label[PARENT]
     sizes = {}
     for name, size in family.sizes.items():
         counted = cost.count(size.widths)

@@ -19,17 +19,8 @@ class Progress(Protocol):
         """One line that the user should read, now and afterwards (a fact, a warning)."""
 
 
-class Silent:
-    """Progress that nobody watches."""
-
-    def stage(self, name: str, total: int) -> None:
-        """Ignored."""
-
-    def advance(self, done: int, note: str = "") -> None:
-        """Ignored."""
-
-    def say(self, line: str) -> None:
-        """Ignored."""
+class Silent(Progress):
+    """Progress that nobody watches: whatever it is told is ignored."""
 
 
 def staged(progress: Progress, name: str) -> Callable[[int, int], None]:

@@ -12,14 +12,16 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, suppress
+from typing import Any
 
 from star_elastic.errors import Interrupted
 from star_elastic.progress import Progress
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 STOPPING = "stopping as soon as this step is done; once more to stop at once"
+Handler = Callable[[int, Any], object]
 SHOW_CURSOR = b"\x1b[?25h"
 
 
@@ -91,17 +93,15 @@ def stop_on_signals(say: Callable[[str], None]) -> Iterator[Stop]:
     watcher.start()
     # Only for signals that have a handler in Python does the interpreter write to the pipe. This
     # one is sooner where the main thread is not busy.
-    previous = {number: signal.signal(number, lambda *_: stop.ask()) for number in SIGNALS}
-    before = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
-    try:
-        yield stop
-    finally:
-        signal.set_wakeup_fd(before)
-        for number, handler in previous.items():
-            signal.signal(number, handler)
-        os.close(writing)
-        watcher.join()
-        os.close(reading)
+    with _handling(dict.fromkeys(SIGNALS, lambda *_: stop.ask())):
+        before = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
+        try:
+            yield stop
+        finally:
+            signal.set_wakeup_fd(before)
+            os.close(writing)
+            watcher.join()
+            os.close(reading)
 
 
 def is_first_rank() -> bool:
@@ -114,23 +114,17 @@ def num_ranks() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-@contextmanager
-def ending_on_signals() -> Iterator[None]:
+def ending_on_signals() -> AbstractContextManager[None]:
     """While the block runs, SIGINT and SIGTERM end the process at once, in one line with exit code
     1, as long as nothing in it asks to be told of them in another way (`stop_on_signals`,
     `interrupting`). A signal that is ignored (nohup, jobs in the background) stays ignored."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    previous = {number: signal.getsignal(number) for number in SIGNALS}
-    for number, handler in previous.items():
-        if handler is not signal.SIG_IGN:
-            signal.signal(number, end_quietly)
-    try:
-        yield
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+    heard = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+    return _handling(dict.fromkeys(heard, end_quietly))
+
+
+def interrupting() -> AbstractContextManager[None]:
+    """SIGINT raises KeyboardInterrupt while the block runs, for work that ends by it."""
+    return _handling({signal.SIGINT: signal.default_int_handler})
 
 
 def end_quietly(*_: object) -> None:
@@ -142,16 +136,18 @@ def end_quietly(*_: object) -> None:
 
 
 @contextmanager
-def interrupting() -> Iterator[None]:
-    """SIGINT raises KeyboardInterrupt while the block runs, for work that ends by it."""
+def _handling(handlers: Mapping[signal.Signals, Handler]) -> Iterator[None]:
+    """Signals have these handlers while the block runs, then again those that they had. Outside the
+    main thread, which alone may set any, nothing changes."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    previous = signal.signal(signal.SIGINT, signal.default_int_handler)
+    previous = {number: signal.signal(number, handler) for number, handler in handlers.items()}
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, previous)
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
 def _watch(reading: int, stop: Stop, say: Callable[[str], None]) -> None:

@@ -302,7 +302,72 @@ LLAMA = Architecture(
 )  # fmt: skip
 
 
-ROWS: Mapping[str, Architecture] = {"dense": DENSE, "moe": MOE, "llama": LLAMA}
+@st.composite
+def qwen3s(draw) -> Config:
+    """A config of qwen3, whose hidden size is no multiple of anything."""
+    kv_heads = draw(st.integers(1, 2))
+    return {
+        "model_type": "qwen3",
+        "num_hidden_layers": 2,
+        "vocab_size": 20,
+        "hidden_size": draw(st.integers(9, 14)),
+        "rms_norm_eps": draw(st.sampled_from([1e-5, 0.1])),
+        "num_attention_heads": kv_heads * draw(st.integers(2, 3)),
+        "num_key_value_heads": kv_heads,
+        "head_dim": draw(st.sampled_from([2, 4])),
+        "intermediate_size": draw(st.integers(5, 9)),
+        "tie_word_embeddings": draw(st.booleans()),
+        "attention_bias": draw(st.booleans()),
+        "sliding_window": draw(st.sampled_from([None, 4])),  # switched off: says nothing
+    }
+
+
+QWEN3_FIXED = {
+    "model_type": "qwen3",
+    "num_hidden_layers": 2,
+    "vocab_size": 20,
+    "hidden_size": 13,
+    "rms_norm_eps": 1e-5,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 4,
+    "intermediate_size": 7,
+    "tie_word_embeddings": True,
+}
+QWEN3 = Architecture(
+    configs=qwen3s,
+    fixed=QWEN3_FIXED,
+    cut={"hidden": 8, "ffn": 4, "heads": 2},
+    fields=LLAMA.fields,
+    bare={"model_type": "qwen3"},
+    wide={
+        **QWEN3_FIXED, "hidden_size": 96, "head_dim": 16, "intermediate_size": 48,
+        "tie_word_embeddings": False,
+    },
+    wide_cut={"hidden": 48, "ffn": 32, "heads": 2},
+    keeps=llama_keeps,
+    alone=(),
+    kinds=("attention + mlp",),
+    embedding="model.embed_tokens.weight",
+    lively=Lively(
+        config={"model_type": "qwen3", "intermediate_size": 32, "num_hidden_layers": 2},
+        cut={"hidden": 16, "ffn": 16, "heads": 2},
+        seed=11,
+    ),
+    trained=Trained(
+        config={
+            "model_type": "qwen3", "num_hidden_layers": 2, "hidden_size": 48,
+            "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16,
+            "intermediate_size": 96, "rms_norm_eps": 1e-5, "tie_word_embeddings": False,
+            "max_position_embeddings": 512,
+        },
+        choices={"hidden": (48, 32), "ffn": (96, 80, 64, 48, 32), "heads": (4, 2)},
+        active=0.6,
+    ),
+)  # fmt: skip
+
+
+ROWS: Mapping[str, Architecture] = {"dense": DENSE, "moe": MOE, "llama": LLAMA, "qwen3": QWEN3}
 """Every kind of parent, by the name that tests have in their ids."""
 LIVELY = {row.model_type: row.lively for row in ROWS.values() if row.lively is not None}
 """One lively model for each model type."""

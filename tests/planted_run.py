@@ -15,12 +15,13 @@ import torch
 
 from benchmarks.planting import HYBRID, LLAMA, write_planted_parent
 from star_elastic.axes import AxisMap
+from star_elastic.axes.widths import Widths
 from star_elastic.checkpoints.manifest import Manifest, load_manifest
 from star_elastic.cost.count import CostModel
 from star_elastic.data.source_config import SourceConfig
 from star_elastic.data.sources import Source
 from star_elastic.demo import write_rows
-from star_elastic.models.submodel import load_tokenizer
+from star_elastic.models.tokenizer import load_tokenizer
 from star_elastic.progress import Silent
 from star_elastic.train.build import build_trainer
 from star_elastic.train.check import check
@@ -34,7 +35,6 @@ from star_elastic.train.config import (
 from star_elastic.train.distributed import World
 from star_elastic.train.loop import Trainer
 from star_elastic.train.run import train
-from star_elastic.widths import Widths
 
 CONTEXT, WINDOWS = 48, 2
 LEARNED_STEPS = 60

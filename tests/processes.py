@@ -37,7 +37,7 @@ HEAVY = (
     "star_elastic.cli.commands",
     "star_elastic.demo",
     "star_elastic.measure.latency",
-    "star_elastic.report.report",
+    "star_elastic.report.page",
     "star_elastic.evaluate.run",
     "star_elastic.measure.size_latency",
     "star_elastic.export.engines",

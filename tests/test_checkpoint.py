@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from star_elastic.axes.widths import Widths
 from star_elastic.checkpoints.companions import copy_companions
 from star_elastic.checkpoints.manifest import (
     FILE_NAME,
@@ -39,10 +40,9 @@ from star_elastic.files.writing import (
     write_json,
     write_text,
 )
-from star_elastic.models.submodel import load_parent
+from star_elastic.models.load import load_parent
 from star_elastic.nesting.slice import slice_state
 from star_elastic.rewrite.stream import slice_checkpoint, sort_checkpoint
-from star_elastic.widths import Widths
 from tests.architectures import ROWS, fixed_config
 from tests.checkpoints import everything_under, file_size_limit, nothing_changes_in, rewrite
 from tests.laws.parents import Parent, make_parent, reload

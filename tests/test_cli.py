@@ -15,16 +15,17 @@ from pathlib import Path
 import pytest
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+from star_elastic import bundled
 from star_elastic.architectures import family_of, read_config
+from star_elastic.axes.widths import parse_widths
 from star_elastic.checkpoints.manifest import Manifest, Size, save_manifest
 from star_elastic.cli import main
 from star_elastic.cli.commands import program
-from star_elastic.demo import bundled_parent, shallow_parent
+from star_elastic.demo import shallow_parent
 from star_elastic.errors import ConfigError
 from star_elastic.evaluate.run import Settings, evaluate_family
 from star_elastic.train.check import check
 from star_elastic.train.config import RunConfig, parse
-from star_elastic.widths import parse_widths
 from tests.processes import ROOT, answer, refusal, run_code, run_command, run_script
 from tests.tiny_run import RUN
 
@@ -37,12 +38,12 @@ def test_the_command_is_installed_and_a_module(tmp_path):
     module = [sys.executable, "-W", "error", "-m", "star_elastic.cli"]
     for command in ([script], module):
         done = subprocess.run(
-            [*command, "count", bundled_parent(), "--json"],
+            [*command, "count", bundled.PARENT, "--json"],
             capture_output=True, text=True, check=False, cwd=tmp_path,
             env={**os.environ, "PYTHONPATH": str(ROOT)},
         )  # fmt: skip
         assert done.returncode == 0 and not done.stderr, done.stderr
-        assert json.loads(done.stdout)["total"] == answer("count", bundled_parent())["total"]
+        assert json.loads(done.stdout)["total"] == answer("count", bundled.PARENT)["total"]
     done = subprocess.run([*module, "slice", "x"], capture_output=True, check=False, cwd=tmp_path)
     assert done.returncode == 2 and not done.stdout
 
@@ -322,7 +323,7 @@ def test_a_place_that_takes_nothing_is_told_before_the_work(arguments, tmp_path)
 
 @pytest.mark.parametrize("options", [[], ["--json"]])
 def test_an_output_that_is_full_or_closed_is_one_line(options):
-    command = [sys.executable, "-m", "star_elastic.cli", "count", str(bundled_parent()), *options]
+    command = [sys.executable, "-m", "star_elastic.cli", "count", str(bundled.PARENT), *options]
     for where, code, said in (
         (">/dev/full", 1, "No space left"),
         (">&-", 0, ""),
@@ -339,7 +340,7 @@ def test_an_output_that_is_full_or_closed_is_one_line(options):
 def test_what_an_encoding_lacks_is_written_as_escapes(tmp_path):
     """As in the C locale; JSON has escapes of its own."""
     checkpoint = tmp_path / "größe.json"
-    shutil.copyfile(bundled_parent() / "config.json", checkpoint)
+    shutil.copyfile(bundled.PARENT / "config.json", checkpoint)
     code = (
         "import sys; from star_elastic.cli import main; "
         "main(['check', sys.argv[1]]); main(['check', sys.argv[1], '--json'])"
@@ -358,7 +359,7 @@ def test_what_an_encoding_lacks_is_written_as_escapes(tmp_path):
 @pytest.mark.parametrize("method", ["gptq", "awq"])
 @pytest.mark.parametrize("command", ["count", "latency"])
 def test_weights_that_others_have_quantised_are_not_counted(tmp_path, method, command):
-    config = json.loads((bundled_parent() / "config.json").read_text())
+    config = json.loads((bundled.PARENT / "config.json").read_text())
     config["quantization_config"] = {"quant_method": method, "bits": 4}
     (tmp_path / "config.json").write_text(json.dumps(config))
     options = [] if command == "count" else ["--out", tmp_path / "l.json"]

@@ -21,7 +21,7 @@ import torch
 from safetensors.torch import load_file
 
 import star_elastic
-from star_elastic import demo
+from star_elastic import bundled, demo
 from star_elastic.architectures import family_of, read_config
 from star_elastic.checkpoints.manifest import load_manifest, save_manifest
 from star_elastic.checkpoints.quantised import load_input_scales
@@ -33,14 +33,14 @@ from star_elastic.data import sources
 from star_elastic.evaluate import run as evaluation
 from star_elastic.generate import family as generate_family
 from star_elastic.generate.decode import BatchDecoder
+from star_elastic.generate.engine import Generator
 from star_elastic.generate.family import load
-from star_elastic.generate.phased import PhasedGenerator
 from star_elastic.generate.phases import Plan, parse_phases
 from star_elastic.importance.files import load_scores
 from star_elastic.importance.orders import random_orders
 from star_elastic.measure import size_latency
-from star_elastic.models import submodel
-from star_elastic.models.submodel import load_parent
+from star_elastic.models import load as loading
+from star_elastic.models.load import load_parent
 from star_elastic.rewrite import family as quantise
 from tests.processes import run_command
 from tests.tiny_family import PROMPTS, make_checkpoint
@@ -103,7 +103,7 @@ def question(writer) -> str:
     "count", "model", "widths", "context", "batch", "dtype_bytes", "ssm_dtype_bytes", "as_json"
 )  # fmt: skip
 def test_count(told, printed):
-    model = demo.bundled_parent()
+    model = bundled.PARENT
     axis_map = family_of(read_config(model)).axis_map(read_config(model))
     options = {"context": 100, "batch": 3, "dtype_bytes": 4, "ssm_dtype_bytes": 8}
     flags = [x for k, v in options.items() for x in (f"--{k.replace('_', '-')}", v)]
@@ -570,10 +570,8 @@ def test_generate_by_chance(writer, question, told, printed, monkeypatch):
     assert ask("--temperature", 2.0, "--top-p", 1e-6, "--seed", 3) == greedy
     options = ["generate", writer, question, "--size", "small", "--max-new-tokens", 20]
     result = told(*options)
-    streams, stream = [], PhasedGenerator.stream
-    monkeypatch.setattr(
-        PhasedGenerator, "stream", lambda *a, **k: streams.append(a) or stream(*a, **k)
-    )
+    streams, stream = [], Generator.stream
+    monkeypatch.setattr(Generator, "stream", lambda *a, **k: streams.append(a) or stream(*a, **k))
     for option in ([], ["--stream"]):
         assert printed(*options, *option).startswith(result["text"] + "\n[")
         assert bool(streams) == bool(option)
@@ -727,13 +725,13 @@ def test_the_parent_is_computed_in_the_dtype_that_is_named(
     writer, blocks, run_folder, tmp_path, told, monkeypatch
 ):
     seen = []
-    original = submodel.load_parent
+    original = loading.load_parent
 
     def watched(path, dtype=torch.float32, *arguments, **options):
         seen.append(dtype)
         return original(path, dtype, *arguments, **options)
 
-    for module in (submodel, generate_family, quantise):
+    for module in (loading, generate_family, quantise):
         monkeypatch.setattr(module, "load_parent", watched)
     rows = run_folder / "rows.jsonl"
     told(

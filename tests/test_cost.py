@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from star_elastic.architectures import family_of
 from star_elastic.axes import AxisMap
+from star_elastic.axes.widths import Widths
 from star_elastic.checkpoints.tensors import CheckpointReader
 from star_elastic.cost.count import METRICS as ALL_METRICS
 from star_elastic.cost.count import CostModel, Workload, count_parts
@@ -20,7 +21,6 @@ from star_elastic.errors import BudgetError
 from star_elastic.models.skeleton import build_skeleton
 from star_elastic.models.submodel import build_submodel
 from star_elastic.rewrite.stream import save_model, slice_checkpoint
-from star_elastic.widths import Widths
 from tests.architectures import ROWS, configs, fixed_config
 from tests.laws.parents import examples, legal_widths, parents, some_widths
 

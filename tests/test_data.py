@@ -14,11 +14,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
+from star_elastic import bundled
 from star_elastic.data import sources
 from star_elastic.data.rendering import Document
 from star_elastic.data.row_files import open_rows
 from star_elastic.data.sources import Source, calibration_batches
-from star_elastic.demo import bundled_parent, write_rows
+from star_elastic.demo import write_rows
 from star_elastic.errors import CheckpointError, ConfigError
 from star_elastic.evaluate.tasks import messages, sample_problems
 from star_elastic.train.packing import PackedStream, merge_states
@@ -100,7 +101,7 @@ def test_windows_hold_whole_documents_and_predict_inside_them(first, second, sta
             expected = torch.full((packing["context"],), PAD)
             predicts = torch.zeros(packing["context"], dtype=torch.bool)
             position, used = [], 0
-            for number, (source, index, begin, length, _) in enumerate(documents):
+            for number, (source, index, begin, length) in enumerate(documents):
                 document = sources[source].document(index)
                 assert begin == used and length == min(len(document.fed), packing["context"])
                 used += length
@@ -305,7 +306,7 @@ def test_a_row_in_hand_that_was_corrected_is_read_anew():
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return AutoTokenizer.from_pretrained(bundled_parent())
+    return AutoTokenizer.from_pretrained(bundled.PARENT)
 
 
 @pytest.fixture(scope="module")

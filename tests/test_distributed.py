@@ -89,7 +89,7 @@ WHOLE = {
     "num_samples = 16": 'num_samples = 16\nbasis = "principal"',
     "active = 0.7": "active = 0.6",
     "tokens = 15360": "tokens = 3072",
-    "save_every = 16": "save_every = 5\nteacher_samples = 32",
+    "save_every = 16": "save_every = 5",
     "[engine]": """[[stages]]
 tokens = 1024
 context = 128
@@ -101,7 +101,7 @@ learning_rate = 1e-3
 
 [engine]""",
 }
-"""Two stages, a basis, layers that are cut, and a teacher that is sampled once."""
+"""Two stages, a basis, and layers that are cut."""
 
 
 @pytest.mark.long

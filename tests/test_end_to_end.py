@@ -14,15 +14,17 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import star_elastic
+from star_elastic import bundled
 from star_elastic.architectures import family_of
 from star_elastic.axes import AxisMap, axis_keys
+from star_elastic.axes.widths import Widths
 from star_elastic.cost.count import CostModel, Workload
-from star_elastic.demo import bundled_parent, write_rows
+from star_elastic.demo import write_rows
 from star_elastic.models.elastic import ElasticModel
-from star_elastic.models.submodel import build_submodel, load_parent, sort_in_place
+from star_elastic.models.load import load_parent
+from star_elastic.models.submodel import build_submodel, sort_in_place
 from star_elastic.rewrite.stream import save_model
 from star_elastic.train.losses import distillation_loss
-from star_elastic.widths import Widths
 from tests.architectures import ROWS
 from tests.processes import answer
 from tests.tiny_run import random_model
@@ -134,7 +136,7 @@ def road(request, tmp_path_factory) -> Road:
     """Planted, ranked, sorted, trained."""
     case, row = CASES[request.param], ROWS[CASES[request.param].kind]
     folder = tmp_path_factory.mktemp("road")
-    tokenizer = AutoTokenizer.from_pretrained(bundled_parent())
+    tokenizer = AutoTokenizer.from_pretrained(bundled.PARENT)
     config = {**row.trained.config, **case.changes, "vocab_size": len(tokenizer)}
     config["dtype"] = str(case.dtype).removeprefix("torch.")
     model = random_model(config)
@@ -145,7 +147,7 @@ def road(request, tmp_path_factory) -> Road:
     dead = torch.randperm(size, generator=generator)[: int(size * DEAD_SHARE)].sort().values
     state = ElasticModel(model, config).state()
     kill(state, axis_map, axis, dead)
-    save_model(state, config, bundled_parent(), folder / "parent", dtype=case.dtype)
+    save_model(state, config, bundled.PARENT, folder / "parent", dtype=case.dtype)
     write_rows(folder / "rows.jsonl", 64, seed=0)
     load = Workload(context=64, batch=4, dtype_bytes=case.dtype.itemsize)
     least = {name: widths[-1] for name, widths in row.trained.choices.items()}

@@ -12,6 +12,7 @@ import torch
 
 import star_elastic
 from star_elastic.architectures import family_of, read_config
+from star_elastic.axes.widths import Widths
 from star_elastic.checkpoints.manifest import Manifest, Size, save_manifest
 from star_elastic.cli import main
 from star_elastic.evaluate import answers, run
@@ -28,7 +29,6 @@ from star_elastic.evaluate.tasks import Problem
 from star_elastic.generate.phases import TAG, THINKING, think_and_answer
 from star_elastic.progress import Silent
 from star_elastic.report.page import load_result, make_page
-from star_elastic.widths import Widths
 from tests.tiny_family import (
     ALWAYS_THINKS,
     LEAVES_TAG_TO_MODEL,

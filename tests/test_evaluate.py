@@ -3,7 +3,6 @@
 import json
 import re
 from dataclasses import replace
-from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
@@ -13,14 +12,14 @@ from hypothesis import strategies as st
 from matplotlib.figure import Figure
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, NemotronHConfig
 
-import star_elastic
+from star_elastic import bundled
 from star_elastic.architectures import family_of
 from star_elastic.cost.count import CostModel, Workload
 from star_elastic.errors import CheckpointError, ConfigError
 from star_elastic.evaluate.accuracy import Evaluation, Trial, evaluate_plan, solve, summarise
 from star_elastic.evaluate.intervals import wilson_interval
 from star_elastic.evaluate.tasks import messages, sample_problems
-from star_elastic.generate.phased import PhasedGenerator
+from star_elastic.generate.engine import Generator
 from star_elastic.generate.phases import ANSWERING, THINKING, think_and_answer
 from star_elastic.report.charts import PlansChart, pareto_front, plot_plans
 
@@ -59,7 +58,7 @@ def problems():
 
 @pytest.fixture(scope="module")
 def generator(problems):
-    tokenizer = AutoTokenizer.from_pretrained(Path(star_elastic.__file__).parent / "bundled")
+    tokenizer = AutoTokenizer.from_pretrained(bundled.PARENT)
     shared = {
         "vocab_size": len(tokenizer),
         "hidden_size": 32,
@@ -89,7 +88,7 @@ def generator(problems):
         built = [AutoModelForCausalLM.from_config(config).eval() for config in configs]
     models = dict(zip(SIZES, built, strict=True))
     train(models["trained"], tokenizer, problems)
-    return PhasedGenerator(models, tokenizer, "\n</think>\n")
+    return Generator(models, tokenizer, "\n</think>\n")
 
 
 def test_what_was_learnt_is_scored_right(generator, problems):

@@ -12,10 +12,11 @@ import pytest
 import torch
 
 import star_elastic
+from star_elastic import bundled
 from star_elastic.architectures import family_of, read_config
+from star_elastic.axes.widths import Widths
 from star_elastic.checkpoints.manifest import Manifest, Size, save_manifest
 from star_elastic.cli import main
-from star_elastic.demo import bundled_parent
 from star_elastic.errors import ConfigError, Interrupted
 from star_elastic.evaluate import run as evaluation_run
 from star_elastic.evaluate import tasks
@@ -28,11 +29,10 @@ from star_elastic.evaluate.run import Settings, evaluate_family
 from star_elastic.evaluate.tasks import TASKS, Problem
 from star_elastic.generate.caches import LayerState, RowCache
 from star_elastic.generate.phases import think_and_answer
-from star_elastic.models.submodel import load_tokenizer
+from star_elastic.models.tokenizer import load_tokenizer
 from star_elastic.progress import Silent
 from star_elastic.report.page import load_result, make_page, write_report
 from star_elastic.report.tables import NO_VALUE, answers_table
-from star_elastic.widths import Widths
 from tests.processes import answer
 from tests.tiny_family import PROMPTS, WIDTHS, make_config, make_model, make_tokenizer
 
@@ -215,7 +215,7 @@ def test_natural_traces_give_budgets(elastic, data, tmp_path):
 
 def test_a_family_that_knows_the_bundled_tasks_needs_no_data(tmp_path):
     path = tmp_path / "family"
-    tokenizer = load_tokenizer(bundled_parent())
+    tokenizer = load_tokenizer(bundled.PARENT)
     make_model(make_config("llama", len(tokenizer))).save_pretrained(path)
     tokenizer.save_pretrained(path)
     axis_map = family_of(read_config(path)).axis_map(read_config(path))
@@ -510,6 +510,4 @@ def test_directories_that_are_something_else(elastic, data, tmp_path, capsys):
         assert "not a directory" in said and str(file) in said
     said = mistake(capsys, "eval", elastic, "--out", tmp_path / "new")
     assert "name your own problems with --data" in said and not (tmp_path / "new").exists()
-    assert "no elastic.json" in mistake(
-        capsys, "eval", star_elastic.__path__[0] + "/bundled", "--out", tmp_path / "new"
-    )
+    assert "no elastic.json" in mistake(capsys, "eval", bundled.PARENT, "--out", tmp_path / "new")

@@ -10,13 +10,13 @@ import re
 import pytest
 from transformers import AutoConfig
 
-from star_elastic.architectures import FAMILIES, family_of, read_config
+from star_elastic.architectures import ARCHITECTURES, family_of, read_config
 from star_elastic.architectures.nemotron_h import OTHER_NAMES
 from star_elastic.axes import AxisMap
+from star_elastic.axes.widths import Widths, default_step, parse_widths
 from star_elastic.cost.count import CostModel
 from star_elastic.errors import ConfigError, ShapeError
 from star_elastic.models.skeleton import build_skeleton
-from star_elastic.widths import Widths, default_step, parse_widths
 from tests.architectures import ROWS, fixed_config
 
 BARE_HYBRID = AutoConfig.for_model("nemotron_h").to_dict()
@@ -134,7 +134,7 @@ def test_fields_may_have_the_names_that_transformers_reads(key):
     config = {k: v for k, v in plain.items() if k != name}
     named = {**config, key: value}
     assert table(named) == table({**config, name: value})
-    written = FAMILIES["nemotron_h"].config_at(named, {"hidden": 8})
+    written = ARCHITECTURES["nemotron_h"].config_at(named, {"hidden": 8})
     assert key not in written and written[name] == value
     shapes = {n: p.shape for n, p in build_skeleton(named).named_parameters()}
     assert shapes == {
@@ -171,7 +171,7 @@ def test_slices_name_their_layers_for_every_reader():
         "num_local_experts": 8,
         "layer_types": ["linear_attention", "moe", "linear_attention", "full_attention", "moe"],
     }
-    family = FAMILIES["nemotron_h"]
+    family = ARCHITECTURES["nemotron_h"]
     written = family.config_at(config, {"experts": 4})
     assert written["hybrid_override_pattern"] == "MEM*E"
     assert written["layers_block_type"] == ["mamba", "moe", "mamba", "attention", "moe"]
@@ -183,11 +183,11 @@ def test_slices_name_their_layers_for_every_reader():
 
 def test_head_size_is_written_out_or_it_would_follow_the_hidden_size():
     config = fixed_config("llama")
-    written = FAMILIES["llama"].config_at(config, {"hidden": 12, "heads": 2})
+    written = ARCHITECTURES["llama"].config_at(config, {"hidden": 12, "heads": 2})
     assert (written["hidden_size"], written["num_attention_heads"]) == (12, 2)
     assert (written["head_dim"], written["num_key_value_heads"]) == (6, 2)
     del config["num_key_value_heads"]
-    assert FAMILIES["llama"].config_at(config, {"hidden": 12})["num_key_value_heads"] == 4
+    assert ARCHITECTURES["llama"].config_at(config, {"hidden": 12})["num_key_value_heads"] == 4
 
 
 @pytest.mark.parametrize("kind", ROWS)

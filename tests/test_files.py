@@ -20,7 +20,8 @@ from star_elastic.checkpoints.tensors import INDEX_NAME, SINGLE_NAME, Checkpoint
 from star_elastic.cost.latency import save_table
 from star_elastic.errors import CheckpointError, ConfigError, StarElasticError
 from star_elastic.files.writing import write_json
-from star_elastic.models.submodel import load_parent, load_tokenizer
+from star_elastic.models.load import load_parent
+from star_elastic.models.tokenizer import load_tokenizer
 from star_elastic.rewrite.family import quantise_family
 from star_elastic.rewrite.stream import slice_checkpoint, sort_checkpoint
 from star_elastic.train.config import RunConfig, parse

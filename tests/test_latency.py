@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from star_elastic.architectures import family_of
 from star_elastic.axes import LAYERS, AxisMap
+from star_elastic.axes.widths import Widths
 from star_elastic.cost.amounts import UNITS, Amount, parse_budget
 from star_elastic.cost.latency import (
     Grid,
@@ -26,7 +27,6 @@ from star_elastic.errors import BudgetError, CheckpointError, ConfigError
 from star_elastic.measure.latency import Check, Setting, measure
 from star_elastic.measure.latency_bench import Bench, undisturbed
 from star_elastic.measure.latency_grid import grid_points, grid_widths, random_widths
-from star_elastic.widths import Widths
 from tests.architectures import ROWS, fixed_config
 from tests.latencies import made_up
 from tests.laws.parents import legal_widths

@@ -8,7 +8,7 @@ import json
 import torch
 
 from star_elastic.generate.family import load
-from star_elastic.models.submodel import load_parent
+from star_elastic.models.load import load_parent
 from star_elastic.router.commit import ASKED, LEARNED
 from star_elastic.router.files import load_router
 from star_elastic.train.losses import distillation_loss

@@ -20,9 +20,10 @@ from star_elastic.checkpoints.tensors import save_tensors
 from star_elastic.cli.commands import app
 from star_elastic.errors import CheckpointError, ConfigError, ShapeError
 from star_elastic.export.engines import check_engines
+from star_elastic.models.calibration import calibrate_inputs
 from star_elastic.models.fake_quantisation import FakeQuantisation
-from star_elastic.models.quantised_inputs import FakeInput, calibrate_inputs
-from star_elastic.models.submodel import load_parent
+from star_elastic.models.linear import KnownInput
+from star_elastic.models.load import load_parent
 from star_elastic.quant import formats
 from star_elastic.quant.formats import fake_activation, format_of, quantise
 from star_elastic.quant.scheme import BEFORE_ATTENTION, make_scheme
@@ -307,7 +308,7 @@ def test_large_weights_are_quantised_in_parts(name, shape, monkeypatch):
 def test_gradients_pass_quantised_inputs_as_they_are():
     values = torch.randn(3, 32, requires_grad=True)
     weights = torch.randn(3, 32)
-    seen = FakeInput(format_of("nvfp4"), torch.tensor([1e-3]))(values)
+    seen = KnownInput(format_of("nvfp4"), torch.tensor([1e-3]))(values)
     (seen * weights).sum().backward()
     assert torch.equal(values.grad, weights)
     exact = fake_activation(values.detach(), format_of("nvfp4"), torch.tensor([1e-3]))

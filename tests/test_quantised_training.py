@@ -14,7 +14,7 @@ from star_elastic.architectures import family_of, read_config
 from star_elastic.checkpoints.tensors import CheckpointReader, load_tensors
 from star_elastic.errors import CheckpointError, ConfigError, Interrupted, ShapeError
 from star_elastic.models.fake_quantisation import FILE_NAME, FakeQuantisation
-from star_elastic.models.submodel import load_parent
+from star_elastic.models.load import load_parent
 from star_elastic.quant.formats import dequantise, quantise
 from star_elastic.quant.scheme import make_scheme
 from star_elastic.rewrite.stream import slice_checkpoint

@@ -16,24 +16,21 @@ from safetensors.torch import load_file
 from torch import nn
 
 import star_elastic
-from star_elastic.axes import Axis, AxisMap, Segment, TensorSpec
+from star_elastic.axes import Segment
+from star_elastic.axes.dims import runs
+from star_elastic.axes.widths import Widths
 from star_elastic.checkpoints.manifest import Manifest, Size, save_manifest
 from star_elastic.checkpoints.tensors import save_tensors
 from star_elastic.cost.count import CostModel
 from star_elastic.generate.family import ElasticFamily
-from star_elastic.models.resident import (
-    NestedLinear,
-    count_resident,
-    layout_of,
-    nest,
-    nest_in_place,
-    nested_names,
-)
-from star_elastic.models.submodel import build_submodel, load_parent
+from star_elastic.models.linear import NestedLinear
+from star_elastic.models.load import load_parent
+from star_elastic.models.resident import count_resident, nest_in_place, nested_names
+from star_elastic.models.submodel import build_submodel
+from star_elastic.nesting.order import layout_of, nest
 from star_elastic.rewrite.stream import slice_checkpoint
 from star_elastic.router.grid import make_grid
 from star_elastic.router.router import Router
-from star_elastic.widths import Widths
 from tests.architectures import AXIS_CASES, ROWS, configs, fixed_config
 from tests.laws.parents import (
     Parent,
@@ -98,15 +95,12 @@ def dims(draw) -> tuple[tuple[Segment, ...], int, int]:
 @examples(100)
 def test_what_a_width_keeps_is_a_prefix_of_the_nested_order(drawn):
     dim, depth, groups = drawn
-    axis_map = AxisMap("none", {"a": Axis("a", depth * groups, groups)}, {})
-    spec = TensorSpec("t", "part", (dim,), ())
     size = sum(segment.num_units * segment.unit for segment in dim)
     whole = layout_of(dim)
     order = torch.arange(size) if whole is None else whole.order
     assert torch.equal(order.sort().values, torch.arange(size))
     for width in range(groups, depth * groups + 1, groups):
-        runs = axis_map.runs(spec, 0, Widths({"a": width}))
-        kept = torch.cat([torch.arange(low, high) for low, high in runs])
+        kept = torch.cat([torch.arange(low, high) for low, high in runs(dim, {"a": width})])
         prefix = order[: len(kept)]
         assert torch.equal(prefix.sort().values, kept)
         at_width = tuple(replace(s, num_units=width) if s.axis else s for s in dim)

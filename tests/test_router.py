@@ -24,7 +24,7 @@ from star_elastic.router.budget import AIM, REACH, budget_loss, budget_miss, ove
 from star_elastic.router.commit import ASKED, commit, origin_line, settle_between
 from star_elastic.router.files import widths_for
 from star_elastic.router.grid import Grid, make_grid
-from star_elastic.router.reach import check_budgets, nearest_possible
+from star_elastic.router.reach import check_budgets
 from star_elastic.router.router import Annealing, Decision, Router, Temperature, gumbel
 from star_elastic.train.losses import distillation_loss
 
@@ -243,9 +243,9 @@ def test_layers_of_their_own_widths_meet_budgets_that_one_width_cannot():
     alike, own = Grid(ends), Grid(ends, {"ffn": 2})
     full, mixed = cost.full, cost.axis_map.complete({"ffn": (64, 24)})
     share = {"active": cost.count(mixed).active / full.active}
-    assert nearest_possible(share, cost, alike)[0] > REACH
-    miss, widths = nearest_possible(share, cost, own)
-    assert miss < 1e-9 and sorted(widths["ffn"]) == [24, 64]
+    assert search.nearest(alike, cost, share).miss > REACH
+    found = search.nearest(own, cost, share)
+    assert found.miss < 1e-9 and sorted(found.widths["ffn"]) == [24, 64]
     with pytest.raises(BudgetError, match="no widths of the choices meet active=.* miss by"):
         check_budgets("small", share, cost, alike)
     check_budgets("small", share, cost, own)
@@ -261,30 +261,26 @@ def test_the_nearest_widths_are_those_that_trying_all_finds(keep, share):
         for ffn in choices["ffn"]
         for hidden in choices["hidden"]
     ]
-    miss, widths = nearest_possible(budgets, cost, grid)
-    assert miss == pytest.approx(min(tried), abs=1e-12)
-    assert budget_miss(widths, budgets, cost) == pytest.approx(miss, abs=1e-12)
+    found = search.nearest(grid, cost, budgets)
+    assert found.miss == pytest.approx(min(tried), abs=1e-12)
+    assert budget_miss(found.widths, budgets, cost) == pytest.approx(found.miss, abs=1e-12)
 
 
 def test_a_beam_finds_what_trying_all_combinations_finds(monkeypatch):
-    """Grids with too many combinations are swept, and searched from the best of what that gives."""
+    """Grids with too many combinations are searched from the best that are alike in all layers."""
     cost = CostModel(random_parent(LLAMA).axis_map)
     grid = Grid({"ffn": tuple(range(64, 15, -4)), "hidden": (32, 28, 24)}, {"ffn": 2})
     generator = torch.Generator().manual_seed(4)
-    picks = tuple(
-        Mixture(grid.choices[p.axis], torch.rand(len(grid.choices[p.axis]), generator=generator))
-        for p in grid.places
-    )
+    scores = [torch.rand(len(grid.choices[p.axis]), generator=generator).log() for p in grid.places]
     for share in (0.9, 0.75, 0.6):
-        found = []
-        for limit in (search.EXHAUSTIVE, 20):
+        every, beam = [], []
+        for limit, found in ((search.EXHAUSTIVE, every), (20, beam)):
             monkeypatch.setattr(search, "EXHAUSTIVE", limit)
-            found.append(search.Search.of(picks, grid, {"active": share}, cost).anywhere())
+            found.append(search.search(grid, cost, {"active": share}, scores))
             monkeypatch.undo()
-        every, beam = found
-        assert beam.misses[0] <= max(AIM, every.misses[0] + 1e-9)
-        if every.misses[0] <= AIM:
-            assert beam.log_probs[0] == pytest.approx(every.log_probs[0])
+        assert beam[0].miss <= max(AIM, every[0].miss + 1e-9)
+        if every[0].miss <= AIM:
+            assert beam[0].score == pytest.approx(every[0].score)
 
 
 def test_the_likeliest_of_the_widths_that_meet_a_budget_are_chosen():
@@ -294,20 +290,25 @@ def test_the_likeliest_of_the_widths_that_meet_a_budget_are_chosen():
     sizes = [len(grid.choices[place.axis]) for place in grid.places]
     generator = torch.Generator().manual_seed(0)
     probs = [torch.rand(size, generator=generator).double() for size in sizes]
-    looking = search.Search(grid, {"active": 0.75}, cost, [values.log() for values in probs])
+    scores = [values.log() for values in probs]
     full = cost.full.metric("active")
     meeting = []
     for at in itertools.product(*map(range, sizes)):
-        active = cost.count(looking.widths(torch.tensor(at))).metric("active")
+        active = cost.count(grid.at(at, cost.axis_map)).metric("active")
         if abs(active / (0.75 * full) - 1) <= AIM:
-            meeting.append((sum(float(v[i].log()) for v, i in zip(probs, at, strict=True)), at))
+            meeting.append((sum(float(v[i]) for v, i in zip(scores, at, strict=True)), at))
     assert len(meeting) > 1
     likeliest = max(meeting)
-    chosen = looking.anywhere()
-    assert tuple(chosen.positions[0].tolist()) == likeliest[1]
-    start = looking.start.tolist()
+    plain = [values.tolist() for values in scores]  # nothing here needs a router
+    for own in (scores, plain):
+        chosen = search.search(grid, cost, {"active": 0.75}, own)
+        assert chosen.positions == likeliest[1]
+        assert chosen.score == pytest.approx(likeliest[0])
+    start = [int(values.argmax()) for values in scores]
     moved = [sum(a != b for a, b in zip(at, start, strict=True)) for _, at in meeting]
     assert min(moved) < moved[meeting.index(likeliest)], "too few places to tell them apart"
+    near = search.search(grid, cost, {"active": 0.75}, scores, steps=1)
+    assert max(abs(a - b) for a, b in zip(near.positions, start, strict=True)) <= 1
 
 
 def test_presence_follows_the_ranking():
@@ -390,7 +391,7 @@ def test_budget_gradient_points_to_the_budget():
     spec = elastic.axis_map.tensors["model.layers.0.mlp.up_proj.weight"]
     half = elastic.axis_map.full.replace(ffn=32)
     weight = elastic.state()[spec.name]
-    assert slice_tensor(weight, spec, elastic.axis_map, half).shape == (32, 32)
+    assert slice_tensor(weight, spec.dims, half).shape == (32, 32)
 
 
 def test_a_decision_that_is_not_finite_is_refused():

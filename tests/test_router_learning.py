@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from benchmarks import planting
+from star_elastic.axes.widths import Widths
 from star_elastic.cost.count import CostModel
 from star_elastic.models.elastic import ElasticModel
 from star_elastic.nesting.gate import Mixture
@@ -19,7 +20,6 @@ from star_elastic.router.optimizer import SharedAdam
 from star_elastic.router.router import Annealing, Decision, Router, Temperature
 from star_elastic.train.config import OptimizerConfig, RouterConfig
 from star_elastic.train.losses import distillation_loss
-from star_elastic.widths import Widths
 
 HYBRID = {**planting.HYBRID, "hidden_size": 32, "hybrid_override_pattern": "ME*", "vocab_size": 64}
 LLAMA = {**planting.LLAMA, "hidden_size": 32, "vocab_size": 64}

@@ -12,7 +12,8 @@ from html import escape, unescape
 import pytest
 
 from star_elastic.cli import main
-from star_elastic.cli.terminal import print_table, show_report
+from star_elastic.cli.demo import report_parts
+from star_elastic.cli.terminal import print_table, show
 from star_elastic.evaluate.budgets import listed
 from star_elastic.evaluate.run import FORMAT_VERSION, RESULT
 from star_elastic.report.findings import counted, with_interval
@@ -315,7 +316,8 @@ def test_a_recipe_reports_its_sizes_and_plans(capsys):
         seen(0.14, (0.1, 0.2), 0.0051, 50.4e6, label="small@0", bytes_per_token=3.166e6),
     ]
     sizes = {"small": size, "big": {**size, "untrained_accuracy": None}}
-    show_report({"parent": parent, "sizes": sizes, "evaluations": evaluations})
+    report = {"parent": parent, "sizes": sizes, "evaluations": evaluations}
+    show(False, report, *report_parts(report))
     shown = capsys.readouterr().out
     assert cells_of(shown, "parent") == ["parent", "1.66M", "2.84M", "99.5% (97.2 to 99.9)"]
     assert cells_of(shown, "small") == [

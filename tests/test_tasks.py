@@ -25,7 +25,7 @@ from star_elastic.evaluate.tasks import (
     split_of,
 )
 
-BUNDLED = Path(__file__).parents[1] / "star_elastic" / "bundled"
+BUNDLED = Path(__file__).parents[1] / "star_elastic" / "bundled" / "parent"
 NUM_PER_TASK = 200
 MAX_SEQUENCE_TOKENS = 192
 

@@ -14,12 +14,13 @@ import torch
 from star_elastic.architectures import family_of, read_config
 from star_elastic.checkpoints.tensors import SINGLE_NAME, load_tensors
 from star_elastic.cli import main
-from star_elastic.cli.bars import Bars, Lines, _OnTerminal
+from star_elastic.cli.bars import Lines, OnTerminal, progress_bars
 from star_elastic.cost.amounts import show_amount
 from star_elastic.cost.latency import load_table, save_table
 from star_elastic.data.sources import open_sources
 from star_elastic.errors import ConfigError, Interrupted
-from star_elastic.models.submodel import load_parent, load_tokenizer
+from star_elastic.models.load import load_parent
+from star_elastic.models.tokenizer import load_tokenizer
 from star_elastic.progress import duration
 from star_elastic.router.commit import LEARNED
 from star_elastic.router.grid import make_grid
@@ -74,7 +75,7 @@ def test_the_time_left_is_that_of_the_units_left():
 
 
 def test_bars_are_for_terminals_only(capfd):
-    with Bars() as bars:
+    with progress_bars() as bars:
         bars.stage("rank", 2)
         bars.advance(2)
         bars.say("a fact")
@@ -181,11 +182,11 @@ def test_amounts_in_words(count, metric, said):
 
 def test_names_of_the_user_are_no_markup_in_bars(capsys):
     """Sizes and files may have brackets in their names."""
-    bars = _OnTerminal()
+    bars = OnTerminal()
     bars.stage("evaluate", 3)
     bars.advance(1, "m[/x] [bold]b")
-    bars._bars.refresh()
-    bars._bars.stop()
+    bars.bars.refresh()
+    bars.bars.stop()
     assert "m[/x] [bold]b" in capsys.readouterr().err
 
 

@@ -13,6 +13,7 @@ import torch
 from transformers import AutoTokenizer
 
 import star_elastic.train.run as run_module
+from star_elastic import bundled
 from star_elastic.cli import main
 from star_elastic.data.sources import (
     MAX_CONTEXT,
@@ -23,11 +24,11 @@ from star_elastic.data.sources import (
     first_documents,
     held_out_documents,
 )
-from star_elastic.demo import bundled_parent, write_rows
+from star_elastic.demo import write_rows
 from star_elastic.errors import CheckpointError, ConfigError, Interrupted
 from star_elastic.generate.family import load
 from star_elastic.measure.divergence import Divergence, Reading, compare, continue_greedily, read
-from star_elastic.models.submodel import load_tokenizer
+from star_elastic.models.tokenizer import load_tokenizer
 from star_elastic.rewrite.family import InputCalibration, held_out_of
 from star_elastic.train.config import load_run_config
 from star_elastic.train.packing import PackedStream
@@ -54,7 +55,7 @@ def test_rows_are_held_out_and_no_other_row_is_lost(tmp_path, rows, held_out, ke
     """From training and calibration; the first epoch begins as if there were none."""
     file = tmp_path / "rows.jsonl"
     file.write_text("".join(json.dumps({"text": f"{n} {n}"}) + "\n" for n in range(rows)))
-    tokenizer = load_tokenizer(bundled_parent())
+    tokenizer = load_tokenizer(bundled.PARENT)
     whole = Source([file], tokenizer)
     source = whole.hold_out(held_out, epochs_key(7, 0, 0))
     assert len(source) == rows and source.num_used == rows - kept
@@ -76,7 +77,7 @@ def test_rows_are_held_out_and_no_other_row_is_lost(tmp_path, rows, held_out, ke
 
 
 def test_documents_come_from_all_sources_and_are_few(tmp_path):
-    tokenizer = load_tokenizer(bundled_parent())
+    tokenizer = load_tokenizer(bundled.PARENT)
     sources = []
     for name, count in (("a", 3), ("b", 2000)):
         file = tmp_path / f"{name}.jsonl"
@@ -187,7 +188,7 @@ def test_greedy_continuations_are_those_of_transformers(kind):
 def llama_folder(tmp_path_factory):
     """Random llamas, tied and not, with the bundled tokenizer, rows and a run config."""
     folder = tmp_path_factory.mktemp("llama")
-    tokenizer = AutoTokenizer.from_pretrained(bundled_parent())
+    tokenizer = AutoTokenizer.from_pretrained(bundled.PARENT)
     for kind in ("llama", "tied"):
         make_model(MODELS[kind]).save_pretrained(folder / kind)
         tokenizer.save_pretrained(folder / kind)

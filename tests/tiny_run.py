@@ -14,10 +14,11 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from star_elastic import bundled
 from star_elastic.data.sources import open_sources
-from star_elastic.demo import bundled_parent, write_rows
+from star_elastic.demo import write_rows
 from star_elastic.models.elastic import ElasticModel
-from star_elastic.models.submodel import load_tokenizer
+from star_elastic.models.tokenizer import load_tokenizer
 from star_elastic.progress import Silent
 from star_elastic.rewrite.stream import save_model
 from star_elastic.train import build
@@ -115,11 +116,11 @@ def deep_folder(tmp_path_factory):
 def make_folder(folder, config, seed=0):
     """Fills a folder for training a random parent."""
     folder.mkdir(exist_ok=True)
-    tokenizer = AutoTokenizer.from_pretrained(bundled_parent())
+    tokenizer = AutoTokenizer.from_pretrained(bundled.PARENT)
     config = {**config, "vocab_size": len(tokenizer)}
     model = random_model(config, seed)
     state = ElasticModel(model, config).state()
-    save_model(state, config, bundled_parent(), folder / "parent", dtype=torch.float32)
+    save_model(state, config, bundled.PARENT, folder / "parent", dtype=torch.float32)
     write_rows(folder / "rows.jsonl", 64, seed=0)
     (folder / "run.toml").write_text(RUN)
     return folder

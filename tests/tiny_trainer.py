@@ -11,11 +11,12 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
+from star_elastic import bundled
 from star_elastic.architectures import family_of
 from star_elastic.cost.count import CostModel
 from star_elastic.data.source_config import SourceConfig
 from star_elastic.data.sources import Source
-from star_elastic.demo import bundled_parent, write_rows
+from star_elastic.demo import write_rows
 from star_elastic.models.elastic import ElasticModel
 from star_elastic.models.fake_quantisation import FakeQuantisation
 from star_elastic.quant.scheme import make_scheme
@@ -116,7 +117,7 @@ def make_trainer(
         ElasticModel(parent, config, recompute=run.engine.recompute, fake=quantised),
         ElasticModel(original, config),
         Router(make_grid(choices, axis_map), len(SIZES), run.seed),
-        [Source(run.data[0].files, AutoTokenizer.from_pretrained(bundled_parent()), "all")],
+        [Source(run.data[0].files, AutoTokenizer.from_pretrained(bundled.PARENT), "all")],
         SIZES,
         CostModel(axis_map),
     )

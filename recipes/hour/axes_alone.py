@@ -15,7 +15,9 @@ import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from star_elastic.cli.bars import Bars
+from star_elastic import bundled
+from star_elastic.axes.widths import Widths
+from star_elastic.cli.bars import progress_bars
 from star_elastic.cli.terminal import at_the_command_line, print_table
 from star_elastic.cost.count import CostModel
 from star_elastic.data.sources import Source
@@ -31,16 +33,17 @@ from star_elastic.demo import (
 )
 from star_elastic.evaluate.accuracy import evaluate_plan
 from star_elastic.evaluate.tasks import TASKS, sample_problems
-from star_elastic.generate.phased import PhasedGenerator
+from star_elastic.generate.engine import Generator
 from star_elastic.generate.phases import DEFAULT_MAX_NEW_TOKENS, think_and_answer
 from star_elastic.models.elastic import ElasticModel
-from star_elastic.models.submodel import build_submodel, load_parent, load_tokenizer, sort_in_place
+from star_elastic.models.load import load_parent
+from star_elastic.models.submodel import build_submodel, sort_in_place
+from star_elastic.models.tokenizer import load_tokenizer
 from star_elastic.router.commit import Commitment
 from star_elastic.router.router import Router
 from star_elastic.train.calibrate import Calibration
 from star_elastic.train.config import StageConfig
 from star_elastic.train.loop import Trainer
-from star_elastic.widths import Widths
 
 NEAR = 0.01
 """A cut counts as equal in cost if it is within this share of the parent's cost."""
@@ -116,9 +119,10 @@ def measure(
     out.mkdir(parents=True, exist_ok=True)
     rows = out / "train.jsonl"
     write_rows(rows, max(16 * steps, 64), DEMO.seed)
-    parent, config = load_parent(recipe.parent_folder)
-    teacher, _ = load_parent(recipe.parent_folder)
-    tokenizer = load_tokenizer(recipe.parent_folder)
+    path = recipe.parent or bundled.PARENT
+    parent, config = load_parent(path)
+    teacher, _ = load_parent(path)
+    tokenizer = load_tokenizer(path)
     elastic = ElasticModel(parent, config)
     cost = CostModel(elastic.axis_map)
     cuts = [*equal_cuts(cost, "active", 0.12), *equal_cuts(cost, "total", 0.2)]
@@ -127,7 +131,7 @@ def measure(
     recipe = replace(recipe, sizes=sizes, stages=(stage,))
     run = run_config(recipe, rows, out)
     source = Source([rows], tokenizer, "answers")
-    with Bars() as bars:
+    with progress_bars() as bars:
         calibration = Calibration(run, out, teacher, config, elastic.axis_map, [source], bars)
         orders, basis = calibration.orders(write=False), calibration.basis(write=False)
         sort_in_place(parent, elastic.axis_map, orders, basis)
@@ -136,7 +140,7 @@ def measure(
         def evaluate() -> dict[str, tuple[float, float]]:
             models = {PARENT: teacher}
             models |= {c.name: build_submodel(parent, config, c.widths) for c in cuts}
-            generator = PhasedGenerator(models, tokenizer, elastic.family.end_of_thinking)
+            generator = Generator(models, tokenizer, elastic.family.end_of_thinking)
             bars.stage("evaluate", len(models))
             apart = divergences_from_parent(generator, list(models), problems[::5])
             found = {}

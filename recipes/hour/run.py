@@ -15,9 +15,10 @@ import argparse
 from dataclasses import replace
 from pathlib import Path
 
-from star_elastic.cli.terminal import at_the_command_line, run_and_show
+from star_elastic.cli.demo import run_and_show
+from star_elastic.cli.terminal import at_the_command_line
 from star_elastic.cost.count import Workload
-from star_elastic.demo import DEMO, Recipe, run_recipe, shallow_parent, stages
+from star_elastic.demo import DEMO, Recipe, shallow_parent, stages
 
 HOUR: Recipe = replace(
     DEMO,
@@ -58,7 +59,7 @@ def main() -> None:
     recipe = HOUR
     if options.smoke:
         recipe = replace(SMOKE, parent=str(shallow_parent(options.out.with_suffix(".parent"))))
-    run_and_show(recipe, options.out, options.json, run_recipe)
+    run_and_show(recipe, options.out, options.json)
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from typing import Any
 from arms import SIZES, Lab, Outcome, nats, parse_options, percent, run_seeds, spread
 
 from star_elastic.axes import LAYERS
+from star_elastic.axes.widths import Width, Widths, parse_widths
 from star_elastic.cli.terminal import at_the_command_line, print_table
 from star_elastic.demo import DEMO, stages
 from star_elastic.errors import ShapeError
@@ -28,7 +29,6 @@ from star_elastic.files.writing import write_json
 from star_elastic.router.budget import AIM, budget_miss
 from star_elastic.router.grid import Grid
 from star_elastic.train.config import LATER_WEIGHTS, StageConfig
-from star_elastic.widths import Width, Widths, parse_widths
 
 UNIFORM = (1 / 3, 1 / 3, 1 / 3)
 TO_LARGE = LATER_WEIGHTS[len(SIZES)]

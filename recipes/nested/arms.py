@@ -20,8 +20,10 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from star_elastic import bundled
 from star_elastic.axes import LAYERS
-from star_elastic.cli.bars import Bars
+from star_elastic.axes.widths import Widths, parse_widths
+from star_elastic.cli.bars import progress_bars
 from star_elastic.cost.count import CostModel
 from star_elastic.data.sources import Source
 from star_elastic.demo import (
@@ -29,7 +31,6 @@ from star_elastic.demo import (
     DEMO,
     MAX_NEW_TOKENS,
     PARENT,
-    bundled_parent,
     divergences_from_parent,
     run_config,
     shallow_parent,
@@ -39,10 +40,12 @@ from star_elastic.errors import ConfigError
 from star_elastic.evaluate.accuracy import evaluate_plan
 from star_elastic.evaluate.tasks import TASKS, Problem, sample_problems
 from star_elastic.files.writing import write_json
-from star_elastic.generate.phased import PhasedGenerator
+from star_elastic.generate.engine import Generator
 from star_elastic.generate.phases import think_and_answer
 from star_elastic.models.elastic import ElasticModel
-from star_elastic.models.submodel import build_submodel, load_parent, load_tokenizer, sort_in_place
+from star_elastic.models.load import load_parent
+from star_elastic.models.submodel import build_submodel, sort_in_place
+from star_elastic.models.tokenizer import load_tokenizer
 from star_elastic.progress import Progress
 from star_elastic.router.commit import Commitment
 from star_elastic.router.grid import Grid
@@ -50,7 +53,6 @@ from star_elastic.router.router import Router
 from star_elastic.train.calibrate import Calibration
 from star_elastic.train.config import CalibrationConfig, RunConfig, StageConfig
 from star_elastic.train.loop import Trainer
-from star_elastic.widths import Widths, parse_widths
 
 SIZES = {"medium": {"active": 0.7}, "small": {"active": 0.5}, "tiny": {"active": 0.35}}
 
@@ -107,7 +109,7 @@ class Lab:
         rows = folder / f"rows-{seed}.jsonl"
         write_rows(rows, num_rows, seed)
         self.rows, self.folder, self.seed, self.progress = rows, folder, seed, progress
-        self.parent = shallow_parent(folder / "parent") if smoke else bundled_parent()
+        self.parent = shallow_parent(folder / "parent") if smoke else bundled.PARENT
         self.teacher, self.config = load_parent(self.parent)
         self.tokenizer = load_tokenizer(self.parent)
         self.source = Source([rows], self.tokenizer, "answers")
@@ -242,12 +244,12 @@ class Lab:
         """KL to the parent of every size, nats per token."""
         return divergences_from_parent(self._generator(trainer), trainer.names, problems)
 
-    def _generator(self, trainer: Trainer) -> PhasedGenerator:
+    def _generator(self, trainer: Trainer) -> Generator:
         student = trainer.student
         models: dict[str, Any] = {PARENT: self.teacher}
         for name, fixed in trainer.committed.items():
             models[name] = build_submodel(student.parent, student.model_config, fixed.widths)
-        return PhasedGenerator(models, self.tokenizer, self.family.end_of_thinking)
+        return Generator(models, self.tokenizer, self.family.end_of_thinking)
 
 
 # What the recipes' command lines share
@@ -284,7 +286,7 @@ def run_seeds(
     outcomes = []
     made_with = {k: v for k, v in vars(options).items() if k not in ("out", "seeds")}
     made_with["recipe"] = Path(sys.argv[0]).stem
-    with Bars() as bars:
+    with progress_bars() as bars:
         for seed in range(options.seeds):
             done = options.out / "work" / f"outcomes-{seed}.json"
             if done.is_file():

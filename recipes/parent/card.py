@@ -3,7 +3,7 @@
 The weights are the bfloat16 ones as shipped, loaded in fp32. Accuracy is greedy and exact, on
 problems of the test split, which no training batch contains.
 
-    python recipes/parent/card.py --run RUN_DIR --model star_elastic/bundled
+    python recipes/parent/card.py --run RUN_DIR --model star_elastic/bundled/parent
 """
 
 import argparse

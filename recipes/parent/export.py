@@ -3,7 +3,7 @@
 The routers' correction biases stay fp32, as transformers keeps them. The config names its layers
 by `hybrid_override_pattern`, which every engine reads.
 
-    python recipes/parent/export.py --run RUN_DIR --out star_elastic/bundled
+    python recipes/parent/export.py --run RUN_DIR --out star_elastic/bundled/parent
 """
 
 import argparse

@@ -4,7 +4,7 @@ Trained on questions and traces drawn from seeds; written as a plain Hugging Fac
 digit, upper-case letter, symbol and white-space character is a token of its own, so a prompt
 tokenises alike alone and with its completion; only lower-case words are merged.
 
-    python recipes/parent/tokenizer.py --out star_elastic/bundled
+    python recipes/parent/tokenizer.py --out star_elastic/bundled/parent
 """
 
 import argparse

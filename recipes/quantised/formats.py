@@ -26,15 +26,15 @@ from typing import Any
 
 from matplotlib.ticker import StrMethodFormatter
 
+from star_elastic import bundled
 from star_elastic.checkpoints.quantised import load_input_scales
-from star_elastic.cli.bars import Bars
+from star_elastic.cli.bars import progress_bars
 from star_elastic.cli.terminal import at_the_command_line, command_line, print_table
 from star_elastic.demo import (
     CONTEXT,
     DEMO,
     MAX_NEW_TOKENS,
     PARENT,
-    bundled_parent,
     divergences_from_parent,
     run_config,
     shallow_parent,
@@ -45,10 +45,10 @@ from star_elastic.errors import ConfigError
 from star_elastic.evaluate.accuracy import evaluate_plan
 from star_elastic.evaluate.tasks import TASKS, sample_problems
 from star_elastic.files.writing import write_json
+from star_elastic.generate.engine import Generator
 from star_elastic.generate.family import load
-from star_elastic.generate.phased import PhasedGenerator
 from star_elastic.generate.phases import think_and_answer
-from star_elastic.models.submodel import load_parent
+from star_elastic.models.load import load_parent
 from star_elastic.progress import Progress
 from star_elastic.report.charts import drawn_to
 from star_elastic.rewrite.family import InputCalibration, quantise_family
@@ -96,7 +96,7 @@ def main() -> None:
         options.samples, options.watched, options.max_new_tokens, options.problems = 4, 1, 4, 1
         options.arms, options.context = ["BF16", "FP8 PTQ", "NVFP4 QAD"], 32
     options.out.mkdir(parents=True, exist_ok=True)
-    with Bars() as bars:
+    with progress_bars() as bars:
         seeds = [run_seed(seed, options, bars) for seed in range(options.seeds)]
     report = {
         "command": command_line("recipes/quantised/formats.py"),
@@ -144,7 +144,7 @@ class Lab:
     @property
     def parent(self) -> Path:
         """The bundled parent, or what stands for it in a smoke run."""
-        return shallow_parent(self.folder / "parent") if self.options.smoke else bundled_parent()
+        return shallow_parent(self.folder / "parent") if self.options.smoke else bundled.PARENT
 
     @property
     def rows(self) -> Path:
@@ -217,7 +217,7 @@ class Lab:
         family = load(path, "float32", "cpu")
         parent, _ = load_parent(self.parent)
         models = {PARENT: parent, **{name: family[name] for name in family}}
-        generator = PhasedGenerator(models, family.tokenizer, family.table.end_of_thinking)
+        generator = Generator(models, family.tokenizer, family.table.end_of_thinking)
         problems = sample_problems(TASKS, "test", options.problems, self.seed)
         watched = problems[:: max(len(problems) // options.watched, 1)]
         apart = divergences_from_parent(generator, list(family), watched)

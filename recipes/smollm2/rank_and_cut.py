@@ -31,8 +31,9 @@ from prepare import SEPARATOR, prepare_tiny
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from star_elastic.architectures import family_of
-from star_elastic.architectures.base import Config
+from star_elastic.architectures.config_file import Config
 from star_elastic.axes import AxisMap
+from star_elastic.axes.widths import Widths
 from star_elastic.cost.count import CostModel
 from star_elastic.data.row_files import JsonLines
 from star_elastic.files.writing import write_json
@@ -40,12 +41,12 @@ from star_elastic.importance.estimate import estimate_scores
 from star_elastic.importance.files import ScoreInfo, save_scores
 from star_elastic.importance.orders import magnitude_scores, orders_from_scores, random_orders
 from star_elastic.measure.perplexity import measure_perplexity, token_windows
-from star_elastic.models.submodel import build_submodel, load_parent
+from star_elastic.models.load import load_parent
+from star_elastic.models.submodel import build_submodel
 from star_elastic.nesting.slice import Orders, sort_state
 from star_elastic.report.charts import drawn_to
 from star_elastic.rewrite.stream import slice_checkpoint, sort_checkpoint
 from star_elastic.train.fingerprint import digest_weights
-from star_elastic.widths import Widths
 
 REMOVED = (0.1, 0.2, 0.3)
 """Shares of the parent's parameters to cut."""

@@ -11,7 +11,7 @@ ModelOpt's (`hf_quant_config.json`).
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,9 +20,9 @@ import torch
 
 from star_elastic.axes import AxisMap, Dim, Segment, TensorSpec, fixed
 from star_elastic.errors import ConfigError, reason
+from star_elastic.nesting.slice import slice_tensor
 from star_elastic.quant.formats import E4M3, FORMATS, Format
 from star_elastic.quant.scheme import Scheme, quantisable
-from star_elastic.widths import Widths
 
 CONFIG_KEY = "quantization_config"
 COMPRESSED_TENSORS, MODELOPT = "compressed-tensors", "modelopt"
@@ -53,11 +53,11 @@ def stored_map(
     if scheme is None:
         return axis_map
     quantised = scheme.quantised(axis_map)
-    tensors: dict[str, TensorSpec] = {}
-    for name, spec in axis_map.tensors.items():
-        parts = stored_parts(spec, scheme.format, layout) if name in quantised else {CODES: spec}
-        tensors |= {part.name: part for part in parts.values()}
-    return replace(axis_map, tensors=tensors)
+
+    def stored(name: str, spec: TensorSpec) -> Iterable[TensorSpec]:
+        return stored_parts(spec, scheme.format, layout).values() if name in quantised else (spec,)
+
+    return axis_map.with_tensors(stored)
 
 
 def stored_parts(spec: TensorSpec, format: Format, layout: str) -> dict[str, TensorSpec]:
@@ -93,16 +93,13 @@ def stored_parts(spec: TensorSpec, format: Format, layout: str) -> dict[str, Ten
 
 
 def cut_scales(
-    values: torch.Tensor, spec: TensorSpec, axis_map: AxisMap, scheme: Scheme, widths: Widths
+    values: torch.Tensor, spec: TensorSpec, scheme: Scheme, widths: Mapping
 ) -> torch.Tensor:
-    """What is left at `widths` of values in the shape of a weight's outermost scales."""
+    """What is left at `widths`, as the weight's layer sees them, of values in the shape of its
+    outermost scales."""
     kind = GLOBAL if scheme.format.has_global_scale else SCALES
     part = stored_parts(spec, scheme.format, COMPRESSED_TENSORS)[kind]
-    for dim in range(len(part.dims)):
-        runs = axis_map.runs(part, dim, widths)
-        kept = [values.narrow(dim, low, high - low) for low, high in runs]
-        values = kept[0] if len(kept) == 1 else torch.cat(kept, dim)
-    return values
+    return slice_tensor(values, part.dims, widths)
 
 
 def stored_dtype(kind: str, format: Format) -> torch.dtype:
@@ -174,7 +171,7 @@ def ignored(axis_map: AxisMap, scheme: Scheme) -> list[str]:
     for name, spec in axis_map.tensors.items():
         if name in quantised or spec.lookup or spec.is_buffer or len(spec.dims) < 2:
             continue
-        if spec.pieces[0].index is None:
+        if not spec.is_stacked:
             paths.append(name.removesuffix(".weight"))
         else:
             stem, last = name.rsplit(".", 1)
@@ -215,7 +212,7 @@ def read_scheme(config: Mapping[str, Any], axis_map: AxisMap) -> Scheme | None:
 
 def ignored_paths(spec: TensorSpec) -> set[str]:
     """The paths under which a weight would stand among those that are ignored."""
-    if spec.pieces[0].index is None:
+    if not spec.is_stacked:
         return {spec.name.removesuffix(".weight")}
     stem, last = spec.name.rsplit(".", 1)
     return {f"{stem}.{piece.index}.{last}" for piece in spec.pieces}

@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from star_elastic.axes import AxisMap
+from star_elastic.axes.widths import Widths
 from star_elastic.checkpoints.companions import MANIFEST as FILE_NAME
 from star_elastic.cost.count import METRICS, CostModel
 from star_elastic.errors import CheckpointError, ConfigError, ShapeError, library_boundary
 from star_elastic.files.paths import has_file, is_file
 from star_elastic.files.writing import read_json, write_json
 from star_elastic.strict import read_value, require
-from star_elastic.widths import Widths
 
 FORMAT_VERSION = 1
 COUNTED = ("total", "active")

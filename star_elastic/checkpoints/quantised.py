@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from star_elastic.architectures import family_of, read_config
+from star_elastic.architectures import read_config
 from star_elastic.axes import AxisMap, TensorSpec
 from star_elastic.checkpoints.companions import INPUT_SCALES
 from star_elastic.checkpoints.layouts import (
@@ -160,10 +160,8 @@ def count_bytes(before: Path, after: Path) -> dict[str, PartBytes]:
     sums: dict[str, list[int]] = {}
     for place, path in enumerate((before, after)):
         config = read_config(path)
-        family = family_of(config)
-        axis_map = family.axis_map(config)
-        stored = stored_map(axis_map, read_scheme(config, axis_map))
-        source = StoredModel(path, stored, family)
+        stored = stored_map(config.axis_map, read_scheme(config, config.axis_map))
+        source = StoredModel(path, stored, config.architecture)
         for spec in stored.tensors.values():
             for piece in spec.pieces:
                 name = source.name_of(spec, piece)

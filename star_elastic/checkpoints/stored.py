@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from star_elastic.architectures.base import Family
+from star_elastic.architectures import Architecture
 from star_elastic.axes import AxisMap, Piece, TensorSpec
 from star_elastic.checkpoints.tensors import CheckpointReader
 from star_elastic.errors import CheckpointError
@@ -30,28 +30,23 @@ ROWS_AT_ONCE = 4096
 class StoredModel:
     """A checkpoint read through the axis map: names resolved, shapes checked."""
 
-    def __init__(self, path: Path, axis_map: AxisMap, family: Family):
+    def __init__(self, path: Path, axis_map: AxisMap, family: Architecture):
         self.reader = CheckpointReader(path)
         self.axis_map = axis_map
         self._family = family
-        self._aliases = {new: old for old, new in family.prefix_aliases.items()}
-
-    def _alias(self, name: str) -> str:
-        for new, old in self._aliases.items():
-            if name.startswith(new):
-                return old + name.removeprefix(new)
-        return name
 
     def _stored_name(self, piece: Piece) -> str:
-        alias = self._alias(piece.name)
-        return alias if alias in self.reader.names else piece.name
+        """The name that the file has for a piece, whoever wrote it."""
+        own, name = self._family.disk_prefix, piece.name
+        if name.startswith(own):
+            others = (other + name.removeprefix(own) for other in self._family.other_prefixes)
+            return next((other for other in others if other in self.reader.names), name)
+        return name
 
     def name_of(self, spec: TensorSpec, piece: Piece) -> str:
         """The stored name of a piece, checked against the shape of the table."""
         name = self._stored_name(piece)
-        expected = self.axis_map.shape(spec, self.axis_map.full)
-        if piece.index is not None:
-            expected = expected[1:]
+        expected = self.axis_map.shape(spec.on_disk(piece), self.axis_map.full)
         if name not in self.reader.names and name in self._family.copies:
             raise CheckpointError(
                 f"{self.reader.path} lacks the tensor {name}; set tie_word_embeddings=true in "
@@ -138,8 +133,7 @@ class StoredModel:
         wanted = torch.float32 if spec.keep_fp32 else dtype
         mapped = None
         if {self.reader.dtype(name) for name in names} == {wanted}:
-            is_stacked = spec.pieces[0].index is not None
-            mapped = self._map(spec, names) if is_stacked else self.reader.read(names[0])
+            mapped = self._map(spec, names) if spec.is_stacked else self.reader.read(names[0])
         return self._copy(spec, names, wanted) if mapped is None else mapped
 
     def stored(self, spec: TensorSpec) -> torch.Tensor:
@@ -180,9 +174,8 @@ class StoredModel:
         """A tensor in memory of its own; no page of the file stays resident for it."""
         reader = CheckpointReader(self.reader.path)
         whole = torch.empty(self.axis_map.shape(spec, self.axis_map.full), dtype=dtype)
-        parts = [whole] if spec.pieces[0].index is None else whole
-        for part, name in zip(parts, names, strict=True):
-            part.copy_(reader.read(name))
+        for piece, name in zip(spec.pieces, names, strict=True):
+            whole[spec.box(piece)].copy_(reader.read(name))
         return whole
 
 

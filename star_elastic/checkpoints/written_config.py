@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from star_elastic.architectures.base import Config
+from star_elastic.architectures.config_file import Config
 from star_elastic.axes import AxisMap
 from star_elastic.checkpoints.companions import without_pointers
 from star_elastic.checkpoints.layouts import (

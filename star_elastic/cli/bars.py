@@ -8,15 +8,16 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable
-from contextlib import ExitStack, suppress
-from typing import Any, Protocol
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
 
-from star_elastic.progress import Progress, Silent, duration
+from star_elastic.errors import Interrupted
+from star_elastic.progress import Progress, duration
 from star_elastic.signals import Stoppable, is_first_rank, stop_on_signals
 
 STAGES = {
@@ -25,46 +26,33 @@ STAGES = {
     "compare": "Compare", "quantize": "Quantise", "rows": "Read rows", "basis": "Find basis",
     "write": "Write", "judge": "Judge",
 }  # fmt: skip
+"""What the stages of long work are called in front of the user; others by their own name."""
 FIRST_LINE, LINE_EVERY = 5.0, 30.0
 """Seconds after which a stage is first told of where there is no terminal, and between two lines.
 Stages that end sooner have one line, when they end."""
 
 
-class Bars:
-    """Long work, shown while it lasts: `with Bars() as progress`.
+@contextmanager
+def progress_bars(stopped: str = "stopped") -> Iterator[Progress]:
+    """Shows what long work tells the yielded object, while the block lasts; of several ranks only
+    the first is shown.
 
     SIGINT and SIGTERM are answered at once; then `stage` and `advance` raise Interrupted with the
-    message `stopped`.
+    message `stopped`. Where the block ends by an error, its message is the last that is said: the
+    stage that was at hand says no more.
     """
-
-    def __init__(self, stopped: str = "stopped") -> None:
-        self._stopped = stopped
-        self._stack = ExitStack()
-
-    def __enter__(self) -> Progress:
-        drawing: _Drawing = _Unseen()
-        if is_first_rank():
-            drawing = _OnTerminal() if _is_terminal() else Lines(_print)
-        self._stack.callback(drawing.close)
-        stop = self._stack.enter_context(stop_on_signals(drawing.say))
-        return Stoppable(drawing, stop, lambda: self._stopped)
-
-    def __exit__(self, *_: object) -> None:
-        self._stack.close()
-
-
-class _Drawing(Progress, Protocol):
-    def close(self) -> None:
-        """Nothing more will be told."""
-
-
-class _Unseen(Silent):
-    def close(self) -> None:
-        """Nothing was drawn."""
-
-
-def _is_terminal() -> bool:
-    return sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
+    speaks = is_first_rank()
+    bars = speaks and sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
+    shown = OnTerminal() if bars else Lines(_print if speaks else lambda line: None)
+    try:
+        with stop_on_signals(shown.say) as stop:
+            yield Stoppable(shown, stop, lambda: stopped)
+    except Exception as error:
+        if not isinstance(error, Interrupted):
+            shown.drop()
+        raise
+    finally:
+        shown.close()
 
 
 def _print(line: str) -> None:
@@ -72,11 +60,11 @@ def _print(line: str) -> None:
         print(line, file=sys.stderr, flush=True)
 
 
-class _OnTerminal:
+class OnTerminal:
     """A bar per stage; the display begins with the first one."""
 
     def __init__(self) -> None:
-        self._bars = RichProgress(
+        self.bars = RichProgress(
             TextColumn("{task.description:12}"),
             BarColumn(bar_width=24),
             MofNCompleteColumn(),
@@ -87,19 +75,22 @@ class _OnTerminal:
         self._task: Any = None
 
     def stage(self, name: str, total: int) -> None:
-        self._bars.start()
-        self._task = self._bars.add_task(STAGES.get(name, name), total=total, note="")
+        self.bars.start()
+        self._task = self.bars.add_task(STAGES.get(name, name), total=total, note="")
 
     def advance(self, done: int, note: str = "") -> None:
-        self._bars.update(self._task, completed=done, note=note)
+        self.bars.update(self._task, completed=done, note=note)
 
     def say(self, line: str) -> None:
         """A line above the bars if there are any."""
-        self._bars.console.print(line, markup=False, highlight=False, soft_wrap=True)
+        self.bars.console.print(line, markup=False, highlight=False, soft_wrap=True)
 
     def close(self) -> None:
+        """The bars stand as they are."""
         if self._task is not None:
-            self._bars.stop()
+            self.bars.stop()
+
+    drop = close
 
 
 class Lines:
@@ -116,20 +107,23 @@ class Lines:
     ) -> None:
         self._write, self._first, self._every = write, first, every
         self._lock = threading.Lock()
-        self._stage: _Stage | None = None
         self._over = threading.Event()
+        self.drop()
 
     def stage(self, name: str, total: int) -> None:
         """Begins a stage; the one before ends."""
         self.close()
-        self._stage, self._over = _Stage(STAGES.get(name, name), total), threading.Event()
-        threading.Thread(target=self._tell, args=(self._stage, self._over), daemon=True).start()
+        self._label, self._total, self._done, self._note = STAGES.get(name, name), total, 0, ""
+        self._begin, self._from = time.monotonic(), None
+        self._over = threading.Event()
+        threading.Thread(target=self._tell, args=(self._over,), daemon=True).start()
 
     def advance(self, done: int, note: str = "") -> None:
         """Moves the stage on; the last unit ends it."""
-        assert self._stage is not None, "advance comes after stage"
-        self._stage.move(done, note)
-        if done >= self._stage.total:
+        if self._from is None:  # work that goes on begins in the middle, and the first unit is slow
+            self._from = time.monotonic(), done
+        self._done, self._note = done, note
+        if done >= self._total:
             self.close()
 
     def say(self, line: str) -> None:
@@ -138,48 +132,27 @@ class Lines:
             self._write(line)
 
     def close(self) -> None:
-        """Writes the last line of the stage, unless that was done."""
-        if self._stage is not None and not self._over.is_set():
+        """Writes the last line of the stage: how far it came, and how long it took."""
+        if not self._over.is_set():
             self._over.set()
-            self.say(self._stage.last_line())
+            self._say_with(f"{duration(time.monotonic() - self._begin)} in all")
 
-    def _tell(self, stage: _Stage, over: threading.Event) -> None:
+    def drop(self) -> None:
+        """Ends the stage without a line."""
+        self._over.set()
+
+    def _tell(self, over: threading.Event) -> None:
+        """Until the stage is over: how far it is, and how long the rest will take."""
         wait = self._first
         while not over.wait(wait):
-            self.say(stage.line())
+            left = ""
+            if self._from is not None and self._done > self._from[1]:
+                pace = (time.monotonic() - self._from[0]) / (self._done - self._from[1])
+                left = f"about {duration(pace * (self._total - self._done))} left"
+            self._say_with(left)
             wait = self._every
 
-
-class _Stage:
-    """Where a stage stands."""
-
-    def __init__(self, label: str, total: int):
-        self.label, self.total = label, total
-        self._begin = time.monotonic()
-        self._done, self._note = 0, ""
-        self._from: tuple[float, int] | None = None
-
-    def move(self, done: int, note: str) -> None:
-        """`done` units are finished now."""
-        if self._from is None:  # work that goes on begins in the middle, and the first unit is slow
-            self._from = time.monotonic(), done
-        self._done, self._note = done, note
-
-    def line(self) -> str:
-        """How far the stage is, and how long the rest will take."""
-        parts = [self._share()]
-        if self._from is not None and self._done > self._from[1]:
-            pace = (time.monotonic() - self._from[0]) / (self._done - self._from[1])
-            parts.append(f"about {duration(pace * (self.total - self._done))} left")
-        return self._joined(parts)
-
-    def last_line(self) -> str:
-        """How far the stage came, and how long it took."""
-        return self._joined([self._share(), f"{duration(time.monotonic() - self._begin)} in all"])
-
-    def _share(self) -> str:
-        share = self._done / self.total if self.total else 1.0
-        return f"{self.label}  {self._done:,}/{self.total:,}, {share:.0%}"
-
-    def _joined(self, parts: list[str]) -> str:
-        return ", ".join([*parts, *([self._note] if self._note else [])])
+    def _say_with(self, time_: str) -> None:
+        share = self._done / self._total if self._total else 1.0
+        reached = f"{self._label}  {self._done:,}/{self._total:,}, {share:.0%}"
+        self.say(", ".join(filter(None, [reached, time_, self._note])))

@@ -17,7 +17,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from star_elastic.axes import LAYERS, AxisMap, StateSpec, TensorSpec
+from star_elastic.axes import LAYERS, AxisMap, Block
 from star_elastic.errors import CheckpointError, library_boundary
 from star_elastic.files.paths import exists
 
@@ -211,33 +211,22 @@ def _presence(widths: Mapping, axis_map: AxisMap, layer: int) -> Any:
     return axis_map.width(widths, LAYERS, layer) if LAYERS in widths else 1
 
 
-def _layout(spec: TensorSpec | StateSpec, layer: int | None) -> list:
-    """What a tensor or state looks like, whichever layer it is in."""
-    name = spec.name if layer is None else spec.name.rpartition(f".{layer}.")[2]
-    dims = [[[s.num_units, s.unit, s.axis, s.num_groups] for s in dim] for dim in spec.dims]
-    return [name, dims]
-
-
-def _layouts(axis_map: AxisMap) -> dict[int | None, list]:
-    """Layouts of all tensors and states by layer, in the layers' order; None: outside of them."""
-    layouts: dict[int | None, list] = {}
-    specs = [*axis_map.tensors.values(), *axis_map.states]
-    for spec in sorted(specs, key=lambda spec: -1 if spec.layer is None else spec.layer):
-        layouts.setdefault(spec.layer, []).append(_layout(spec, spec.layer))
-    return layouts
+def _layout(block: Block) -> list:
+    """What the tensors and states of a block look like."""
+    return [
+        [s.name, [[[g.num_units, g.unit, g.axis, g.num_groups] for g in dim] for dim in s.dims]]
+        for s in (*block.tensors, *block.states)
+    ]
 
 
 def layer_kinds(axis_map: AxisMap) -> tuple[str, ...]:
     """The kind of every layer, named after its parts; layers with equal tensors share a kind."""
     names: dict[str, str] = {}
     kinds = []
-    for layer, layouts in _layouts(axis_map).items():
-        if layer is None:
-            continue
-        key = json.dumps(layouts)
+    for block in axis_map.blocks:
+        key = json.dumps(_layout(block))
         if key not in names:
-            specs = [spec for spec in axis_map.tensors.values() if spec.layer == layer]
-            parts = dict.fromkeys(spec.part for spec in specs if spec.part != "norms")
+            parts = dict.fromkeys(spec.part for spec in block.tensors if spec.part != "norms")
             name = " + ".join(parts)
             same = sum(other.partition(" #")[0] == name for other in names.values())
             names[key] = f"{name} #{same + 1}" if same else name
@@ -247,8 +236,9 @@ def layer_kinds(axis_map: AxisMap) -> tuple[str, ...]:
 
 def layout_digest(axis_map: AxisMap) -> str:
     """A short digest of the layouts of all tensors and decoding states."""
-    text = json.dumps([[layer, part] for layer, part in _layouts(axis_map).items()])
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    layouts: list[list] = [[None, _layout(axis_map.outside)]]
+    layouts += ([layer, _layout(block)] for layer, block in enumerate(axis_map.blocks))
+    return hashlib.sha256(json.dumps(layouts).encode()).hexdigest()[:16]
 
 
 def kind_axes(axis_map: AxisMap, layer: int) -> tuple[str, ...]:

@@ -20,15 +20,15 @@ from transformers import PreTrainedModel
 
 from star_elastic.architectures import family_of
 from star_elastic.axes import AxisMap
+from star_elastic.axes.widths import Widths
 from star_elastic.cost.count import Cost, CostModel, Workload
 from star_elastic.errors import ConfigError
 from star_elastic.evaluate.intervals import effective_count, wilson_interval
 from star_elastic.evaluate.matching import BY_TASK, Match
 from star_elastic.evaluate.tasks import Problem
+from star_elastic.generate.engine import DEFAULT_BATCH_SIZE, Generator
 from star_elastic.generate.family import ElasticFamily
-from star_elastic.generate.phased import DEFAULT_BATCH_SIZE, PhasedGenerator
 from star_elastic.generate.phases import ANSWERING, TAG, THINKING, ByDifficulty, Generation, Plan
-from star_elastic.widths import Widths
 
 MAX_TEXT, LEFT_OUT = 1_000, " [...] "
 """Characters that are kept of a text, and what stands for its middle where it is longer."""
@@ -172,20 +172,20 @@ class SizeCost:
 
 
 def evaluate_plan(
-    generator: PhasedGenerator,
+    generator: Generator,
     problems: Sequence[Problem],
     plan: Plan,
     *,
     match: Match = BY_TASK,
     batch_size: int = DEFAULT_BATCH_SIZE,
 ) -> Evaluation:
-    """Solves the problems by one plan. Raises what `PhasedGenerator.generate` raises."""
+    """Solves the problems by one plan. Raises what `Generator.generate` raises."""
     solved = solve(generator, problems, plan, match=match, batch_size=batch_size)
     return summarise(plan, problems, solved, batch_size)
 
 
 def solve(
-    generator: PhasedGenerator,
+    generator: Generator,
     problems: Sequence[Problem],
     plan: Plan,
     *,

@@ -23,7 +23,7 @@ from star_elastic.errors import ConfigError
 from star_elastic.evaluate.budgets import Thought
 from star_elastic.evaluate.tasks import Problem
 from star_elastic.generate.decode import entropies
-from star_elastic.generate.phased import DEFAULT_BATCH_SIZE, PhasedGenerator
+from star_elastic.generate.engine import DEFAULT_BATCH_SIZE, Generator
 from star_elastic.generate.phases import TAG, THINKING, Generation, think_and_answer
 
 Look = Literal["token", "line"]
@@ -155,7 +155,7 @@ def deciding_entropies(readings: Readings, look: Look) -> np.ndarray:
 
 
 def write_texts(
-    generator: PhasedGenerator,
+    generator: Generator,
     problems: Sequence[Problem],
     size: str,
     *,
@@ -187,7 +187,7 @@ def _text(prompt_ids: tuple[int, ...], generation: Generation) -> Text:
 
 
 def read_texts(
-    generator: PhasedGenerator,
+    generator: Generator,
     texts: Sequence[Text],
     small: str,
     large: str,

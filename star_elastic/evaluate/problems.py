@@ -12,18 +12,18 @@ import math
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from star_elastic import bundled
 from star_elastic.data.encoding import half_character
 from star_elastic.data.row_files import JsonLines
 from star_elastic.errors import ConfigError
 from star_elastic.evaluate.tasks import TASKS, Problem, sample_problems
 from star_elastic.files.paths import is_file
-from star_elastic.models.submodel import load_tokenizer
+from star_elastic.models.tokenizer import load_tokenizer
 
 VALIDATION, TEST = "validation", "test"
 VALIDATION_PERCENT = 40
@@ -48,8 +48,8 @@ class Splits:
 
 def knows_bundled_tasks(tokenizer: PreTrainedTokenizerBase) -> bool:
     """Whether a family reads and writes as the bundled parent does."""
-    bundled = load_tokenizer(Path(str(resources.files("star_elastic") / "bundled")))
-    ours = (bundled.get_vocab(), bundled.chat_template)
+    its = load_tokenizer(bundled.PARENT)
+    ours = (its.get_vocab(), its.chat_template)
     return ours == (tokenizer.get_vocab(), tokenizer.chat_template)
 
 

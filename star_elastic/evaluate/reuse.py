@@ -18,8 +18,8 @@ from star_elastic.evaluate.matching import BY_TASK, Match
 from star_elastic.evaluate.tasks import Problem
 from star_elastic.generate.caches import ATTENTION, MAMBA, HandOver, RowCache
 from star_elastic.generate.decode import BatchDecoder, pads_exactly
+from star_elastic.generate.engine import DEFAULT_BATCH_SIZE
 from star_elastic.generate.family import ElasticFamily
-from star_elastic.generate.phased import DEFAULT_BATCH_SIZE
 from star_elastic.generate.phases import think_and_answer
 
 STATES = {ATTENTION: ("keys", "values"), MAMBA: ("conv", "recurrent")}

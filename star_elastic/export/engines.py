@@ -9,8 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from star_elastic.architectures import family_of, read_config
-from star_elastic.architectures.base import Config
+from star_elastic.architectures import read_config
+from star_elastic.architectures.config_file import Config
 from star_elastic.axes import AxisMap
 from star_elastic.checkpoints.companions import MANIFEST
 from star_elastic.checkpoints.layouts import (
@@ -45,7 +45,7 @@ def check_engines(path: str | Path) -> list[Verdict]:
     """What runs the checkpoint in a directory. Raises ConfigError for one that cannot be read."""
     path = Path(path)
     config = read_config(path)
-    axis_map = family_of(config).axis_map(config)
+    axis_map = config.axis_map
     is_modelopt = has_file(path / MODELOPT_FILE)
     scheme = scheme_of_modelopt(path, axis_map) if is_modelopt else read_scheme(config, axis_map)
     verdicts = [_star_elastic(is_modelopt), _transformers(config, axis_map, scheme, is_modelopt)]

@@ -5,33 +5,38 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
+from typing import Unpack
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from star_elastic.architectures import family_of, read_config
-from star_elastic.architectures.base import Config
+from star_elastic.architectures.config_file import Config
+from star_elastic.axes.widths import Widths
+from star_elastic.bundled import find_model
 from star_elastic.checkpoints.manifest import Manifest, Size, load_manifest
 from star_elastic.checkpoints.quantised import load_input_scales
 from star_elastic.cost.count import Cost, CostModel, Workload
 from star_elastic.errors import ConfigError
 from star_elastic.generate.caches import HandOver
-from star_elastic.generate.phased import DEFAULT_BATCH_SIZE, DEFAULT_BATCH_TOKENS, PhasedGenerator
+from star_elastic.generate.engine import DEFAULT_BATCH_SIZE, DEFAULT_BATCH_TOKENS, Generator
 from star_elastic.generate.phases import (
     DEFAULT_GRACE,
     DEFAULT_MAX_NEW_TOKENS,
     ByDifficulty,
     Generation,
     Plan,
+    PlanOptions,
     Switch,
     think_and_answer,
 )
 from star_elastic.generate.prompts import Prompt
+from star_elastic.models.load import load_parent
 from star_elastic.models.placement import AUTO, choose_device, choose_dtype
 from star_elastic.models.resident import ResidentBytes, count_resident, nest_in_place
-from star_elastic.models.submodel import build_submodel, load_parent, load_tokenizer
+from star_elastic.models.submodel import build_submodel
+from star_elastic.models.tokenizer import load_tokenizer
 from star_elastic.router.files import widths_for
-from star_elastic.widths import Widths
 
 
 class ElasticFamily(Mapping[str, PreTrainedModel]):
@@ -114,20 +119,15 @@ class ElasticFamily(Mapping[str, PreTrainedModel]):
         return load_tokenizer(self.path)
 
     @cached_property
-    def generator(self) -> PhasedGenerator:
-        """The phased generation of this family, for plans of one's own."""
-        return PhasedGenerator(self, self.tokenizer, self.table.end_of_thinking, self._hand_over)
+    def generator(self) -> Generator:
+        """Its sizes and tokenizer, for plans of one's own, streams and engines."""
+        return Generator(self, self.tokenizer, self.table.end_of_thinking, self._hand_over)
 
     def plan(
         self,
         think: str | ByDifficulty | None = None,
         answer: str | ByDifficulty | None = None,
-        *,
-        thinking_budget: int | None = None,
-        grace: int = DEFAULT_GRACE,
-        max_new_tokens: int = DEFAULT_MAX_NEW_TOKENS,
-        switch: Switch = "reprefill",
-        stop: Sequence[str] = (),
+        **options: Unpack[PlanOptions],
     ) -> Plan:
         """A plan to think and answer, see `think_and_answer`. A size that is not named is the one
         that is; if none is, the largest does both. Raises ConfigError for unknown sizes."""
@@ -135,15 +135,7 @@ class ElasticFamily(Mapping[str, PreTrainedModel]):
         for size in (think, answer):
             if isinstance(size, str):
                 self.generator.model(size)
-        return think_and_answer(
-            think or answer or largest,
-            answer or think or largest,
-            thinking_budget=thinking_budget,
-            grace=grace,
-            max_new_tokens=max_new_tokens,
-            switch=switch,
-            stop=stop,
-        )
+        return think_and_answer(think or answer or largest, answer or think or largest, **options)
 
     def generate(
         self,
@@ -164,18 +156,13 @@ class ElasticFamily(Mapping[str, PreTrainedModel]):
     ) -> list[Generation]:
         """Thinks with one size and answers with another; one result per prompt.
 
-        See `plan` for the sizes and budgets, `PhasedGenerator.generate` for sampling and batches;
-        `generator` takes plans of any phases, and streams tokens.
+        See `plan` for the sizes and budgets, `Generator` for sampling and batches. `generator`
+        takes plans of any phases, and streams tokens.
         """
         plan = self.plan(
-            think,
-            answer,
-            thinking_budget=thinking_budget,
-            grace=grace,
-            max_new_tokens=max_new_tokens,
-            switch=switch,
-            stop=stop,
-        )
+            think, answer, thinking_budget=thinking_budget, grace=grace,
+            max_new_tokens=max_new_tokens, switch=switch, stop=stop,
+        )  # fmt: skip
         return self.generator.generate(
             prompts, plan, temperature=temperature, top_p=top_p, seed=seed,
             batch_size=batch_size, batch_tokens=batch_tokens,
@@ -194,6 +181,7 @@ def load(
 ) -> ElasticFamily:
     """An elastic checkpoint, loaded once for all its sizes.
 
+    `path` is its directory, or `bundled`: the family that comes with the package.
     `dtype` is float32, bfloat16 or float16; "auto" (or None) is the one that the weights are stored
     in, on every device. `device` is a device of torch; "auto" (or None) is a GPU if there is one.
     Switching between sizes is exact (as far as rounding goes) in any dtype; where tokens must not
@@ -205,7 +193,8 @@ def load(
         raise ConfigError(
             f"a checkpoint of type {type(path).__name__} cannot be loaded; name its directory"
         )
-    path = Path(path).absolute()  # tokenizer, router and input scales are read when first used
+    # Absolute: tokenizer, router and input scales are read when they are first used.
+    path = find_model(path).absolute()
     config = read_config(path)
     axis_map = family_of(config).axis_map(config)
     manifest = load_manifest(path, axis_map)

@@ -15,8 +15,8 @@ from typing import Protocol
 import torch
 from transformers import PreTrainedModel
 
-from star_elastic.architectures import family_of
-from star_elastic.architectures.base import Config
+from star_elastic.architectures import ModelConfig
+from star_elastic.architectures.config_file import Config
 from star_elastic.axes import LAYERS
 from star_elastic.errors import ConfigError, ShapeError, not_finite
 from star_elastic.progress import Progress
@@ -54,7 +54,7 @@ def rank_layers(
     left is the most important one; what may not be removed (`without` raises ShapeError) stays.
     Raises ConfigError without a token, CheckpointError for logits that are not finite.
     """
-    layers = list(family_of(config).axis_map(config).axes[LAYERS].layers)
+    layers = list(ModelConfig.of(config).axis_map.axes[LAYERS].layers)
     if not any(batch.attention_mask.any() for batch in batches):
         raise ConfigError("the calibration data has no tokens; name a file with text in it")
     count = len(layers)

@@ -18,11 +18,11 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from star_elastic.architectures.base import Config
+from star_elastic.architectures.config_file import Config
+from star_elastic.axes.widths import Widths
 from star_elastic.cost.latency import Grid, LatencyTable, kind_axes, layout_digest
 from star_elastic.measure.latency_bench import REST, Bench, Progress, Setting, Timed
 from star_elastic.measure.latency_grid import Points, grid_points, grid_widths, random_widths
-from star_elastic.widths import Widths
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,12 +23,12 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
 from star_elastic.architectures import family_of
-from star_elastic.architectures.base import Config
+from star_elastic.architectures.config_file import Config
 from star_elastic.axes import LAYERS
+from star_elastic.axes.widths import Widths
 from star_elastic.cost.latency import PHASES, Machine, layer_kinds
 from star_elastic.errors import ConfigError
 from star_elastic.models.skeleton import build_skeleton, build_skeleton_at
-from star_elastic.widths import Widths
 
 Progress = Callable[[int, int], None]
 """Told the seconds of measuring that are done, and how many there will be."""
@@ -258,7 +258,7 @@ class Timed:
         """
         hooks = []
         if counts and self._clocked and self._visits % 2 == 0:
-            for block in self.model.get_submodule(self.bench.axis_map.blocks).children():
+            for block in self.model.get_submodule(self.bench.axis_map.path).children():
                 hooks.append(block.register_forward_pre_hook(lambda *_: self._mark()))
                 hooks.append(block.register_forward_hook(lambda *_: self._mark()))
         self._visits += counts

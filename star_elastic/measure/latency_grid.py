@@ -11,9 +11,9 @@ import random
 from collections.abc import Iterator, Mapping, Sequence
 
 from star_elastic.axes import LAYERS, Axis, AxisMap
+from star_elastic.axes.widths import Width, Widths
 from star_elastic.cost.latency import kind_axes, layer_kinds
 from star_elastic.errors import ShapeError
-from star_elastic.widths import Width, Widths
 
 MAX_COMBINATIONS = 16
 """Points of one kind's own axes (hidden comes on top): the axes with the fewest units lose their

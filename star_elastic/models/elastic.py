@@ -17,29 +17,24 @@ from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from star_elastic.architectures import Family, family_of
-from star_elastic.architectures.base import Config
-from star_elastic.axes import LAYERS, TOP_K, AxisMap, NormSpec, TensorSpec
-from star_elastic.models.documents import DocumentMamba2Mixer
+from star_elastic.architectures import ModelConfig
+from star_elastic.architectures.config_file import Config
+from star_elastic.axes import LAYERS, TOP_K, AxisMap, Block, MoeSpec
+from star_elastic.axes.widths import Widths
 from star_elastic.models.fake_quantisation import FakeQuantisation
-from star_elastic.models.modules import (
-    ElasticGroupedRMSNorm,
-    ElasticRMSNorm,
-    ElasticSigmoidRouter,
-    Fp32Router,
-)
+from star_elastic.models.modules import document_mixer, elastic_norm, training_router
 from star_elastic.models.skeleton import build_block, build_skeleton, without_memory
 from star_elastic.nesting.gate import (
+    Mixture,
     Mixtures,
     gate_parameter,
-    mixture_at,
+    mixtures_of,
     norm_buffers,
     presence_gate,
     widest_slice,
 )
 from star_elastic.nesting.slice import slice_tensor
 from star_elastic.recent import Recent
-from star_elastic.widths import Widths
 
 MAX_SKELETONS = 32
 """Skeletons kept per layer, and of the part outside the layers; the least recently used goes."""
@@ -64,70 +59,55 @@ class _Part(nn.Module):
         self,
         axis_map: AxisMap,
         layer: int | None,
-        prefix: str,
+        rows: Block,
         fake: FakeQuantisation | None = None,
     ):
         super().__init__()
-        self.axis_map = axis_map
-        self.fake = fake
-        self.layer = layer
-        self.prefix = prefix
-        self.specs: tuple[TensorSpec, ...] = tuple(
-            spec for spec in axis_map.tensors.values() if spec.layer == layer
-        )
-        self.norms: tuple[NormSpec, ...] = tuple(n for n in axis_map.norms if n.layer == layer)
+        self.axis_map, self.layer, self.rows, self.fake = axis_map, layer, rows, fake
+        self.prefix = "" if layer is None else f"{axis_map.path}.{layer}."
         self.skeletons: Recent[Any, Any] = Recent(MAX_SKELETONS)
-
-    def name(self, path: str) -> str:
-        """A path of the model, seen from this part."""
-        return path.removeprefix(self.prefix)
 
     def tensors(self, state: Mapping[str, torch.Tensor], call: Call) -> dict[str, torch.Tensor]:
         """This part's parameters, buffers and gates for a call, by their name in its skeleton."""
-        sliced = self._sliced(state, call)
-        for spec in self.specs:
-            if spec.routed and len(spec.dims) == 3:
-                name = self.name(spec.name)
-                sliced[name] = _as_autocast_would(sliced[name])
+        widths = self.axis_map.seen_by(self.layer, call.widths)
+        sliced = {
+            spec.name: slice_tensor(state[spec.name], spec.dims, widths)
+            for spec in self.rows.tensors
+        }
+        if call.mixtures is not None:
+            self._gate(sliced, mixtures_of(self.layer, self.axis_map, call.mixtures), widths)
+        elif self.fake is not None:
+            for spec in self.rows.tensors:
+                name = self.prefix + spec.name
+                sliced[spec.name] = self.fake.weight(name, sliced[spec.name], call.widths)
+        for spec in self.rows.tensors:
+            if spec.routed and spec.is_stacked:
+                sliced[spec.name] = _as_autocast_would(sliced[spec.name])
         return sliced
 
-    def _sliced(self, state: Mapping[str, torch.Tensor], call: Call) -> dict[str, torch.Tensor]:
-        axis_map, widths = self.axis_map, call.widths
-        sliced = {
-            self.name(spec.name): slice_tensor(state[self.name(spec.name)], spec, axis_map, widths)
-            for spec in self.specs
-        }
-        if call.mixtures is None:
-            if self.fake is not None:
-                for spec in self.specs:
-                    name = self.name(spec.name)
-                    sliced[name] = self.fake.weight(spec.name, sliced[name], widths)
-            return sliced
-        for spec in self.specs:
-            name = self.name(spec.name)
-            sliced[name] = gate_parameter(sliced[name], spec, axis_map, call.mixtures, widths)
-        for norm in self.norms:
-            path = self.name(norm.path)
-            (segment,) = axis_map.tensors[f"{norm.path}.weight"].dims[0]
-            weight = sliced[f"{path}.weight"]
-            buffers = norm_buffers(norm, segment.unit, axis_map, call.mixtures, widths) or (
+    def _gate(
+        self,
+        sliced: dict[str, torch.Tensor],
+        mixtures: Mapping[str, Mixture],
+        widths: Mapping[str, int],
+    ) -> None:
+        """Multiplies sliced parameters with their gates, and adds the buffers of gated norms."""
+        for spec in self.rows.tensors:
+            sliced[spec.name] = gate_parameter(sliced[spec.name], spec, mixtures, widths)
+        for norm in self.rows.norms:
+            weight = sliced[f"{norm.path}.weight"]
+            buffers = norm_buffers(norm, mixtures, widths) or (
                 weight.new_ones(weight.shape), weight.new_tensor(norm.eps), weight.new_tensor(1.0)
             )  # fmt: skip
             names = ("input_gate", "eps", "scale")
-            sliced.update({f"{path}.{n}": b for n, b in zip(names, buffers, strict=True)})
-        return sliced
+            sliced.update({f"{norm.path}.{n}": b for n, b in zip(names, buffers, strict=True)})
 
     def install_norms(self, skeleton: nn.Module, widths: Widths) -> None:
         """Replaces the norms of a skeleton by those that can be half open."""
+        here = self.axis_map.seen_by(self.layer, widths)
         with without_memory():
-            for norm in self.norms:
-                (size,) = self.axis_map.shape(self.axis_map.tensors[f"{norm.path}.weight"], widths)
-                if norm.grouped:
-                    groups = self.axis_map.axes[norm.axis].num_groups
-                    module: nn.Module = ElasticGroupedRMSNorm(size, norm.eps, num_groups=groups)
-                else:
-                    module = ElasticRMSNorm(size, norm.eps, fp32_weight=norm.fp32_weight)
-                skeleton.set_submodule(self.name(norm.path), module)
+            for norm in self.rows.norms:
+                skeleton.set_submodule(norm.path, elastic_norm(norm, here))
 
 
 def _as_autocast_would(stack: torch.Tensor) -> torch.Tensor:
@@ -171,20 +151,16 @@ class ElasticBlock(_Part):
     def __init__(
         self,
         parent: PreTrainedModel,
-        config: Config,
+        config: ModelConfig,
         axis_map: AxisMap,
         layer: int,
         fake: FakeQuantisation | None,
     ):
-        family = family_of(config)
-        path = f"{axis_map.blocks}.{layer}"
-        super().__init__(axis_map, layer, f"{path}.", fake)
-        self.block = parent.get_submodule(path)
-        self._family, self._config = family, config
+        super().__init__(axis_map, layer, axis_map.blocks[layer], fake)
+        self.block = parent.get_submodule(f"{axis_map.path}.{layer}")
+        self._config = config
         self._like = (parent,)  # in a tuple, so that it is no submodule
         self._kind = type(self.block)
-        self.moe = next((m for m in axis_map.moe_layers if m.layer == layer), None)
-        self.mixer = next((path for at, path in axis_map.mixers if at == layer), None)
 
     def forward(self, x_BTD: torch.Tensor, call: Call, **inputs: Any) -> torch.Tensor:
         if call.recompute and torch.is_grad_enabled():
@@ -197,29 +173,36 @@ class ElasticBlock(_Part):
     def _run(self, x_BTD: torch.Tensor, call: Call, inputs: Mapping[str, Any]) -> torch.Tensor:
         assert self.layer is not None
         tensors = self.tensors(_state_of(self.block), call)
-        gated = call.mixtures is not None
-        if gated and self.moe is not None:
-            tensors |= self._routing_gates(tensors, call)
-        skeleton = self.skeleton(self.axis_map.layer_widths(call.widths, self.layer), gated=gated)
-        y_BTD = functional_call(skeleton, tensors, (x_BTD,), dict(inputs))
+        widths = self.axis_map.layer_widths(call.widths, self.layer)
         if call.mixtures is None:
-            return y_BTD
-        gate = presence_gate(call.mixtures, self.axis_map, self.layer)
+            return functional_call(
+                self.skeleton(widths, gated=False), tensors, (x_BTD,), dict(inputs)
+            )
+        mixtures = mixtures_of(self.layer, self.axis_map, call.mixtures)
+        for moe in self.rows.moe:
+            tensors |= self._routing_gates(moe, mixtures, widths, x_BTD)
+        skeleton = self.skeleton(widths, gated=True)
+        y_BTD = functional_call(skeleton, tensors, (x_BTD,), dict(inputs))
+        gate = presence_gate(mixtures)
         return y_BTD if gate is None else x_BTD + gate.to(x_BTD.dtype) * (y_BTD - x_BTD)
 
-    def _routing_gates(self, tensors: Mapping[str, torch.Tensor], call: Call) -> dict:
-        assert self.moe is not None and call.mixtures is not None
-        path = self.name(self.moe.router_path)
-        bias_E = tensors[f"{path}.e_score_correction_bias"]
-        gates = {"expert_gate": torch.ones_like(bias_E)}
-        experts = mixture_at(call.mixtures, self.axis_map, "experts", self.layer)
-        if experts is not None:
-            groups = self.axis_map.axes["experts"].num_groups
-            gates["expert_gate"] = experts.unit_gates(bias_E.shape[0], groups)
-        top_k = self.axis_map.width(call.widths, TOP_K, self.layer)
-        ranks = mixture_at(call.mixtures, self.axis_map, TOP_K, self.layer)
-        gates["rank_gate"] = ranks.unit_gates(top_k) if ranks else bias_E.new_ones(top_k)
-        return {f"{path}.{name}": gate for name, gate in gates.items()}
+    def _routing_gates(
+        self,
+        moe: MoeSpec,
+        mixtures: Mapping[str, Mixture],
+        widths: Mapping[str, Any],
+        like: torch.Tensor,
+    ) -> dict[str, torch.Tensor]:
+        """The gates (E,) of experts and (K,) of their ranks in a selection."""
+
+        def gates(axis: str) -> torch.Tensor:
+            groups = self.axis_map.axes[axis].num_groups
+            if axis in mixtures:
+                return mixtures[axis].unit_gates(widths[axis], groups)
+            return torch.ones(widths[axis], device=like.device)
+
+        path = moe.router_path
+        return {f"{path}.expert_gate": gates("experts"), f"{path}.rank_gate": gates(TOP_K)}
 
     def skeleton(self, widths: Widths, *, gated: bool) -> nn.Module:
         """The memory-less block at the widths that this layer sees."""
@@ -232,24 +215,21 @@ class ElasticBlock(_Part):
 
     def _build_skeleton(self, widths: Widths, gated: bool) -> nn.Module:
         assert self.layer is not None
-        config = self._family.config_at(self._config, widths)
+        config = self._config.at(widths)
         skeleton = build_block(self._kind, config, self.layer, self._like[0], deterministic=True)
-        if self.mixer is not None:
-            path = self.name(self.mixer)
-            mixer: Any = skeleton.get_submodule(path)
-            with without_memory():
-                skeleton.set_submodule(path, DocumentMamba2Mixer(mixer.config, self.layer))
-        if self.moe is not None:
-            path = self.name(self.moe.router_path)
-            plain: Any = skeleton.get_submodule(path)
-            around: Any = skeleton.get_submodule(path.rpartition(".")[0])
-            with without_memory():
-                router = ElasticSigmoidRouter(plain) if gated else Fp32Router(around.config)
-            skeleton.set_submodule(path, router)
+        with without_memory():
+            for mixer in self.rows.mixers:
+                plain: Any = skeleton.get_submodule(mixer.path)
+                skeleton.set_submodule(mixer.path, document_mixer(mixer, plain, self.layer))
+            for moe in self.rows.moe:
+                plain = skeleton.get_submodule(moe.router_path)
+                around: Any = skeleton.get_submodule(moe.router_path.rpartition(".")[0])
+                router = training_router(moe, plain, around.config, gated=gated)
+                skeleton.set_submodule(moe.router_path, router)
         if gated:
             self.install_norms(skeleton, widths)
         elif self.fake is not None:
-            self.fake.watch(skeleton, self.specs, self.prefix)
+            self.fake.watch(skeleton, self.rows.tensors, self.prefix)
         return skeleton.requires_grad_(False)
 
 
@@ -286,18 +266,19 @@ class ElasticModel(_Part):
         axis_map: AxisMap | None = None,
         fake: FakeQuantisation | None = None,
     ):
-        family: Family = family_of(config)
-        super().__init__(axis_map or family.axis_map(config), None, "")
+        config = ModelConfig.of(config)
+        axis_map = axis_map or config.axis_map
+        super().__init__(axis_map, None, axis_map.outside)
         self.parent = parent
         self.model_config = config
-        self.family = family
+        self.family = config.architecture
         self.recompute = recompute
         self.fake = fake
         layers = self.axis_map.axes[LAYERS].layers
         self.blocks = nn.ModuleList(
             ElasticBlock(parent, config, self.axis_map, layer, fake) for layer in layers
         )
-        by_part = {spec.part: spec.name for spec in self.specs}
+        by_part = {spec.part: spec.name for spec in self.rows.tensors}
         self._head = by_part.get("head", by_part["embeddings"])
 
     def state(self) -> dict[str, torch.Tensor]:
@@ -336,7 +317,7 @@ class ElasticModel(_Part):
 
     def _own_state(self) -> dict[str, torch.Tensor]:
         """The tensors outside the layers."""
-        return {spec.name: self.parent.get_parameter(spec.name) for spec in self.specs}
+        return {spec.name: self.parent.get_parameter(spec.name) for spec in self.rows.tensors}
 
     def _skeleton(self, call: Call) -> PreTrainedModel:
         kept = self.axis_map.kept_layers(call.widths)
@@ -353,12 +334,11 @@ class ElasticModel(_Part):
             if first == "hidden":
                 outside[divisor] = axis_map.axes[divisor].minimum
         widths = axis_map.complete(outside)
-        config = self.family.config_at(self.model_config, widths)
-        skeleton = build_skeleton(config, self.parent, deterministic=True)
+        skeleton = build_skeleton(self.model_config.at(widths), self.parent, deterministic=True)
         if gated:
             self.install_norms(skeleton, widths)
         callers = nn.ModuleList(_Caller(self._block_at(layer)) for layer in kept)
-        skeleton.set_submodule(axis_map.at(widths).blocks, callers)
+        skeleton.set_submodule(axis_map.path, callers)
         return skeleton.requires_grad_(False)
 
     def _block_at(self, layer: int) -> ElasticBlock:

@@ -15,12 +15,13 @@ import torch
 from torch import nn
 
 from star_elastic.axes import AxisMap, TensorSpec
+from star_elastic.axes.widths import Widths
 from star_elastic.checkpoints.layouts import cut_scales
 from star_elastic.checkpoints.tensors import load_tensors, save_tensors
-from star_elastic.models.quantised_inputs import FakeInput, attach
+from star_elastic.models.linear import KnownInput
+from star_elastic.models.quantised_inputs import know_inputs
 from star_elastic.quant.formats import dequantise, largest_of, quantise, straight_through
 from star_elastic.quant.scheme import Scheme, partners
-from star_elastic.widths import Widths
 
 FILE_NAME = "quant.safetensors"
 
@@ -70,17 +71,19 @@ class FakeQuantisation:
         if name not in self.largest:
             return sliced
         spec = self.axis_map.tensors[name]
-        largest = cut_scales(self.largest[name], spec, self.axis_map, self.scheme, widths)
+        here = self.axis_map.seen_by(spec.layer, widths)
+        largest = cut_scales(self.largest[name], spec, self.scheme, here)
         weight = sliced.detach().to(self.stored)
         known = dequantise(quantise(weight, self.scheme.format, largest))
         return straight_through(sliced, known)
 
     def watch(self, block: nn.Module, specs: tuple[TensorSpec, ...], prefix: str) -> None:
-        """Quantises what the layers of a block read; `prefix`: the block's path in the model."""
+        """Quantises what the layers of a block read; `prefix` stands before its names in the
+        model."""
         for spec in specs:
-            if spec.name in self.largest:
-                here = replace(spec, name=spec.name.removeprefix(prefix))
-                attach(block, here, FakeInput(self.scheme.format, self.inputs.get(spec.name)))
+            name = prefix + spec.name
+            if name in self.largest:
+                know_inputs(block, spec, KnownInput(self.scheme.format, self.inputs.get(name)))
 
     def save(self, directory: Path) -> None:
         """Writes what is frozen."""

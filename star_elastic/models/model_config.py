@@ -17,8 +17,8 @@ from typing import Any
 
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
-from star_elastic.architectures import family_of
-from star_elastic.architectures.base import Config, told
+from star_elastic.architectures import ModelConfig, architecture_of
+from star_elastic.architectures.config_file import Config, told
 from star_elastic.checkpoints.layouts import CONFIG_KEY
 from star_elastic.checkpoints.written_config import EAGER, GROUPED_MULTIPLE, grouped_products_fit
 from star_elastic.errors import ConfigError, StarElasticError, library_boundary
@@ -75,7 +75,7 @@ def advice(config: Config, attempt: Callable[[Config], object]) -> str:
     """
     if _works(attempt, config):
         return "check memory and installation; the config itself is in order"
-    axis_map = family_of(config).axis_map
+    axis_map = architecture_of(config).axis_map
     table = axis_map(config)
 
     def matters(key: str) -> bool:
@@ -115,7 +115,7 @@ def buildable_config(
         made._attn_implementation = like.config._attn_implementation
         made._experts_implementation = like.config._experts_implementation
     if made._experts_implementation != EAGER and not grouped_products_fit(
-        family_of(config).axis_map(config)
+        ModelConfig.of(config).axis_map
     ):
         made._experts_implementation = EAGER
         _warn_of_slow_experts()

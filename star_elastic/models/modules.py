@@ -7,12 +7,24 @@ T tokens, D channels, G groups, E experts, K experts per token.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHTopkRouter
+
+from star_elastic.axes import (
+    GATED_GROUPS,
+    MAMBA2,
+    RMS_FP32,
+    SIGMOID_GROUPS,
+    Mixer,
+    MoeSpec,
+    NormSpec,
+)
+from star_elastic.models.documents import DocumentMamba2Mixer
 
 
 class _GatedInputNorm(nn.Module):
@@ -123,3 +135,24 @@ class ElasticSigmoidRouter(nn.Module):
         if self.norm_topk_prob:
             weights_TK = weights_TK / (weights_TK.sum(-1, keepdim=True) + 1e-20)
         return logits_TE, weights_TK * self.routed_scaling_factor, index_TK
+
+
+def elastic_norm(norm: NormSpec, widths: Mapping[str, int]) -> nn.Module:
+    """The norm that can be half open, of the kind that a row names, at `widths`."""
+    ((segment,),) = norm.dims
+    size = segment.length(widths)
+    if norm.kind == GATED_GROUPS:
+        return ElasticGroupedRMSNorm(size, norm.eps, num_groups=segment.num_groups)
+    return ElasticRMSNorm(size, norm.eps, fp32_weight=norm.kind == RMS_FP32)
+
+
+def training_router(moe: MoeSpec, plain: nn.Module, config: Any, *, gated: bool) -> nn.Module:
+    """The router of training in place of transformers' own, `plain`: with gates or without."""
+    assert moe.kind == SIGMOID_GROUPS, moe
+    return ElasticSigmoidRouter(plain) if gated else Fp32Router(config)
+
+
+def document_mixer(mixer: Mixer, plain: Any, layer: int) -> nn.Module:
+    """The mixer that keeps documents of a row apart, in place of transformers' own, `plain`."""
+    assert mixer.kind == MAMBA2, mixer
+    return DocumentMamba2Mixer(plain.config, layer)

@@ -7,12 +7,13 @@ want numbers of rows and columns that are multiples of 16; other slices are unpa
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
+from star_elastic.nesting.order import Layout
 from star_elastic.quant.formats import E4M3, E4M3_MAX, Format, fp8_scales
 
 _products: Any = torch  # which does not list them among its public functions
@@ -69,12 +70,12 @@ class Fp8Product:
         out = out if bias is None else out + bias
         return out.unflatten(0, inputs.shape[:-1])
 
-    def install(self, module: Any) -> None:
-        """Lets a linear layer multiply so; its weight holds codes."""
-        if hasattr(module, "set_product"):
-            module.set_product(self)
-        else:
-            module.forward = lambda inputs: self(inputs, module.weight, module.bias)
+    def in_order(self, rows: Layout | None) -> Fp8Product:
+        """The same for a weight whose rows are in nested order."""
+        scale = self.weight_scale
+        if rows is None or scale.dim() == 1:
+            return self
+        return replace(self, weight_scale=rows.to_nested(scale.t()).t())
 
 
 def quantise_inputs(
@@ -97,14 +98,10 @@ class Fp8Experts:
     up_input: torch.Tensor | None
     down_input: torch.Tensor | None
 
-    def install(self, experts: Any) -> None:
-        """Lets a module of transformers multiply so; its weights hold codes, perhaps in another
-        order (`nested_places`)."""
-        places = getattr(experts, "nested_places", None)
-        if places is not None:
-            order = places.argsort()
-            self.up_scale, self.down_scale = self.up_scale[order], self.down_scale[order]
-        experts.forward = lambda *inputs: self.forward(experts, *inputs)
+    def in_order(self, order: torch.Tensor) -> Fp8Experts:
+        """The same for stacks whose experts are in another order (E,)."""
+        order = order.to(self.up_scale.device)
+        return replace(self, up_scale=self.up_scale[order], down_scale=self.down_scale[order])
 
     def forward(
         self,

@@ -18,11 +18,11 @@ from torch import nn
 from torch.nn import init
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from star_elastic.architectures import family_of
-from star_elastic.architectures.base import Config, nearest_homogeneous
+from star_elastic.architectures import ModelConfig
+from star_elastic.architectures.config_file import Config
+from star_elastic.axes.widths import Width
 from star_elastic.errors import ConfigError, library_boundary
 from star_elastic.models.model_config import advice, buildable_config, left_to_chance
-from star_elastic.widths import Width
 
 _BUILDING = threading.RLock()
 """Building a model sets the default dtype and device of the whole process for a moment."""
@@ -153,17 +153,15 @@ def build_skeleton_at(
     `config` is the parent's. The config of such a model is that of the nearest homogeneous widths,
     which no saved checkpoint could honour.
     """
-    family = family_of(config)
-    axis_map = family.axis_map(config)
+    config = ModelConfig.of(config)
+    axis_map = config.axis_map
     complete = axis_map.complete(widths)
-    uniform = axis_map.complete(nearest_homogeneous(complete, axis_map))
-    target = family.config_at(config, uniform)
-    skeleton = build_skeleton(target, like)
-    here = axis_map.at(uniform)
-    blocks: Any = skeleton.get_submodule(here.blocks)
+    uniform = axis_map.complete(axis_map.nearest_homogeneous(complete))
+    skeleton = build_skeleton(config.at(uniform), like)
+    blocks: Any = skeleton.get_submodule(axis_map.path)
     for place, layer in enumerate(axis_map.kept_layers(complete)):
         own = {n: axis_map.width(complete, n, layer) for n in axis_map.own_axes(layer)}
         if any(uniform[name] != width for name, width in own.items()):
-            its_config = family.config_at(config, {**uniform, **own})
+            its_config = config.at({**uniform, **own})
             blocks[place] = build_block(type(blocks[place]), its_config, place, like)
     return skeleton

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from star_elastic.axes import LAYERS, AxisMap, NormSpec, TensorSpec
-from star_elastic.widths import Width, Widths
+from star_elastic.axes.widths import Width, Widths
 
 NEGLIGIBLE = 1e-3
 """Choices with less weight than this do not widen the slice that is computed."""
@@ -60,13 +60,9 @@ Mixtures = Mapping[str, Mixture | tuple[Mixture, ...]]
 """One mixture per axis, or one per layer that has the axis, as in `Widths`."""
 
 
-def mixture_at(mixtures: Mixtures, axis_map: AxisMap, axis: str, layer: int | None):
-    """The mixture of an axis in a layer; None if the axis has no mixture."""
-    value = mixtures.get(axis)
-    if isinstance(value, tuple):
-        assert layer is not None, axis
-        return value[axis_map.axes[axis].layers.index(layer)]
-    return value
+def mixtures_of(layer: int | None, axis_map: AxisMap, mixtures: Mixtures) -> dict[str, Mixture]:
+    """The mixtures that a layer sees (None: what stands outside the layers), by axis."""
+    return axis_map.seen_by(layer, mixtures)
 
 
 def widest_slice(mixtures: Mixtures, axis_map: AxisMap, negligible: float = NEGLIGIBLE) -> Widths:
@@ -94,19 +90,16 @@ def expected_widths(mixtures: Mixtures, axis_map: AxisMap) -> dict[str, Any]:
 
 
 def gate_parameter(
-    tensor: torch.Tensor, spec: TensorSpec, axis_map: AxisMap, mixtures: Mixtures, widths: Widths
+    tensor: torch.Tensor, spec: TensorSpec, mixtures: Mapping[str, Mixture], widths: Mapping
 ) -> torch.Tensor:
-    """A sliced parameter with its gated dimension, if it has one, multiplied by the unit gates."""
+    """A sliced parameter with its gated dimension, if it has one, multiplied by the unit gates.
+    `mixtures` and `widths` as its layer sees them."""
     if spec.gate_dim is None:
         return tensor
     (segment,) = spec.dims[spec.gate_dim]
-    if segment.axis is None:
+    if segment.axis is None or segment.axis not in mixtures:
         return tensor
-    mixture = mixture_at(mixtures, axis_map, segment.axis, spec.layer)
-    if mixture is None:
-        return tensor
-    width = axis_map.width(widths, segment.axis, spec.layer)
-    units = mixture.unit_gates(width, segment.num_groups)
+    units = mixtures[segment.axis].unit_gates(widths[segment.axis], segment.num_groups)
     shape = [1] * len(spec.dims)
     shape[spec.gate_dim] = -1
     gate = units.repeat_interleave(segment.unit).reshape(shape)
@@ -114,20 +107,19 @@ def gate_parameter(
 
 
 def norm_buffers(
-    norm: NormSpec, unit: int, axis_map: AxisMap, mixtures: Mixtures, widths: Widths
+    norm: NormSpec, mixtures: Mapping[str, Mixture], widths: Mapping
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
-    """Input gate, epsilon and output scale of an elastic norm whose axis has `unit` channels per
-    unit; None if the axis has no mixture."""
-    mixture = mixture_at(mixtures, axis_map, norm.axis, norm.layer)
-    if mixture is None:
+    """Input gate, epsilon and output scale of an elastic norm; None if its axis has no mixture.
+    `mixtures` and `widths` as its layer sees them."""
+    if norm.axis not in mixtures:
         return None
-    width = axis_map.width(widths, norm.axis, norm.layer)
+    ((segment,),) = norm.dims
+    width, mixture = widths[norm.axis], mixtures[norm.axis]
     eps_factor, scale = mixture.norm_terms(width)
-    gate = mixture.unit_gates(width, axis_map.axes[norm.axis].num_groups)
-    return gate.repeat_interleave(unit), norm.eps * eps_factor, scale
+    gate = mixture.unit_gates(width, segment.num_groups).repeat_interleave(segment.unit)
+    return gate, norm.eps * eps_factor, scale
 
 
-def presence_gate(mixtures: Mixtures, axis_map: AxisMap, layer: int) -> torch.Tensor | None:
+def presence_gate(mixtures: Mapping[str, Mixture]) -> torch.Tensor | None:
     """How far a layer's contribution to the residual stream is open (a scalar); None: fully."""
-    mixture = mixture_at(mixtures, axis_map, LAYERS, layer)
-    return None if mixture is None else mixture.expected()
+    return mixtures[LAYERS].expected() if LAYERS in mixtures else None

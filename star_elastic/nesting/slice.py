@@ -10,35 +10,27 @@ from collections.abc import Collection, Mapping
 
 import torch
 
-from star_elastic.axes import AxisMap, TensorSpec, axis_keys, order_key
+from star_elastic.axes import AxisMap, Dim, axis_keys, order_key
+from star_elastic.axes.dims import runs
+from star_elastic.axes.widths import Widths
 from star_elastic.errors import ShapeError
-from star_elastic.widths import Widths
 
 Orders = Mapping[str, torch.Tensor]
 """Permutation of an axis's units, best first: keys from `order_key`, int64 values (units,)."""
 
 
-def slice_tensor(
-    tensor: torch.Tensor,
-    spec: TensorSpec,
-    axis_map: AxisMap,
-    widths: Widths,
-    *,
-    skip_first: bool = False,
-) -> torch.Tensor:
-    """The part of a full-width tensor that survives at `widths`; a view wherever possible.
-
-    `skip_first`: the tensor is one row of the table's tensor (an expert), without dimension 0.
-    """
-    first = 1 if skip_first else 0
-    runs = [axis_map.runs(spec, position, widths) for position in range(first, len(spec.dims))]
+def slice_tensor(tensor: torch.Tensor, dims: tuple[Dim, ...], widths: Mapping) -> torch.Tensor:
+    """The part of a full-width tensor that survives at `widths` (one for each axis, as its layer
+    sees them); a view wherever possible."""
+    kept = [runs(dim, widths) for dim in dims]
     # Prefixes first, so that a copy holds nothing beside what is kept.
-    for dim, kept in enumerate(runs):
-        if len(kept) == 1 and kept[0][1] - kept[0][0] < tensor.shape[dim]:
-            tensor = tensor.narrow(dim, kept[0][0], kept[0][1] - kept[0][0])
-    for dim, kept in enumerate(runs):
-        if len(kept) > 1:
-            tensor = torch.cat([tensor.narrow(dim, lo, hi - lo) for lo, hi in kept], dim)
+    for dim, ranges in enumerate(kept):
+        low, high = ranges[0]
+        if len(ranges) == 1 and high - low < tensor.shape[dim]:
+            tensor = tensor.narrow(dim, low, high - low)
+    for dim, ranges in enumerate(kept):
+        if len(ranges) > 1:
+            tensor = torch.cat([tensor.narrow(dim, lo, hi - lo) for lo, hi in ranges], dim)
     return tensor
 
 
@@ -51,11 +43,14 @@ def slice_state(
 ) -> dict[str, torch.Tensor]:
     """Every tensor that there is at `widths` but those to `leave`, cut, by its name in the sliced
     model."""
-    return {
-        new: slice_tensor(state[name], axis_map.tensors[name], axis_map, widths)
-        for name, new in axis_map.names_at(widths).items()
-        if name not in leave
-    }
+    seen: dict[int | None, Mapping] = {}
+    sliced = {}
+    for name, new in axis_map.names_at(widths).items():
+        spec = axis_map.tensors[name]
+        here = seen.setdefault(spec.layer, axis_map.seen_by(spec.layer, widths))
+        if name not in leave:
+            sliced[new] = slice_tensor(state[name], spec.dims, here)
+    return sliced
 
 
 def check_orders(orders: Orders, axis_map: AxisMap) -> None:
@@ -78,39 +73,35 @@ def check_orders(orders: Orders, axis_map: AxisMap) -> None:
             )
 
 
-def dim_order(spec: TensorSpec, dim: int, axis_map: AxisMap, orders: Orders) -> torch.Tensor | None:
-    """Element positions of a dimension in sorted order, or None if nothing moves there."""
-    parts, start, moved = [], 0, False
-    for segment in spec.dims[dim]:
-        length = segment.num_units * segment.unit
-        order = None
-        if segment.axis:
-            layer = None if axis_map.axes[segment.axis].is_global else spec.layer
-            order = orders.get(order_key(segment.axis, layer))
-        if order is None:
-            parts.append(torch.arange(length) + start)
-        else:
-            moved = True
-            within = torch.arange(segment.unit)
-            parts.append((order[:, None] * segment.unit + within).reshape(-1) + start)
-        start += length
-    return torch.cat(parts) if moved else None
+def orders_of(layer: int | None, axis_map: AxisMap, orders: Orders) -> Orders:
+    """The orders that a layer sees, by axis."""
+    keys = {name: order_key(name, layer) for name in axis_map.own_axes(layer)}
+    keys |= {name: name for name, axis in axis_map.axes.items() if axis.is_global}
+    return {name: orders[key] for name, key in keys.items() if key in orders}
 
 
-def sort_tensor(
-    tensor: torch.Tensor,
-    spec: TensorSpec,
-    axis_map: AxisMap,
-    orders: Orders,
-    *,
-    skip_first: bool = False,
-) -> torch.Tensor:
-    """A tensor with the units of every ordered axis permuted, best first."""
-    first = 1 if skip_first else 0
-    for position in range(first, len(spec.dims)):
-        index = dim_order(spec, position, axis_map, orders)
+def dim_order(dim: Dim, orders: Orders) -> torch.Tensor | None:
+    """Element positions of a dimension in sorted order, or None if nothing moves there. `orders` by
+    axis, as the tensor's layer sees them."""
+    if not any(segment.axis in orders for segment in dim):
+        return None
+    parts, start = [], 0
+    for segment in dim:
+        place = torch.arange(segment.size)
+        if segment.axis is not None and segment.axis in orders:
+            place = place.view(-1, segment.unit)[orders[segment.axis]].flatten()
+        parts.append(place + start)
+        start += segment.size
+    return torch.cat(parts)
+
+
+def sort_tensor(tensor: torch.Tensor, dims: tuple[Dim, ...], orders: Orders) -> torch.Tensor:
+    """A tensor with the units of every ordered axis permuted, best first; `orders` by axis, as its
+    layer sees them."""
+    for position, dim in enumerate(dims):
+        index = dim_order(dim, orders)
         if index is not None:
-            tensor = tensor.index_select(position - first, index.to(tensor.device))
+            tensor = tensor.index_select(position, index.to(tensor.device))
     return tensor
 
 
@@ -120,6 +111,6 @@ def sort_state(
     """Every tensor of the table with sorted axes. The model's function is unchanged."""
     check_orders(orders, axis_map)
     return {
-        name: sort_tensor(state[name], spec, axis_map, orders)
+        name: sort_tensor(state[name], spec.dims, orders_of(spec.layer, axis_map, orders))
         for name, spec in axis_map.tensors.items()
     }

@@ -6,9 +6,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 from star_elastic.axes import AxisMap, Dim, TensorSpec
+from star_elastic.axes.widths import Width
 from star_elastic.errors import ConfigError
 from star_elastic.quant.formats import Format, format_of
-from star_elastic.widths import Width
 
 PARTS = ("attention", "mamba", "mlp", "shared experts", "routed experts")
 """Parts of a model whose weights are quantised; embeddings, head, routers, norms and convolutions
@@ -40,8 +40,7 @@ class Scheme:
 def quantisable(axis_map: AxisMap) -> Iterator[TensorSpec]:
     """Matrices of linear layers, and stacks of them (experts)."""
     for spec in axis_map.tensors.values():
-        stacked = spec.pieces[0].index is not None
-        if spec.part in PARTS and not spec.is_buffer and len(spec.dims) == 2 + stacked:
+        if spec.part in PARTS and not spec.is_buffer and len(spec.dims) == 2 + spec.is_stacked:
             yield spec
 
 
@@ -75,10 +74,15 @@ def make_scheme(axis_map: AxisMap, format_name: str, keep: Iterable[str] = ()) -
 
 def feeding_attention(axis_map: AxisMap) -> set[int]:
     """The last Mamba layer before every attention layer."""
-    mamba = {s.layer for s in axis_map.tensors.values() if s.part == "mamba"}
-    attention = {s.layer for s in axis_map.tensors.values() if s.part == "attention"}
-    before = ({m for m in mamba if m is not None and m < a} for a in attention if a is not None)
-    return {max(layers) for layers in before if layers}
+    feeding: set[int] = set()
+    last = None
+    for layer, block in enumerate(axis_map.blocks):
+        parts = {spec.part for spec in block.tensors}
+        if "attention" in parts and last is not None:
+            feeding.add(last)
+        if "mamba" in parts:
+            last = layer
+    return feeding
 
 
 def fits(spec: TensorSpec, format: Format) -> bool:

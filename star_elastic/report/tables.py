@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
 from statistics import fmean
 from typing import Any
 
@@ -11,13 +10,13 @@ from star_elastic.evaluate.budgets import NO_BUDGET
 from star_elastic.report.findings import (
     COST_NAMES,
     Data,
-    Tone,
     counted,
     judge,
     percent,
     points,
     with_interval,
 )
+from star_elastic.tables import Table
 
 NO_VALUE = "–"
 TITLES = {
@@ -31,18 +30,6 @@ KIND_NAMES = {
     "pair": "two sizes",
     "policy": "by difficulty",
 }
-
-
-@dataclass(frozen=True, slots=True)
-class Table:
-    """Rows of cells. `tones` colour the last cell of each row; the first `num_text` columns are
-    text, the others numbers."""
-
-    title: str
-    columns: Sequence[str]
-    rows: Sequence[Sequence[str]]
-    tones: Sequence[Tone] = ()
-    num_text: int = 1
 
 
 def _table(

@@ -14,13 +14,13 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
-from star_elastic.architectures import family_of, read_config
-from star_elastic.architectures.base import Config
+from star_elastic.architectures import read_config
+from star_elastic.architectures.config_file import Config
 from star_elastic.axes import AxisMap
-from star_elastic.checkpoints.companions import copy_family_files
-from star_elastic.checkpoints.layouts import CONFIG_KEY, stored_map
-from star_elastic.checkpoints.manifest import load_manifest, save_manifest
-from star_elastic.checkpoints.quantised import PartBytes, count_bytes, save_input_scales
+from star_elastic.axes.widths import Widths
+from star_elastic.checkpoints.elastic import ElasticCheckpoint, rewrite_family_files
+from star_elastic.checkpoints.layouts import stored_map
+from star_elastic.checkpoints.quantised import PartBytes, count_bytes
 from star_elastic.data.sources import (
     MAX_CONTEXT,
     Document,
@@ -31,15 +31,16 @@ from star_elastic.data.sources import (
 )
 from star_elastic.errors import ConfigError, ShapeError
 from star_elastic.files.writing import require_writable
+from star_elastic.models.calibration import calibrate_inputs
 from star_elastic.models.fake_quantisation import FakeQuantisation
+from star_elastic.models.load import load_parent
 from star_elastic.models.placement import choose_device, choose_dtype
-from star_elastic.models.quantised_inputs import calibrate_inputs
 from star_elastic.models.skeleton import build_skeleton
-from star_elastic.models.submodel import build_submodel, load_parent, load_tokenizer
+from star_elastic.models.submodel import build_submodel
+from star_elastic.models.tokenizer import load_tokenizer
 from star_elastic.progress import Progress, Silent, staged
 from star_elastic.quant.scheme import Scheme, make_scheme
 from star_elastic.rewrite.quantise import quantise_checkpoint
-from star_elastic.widths import Widths
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,10 +80,9 @@ def quantise_family(
     require_writable(out)
     if not 0 < calibration.percentile <= 100:
         raise ConfigError(f"percentile={calibration.percentile} is not in (0, 100]; use 99.99")
-    config = read_config(path)
-    axis_map = family_of(config).axis_map(config)
-    manifest = load_manifest(path, axis_map)
-    if config.get(CONFIG_KEY):
+    family = ElasticCheckpoint(path)
+    config, axis_map, manifest = family.config, family.axis_map, family.manifest
+    if family.is_quantised:
         raise ConfigError(f"{path} is quantised already; quantise the checkpoint it was made from")
     build_skeleton(config, file=path / "config.json")
     scheme = make_scheme(axis_map, format_name, keep)
@@ -114,10 +114,8 @@ def quantise_family(
         # The full size has the scales of the checkpoint itself.
         cut = [n for n, size in manifest.sizes.items() if size.widths != axis_map.full]
         own = {name: scales[name] for name in cut if scales.get(name)}
-        save_manifest(replace(manifest, own_input_scales=tuple(own)), directory)
-        copy_family_files(path, directory)
-        if own:
-            save_input_scales(directory, own)
+        named = replace(manifest, own_input_scales=tuple(own))
+        rewrite_family_files(family, directory, named, input_scales=own)
 
     quantise_checkpoint(
         path, scheme, out, input_scales=shared, largest=frozen.largest if frozen else None,
@@ -147,8 +145,7 @@ def held_out_of(elastic: Path, calibration: InputCalibration) -> list[Document]:
     """The rows that a family is not calibrated on, to hold it against what it was."""
     if not calibration.files:
         return []
-    config = read_config(elastic)
-    rows = _rows(elastic, calibration, family_of(config).axis_map(config))
+    rows = _rows(elastic, calibration, read_config(elastic).axis_map)
     return held_out_documents([rows], MAX_CONTEXT)
 
 

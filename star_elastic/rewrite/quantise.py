@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from star_elastic.architectures import family_of, read_config
+from star_elastic.architectures import read_config
 from star_elastic.axes import Piece, TensorSpec
 from star_elastic.checkpoints.companions import copy_companions
 from star_elastic.checkpoints.layouts import (
@@ -63,18 +63,17 @@ class _Writer:
         """Every tensor to write; all that belong to one weight follow each other."""
         axis_map, format = self.source.axis_map, self.scheme.format
         for spec in axis_map.tensors.values():
-            stacked = spec.pieces[0].index is not None
             parts: Mapping[str | None, TensorSpec] = {None: spec}
             if spec.name in self.quantised:
                 parts = {**stored_parts(spec, format, COMPRESSED_TENSORS)}
             for number, piece in enumerate(spec.pieces):
                 name = self.source.name_of(spec, piece)
                 for kind, part in parts.items():
-                    shape = axis_map.shape(part, axis_map.full)[int(stacked) :]
+                    written = part.pieces[number]
+                    shape = axis_map.shape(part.on_disk(written), axis_map.full)
                     dtype = stored_dtype(kind, format) if kind else self.source.reader.dtype(name)
-                    written = part.pieces[number].name
-                    self.entries[written] = _Entry(spec, piece, kind)
-                    yield Planned(written, shape, dtype)
+                    self.entries[written.name] = _Entry(spec, piece, kind)
+                    yield Planned(written.name, shape, dtype)
 
     def value_of(self, name: str) -> torch.Tensor:
         """The value of a planned tensor."""
@@ -144,9 +143,8 @@ def quantise_checkpoint(
     config = read_config(path)
     if config.get(CONFIG_KEY):
         raise ConfigError(f"{path} is quantised already; quantise the checkpoint it was made from")
-    family = family_of(config)
-    axis_map = family.axis_map(config)
-    source = StoredModel(path, axis_map, family)
+    axis_map = config.axis_map
+    source = StoredModel(path, axis_map, config.architecture)
     source.require_whole()
     writer = _Writer(source, scheme, input_scales or {}, largest or {})
     lacking = writer.quantised.keys() - (input_scales or {}).keys()
@@ -164,8 +162,7 @@ def quantise_checkpoint(
         if progress:
             progress(written, total)
 
-    whole = family.config_at(config, axis_map.full)
-    whole = written_config(whole, axis_map, source.dtype, scheme)
+    whole = written_config(config.at(axis_map.full), axis_map, source.dtype, scheme)
     with new_directory(out) as directory:
         copy_companions(path, directory)
         write_json(directory / "config.json", {**whole, CONFIG_KEY: config_entry(axis_map, scheme)})

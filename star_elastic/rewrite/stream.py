@@ -13,9 +13,10 @@ from pathlib import Path
 
 import torch
 
-from star_elastic.architectures import family_of, read_config
-from star_elastic.architectures.base import Config, Family
-from star_elastic.axes import AxisMap, Piece, TensorSpec
+from star_elastic.architectures import Architecture, ModelConfig, read_config
+from star_elastic.architectures.config_file import Config
+from star_elastic.axes import AxisMap, Piece, TensorSpec, size_of
+from star_elastic.axes.widths import Width
 from star_elastic.checkpoints.companions import copy_companions
 from star_elastic.checkpoints.layouts import (
     COMPRESSED_TENSORS,
@@ -40,10 +41,10 @@ from star_elastic.nesting.slice import (
     Orders,
     check_orders,
     dim_order,
+    orders_of,
     slice_tensor,
     sort_tensor,
 )
-from star_elastic.widths import Width
 
 Progress = Callable[[int, int], None]
 """Called with (bytes written so far, bytes in all)."""
@@ -58,7 +59,7 @@ class _Job:
     convert: Callable[[torch.Tensor], torch.Tensor]
 
 
-def _open(path: Path, axis_map: AxisMap, family: Family) -> StoredModel:
+def _open(path: Path, axis_map: AxisMap, family: Architecture) -> StoredModel:
     """A checkpoint whose every tensor will be written or is left behind on purpose."""
     source = StoredModel(path, axis_map, family)
     source.require_whole()
@@ -70,7 +71,7 @@ def _jobs(
     target: AxisMap,
     names: Mapping[str, str],
     kept_first: Callable[[TensorSpec], list[int]],
-    convert: Callable[[TensorSpec, bool], Callable[[torch.Tensor], torch.Tensor]],
+    convert: Callable[[TensorSpec, Piece], Callable[[torch.Tensor], torch.Tensor]],
 ) -> Iterator[_Job]:
     """The tensors to write, in the order of the table.
 
@@ -79,16 +80,12 @@ def _jobs(
     """
     for old_name, new_name in names.items():
         spec, written = source.axis_map.tensors[old_name], target.tensors[new_name]
-        stacked = spec.pieces[0].index is not None
-        shape = target.shape(written, target.full)
-        for new, old in enumerate(kept_first(spec) if stacked else [0]):
-            name = source.name_of(spec, spec.pieces[old])
-            planned = Planned(
-                written.pieces[new].name,
-                shape[1:] if stacked else shape,
-                source.reader.dtype(name),
-            )
-            yield _Job(planned, name, convert(spec, stacked))
+        pieces = spec.pieces_of(kept_first(spec)) if spec.is_stacked else spec.pieces
+        for new, old in zip(written.pieces, pieces, strict=True):
+            name = source.name_of(spec, old)
+            shape = target.shape(written.on_disk(new), target.full)
+            planned = Planned(new.name, shape, source.reader.dtype(name))
+            yield _Job(planned, name, convert(spec, old))
 
 
 def _counter(plan: Sequence[Planned], progress: Progress | None) -> Callable[[Planned], None]:
@@ -154,10 +151,9 @@ def slice_checkpoint(
     """
     path = Path(path)
     config = read_config(path)
-    family = family_of(config)
-    axis_map = family.axis_map(config)
+    axis_map = config.axis_map
     complete = axis_map.complete(widths)
-    target = family.config_at(config, complete)
+    target: Config = {**config.at(complete)}
     build_skeleton(target, file=f"the slice's config.json, made of {path / 'config.json'},")
     require_readable(path)
     scheme = read_scheme(config, axis_map)
@@ -175,16 +171,17 @@ def slice_checkpoint(
         axis_map = stored_map(axis_map, scheme)
         axis_map.require_edges(complete)
     smaller = axis_map.at(complete)
-    source = _open(path, axis_map, family)
+    source = _open(path, axis_map, config.architecture)
     target = written_config(target, model, source.dtype, scheme)
 
     def kept(spec: TensorSpec) -> list[int]:
         return [i for low, high in axis_map.runs(spec, 0, complete) for i in range(low, high)]
 
-    def convert(spec: TensorSpec, stacked: bool):
+    def convert(spec: TensorSpec, piece: Piece):
         if spec.name in scales:
             return lambda _: scales[spec.name]
-        return lambda tensor: slice_tensor(tensor, spec, axis_map, complete, skip_first=stacked)
+        dims, here = spec.on_disk(piece).dims, axis_map.seen_by(spec.layer, complete)
+        return lambda tensor: slice_tensor(tensor, dims, here)
 
     names = axis_map.names_at(complete)
     jobs = list(_jobs(source, smaller, names, kept, convert))
@@ -241,24 +238,23 @@ def sort_checkpoint(
     """
     path = Path(path)
     config = read_config(path)
-    family = family_of(config)
-    axis_map = family.axis_map(config)
+    axis_map = config.axis_map
     check_orders(orders, axis_map)
     build_skeleton(config, file=path / "config.json")
     if read_scheme(config, axis_map) is not None:
         raise ConfigError(f"{path} is quantised; sort the checkpoint first, then quantise it")
-    source = _open(path, axis_map, family)
+    source = _open(path, axis_map, config.architecture)
 
     def moved(spec: TensorSpec) -> list[int]:
-        order = dim_order(spec, 0, axis_map, orders)
-        return list(range(len(spec.pieces))) if order is None else order.tolist()
+        order = dim_order(spec.dims[0], orders_of(spec.layer, axis_map, orders))
+        return list(range(size_of(spec.dims[0]))) if order is None else order.tolist()
 
-    def convert(spec: TensorSpec, stacked: bool):
-        return lambda tensor: sort_tensor(tensor, spec, axis_map, orders, skip_first=stacked)
+    def convert(spec: TensorSpec, piece: Piece):
+        dims, here = spec.on_disk(piece).dims, orders_of(spec.layer, axis_map, orders)
+        return lambda tensor: sort_tensor(tensor, dims, here)
 
     jobs = list(_jobs(source, axis_map, axis_map.names_at(axis_map.full), moved, convert))
-    written = family.config_at(config, axis_map.full)
-    written = written_config(written, axis_map, source.dtype, None)
+    written = written_config(config.at(axis_map.full), axis_map, source.dtype, None)
     _write(source, jobs, written, out, max_shard_bytes, progress, finish)
 
 
@@ -278,8 +274,8 @@ def save_model(
     tensors, or of each by name; those that the table keeps in fp32 stay so. config.json names the
     dtype that most elements have. `progress` is told bytes.
     """
-    family = family_of(config)
-    axis_map = family.axis_map(config)
+    config = ModelConfig.of(config)
+    axis_map = config.axis_map
     dtypes = {
         spec.name: torch.float32
         if spec.keep_fp32
@@ -291,19 +287,18 @@ def save_model(
     values: dict[str, tuple[TensorSpec, Piece]] = {}
     plan: list[Planned] = []
     for spec in axis_map.tensors.values():
-        shape, stored = axis_map.shape(spec, axis_map.full), dtypes[spec.name]
         for piece in spec.pieces:
             values[piece.name] = (spec, piece)
-            plan.append(Planned(piece.name, shape if piece.index is None else shape[1:], stored))
+            shape = axis_map.shape(spec.on_disk(piece), axis_map.full)
+            plan.append(Planned(piece.name, shape, dtypes[spec.name]))
 
     def value_of(name: str) -> torch.Tensor:
         spec, piece = values[name]
-        tensor = state[spec.name]
-        tensor = tensor if piece.index is None else tensor[piece.index]
-        return tensor.detach().to(dtypes[spec.name])
+        return state[spec.name][spec.box(piece)].detach().to(dtypes[spec.name])
 
-    written = family.config_at(config, axis_map.full)
-    written = written_config(written, axis_map, most_common_dtype(dtypes, axis_map), None)
+    written = written_config(
+        config.at(axis_map.full), axis_map, most_common_dtype(dtypes, axis_map), None
+    )
     with new_directory(out) as directory:
         copy_companions(extras, directory)
         write_json(directory / "config.json", written)

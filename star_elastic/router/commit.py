@@ -14,14 +14,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from star_elastic.axes.widths import Widths
 from star_elastic.cost.amounts import show_amount
 from star_elastic.cost.count import CostModel
 from star_elastic.errors import BudgetError
 from star_elastic.router.budget import AIM, REACH, Budgets, budget_miss
 from star_elastic.router.grid import Grid
 from star_elastic.router.router import Decision, Router, Temperature
-from star_elastic.router.search import Search
-from star_elastic.widths import Widths
+from star_elastic.router.search import nearest, search
 
 LEARNED = 80
 """Router steps from which its own choice is to be trusted (`benchmarks/planted_axes.py`)."""
@@ -86,35 +86,34 @@ def commit(decision: Decision, budgets: Budgets, cost: CostModel, grid: Grid) ->
     grid: from there, how likely what is left out is says more than what is near. No data is looked
     at.
     """
-    search = Search.of(decision.picks, grid, budgets, cost)
-    possible, _ = search.nearest()
-    found = search.within(1)
-    is_whole = bool(found.moves[0] and not search.start.any())
-    if is_whole or found.misses[0] > max(AIM, possible) * (1 + 1e-9):
-        found = search.anywhere()
-    steps = (search.start - found.positions[0]).tolist()
+    likely = [pick.probs.detach().cpu().double().clamp_min(1e-30).log() for pick in decision.picks]
+    own = tuple(int(log_probs.argmax()) for log_probs in likely)
+    possible = nearest(grid, cost, budgets).miss
+    found = search(grid, cost, budgets, likely, steps=1)
+    is_whole = not any(own) and found.positions != own
+    if is_whole or found.miss > max(AIM, possible) * (1 + 1e-9):
+        found = search(grid, cost, budgets, likely)
+    steps = [at - to for at, to in zip(own, found.positions, strict=True)]
     is_far = max(map(abs, steps)) > 1
-    repair = _by_axis(search, steps)
-    widths = search.widths(found.positions[0])
-    miss = float(budget_miss(widths, budgets, cost))
+    miss = float(budget_miss(found.widths, budgets, cost))
     return Commitment(
-        widths,
+        found.widths,
         miss,
-        repair,
+        _by_axis(grid, steps),
         min(possible, miss),
-        search.widths(search.start),
+        grid.at(own, cost.axis_map),
         sum(map(abs, steps)) if is_far else 0,
         "budget" if is_far or is_whole else "data",
     )
 
 
-def _by_axis(search: Search, steps: Sequence[int]) -> dict[str, int | tuple[int, ...]]:
+def _by_axis(grid: Grid, steps: Sequence[int]) -> dict[str, int | tuple[int, ...]]:
     """Steps of every place as steps of the axes that moved."""
     grouped: dict[str, list[int]] = {}
-    for place, moved in zip(search.places, steps, strict=True):
+    for place, moved in zip(grid.places, steps, strict=True):
         grouped.setdefault(place.axis, []).append(moved)
     return {
-        axis: tuple(moved) if axis in search.grid.per_layer else moved[0]
+        axis: tuple(moved) if axis in grid.per_layer else moved[0]
         for axis, moved in grouped.items()
         if any(moved)
     }

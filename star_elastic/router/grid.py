@@ -9,8 +9,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from star_elastic.axes import LAYERS, AxisMap
+from star_elastic.axes.widths import Widths, default_step
 from star_elastic.errors import ConfigError, ShapeError
-from star_elastic.widths import Widths, default_step
 
 KEPT_WHOLE = ("heads", "layers", "top_k")
 """Axes that are not elastic unless asked for: the papers keep them."""
@@ -71,6 +71,13 @@ class Grid:
             else values[0]
             for axis, values in grouped.items()
         }
+
+    def at(self, positions: Sequence[int], axis_map: AxisMap) -> Widths:
+        """Integer widths of every axis from the number of the choice at every place. Raises
+        ShapeError for widths that do not go together."""
+        places = zip(self.places, positions, strict=True)
+        chosen = [self.choices[place.axis][number] for place, number in places]
+        return axis_map.complete(self.widths(chosen))
 
     def narrowest(self) -> dict[str, Any]:
         """The narrowest widths."""
@@ -162,8 +169,3 @@ def rank_grid(grid: Grid, depth: Sequence[int], axis_map: AxisMap) -> Grid:
                 f"({error}); leave {count} out"
             ) from None
     return ranked
-
-
-def complete_widths(grid: Grid, chosen: Sequence[int], axis_map: AxisMap) -> Widths:
-    """Integer widths of every axis. Raises ShapeError for widths that do not go together."""
-    return axis_map.complete(grid.widths(chosen))

@@ -10,8 +10,7 @@ from star_elastic.cost.count import METRICS, CostModel
 from star_elastic.errors import BudgetError
 from star_elastic.router.budget import REACH, Budgets, describe
 from star_elastic.router.grid import Grid
-from star_elastic.router.search import Search
-from star_elastic.widths import Widths
+from star_elastic.router.search import nearest
 
 
 def check_reach(name: str, budgets: Budgets, cost: CostModel, grid: Grid) -> None:
@@ -58,19 +57,10 @@ def _cheapest(grid: Grid, cost: CostModel, metric: str) -> tuple[int, ...]:
 def check_budgets(name: str, budgets: Budgets, cost: CostModel, grid: Grid) -> None:
     """Raises BudgetError unless the budgets are known and some widths of the grid meet them all."""
     check_reach(name, budgets, cost, grid)
-    possible, widths = nearest_possible(budgets, cost, grid)
-    if possible > REACH:
+    found = nearest(grid, cost, budgets)
+    if found.miss > REACH:
         raise BudgetError(
             f"size {name!r}: no widths of the choices meet {describe(budgets)} within {REACH:.0%}; "
-            f"the nearest ({widths}) miss by {possible:.1%}: change a budget or give finer choices"
+            f"the nearest ({found.widths}) miss by {found.miss:.1%}: change a budget or give finer "
+            "choices"
         )
-
-
-def nearest_possible(budgets: Budgets, cost: CostModel, grid: Grid) -> tuple[float, Widths]:
-    """The smallest miss that is found for any widths of the grid, and those widths.
-
-    All widths are counted unless there are too many (`search.py`).
-    """
-    search = Search.indifferent(grid, budgets, cost)
-    miss, positions = search.nearest()
-    return miss, search.widths(positions)

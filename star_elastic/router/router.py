@@ -16,10 +16,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from star_elastic.axes import LAYERS
+from star_elastic.axes.widths import Width
 from star_elastic.errors import CheckpointError
 from star_elastic.nesting.gate import Mixture, Mixtures
 from star_elastic.router.grid import Grid
-from star_elastic.widths import Width
 
 HIDDEN_WIDTH = 256
 INIT_STD = 0.1

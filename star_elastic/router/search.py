@@ -1,10 +1,12 @@
-"""The search over the grid: of all widths that meet a size's budgets, the likeliest ones.
+"""The search over the grid: of all widths that meet some budgets, those with the highest score.
 
-A router's decision says how likely each width of each place is. Fixing a size means to choose one
-width for every place, so that the budgets are met by exact count and the product of the
-probabilities is as large as can be. Small grids are tried out. Large ones are swept: a price on
-what a budget is overspent by, rising from nothing, gives ever cheaper (or dearer) widths, and a
-beam search goes on from the best of them.
+A score is a number for every width of every place of the grid, and their sum counts: how likely a
+router finds each (its log-probability), or whatever else speaks for a width. Nothing here knows a
+router. What widths cost is counted exactly.
+
+A grid with few combinations is tried out. Of a larger one, all widths that are alike in all
+layers are tried (thinned out if these are too many), and a beam search goes on, place by place,
+from the best of them and from the best scored widths.
 """
 
 from __future__ import annotations
@@ -16,202 +18,173 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from star_elastic.axes.widths import Widths
 from star_elastic.cost.count import CostModel
-from star_elastic.nesting.gate import Mixture
 from star_elastic.router.budget import AIM, Budgets, overspent
-from star_elastic.router.grid import Grid, complete_widths
-from star_elastic.widths import Widths
+from star_elastic.router.grid import Grid
 
 EXHAUSTIVE = 200_000
 """Combinations of widths up to this many are counted one and all."""
 BEAM = 64
 ROUND = 50_000
 """Combinations that a round of a beam search counts, about."""
-PRICES = 64
-"""Prices of a sweep, each twice the one before, around the one that moves a place by a half."""
+
+Scores = Sequence[Sequence[float] | torch.Tensor]
+"""For every place of a grid, a score of each of its choices."""
 
 
 @dataclass(frozen=True, slots=True)
-class Scored:
-    """Combinations of choices, by position on the grid (n, places), with what speaks for each:
-    the relative distance to the budgets `misses` (n,), `log_probs` (n,), and the number of places
-    `moves` (n,) that differ from the router's own choice."""
+class Found:
+    """The widths that a search ends with; the number of the choice at every place of the grid, the
+    sum of their scores, and the largest relative distance of the exact cost to a budget."""
+
+    widths: Widths
+    positions: tuple[int, ...]
+    score: float
+    miss: float
+
+
+def search(
+    grid: Grid, cost: CostModel, budgets: Budgets, scores: Scores, *, steps: int | None = None
+) -> Found:
+    """The widths with the highest score of those that meet the budgets within `AIM`; if none do,
+    the nearest to the budgets. With `steps`, only those at most so many choices away from the best
+    scored one, on every place."""
+    look = _Search(grid, cost, budgets, scores)
+    allowed = look.all
+    if steps is not None:
+        allowed = [own[max(at - steps, 0) : at + steps + 1] for own, at in zip(
+            allowed, look.start.tolist(), strict=True
+        )]  # fmt: skip
+    return look.found(look.among(allowed), 0)
+
+
+def nearest(grid: Grid, cost: CostModel, budgets: Budgets) -> Found:
+    """The widths whose cost is nearest to the budgets, whatever speaks for them.
+
+    Where layers decide for themselves, widths alike in all layers that meet the budgets within
+    `AIM` are good enough.
+    """
+    look = _Search(grid, cost, budgets, [[0.0] * len(grid.choices[p.axis]) for p in grid.places])
+    tried = look.count(look.alike(look.all))
+    if grid.per_layer and tried.misses.min() > AIM:
+        tried = look.among(look.all)
+    return look.found(tried, int(tried.misses.argmin()))
+
+
+@dataclass(frozen=True, slots=True)
+class _Counted:
+    """Combinations by position on the grid (n, places); the distance to the budgets `misses` (n,),
+    `scores` (n,), and the number of places `moves` (n,) at which another choice scores higher."""
 
     positions: torch.Tensor
     misses: torch.Tensor
-    log_probs: torch.Tensor
+    scores: torch.Tensor
     moves: torch.Tensor
 
-    def best(self, count: int = 1) -> list[int]:
-        """Rows, best first: budgets met, then the most probable; or else the nearest to them."""
+    def best(self, count: int) -> list[int]:
+        """Rows, best first: budgets met, then the highest score; or else the nearest to them."""
         met = self.misses <= AIM
         order = torch.arange(len(self.misses))
         # Sorted by the least important key first; sorts are stable.
-        for key in (self.misses, self.moves, torch.where(met, -self.log_probs, self.misses), ~met):
+        for key in (self.misses, self.moves, torch.where(met, -self.scores, self.misses), ~met):
             order = order[key[order].to(torch.float64).argsort(stable=True)]
         return order[:count].tolist()
 
-    def rows(self, chosen: Sequence[int]) -> Scored:
-        """Some of the rows."""
-        return Scored(
-            self.positions[chosen], self.misses[chosen], self.log_probs[chosen], self.moves[chosen]
+    def beam(self) -> _Counted:
+        """The best rows."""
+        kept = self.best(BEAM)
+        return _Counted(
+            self.positions[kept], self.misses[kept], self.scores[kept], self.moves[kept]
         )
 
     def key(self) -> tuple[bool, float]:
-        """What the best row is worth, the first of a sorted `Scored`."""
+        """What the first row of a beam is worth; less is better."""
         met = bool(self.misses[0] <= AIM)
-        return not met, float(-self.log_probs[0] if met else self.misses[0])
+        return not met, float(-self.scores[0] if met else self.misses[0])
 
 
-class Search:
-    """Scores combinations of choices against budgets, many at a time.
+class _Search:
+    """Counts many combinations at a time. `start` is the best scored choice of every place."""
 
-    `log_probs` holds for every place of the grid how likely each of its choices is (choices,).
-    """
+    def __init__(self, grid: Grid, cost: CostModel, budgets: Budgets, scores: Scores):
+        self.grid, self.cost, self.budgets = grid, cost, budgets
+        self.scores = [torch.as_tensor(own, dtype=torch.float64) for own in scores]
+        self.choices = [grid.choices[place.axis] for place in grid.places]
+        self.all = [range(len(choices)) for choices in self.choices]
+        self.start = torch.tensor([int(own.argmax()) for own in self.scores])
 
-    def __init__(
-        self, grid: Grid, budgets: Budgets, cost: CostModel, log_probs: Sequence[torch.Tensor]
-    ):
-        self.grid, self.budgets, self.cost, self.log_probs = grid, budgets, cost, log_probs
-        self.places = grid.places
-        self.choices = [grid.choices[place.axis] for place in self.places]
-        self.start = torch.tensor([int(values.argmax()) for values in log_probs])
+    def found(self, rows: _Counted, number: int) -> Found:
+        """One of some rows."""
+        at = tuple(rows.positions[number].tolist())
+        widths = self.grid.at(at, self.cost.axis_map)
+        return Found(widths, at, float(rows.scores[number]), float(rows.misses[number]))
 
-    @classmethod
-    def of(cls, picks: Sequence[Mixture], grid: Grid, budgets: Budgets, cost: CostModel) -> Search:
-        """The search for a router's decision."""
-        likely = [pick.probs.detach().cpu().double() for pick in picks]
-        return cls(grid, budgets, cost, [probs.clamp_min(1e-30).log() for probs in likely])
-
-    @classmethod
-    def indifferent(cls, grid: Grid, budgets: Budgets, cost: CostModel) -> Search:
-        """The search for whom all widths are equally likely."""
-        sizes = [len(grid.choices[place.axis]) for place in grid.places]
-        return cls(grid, budgets, cost, [torch.zeros(size, dtype=torch.float64) for size in sizes])
-
-    def score(self, positions: torch.Tensor) -> Scored:
-        """Exact cost of every row of positions."""
-        misses = self._overspent(positions).abs().amax(0)
-        log_probs = torch.zeros(len(positions), dtype=torch.float64)
-        for i, values in enumerate(self.log_probs):
-            log_probs += values[positions[:, i]]
-        return Scored(positions, misses, log_probs, (positions != self.start).sum(1))
-
-    def _overspent(self, positions: torch.Tensor) -> torch.Tensor:
-        """Relative distances to the budgets (budgets, n), above zero where a row costs more."""
+    def count(self, positions: torch.Tensor) -> _Counted:
+        """The exact cost of every row of positions (n, places) beside the budgets."""
         columns = [
-            torch.tensor(choices, dtype=torch.float64)[positions[:, i]]
-            for i, choices in enumerate(self.choices)
+            torch.tensor(choices, dtype=torch.float64)[own]
+            for choices, own in zip(self.choices, positions.T, strict=True)
         ]
-        values = overspent(self.grid.widths(columns), self.budgets, self.cost)
-        rows = [torch.as_tensor(value).double().expand(len(positions)) for value in values]
-        return torch.stack(rows)
+        over = overspent(self.grid.widths(columns), self.budgets, self.cost)
+        misses = torch.zeros(len(positions), dtype=torch.float64)
+        for value in over:  # a number where no width in question changes the metric
+            misses = torch.maximum(misses, torch.as_tensor(value).double().abs())
+        scores = torch.zeros_like(misses)
+        for own, column in zip(self.scores, positions.T, strict=True):
+            scores += own[column]
+        return _Counted(positions, misses, scores, (positions != self.start).sum(1))
 
-    def widths(self, positions: torch.Tensor) -> Widths:
-        """The widths at one row of positions."""
-        chosen = [choices[p] for choices, p in zip(self.choices, positions.tolist(), strict=True)]
-        return complete_widths(self.grid, chosen, self.cost.axis_map)
-
-    def within(self, radius: int) -> Scored:
-        """Combinations within `radius` steps of the router's own choice on every place, best
-        first: all of them, or those that the search finds."""
-        return self.among([
-            range(max(at - radius, 0), min(at + radius + 1, len(choices)))
-            for at, choices in zip(self.start.tolist(), self.choices, strict=True)
-        ])  # fmt: skip
-
-    def anywhere(self) -> Scored:
-        """Combinations of the whole grid, best first: all of them, or those the search finds."""
-        return self.among([range(len(choices)) for choices in self.choices])
-
-    def among(self, allowed: Sequence[Sequence[int]]) -> Scored:
+    def among(self, allowed: Sequence[Sequence[int]]) -> _Counted:
         """Combinations of the allowed positions of every place, best first."""
         if math.prod(map(len, allowed)) <= EXHAUSTIVE:
-            scored = self.every(allowed)
-            return scored.rows(scored.best(BEAM))
-        return self.beam(allowed, torch.cat([self.sweep(allowed), self.thinned(allowed)]))
+            return self.count(_product(allowed)).beam()
+        return self.climb(allowed, torch.cat([self.start[None], self.alike(allowed)]))
 
-    def nearest(self) -> tuple[float, torch.Tensor]:
-        """The smallest miss that is found for any combination, however unlikely, and its positions
-        (places,).
-
-        Where layers decide for themselves, first for widths that are the same in all layers.
-        """
-        seeds = self.score(self.thinned([range(len(choices)) for choices in self.choices]))
-        if self.grid.per_layer and seeds.misses.min() > AIM:
-            blind = Search.indifferent(self.grid, self.budgets, self.cost)
-            seeds = blind.anywhere()
-        best = int(seeds.misses.argmin())
-        return float(seeds.misses[best]), seeds.positions[best]
-
-    def every(self, allowed: Sequence[Sequence[int]]) -> Scored:
-        """All combinations of the allowed positions."""
-        positions = torch.cartesian_prod(*(torch.tensor(list(options)) for options in allowed))
-        return self.score(positions.reshape(-1, len(allowed)))
-
-    def sweep(self, allowed: Sequence[Sequence[int]]) -> torch.Tensor:
-        """The router's own choice, and the likeliest positions at each price (prices + 1, places).
-
-        What a choice costs is counted from the router's own choice, one place at a time, and
-        weighs as much as the budget is overspent there (negative where it is not used up).
-        """
-        rows = [self.start]
-        for place, options in enumerate(allowed):
-            for option in options:
-                rows.append(self.start.clone())
-                rows[-1][place] = option
-        distances = self._overspent(torch.stack(rows))
-        need, saved = distances[:, 0], distances[:, :1] - distances
-        worth = (need[:, None] * saved).sum(0)[1:].split([len(options) for options in allowed])
-        largest = max(float(torch.cat(worth).abs().max()), 1e-12)
-        prices = 2.0 ** torch.arange(-PRICES // 2, PRICES // 2) / largest
-        chosen = []
-        for place, (options, gain) in enumerate(zip(allowed, worth, strict=True)):
-            likely = self.log_probs[place][list(options)]
-            best = (likely + prices[:, None] * gain).argmax(1)
-            chosen.append(torch.tensor(list(options))[best])
-        return torch.cat([self.start[None], torch.stack(chosen, 1)]).unique(dim=0)
-
-    def thinned(self, allowed: Sequence[Sequence[int]]) -> torch.Tensor:
+    def alike(self, allowed: Sequence[Sequence[int]]) -> torch.Tensor:
         """The best combinations (n, places), and the nearest to the budgets, of those that are the
         same in all layers; if there are too many, of every second one, fourth one and so on."""
         axes = list(self.grid.choices)
-        column = torch.tensor([axes.index(place.axis) for place in self.places])
-        likely = [torch.zeros(len(choices)).double() for choices in self.grid.choices.values()]
+        column = [axes.index(place.axis) for place in self.grid.places]
+        scores = [torch.zeros(len(choices)).double() for choices in self.grid.choices.values()]
         kept = [set(range(len(choices))) for choices in self.grid.choices.values()]
-        for place, axis in enumerate(column.tolist()):
-            likely[axis] = likely[axis] + self.log_probs[place]
-            kept[axis] &= set(allowed[place])
+        for axis, own, options in zip(column, self.scores, allowed, strict=True):
+            scores[axis] = scores[axis] + own
+            kept[axis] &= set(options)
         options = [sorted(positions) for positions in kept]
-        if not all(options):
+        if not all(options):  # layers' allowed positions have none in common
             return self.start[None]
         while math.prod(map(len, options)) > EXHAUSTIVE:
             longest = max(range(len(options)), key=lambda axis: len(options[axis]))
             options[longest] = sorted({*options[longest][::2], options[longest][-1]})
-        alike = Search(replace(self.grid, per_layer={}), self.budgets, self.cost, likely)
-        scored = alike.every(options)
-        chosen = [*scored.best(BEAM), int(scored.misses.argmin())]
-        return scored.positions[chosen][:, column]
+        plain = _Search(replace(self.grid, per_layer={}), self.cost, self.budgets, scores)
+        counted = plain.count(_product(options))
+        chosen = [*counted.best(BEAM), int(counted.misses.argmin())]
+        return counted.positions[chosen][:, column]
 
-    def beam(self, allowed: Sequence[Sequence[int]], seeds: torch.Tensor) -> Scored:
+    def climb(self, allowed: Sequence[Sequence[int]], seeds: torch.Tensor) -> _Counted:
         """The best combinations that changes lead to from `seeds`: of one place in every round, and
         where these do not help any more, of two places at once."""
         changes = [(place, to) for place, options in enumerate(allowed) for to in options]
         pairs = [(a, b) for a, b in itertools.combinations(changes, 2) if a[0] != b[0]]
         singly = [(change,) for change in changes]
-        beam = self.score(seeds)
-        beam = beam.rows(beam.best(BEAM))
+        beam = self.count(seeds).beam()
         for _ in range(2 * len(allowed)):
             for moves in (singly, pairs):
                 rows = beam.positions[: max(ROUND // max(len(moves), 1), 1)]
                 moved = torch.cat([rows, *(_change(rows, move) for move in moves)])
-                scored = self.score(moved.unique(dim=0))
-                last, beam = beam, scored.rows(scored.best(BEAM))
+                last, beam = beam, self.count(moved.unique(dim=0)).beam()
                 if beam.key() < last.key():
                     break
             else:
                 break
         return beam
+
+
+def _product(options: Sequence[Sequence[int]]) -> torch.Tensor:
+    """All combinations of the positions of every place (n, places)."""
+    columns = torch.cartesian_prod(*(torch.tensor(list(own)) for own in options))
+    return columns.reshape(-1, len(options))
 
 
 def _change(rows: torch.Tensor, moves: Sequence[tuple[int, int]]) -> torch.Tensor:

@@ -14,7 +14,8 @@ from star_elastic.files.paths import has_file
 from star_elastic.models.elastic import ElasticModel
 from star_elastic.models.fake_quantisation import FILE_NAME as FAKE
 from star_elastic.models.fake_quantisation import FakeQuantisation
-from star_elastic.models.submodel import load_parent, load_sorting, sort_in_place
+from star_elastic.models.load import load_parent
+from star_elastic.models.submodel import load_sorting, sort_in_place
 from star_elastic.progress import Progress
 from star_elastic.quant.scheme import Scheme
 from star_elastic.rewrite.family import InputCalibration, calibrate_sizes, shared_scales
@@ -23,11 +24,8 @@ from star_elastic.router.router import Router
 from star_elastic.train.calibrate import Calibration
 from star_elastic.train.check import Checked
 from star_elastic.train.config import RunConfig
-from star_elastic.train.directory import TEACHER
 from star_elastic.train.distributed import World
-from star_elastic.train.fingerprint import digest_model
 from star_elastic.train.loop import Trainer
-from star_elastic.train.teacher import TeacherCache
 
 
 def build_trainer(
@@ -68,7 +66,6 @@ def build_trainer(
         checked.budgets,
         checked.cost,
         world,
-        _teacher_cache(config, parent.config.vocab_size, run, world),
         progress,
     )
     if checked.fixed:
@@ -147,18 +144,3 @@ def _sorted(
     sort_in_place(parent, checked.axis_map, orders, basis)
 
     return parent, orders, basis, checked.ranked_grid(depth)
-
-
-def _teacher_cache(
-    config: RunConfig, vocab_size: int, run: Path, world: World
-) -> TeacherCache | None:
-    if not config.engine.teacher_samples or config.objective == "task":
-        return None
-    return TeacherCache(
-        run / TEACHER,
-        num_samples=config.engine.teacher_samples,
-        vocab_size=vocab_size,
-        parent=digest_model(config.parent),
-        seed=config.seed,
-        writer=world.rank,
-    )

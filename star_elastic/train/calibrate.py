@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
-from star_elastic.architectures.base import Config
+from star_elastic.architectures.config_file import Config
 from star_elastic.axes import LAYERS, AxisMap
 from star_elastic.checkpoints.companions import BASIS
 from star_elastic.checkpoints.tensors import load_tensors, save_tensors

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 
 from star_elastic.architectures import family_of, read_config
-from star_elastic.architectures.base import Config
+from star_elastic.architectures.config_file import Config
 from star_elastic.axes import AxisMap
+from star_elastic.axes.widths import Widths, parse_widths
 from star_elastic.checkpoints.companions import LATENCY
 from star_elastic.checkpoints.layouts import CONFIG_KEY, stored_map
 from star_elastic.checkpoints.manifest import Manifest, Size, load_manifest, require_order
@@ -22,8 +23,8 @@ from star_elastic.cost.latency import LatencyTable, load_table
 from star_elastic.data.row_kinds import find_files
 from star_elastic.errors import BudgetError, ConfigError
 from star_elastic.files.paths import exists, is_file
+from star_elastic.models.load import require_loadable
 from star_elastic.models.model_config import model_config as transformers_config
-from star_elastic.models.submodel import require_loadable
 from star_elastic.nesting.rotate import check_rotatable
 from star_elastic.quant.scheme import Scheme, make_scheme
 from star_elastic.router.budget import REACH, Budgets, budget_miss, describe
@@ -33,7 +34,6 @@ from star_elastic.router.reach import check_budgets, check_reach
 from star_elastic.strict import require
 from star_elastic.train.config import RunConfig
 from star_elastic.train.state import has_state
-from star_elastic.widths import Widths, parse_widths
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,7 +16,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from star_elastic.architectures.base import is_hub_name, not_a_directory
+from star_elastic.architectures.config_file import is_hub_name, not_a_directory
+from star_elastic.bundled import find_model
 from star_elastic.cost.amounts import parse_budget
 from star_elastic.cost.count import METRICS, Workload
 from star_elastic.data.source_config import SourceConfig
@@ -224,8 +225,7 @@ the papers' stages need, whose steps have twelve million tokens."""
 
 @dataclass(frozen=True, kw_only=True)
 class EngineConfig:
-    """How a step is computed. But for `teacher_samples`, which adds noise without bias, none of it
-    changes what is learned beyond rounding."""
+    """How a step is computed. None of it changes what is learned beyond rounding."""
 
     micro_batch: int = 0
     """Windows at a time, of a step's; 0: as many as hold 16,384 tokens, at least one. Start with 1
@@ -239,9 +239,6 @@ class EngineConfig:
     autocast: bool | None = None
     """Multiplies in bf16; experts' scores, the Mamba state, losses, weights and their updates stay
     in fp32. Left out: where the device has units for it, which many CPUs have not."""
-    teacher_samples: int = 0
-    """Samples of the teacher's distribution per token that are kept on disk, so that it need not
-    run when a row comes again. 0: it runs every time. Start with 64 for data read many times."""
     save_every: int = 200
     """Steps between two saved states."""
 
@@ -250,10 +247,6 @@ class EngineConfig:
             ("micro_batch", 0, MOST_ROWS), ("workers", 1, MOST_THREADS), ("save_every", 1, MOST),
         ):  # fmt: skip
             require_within(name, getattr(self, name), least, most)
-        require(
-            0 <= self.teacher_samples <= 255,
-            f"teacher_samples={self.teacher_samples} is not in 0 to 255; give one of them",
-        )
 
     def windows_at_once(self, context: int) -> int:
         """The most windows of `context` tokens that one forward reads."""
@@ -292,7 +285,8 @@ class RunConfig:
 
     parent: str
     """The model to make sizes of: a Hugging Face checkpoint directory with safetensors weights and
-    a tokenizer. Start with a small one: training takes 20 bytes per parameter and activations."""
+    a tokenizer, or `bundled-parent`, which comes with the package. Start with a small one: training
+    takes 20 bytes per parameter and activations."""
     out: str
     """The run's directory: states while it trains, `elastic/` in the end. Start with a new one for
     every run."""
@@ -436,12 +430,15 @@ def load_run_config(file: str | Path) -> RunConfig:
     def resolve(path: str) -> str:
         return os.path.abspath(file.parent / path) if path else path
 
+    def resolve_model(path: str) -> str:
+        return os.path.abspath(find_model(path, file.parent)) if path else path
+
     return dataclasses.replace(
         config,
-        parent=resolve(config.parent),
+        parent=resolve_model(config.parent),
         out=resolve(config.out),
         latency=resolve(config.latency),
-        family=resolve(config.family),
+        family=resolve_model(config.family),
         data=tuple(
             dataclasses.replace(source, files=tuple(map(resolve, source.files)))
             for source in config.data

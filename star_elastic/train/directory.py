@@ -35,13 +35,12 @@ from star_elastic.train.verdict import VERDICT
 
 ELASTIC, QUANTISED = "elastic", "quantised"
 RUN, METRICS = "run.json", "metrics.jsonl"
-TEACHER = "teacher"
 MEASURED = (SCORES, BASIS, DEPTH, FAKE)
 """What is measured before training and kept: it holds for the config that the run began with."""
 FILES = "files"
 MAY_CHANGE = re.compile(
     r"stages\[\d+\]\.(final_)?learning_rate|router\.learning_rate|optimizer\.clip_norm"
-    r"|engine\.(?!teacher_samples).*|data\[\d+\]\.(bad_rows|files|loss_on|notes)|out|parent|family"
+    r"|engine\..*|data\[\d+\]\.(bad_rows|files|loss_on|notes)|out|parent|family"
     r"|latency|calibration\.scores"
 )
 """Keys that may change when a run goes on: what messages advise to correct, how a step is computed,

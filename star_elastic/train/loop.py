@@ -37,9 +37,8 @@ from star_elastic.router.router import Decision, Router, Temperature, seed_for
 from star_elastic.train.config import RunConfig
 from star_elastic.train.curriculum import Curriculum
 from star_elastic.train.distributed import World, multiplies_bf16
-from star_elastic.train.losses import linear_kl, next_token_targets, sampled_kl
+from star_elastic.train.losses import linear_cross_entropy, linear_kl
 from star_elastic.train.packing import PackedBatch, PackedStream, merge_states
-from star_elastic.train.teacher import TeacherCache
 from star_elastic.train.workers import Learner, Workers
 
 
@@ -91,7 +90,6 @@ class Trainer:
         budgets: Mapping[str, Budgets],
         cost: CostModel,
         world: World | None = None,
-        cache: TeacherCache | None = None,
         progress: Progress | None = None,
     ):
         self.config = config
@@ -102,7 +100,6 @@ class Trainer:
         self.sources = sources
         self.budgets = budgets
         self.cost = cost
-        self.cache = cache
         self.curriculum = Curriculum(config.stages)
         if teacher is not None:
             teacher.eval().requires_grad_(False)
@@ -319,28 +316,17 @@ class Trainer:
 
     def _teach(self, learner: Learner, batch: PackedBatch):
         """The divergence from the teacher on some windows, as a function of the student's states
-        at their counted positions and its head; live, or from what is cached. With the task as the
-        objective, the next tokens themselves are the teacher."""
+        at their counted positions and its head. With the task as the objective, the next tokens
+        themselves are the teacher."""
         if self.config.objective == "task":
-            labels = next_token_targets(batch.targets[batch.predicts])
-            return lambda states, head: sampled_kl(states, head, labels)
-        if self.cache is not None and self._is_cached(self.cache, batch):
-            targets = self.cache.gather(batch.texts, batch.predicts)
-            return lambda states, head: sampled_kl(states, head, targets)
+            labels = batch.targets[batch.predicts]
+            return lambda states, head: linear_cross_entropy(states, head, labels)
         assert learner.teacher is not None
         with torch.no_grad(), self._autocast():
             full = learner.teacher.axis_map.full
             states, head = learner.teacher.hidden_states(full, **batch.inputs)
-            if self.cache is not None:
-                self.cache.sample(batch.texts, states, head)
-                targets = self.cache.gather(batch.texts, batch.predicts)
-                return lambda own, own_head: sampled_kl(own, own_head, targets)
             known = states[batch.predicts]
         return lambda own, own_head: linear_kl(own, own_head, known, head)
-
-    def _is_cached(self, cache: TeacherCache, batch: PackedBatch) -> bool:
-        """Whether no rank has to ask the teacher (sharded, it speaks only to all of them)."""
-        return not self.world.any(not cache.covers(batch.texts))
 
     def _collect(self, report: StepReport, results: Sequence[tuple[Mapping, Mapping]]) -> None:
         """Puts the losses of all workers and ranks into the report, and checks them."""

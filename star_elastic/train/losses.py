@@ -9,15 +9,13 @@ Low precision is for operands only. Logits rounded to bf16 before the softmax wo
 2.6e-4 nats between equal models at V = 131,072; products of bf16 operands are therefore summed up
 and kept in fp32 (at most 1e-6 nats, `tests/test_loss_precision.py`).
 
-Shapes: N tokens, C of them in a chunk, V vocabulary, H width of the student, G of the teacher,
-M different ids drawn for all N tokens.
+Shapes: N tokens, C of them in a chunk, V vocabulary, H width of the student, G of the teacher.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch.autograd.function import once_differentiable
@@ -39,20 +37,13 @@ def default_chunk_bytes(device: torch.device) -> int:
     return max(CHUNK_BYTES, total // GPU_SHARE)
 
 
-def distillation_loss(
-    teacher_NV: torch.Tensor, student_NV: torch.Tensor, *, chunk: int = 4096
-) -> torch.Tensor:
+def distillation_loss(teacher_NV: torch.Tensor, student_NV: torch.Tensor) -> torch.Tensor:
     """Forward KL(teacher || student) in nats per token at temperature 1, in fp32; a scalar.
 
-    Rows are the N unmasked tokens. Works through `chunk` tokens at a time, so that only one
-    chunk's probabilities exist in fp32 at once on the teacher's side.
+    The plain form, from whole logits: the truth that the chunked one is held against.
     """
-    total = student_NV.new_zeros((), dtype=torch.float32)
-    for start in range(0, len(teacher_NV), chunk):
-        teacher = teacher_NV[start : start + chunk].float().log_softmax(-1)
-        student = student_NV[start : start + chunk].float().log_softmax(-1)
-        total = total + (teacher.exp() * (teacher - student)).sum()
-    return total / len(teacher_NV)
+    teacher_NV, student_NV = (logits.float().log_softmax(-1) for logits in (teacher_NV, student_NV))
+    return (teacher_NV.exp() * (teacher_NV - student_NV)).sum() / len(teacher_NV)
 
 
 def linear_kl(
@@ -74,85 +65,19 @@ def linear_kl(
     return _chunked_loss(student_NH, student_weight_VH, teacher, chunk_bytes)
 
 
-def sampled_kl(
+def linear_cross_entropy(
     student_NH: torch.Tensor,
     student_weight_VH: torch.Tensor,
-    targets: SampledTargets,
+    labels_N: torch.Tensor,
     *,
     chunk_bytes: int | None = None,
 ) -> torch.Tensor:
-    """An unbiased estimate of `linear_kl` from ids that were drawn from the teacher; a scalar.
+    """The cross-entropy of the ids `labels_N` (int64) in nats, *summed* over the N rows; a scalar.
 
-    In nats, *summed* over the N rows: -sum_j p_hat_j log q_j - entropy, with p_hat the share of
-    draws that gave id j. Its gradient is unbiased, too ("Sparse Logit Sampling", Anshumann et al.,
-    ACL 2025; the top-k ids would be biased). Precision and memory as in `linear_kl`.
+    It is the divergence from a teacher that is sure of these ids. Precision and memory as in
+    `linear_kl`.
     """
-    return _chunked_loss(student_NH, student_weight_VH, _Samples(targets), chunk_bytes)
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class SampledTargets:
-    """What a teacher said at N positions: ids drawn from its distribution, each with its count.
-
-    Position n has `ids[starts[n]:starts[n + 1]]`, all different, and their `counts`.
-    ids: (M,) uint16 or int32. counts: (M,) uint8. starts: (N + 1,) int64, from 0 to M.
-    entropy: (N,) float32, -sum_j p_hat_j log p_j in nats, with p the teacher's own probabilities.
-    Its mean over draws is the teacher's entropy; taken at the ids that were drawn, the noise of a
-    reported KL falls with the KL, and is zero for a student that equals its teacher.
-    """
-
-    ids: torch.Tensor
-    counts: torch.Tensor
-    starts: torch.Tensor
-    entropy: torch.Tensor
-
-    def __len__(self) -> int:
-        return len(self.entropy)
-
-    def rows(self, start: int, stop: int) -> SampledTargets:
-        """Positions [start, stop), sharing memory."""
-        first, last = int(self.starts[start]), int(self.starts[stop])
-        starts = self.starts[start : stop + 1] - first
-        part = slice(first, last)
-        return SampledTargets(self.ids[part], self.counts[part], starts, self.entropy[start:stop])
-
-    def select(self, mask_N: torch.Tensor) -> SampledTargets:
-        """The positions where a bool mask is True."""
-        lengths = self.starts.diff()
-        kept = mask_N.repeat_interleave(lengths)
-        starts = starts_of(lengths[mask_N])
-        return SampledTargets(self.ids[kept], self.counts[kept], starts, self.entropy[mask_N])
-
-    @classmethod
-    def join(cls, parts: Sequence[SampledTargets]) -> SampledTargets:
-        """The positions of all parts (at least one) in their order."""
-        starts = starts_of(torch.cat([part.starts.diff() for part in parts]))
-        ids, counts, entropy = (
-            torch.cat([getattr(part, name) for part in parts])
-            for name in ("ids", "counts", "entropy")
-        )
-        return cls(ids, counts, starts, entropy)
-
-
-def next_token_targets(labels_N: torch.Tensor) -> SampledTargets:
-    """A teacher that is sure of these ids: the divergence from it is the cross-entropy.
-
-    On the CPU, as samples of a teacher are: they are cut into chunks by numbers.
-    """
-    labels_N = labels_N.cpu()
-    return SampledTargets(
-        labels_N.to(torch.int32),
-        torch.ones_like(labels_N, dtype=torch.uint8),
-        torch.arange(len(labels_N) + 1),
-        torch.zeros(len(labels_N)),
-    )
-
-
-def starts_of(lengths_N: torch.Tensor) -> torch.Tensor:
-    """Where each of N ragged rows starts, and the end of the last; (N + 1,) int64."""
-    starts = torch.zeros(len(lengths_N) + 1, dtype=torch.int64)
-    torch.cumsum(lengths_N, 0, out=starts[1:])
-    return starts
+    return _chunked_loss(student_NH, student_weight_VH, _Labels(labels_N), chunk_bytes)
 
 
 class Head:
@@ -198,27 +123,11 @@ class Head:
         torch.log_softmax(work_CV, -1, out=out_CV)
 
 
-class _Target(Protocol):
-    """What a student is compared with, chunk by chunk."""
-
-    precision: torch.dtype
-    num_work: int
-    """Buffers of a chunk's logits (C, V) that `compare` needs beside the student's; at least 1."""
-
-    def __len__(self) -> int: ...
-
-    def compare(
-        self, chunk: slice, log_q_CV: torch.Tensor, work: Sequence[torch.Tensor], *, gradient: bool
-    ) -> torch.Tensor:
-        """Loss of each row (C,), given the student's log-probabilities. With `gradient`, these
-        are overwritten by the gradient of the summed loss with respect to the logits."""
-        ...
-
-
 class _Teacher:
-    """A teacher at hand: forward KL, whose gradient is q - p."""
+    """What a student is compared with, chunk by chunk: a teacher. The gradient is q - p."""
 
     num_work = 2
+    """Buffers of a chunk's logits (C, V) that `compare` needs beside the student's."""
 
     def __init__(self, head: Head):
         self.head = head
@@ -230,6 +139,8 @@ class _Teacher:
     def compare(
         self, chunk: slice, log_q_CV: torch.Tensor, work: Sequence[torch.Tensor], *, gradient: bool
     ) -> torch.Tensor:
+        """Loss of each row (C,), given the student's log-probabilities. With `gradient`, these
+        are overwritten by the gradient of the summed loss with respect to the logits."""
         log_p_CV, p_CV = work
         assert len(self.head.weight_VH) == log_q_CV.shape[1], "teacher and student share ids"
         self.head.log_probs(chunk, log_p_CV, p_CV)
@@ -240,36 +151,34 @@ class _Teacher:
         return losses_C
 
 
-class _Samples:
-    """A teacher's draws: sampled cross entropy, whose gradient is q - p_hat."""
+class _Labels:
+    """The same for ids that are known. The gradient is q, less 1 at the id."""
 
     num_work = 1
     precision = torch.float32
 
-    def __init__(self, targets: SampledTargets):
-        self.targets = targets
+    def __init__(self, labels_N: torch.Tensor):
+        self.labels_N = labels_N
 
     def __len__(self) -> int:
-        return len(self.targets)
+        return len(self.labels_N)
 
     def compare(
         self, chunk: slice, log_q_CV: torch.Tensor, work: Sequence[torch.Tensor], *, gradient: bool
     ) -> torch.Tensor:
-        part = self.targets.rows(chunk.start, chunk.stop)
-        lengths = part.starts.diff()
-        row_M = torch.arange(len(part)).repeat_interleave(lengths).to(log_q_CV.device)
-        id_M = part.ids.to(torch.int64).to(log_q_CV.device)
-        p_hat_M = part.counts.to(log_q_CV)
-        p_hat_M /= p_hat_M.new_zeros(len(part)).index_add_(0, row_M, p_hat_M)[row_M]
-        losses_C = -part.entropy.to(log_q_CV)
-        losses_C.index_add_(0, row_M, p_hat_M * log_q_CV[row_M, id_M], alpha=-1)
+        """As `_Teacher.compare`."""
+        labels_C1 = self.labels_N[chunk, None]
+        losses_C = -log_q_CV.gather(1, labels_C1).squeeze(1)
         if gradient:
-            log_q_CV.exp_().index_put_((row_M, id_M), -p_hat_M, accumulate=True)
+            log_q_CV.exp_().scatter_add_(1, labels_C1, log_q_CV.new_full(labels_C1.shape, -1.0))
         return losses_C
 
 
 def _chunked_loss(
-    student_NH: torch.Tensor, weight_VH: torch.Tensor, target: _Target, chunk_bytes: int | None
+    student_NH: torch.Tensor,
+    weight_VH: torch.Tensor,
+    target: _Teacher | _Labels,
+    chunk_bytes: int | None,
 ) -> torch.Tensor:
     assert len(student_NH) == len(target), (len(student_NH), len(target))
     if chunk_bytes is None:
@@ -301,7 +210,7 @@ class _ChunkedLoss(torch.autograd.Function):
 
 
 def _run(
-    student: Head, target: _Target, chunk_bytes: int, wanted: Sequence[bool]
+    student: Head, target: _Teacher | _Labels, chunk_bytes: int, wanted: Sequence[bool]
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
     """The summed loss, and the gradients of rows and weight (in fp32 or better) if wanted."""
     rows_NH, weight_VH = student.rows_NH, student.weight_VH

@@ -25,7 +25,7 @@ from star_elastic.train.calibrate import SCORES
 from star_elastic.train.check import Checked, beyond_positions
 from star_elastic.train.config import RunConfig
 from star_elastic.train.curriculum import Curriculum
-from star_elastic.train.directory import ELASTIC, TEACHER
+from star_elastic.train.directory import ELASTIC
 from star_elastic.train.distributed import multiplies_bf16
 from star_elastic.train.fingerprint import digest_weights
 from star_elastic.train.state import STATE
@@ -34,8 +34,6 @@ STATE_BYTES = 12
 """Per parameter, of a saved state: the weight and the optimiser's two moments, in fp32."""
 TRAINING_BYTES = {"distillation": 20, "task": 16}
 """Per parameter, while training: weight, gradient, two moments and, to distil, the teacher's."""
-SAMPLE_BYTES = 5
-"""Of one sample of the teacher's distribution on disk: an id and a count."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,17 +152,10 @@ class _Look:
 
     def _written(self) -> dict[str, int]:
         """Bytes by directory, but for small files."""
-        found = {
+        return {
             ELASTIC: self.parameters * self.checked.dtype.itemsize,
             STATE: self.parameters * STATE_BYTES,
         }
-        samples = self.config.engine.teacher_samples
-        if samples:
-            tokens = sum(
-                self._step_tokens(n) * s.num_steps for n, s in enumerate(self.config.stages)
-            )
-            found[TEACHER] = tokens * samples * SAMPLE_BYTES
-        return found
 
     def _memory(self) -> int:
         return self.parameters * TRAINING_BYTES[self.config.objective]

@@ -15,7 +15,6 @@ Shapes: B windows (lanes), T tokens of the context.
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -36,14 +35,12 @@ with 8 in hand; 8 % if the first that fits were taken)."""
 
 class Placed(NamedTuple):
     """A document in a row of a packed batch: positions [start, start + length) of the row hold
-    the first `length` tokens of row `row` of source number `source`. `digest` is a number for all
-    that the document says, whatever it is cut to."""
+    the first `length` tokens of row `row` of source number `source`."""
 
     source: int
     row: int
     start: int
     length: int
-    digest: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,11 +78,6 @@ class PackedBatch:
         names = ("input_ids", "position_ids", "seq_idx")
         return {name: getattr(self, name) for name in names}
 
-    @property
-    def texts(self) -> list[list[tuple[int, int, int, int]]]:
-        """The documents of each row by what they say: (source, digest, start, length)."""
-        return [[(d.source, d.digest, d.start, d.length) for d in row] for row in self.documents]
-
     def rows(self, start: int, stop: int) -> PackedBatch:
         """Windows [start, stop), as views."""
         return PackedBatch(*(getattr(self, field.name)[start:stop] for field in fields(self)))
@@ -113,7 +105,6 @@ class _Held(NamedTuple):
     ids: np.ndarray
     first: int
     is_cut: bool
-    digest: int
 
     @property
     def length(self) -> int:
@@ -188,7 +179,7 @@ class PackedStream:
                 position_ids[place, start:stop] = np.arange(stop - start)
                 seq_idx[place, start:stop] = len(row)
                 predicts[place, start + held.first : stop] = True
-                row.append(Placed(held.source, held.row, start, stop - start, held.digest))
+                row.append(Placed(held.source, held.row, start, stop - start))
                 start = stop
             position_ids[place, start:] = np.arange(self.context - start)
             seq_idx[place, start:] = len(row)
@@ -295,7 +286,7 @@ class PackedStream:
         if not document.teaches(self.context):
             return None
         self._teaches.add(source)
-        return _Held(source, row, cut, document.first, len(cut) < len(ids), _digest(ids))
+        return _Held(source, row, cut, document.first, len(cut) < len(ids))
 
     def require_lessons(self, source: int) -> None:
         """Raises CheckpointError unless some row of the source has a token to learn from."""
@@ -409,11 +400,6 @@ class _Lane:
         self.rows, self.tokens = list(state["rows"]), list(state["tokens"])
         found = (self._take(source, row) for source, row in state["held"])
         self._held = [held for held in found if held is not None]
-
-
-def _digest(ids: np.ndarray) -> int:
-    """A number below 2**63 for some ids."""
-    return int.from_bytes(hashlib.blake2b(ids.tobytes(), digest_size=8).digest()) >> 1
 
 
 def _fill(lengths: Sequence[int], room: int) -> tuple[int, ...]:

@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -35,13 +36,14 @@ from star_elastic.files.paths import exists, has_file
 from star_elastic.files.writing import require_folder
 from star_elastic.importance.files import save_scores
 from star_elastic.models.elastic import ElasticModel
-from star_elastic.models.submodel import load_tokenizer, stop_tokens
+from star_elastic.models.placement import choose_device
+from star_elastic.models.tokenizer import load_tokenizer, stop_tokens
 from star_elastic.progress import Progress, Silent, staged
 from star_elastic.rewrite.family import quantise_family
 from star_elastic.rewrite.stream import save_model
 from star_elastic.router.budget import AIM
 from star_elastic.router.commit import Commitment
-from star_elastic.signals import Stop, Stoppable, stop_on_signals
+from star_elastic.signals import Stop, Stoppable, num_ranks, stop_on_signals
 from star_elastic.strict import to_plain
 from star_elastic.train.build import build_trainer
 from star_elastic.train.calibrate import SCORES, given_scores
@@ -61,7 +63,7 @@ from star_elastic.train.distributed import World, join_world
 from star_elastic.train.loop import StepReport, Trainer
 from star_elastic.train.outlook import look_ahead
 from star_elastic.train.pace import Pace
-from star_elastic.train.row_check import require_lessons, warn_of_rows
+from star_elastic.train.row_check import RowCheck, check_rows, require_lessons, warn_of_rows
 from star_elastic.train.state import has_state, load_state, save_state
 from star_elastic.train.verdict import VERDICT, Verdict, judge_run
 
@@ -79,6 +81,12 @@ class RunResult:
     tokens: int
     seconds: float
     verdict: Verdict | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain data."""
+        verdict = self.verdict.to_json() if self.verdict else None
+        own = {"steps": self.steps, "tokens": self.tokens, "seconds": self.seconds}
+        return {"elastic": str(self.elastic), **own, "verdict": verdict}
 
 
 def train(
@@ -116,6 +124,27 @@ def train(
                         "on (with --resume if there is a saved state)"
                     ) from error
                 raise
+
+
+def check_run(config: RunConfig, progress: Progress) -> RowCheck:
+    """What `train` will do, told through `progress`, and what every row of its data is; nothing is
+    written. Raises what `train` would raise before work."""
+    checked = check(config, num_ranks())
+    given = given_scores(config, checked.axis_map)
+    tokenizer = load_tokenizer(config.parent)
+    sources = open_sources(config.data, tokenizer, checked.axis_map.num_embeddings, config.seed)
+    run = Path(config.out)
+    require_folder(run)
+    # A run that has begun is looked at for its data alone.
+    if exists(run) and not has_state(run) and not exists(run / ELASTIC):
+        require_ready(run, config, sources, resume=False)
+    device = torch.device(choose_device("auto"))
+    outlook = look_ahead(config, checked, sources, device, given[1] if given else None)
+    for fact in outlook.facts:
+        progress.say(fact)
+    found = check_rows(config, sources, progress, stop_tokens(config.parent, tokenizer))
+    found.warnings[:0] = outlook.warnings
+    return found
 
 
 def _how_to_go_on(run: Path) -> str:

@@ -35,8 +35,7 @@ PROGRESS = "state.json"
 
 
 def save_state(trainer: Trainer, run: Path) -> None:
-    """Writes the trainer's state to `run/state`, keeping the previous one until it is complete;
-    samples of the teacher, too.
+    """Writes the trainer's state to `run/state`, keeping the previous one until it is complete.
 
     Called on all ranks. Raises CheckpointError if the disk is full; the last state is intact then.
     """
@@ -49,8 +48,6 @@ def save_state(trainer: Trainer, run: Path) -> None:
 
     def prepare() -> None:
         temporary.mkdir(parents=True, exist_ok=True)
-        if trainer.cache is not None:
-            trainer.cache.flush()
 
     def write() -> None:
         _save_tensors(trainer, temporary)

@@ -22,14 +22,9 @@ from star_elastic.checkpoints.quantised import load_input_scales
 from star_elastic.data.sources import Document
 from star_elastic.files.writing import write_json
 from star_elastic.measure.divergence import Divergence, Reading, compare, continue_greedily, read
-from star_elastic.models.submodel import (
-    build_submodel,
-    end_of_turn,
-    load_parent,
-    load_sorting,
-    load_tokenizer,
-    sort_in_place,
-)
+from star_elastic.models.load import load_parent
+from star_elastic.models.submodel import build_submodel, load_sorting, sort_in_place
+from star_elastic.models.tokenizer import end_of_turn, load_tokenizer
 from star_elastic.progress import Progress
 
 VERDICT = "verdict.json"

@@ -21,10 +21,10 @@ from hypothesis import strategies as st
 from torch.overrides import TorchFunctionMode
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from star_elastic.architectures import Family, family_of
-from star_elastic.axes import AxisMap
+from star_elastic.architectures import Architecture, family_of
+from star_elastic.axes import AxisMap, TensorSpec, Widths
 from star_elastic.nesting.gate import Mixture
-from star_elastic.nesting.slice import axis_keys
+from star_elastic.nesting.slice import axis_keys, slice_tensor
 from star_elastic.rewrite.stream import save_model
 from tests.architectures import (  # noqa: F401
     AXIS_CASES,
@@ -68,7 +68,7 @@ class Parent:
     seed: int
     config: dict[str, Any]
     model: PreTrainedModel
-    family: Family
+    family: Architecture
     axis_map: AxisMap
     ids: torch.Tensor
 
@@ -247,3 +247,10 @@ def assert_equal(logits: torch.Tensor, expected: torch.Tensor, *, what: str = ""
 def relative_error(logits: torch.Tensor, expected: torch.Tensor) -> float:
     """Largest difference relative to the largest logit."""
     return ((logits - expected).abs().max() / expected.abs().max()).item()
+
+
+def sliced(
+    tensor: torch.Tensor, spec: TensorSpec, axis_map: AxisMap, widths: Widths
+) -> torch.Tensor:
+    """What is left at `widths` of a full-width tensor of the whole model's table."""
+    return slice_tensor(tensor, spec.dims, axis_map.seen_by(spec.layer, widths))

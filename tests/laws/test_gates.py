@@ -15,7 +15,6 @@ from hypothesis import strategies as st
 
 from star_elastic.models.elastic import ElasticModel
 from star_elastic.nesting.gate import NEGLIGIBLE, Mixture, widest_slice
-from star_elastic.nesting.slice import slice_tensor
 from tests.architectures import AXIS_CASES, ROWS
 from tests.laws.parents import (
     Parent,
@@ -25,6 +24,7 @@ from tests.laws.parents import (
     grids,
     parents,
     precision,
+    sliced,
     some_widths,
 )
 
@@ -189,7 +189,7 @@ def test_what_is_cut_off_gets_no_gradient(kind, data):
             continue
         spec = parent.axis_map.tensors[name]
         kept = torch.zeros(parameter.shape)
-        slice_tensor(kept.requires_grad_(), spec, parent.axis_map, widths).sum().backward()
+        sliced(kept.requires_grad_(), spec, parent.axis_map, widths).sum().backward()
         assert kept.grad is not None and parameter.grad is not None
         assert parameter.grad[kept.grad == 0].eq(0).all(), name
 

@@ -18,7 +18,6 @@ from star_elastic.checkpoints.tensors import CheckpointReader
 from star_elastic.models.elastic import ElasticModel
 from star_elastic.models.submodel import build_submodel
 from star_elastic.nesting.gate import Mixture
-from star_elastic.nesting.slice import slice_tensor
 from star_elastic.rewrite.stream import slice_checkpoint
 from tests.architectures import AXIS_CASES, ROWS, configs, fixed_config
 from tests.laws.parents import (
@@ -33,6 +32,7 @@ from tests.laws.parents import (
     precision,
     relative_error,
     reload,
+    sliced,
     some_widths,
 )
 
@@ -185,11 +185,11 @@ def test_slices_nest_and_tables_agree(kind, data):
     for name, new in names.items():
         spec = axis_map.tensors[name]
         tensor = filled(spec, axis_map)
-        once = slice_tensor(tensor, spec, axis_map, axis_map.complete(wide))
+        once = sliced(tensor, spec, axis_map, axis_map.complete(wide))
         assert once.shape == middle.shape(middle.tensors[new], middle.full), name
         if new in inner_names:
-            twice = slice_tensor(once, middle.tensors[new], middle, inner)
-            assert torch.equal(twice, slice_tensor(tensor, spec, axis_map, direct)), name
+            twice = sliced(once, middle.tensors[new], middle, inner)
+            assert torch.equal(twice, sliced(tensor, spec, axis_map, direct)), name
 
 
 @pytest.mark.parametrize("kind", ROWS)
@@ -224,18 +224,25 @@ class Uncorrected(Mixture):
 def ungrouped(axis_map: AxisMap) -> AxisMap:
     """The table with Mamba heads cut as one prefix instead of inside each SSM group."""
 
-    def flatten(spec: TensorSpec) -> TensorSpec:
-        dims = tuple(
-            tuple(replace(s, num_groups=1) if s.axis == "ssm_heads" else s for s in dim)
-            for dim in spec.dims
+    def flatten(specs: tuple) -> tuple:
+        return tuple(
+            replace(
+                spec,
+                dims=tuple(
+                    tuple(replace(s, num_groups=1) if s.axis == "ssm_heads" else s for s in dim)
+                    for dim in spec.dims
+                ),
+            )
+            for spec in specs
         )
-        return replace(spec, dims=dims)
 
     axes = dict(axis_map.axes)
     axes["ssm_heads"] = replace(axes["ssm_heads"], num_groups=1)
-    return replace(
-        axis_map, axes=axes, tensors={n: flatten(s) for n, s in axis_map.tensors.items()}
+    blocks = tuple(
+        replace(block, tensors=flatten(block.tensors), norms=flatten(block.norms))
+        for block in axis_map.blocks
     )
+    return replace(axis_map, axes=axes, blocks=blocks)
 
 
 def gap(parent: Parent, elastic: ElasticModel, mixtures, widths) -> float:
@@ -278,7 +285,6 @@ def test_an_unmasked_final_norm_breaks_the_law(kind):
     size = parent.axis_map.axes["hidden"].size
     mixtures = one_hot({"hidden": (size, size // 2)}, {"hidden": size // 2})
     assert gap(parent, elastic, mixtures, {"hidden": size // 2}) < 1e-12
-    inner = tuple(norm for norm in parent.axis_map.norms if norm.layer is not None)
-    unmasked = replace(parent.axis_map, norms=inner)
+    unmasked = replace(parent.axis_map, after=replace(parent.axis_map.after, norms=()))
     elastic = ElasticModel(parent.model, parent.config, axis_map=unmasked).eval()
     assert gap(parent, elastic, mixtures, {"hidden": size // 2}) > 1e-3

@@ -23,8 +23,8 @@ from star_elastic.checkpoints.quantised import read_weight
 from star_elastic.checkpoints.stored import StoredModel
 from star_elastic.checkpoints.tensors import CheckpointReader
 from star_elastic.errors import ShapeError
-from star_elastic.models.submodel import build_submodel, load_parent
-from star_elastic.nesting.slice import slice_tensor
+from star_elastic.models.load import load_parent
+from star_elastic.models.submodel import build_submodel
 from star_elastic.quant.formats import (
     FORMATS,
     Quantised,
@@ -36,7 +36,7 @@ from star_elastic.quant.formats import (
 from star_elastic.quant.scheme import make_scheme, partners, quantisable
 from star_elastic.rewrite.quantise import quantise_checkpoint
 from star_elastic.rewrite.stream import slice_checkpoint
-from tests.laws.parents import assert_equal, examples, make_parent
+from tests.laws.parents import assert_equal, examples, make_parent, sliced
 
 BLOCKS = {"fp8": 1, "fp8-channel": 1, "fp8-block": 128, "nvfp4": 16}
 HYBRID = {
@@ -94,19 +94,19 @@ def test_quantising_a_slice_is_slicing_what_was_quantised(name, data):
         parts = stored_parts(spec, format, COMPRESSED_TENSORS)
         stored = stored_map(axis_map, scheme)
         cut = {
-            kind: slice_tensor(value, parts[kind], stored, widths)
+            kind: sliced(value, parts[kind], stored, widths)
             for kind, value in ((CODES, whole.codes), (SCALES, whole.scales))
         }
         globally = whole.global_scale
         if globally is not None and globally.dim() > 1:
             globally = globally[: cut[CODES].shape[0]]
-        sliced = slice_tensor(parent.state[spec.name], spec, axis_map, widths)
-        again = requantise(sliced, Quantised(format, cut[CODES], cut[SCALES], globally))
+        small = sliced(parent.state[spec.name], spec, axis_map, widths)
+        again = requantise(small, Quantised(format, cut[CODES], cut[SCALES], globally))
         assert torch.equal(again.codes.view(torch.uint8), cut[CODES].view(torch.uint8))
         if format.packed:  # block scales, too, come out the same from the slice's own blocks
             largest = largest_of(parent.state[spec.name], format)
-            largest = largest if largest.dim() == 1 else largest[: sliced.shape[0]]
-            own = quantise(sliced, format, largest)
+            largest = largest if largest.dim() == 1 else largest[: small.shape[0]]
+            own = quantise(small, format, largest)
             assert torch.equal(own.codes, cut[CODES])
             assert torch.equal(own.scales.view(torch.uint8), cut[SCALES].view(torch.uint8))
 
@@ -144,7 +144,7 @@ def test_a_quantised_checkpoint_is_cut_without_dequantising(name, data):
                     fused = [parent.state[n] for n in partners(spec.name) if n in names]
                     largest = torch.stack([largest_of(w, scheme.format) for w in fused]).amax(0)
                 dense = dequantise(quantise(parent.state[spec.name], scheme.format, largest))
-                assert_equal(dequantise(kept), slice_tensor(dense, spec, axis_map, widths))
+                assert_equal(dequantise(kept), sliced(dense, spec, axis_map, widths))
         StoredModel(cut, stored_map(small, small_scheme), family_of(config)).require_whole()
         assert CheckpointReader(cut).names
 

@@ -143,7 +143,8 @@ def test_a_model_never_uses_the_experts_of_a_narrower_size(data):
             parent.state[f"{moe.router_path}.e_score_correction_bias"][gate == 0] += 100.0
             block = elastic.blocks[moe.layer]
             skeleton = block.skeleton(parent.axis_map.full, gated=True)
-            skeleton.get_submodule(block.name(moe.router_path)).register_forward_hook(
+            (local,) = block.rows.moe
+            skeleton.get_submodule(local.router_path).register_forward_hook(
                 lambda module, args, result: picked.append(result[2])
             )
         elastic(mixtures, slice_at=parent.axis_map.full, input_ids=parent.ids)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from star_elastic.architectures import family_of
 from star_elastic.errors import ShapeError
-from star_elastic.nesting.slice import check_orders, sort_state, sort_tensor
+from star_elastic.nesting.slice import check_orders, orders_of, sort_state, sort_tensor
 from star_elastic.rewrite.stream import sort_checkpoint
 from tests.architectures import ROWS, SHARED_CASES, fixed_config
 from tests.laws.parents import (
@@ -80,7 +80,9 @@ def test_moving_heads_between_groups_would_be_visible():
     model = build(parent.config, torch.float64)
     model.load_state_dict(
         {
-            name: sort_tensor(parent.state[name], spec, parent.axis_map, orders)
+            name: sort_tensor(
+                parent.state[name], spec.dims, orders_of(spec.layer, parent.axis_map, orders)
+            )
             for name, spec in parent.axis_map.tensors.items()
         },
         strict=False,

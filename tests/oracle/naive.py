@@ -102,6 +102,8 @@ def llama_keeps(name: str, c: Mapping[str, Any], w: Mapping[str, int]) -> list[l
         "lm_head.weight": [vocab, hidden],
         "norm.weight": [hidden],
         "layernorm.weight": [hidden],
+        "q_norm.weight": [list(range(head_dim))],
+        "k_norm.weight": [list(range(head_dim))],
         "q_proj.weight": [q, hidden],
         "k_proj.weight": [kv, hidden],
         "v_proj.weight": [kv, hidden],

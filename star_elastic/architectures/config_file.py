@@ -1,4 +1,4 @@
-"""What a family table must provide, and how a config file is read."""
+"""config.json: reading it, and its fields one by one, each checked."""
 
 from __future__ import annotations
 
@@ -10,12 +10,10 @@ import reprlib
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Protocol
+from typing import Any
 
-from star_elastic.axes import LAYERS, AxisMap
-from star_elastic.errors import CheckpointError, ConfigError, ShapeError, library_boundary
+from star_elastic.errors import CheckpointError, ConfigError, library_boundary
 from star_elastic.files.paths import exists, is_folder, require_content
-from star_elastic.widths import Widths
 
 Config = dict[str, Any]
 
@@ -33,34 +31,13 @@ ATTENTION_KEYS: Mapping[str, tuple[Any, ...]] = MappingProxyType({
 """Keys of a config that no table knows, with their values that say nothing. transformers' caches
 and masks read them whatever the model type is, but the layers of our models do not: text that is
 generated with a cache would be another model's than the one that is trained and judged."""
+FULL = ("full_attention", "attention")
+"""How a config names a layer that sees the whole text."""
 NOT_BY_LAYER = re.compile(r"architectures|.*_token_ids?|.*_tokens|time_step_limit|mtp_.*")
 """Lists in a config that may be as long as there are layers and have nothing to do with them."""
 
 
-class Family(Protocol):
-    """One table per model family. Configs are dictionaries as in config.json."""
-
-    model_type: str
-    """`model_type` in config.json."""
-    end_of_thinking: str
-    """Text that ends the thinking phase when the budget is used up."""
-    prefix_aliases: Mapping[str, str]
-    """On-disk name prefixes that other writers use -> the prefix of our pieces."""
-    ignored: tuple[str, ...]
-    """Parts of the names of on-disk tensors that the model in memory does not have."""
-    copies: Mapping[str, str]
-    """On-disk tensors that a file may hold beside the one that they must equal (tied heads)."""
-
-    def axis_map(self, config: Config) -> AxisMap:
-        """The axis map of the model of this config. Raises ConfigError on an invalid config."""
-        ...
-
-    def config_at(self, config: Config, widths: Mapping[str, Any]) -> Config:
-        """The config.json of the submodel. Raises ShapeError if the format cannot express it."""
-        ...
-
-
-def read_config(path: str | Path) -> Config:
+def read_json_config(path: str | Path) -> Config:
     """The config of a checkpoint directory or config.json file.
 
     Keys that only caches and masks read (`ATTENTION_KEYS`) are left out where they are null. Raises
@@ -183,22 +160,6 @@ def cut_by_layer(config: Config, num_layers: int, kept: Collection[int]) -> Conf
     }
 
 
-def require_size(axis_map: AxisMap) -> AxisMap:
-    """The table itself. Raises ConfigError if the model is larger than any that can be handled:
-    what follows could fill the memory before it fails."""
-    count = sum(
-        math.prod(sum(segment.size for segment in dim) for dim in spec.dims)
-        for spec in axis_map.tensors.values()
-    )
-    if count > MOST_PARAMETERS:
-        largest = max(axis_map.axes.values(), key=lambda axis: axis.size)
-        raise ConfigError(
-            f"the config describes {count:.1e} parameters, more than the {MOST_PARAMETERS:.0e} "
-            f"that a model may have here ({largest.name}={largest.size:,}); correct config.json"
-        )
-    return axis_map
-
-
 def require_multiple(name: str, value: int, divisor_name: str, divisor: int) -> None:
     """Raises ConfigError unless `value` is a multiple of `divisor`."""
     if value % divisor:
@@ -207,30 +168,20 @@ def require_multiple(name: str, value: int, divisor_name: str, divisor: int) -> 
         )
 
 
-def homogeneous(widths: Mapping[str, Any], axis_map: AxisMap) -> dict[str, int]:
-    """Widths as scalars, `layers` apart. Raises ShapeError for per-layer widths that a config
-    cannot hold, with the nearest widths that it can."""
-    nearest = nearest_homogeneous(widths, axis_map)
-    for axis, width in widths.items():
-        if axis != LAYERS and width != nearest[axis] and set(width) != {nearest[axis]}:
-            kept = {name: value for name, value in nearest.items() if name != LAYERS}
-            raise ShapeError(
-                f"{axis} differs between layers, which {axis_map.family}'s config.json cannot "
-                f"express; the nearest widths that it can: {Widths(kept)}"
-            )
-    return {axis: width for axis, width in nearest.items() if axis != LAYERS}
-
-
-def nearest_homogeneous(widths: Mapping[str, Any], axis_map: AxisMap) -> dict[str, Any]:
-    """One width per axis: of the widths that occur in the layers that are kept, the one nearest to
-    their mean."""
-    kept = axis_map.kept_layers(widths)
-    nearest: dict[str, Any] = {}
-    for name, width in widths.items():
-        if name != LAYERS and isinstance(width, tuple):
-            layers = axis_map.axes[name].layers
-            values = [w for w, layer in zip(width, layers, strict=True) if layer in kept]
-            mean = sum(values) / max(len(values), 1)
-            width = min(values or width, key=lambda w: (abs(w - mean), -w))
-        nearest[name] = width
-    return nearest
+def require_full_layers(config: Config, num_layers: int) -> None:
+    """Raises ConfigError for `layer_types` of which one does not see the whole text, or that are
+    not as many as the layers."""
+    layer_types = config.get("layer_types")
+    if layer_types is None:
+        return
+    if not isinstance(layer_types, list) or any(kind not in FULL for kind in layer_types):
+        raise ConfigError(
+            f"{told('layer_types', layer_types)} is not known for model_type="
+            f"{config.get('model_type')}, whose layers all see the whole text: caches would obey "
+            "it; remove it from config.json"
+        )
+    if len(layer_types) != num_layers:
+        raise ConfigError(
+            f"layer_types names {len(layer_types)} layers, num_hidden_layers={num_layers}; correct "
+            "config.json"
+        )

@@ -1,0 +1,29 @@
+"""The axis map: what every dimension of every tensor of a model is. Integers only."""
+
+from star_elastic.axes.axis_map import TOP_K, Axis, AxisMap, axis_keys, fewest_experts, order_key
+from star_elastic.axes.dims import Dim, Segment, along, fixed, size_of
+from star_elastic.axes.table import (
+    GATED_GROUPS,
+    MAMBA2,
+    RMS,
+    RMS_FP32,
+    SIGMOID_GROUPS,
+    Block,
+    Laid,
+    Mixer,
+    MoeSpec,
+    NormSpec,
+    Piece,
+    Probe,
+    StateSpec,
+    TensorSpec,
+    WorkSpec,
+)
+from star_elastic.axes.widths import LAYERS, Width, Widths
+
+__all__ = [
+    "GATED_GROUPS", "LAYERS", "MAMBA2", "RMS", "RMS_FP32", "SIGMOID_GROUPS", "TOP_K", "Axis",
+    "AxisMap", "Block", "Dim", "Laid", "Mixer", "MoeSpec", "NormSpec", "Piece", "Probe", "Segment",
+    "StateSpec", "TensorSpec", "Width", "Widths", "WorkSpec", "along", "axis_keys",
+    "fewest_experts", "fixed", "order_key", "size_of",
+]  # fmt: skip
