@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from star_elastic.architectures.config_file import Config
 from star_elastic.axes.widths import Widths
 from star_elastic.cost.latency import Grid, LatencyTable, kind_axes, layout_digest
-from star_elastic.measure.latency_bench import REST, Bench, Progress, Setting, Timed
+from star_elastic.measure.latency_bench import REST, Bench, ClockedModel, Progress, Setting
 from star_elastic.measure.latency_grid import Points, grid_points, grid_widths, random_widths
 
 
@@ -63,13 +63,13 @@ def measure(
     return table, [_check(table, model) for model in checked]
 
 
-def _check(table: LatencyTable, model: Timed) -> Check:
+def _check(table: LatencyTable, model: ClockedModel) -> Check:
     built = model.bench.widths(model.widths)
     predicted = table.milliseconds(built, model.bench.axis_map)
     return Check(model.widths, predicted, model.milliseconds)
 
 
-def _table(bench: Bench, points: Points, models: Sequence[Timed]) -> LatencyTable:
+def _table(bench: Bench, points: Points, models: Sequence[ClockedModel]) -> LatencyTable:
     """What was measured at every point of every grid: the median over the models that have it."""
     axis_map, setting = bench.axis_map, bench.setting
     splits = [model.split() for model in models]
