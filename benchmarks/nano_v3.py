@@ -42,7 +42,7 @@ from star_elastic.models.native import multiplies_fp8
 from star_elastic.models.quantised_inputs import QuantisedInputs
 from star_elastic.models.resident import count_resident, nest_in_place
 from star_elastic.models.skeleton import build_skeleton
-from star_elastic.models.submodel import build_submodel, quantise_inputs
+from star_elastic.models.submodel import build_submodel
 from star_elastic.quant.formats import quantise
 from star_elastic.quant.scheme import Scheme, make_scheme
 
@@ -260,7 +260,7 @@ class Bench:
             weight_scales[name] = weight.scales
             input_scales[name] = torch.full((1,), 0.02, device=self.device)
         inputs = QuantisedInputs(scheme, input_scales, weight_scales)
-        quantise_inputs(model, inputs, self.axis_map)
+        inputs.install(model, self.axis_map)
 
     def _measure(self, label: str, model: PreTrainedModel, *, eager: bool = True) -> dict[str, Any]:
         """Milliseconds of prefill and of a decode step at every batch."""

@@ -35,7 +35,7 @@ from star_elastic.cost.count import CostModel
 from star_elastic.data.source_config import SourceConfig
 from star_elastic.demo import write_rows
 from star_elastic.files.writing import write_json
-from star_elastic.models.submodel import load_tokenizer
+from star_elastic.models.tokenizer import load_tokenizer
 from star_elastic.rewrite.stream import save_model
 from star_elastic.train.config import (
     CalibrationConfig,

@@ -18,7 +18,8 @@ from star_elastic import bundled
 from star_elastic.architectures import family_of
 from star_elastic.axes import AxisMap, TensorSpec, axis_keys
 from star_elastic.importance.orders import orders_from_scores
-from star_elastic.models.submodel import load_tokenizer, sort_in_place
+from star_elastic.models.submodel import sort_in_place
+from star_elastic.models.tokenizer import load_tokenizer
 from star_elastic.rewrite.stream import save_model
 
 HYBRID = {

@@ -39,7 +39,8 @@ from star_elastic.cli.terminal import at_the_command_line, command_line, print_t
 from star_elastic.cost.count import CostModel
 from star_elastic.errors import Interrupted
 from star_elastic.generate.family import ElasticFamily, load
-from star_elastic.models.submodel import build_submodel, load_parent
+from star_elastic.models.load import load_parent
+from star_elastic.models.submodel import build_submodel
 from star_elastic.rewrite.stream import save_model, slice_checkpoint
 
 HYBRID = {

@@ -26,7 +26,8 @@ from common import LARGE, TINY, build_model, decode, medians_in_turn, widths_at
 from star_elastic.cli.terminal import at_the_command_line
 from star_elastic.cost.count import CostModel, Workload
 from star_elastic.models.elastic import ElasticModel
-from star_elastic.models.submodel import build_submodel, load_parent
+from star_elastic.models.load import load_parent
+from star_elastic.models.submodel import build_submodel
 from star_elastic.rewrite.stream import save_model, slice_checkpoint
 
 SHARES = {"large": 1.0, "medium": 0.75, "small": 0.5}

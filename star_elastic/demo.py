@@ -33,11 +33,12 @@ from star_elastic.evaluate.accuracy import Evaluation, evaluate_plan
 from star_elastic.evaluate.tasks import TASKS, Problem, draw_conversation, messages, sample_problems
 from star_elastic.files.paths import exists, names_in
 from star_elastic.files.writing import require_folder, write_json, write_text
+from star_elastic.generate.engine import Generator
 from star_elastic.generate.family import ElasticFamily, load
-from star_elastic.generate.phased import PhasedGenerator
 from star_elastic.generate.phases import Plan, think_and_answer
 from star_elastic.measure.divergence import compare, read
-from star_elastic.models.submodel import build_submodel, load_parent, load_sorting, sort_in_place
+from star_elastic.models.load import load_parent
+from star_elastic.models.submodel import build_submodel, sort_in_place
 from star_elastic.progress import Progress, Silent
 from star_elastic.report.charts import plot_plans
 from star_elastic.rewrite.stream import slice_checkpoint
@@ -174,7 +175,7 @@ def run_recipe(recipe: Recipe, out: str | Path, progress: Progress | None = None
     family = load(elastic, "float32", "cpu")
     cut_slices(family, out / "slices", progress)
     problems = sample_problems(TASKS, "test", recipe.problems_per_task, recipe.seed)
-    generator = PhasedGenerator(
+    generator = Generator(
         _models(family, Path(recipe.parent or bundled.PARENT)), family.tokenizer,
         family.table.end_of_thinking,
     )  # fmt: skip
@@ -245,9 +246,8 @@ def _models(family: ElasticFamily, path: Path) -> dict[str, PreTrainedModel]:
     """The parent, every size, and the same widths cut from the sorted parent without training."""
     parent, config = load_parent(path)
     models = {PARENT: parent, **family}
-    orders, basis = load_sorting(family.path, family.axis_map)
     sorted_parent, _ = load_parent(path)
-    sort_in_place(sorted_parent, family.axis_map, orders, basis)
+    sort_in_place(sorted_parent, family.axis_map, family.checkpoint.orders, family.checkpoint.basis)
     for name, size in family.sizes.items():
         if size.widths != family.axis_map.full:
             models[f"{name} {UNTRAINED}"] = build_submodel(sorted_parent, config, size.widths)
@@ -273,7 +273,7 @@ def plans(recipe: Recipe) -> list[Plan]:
 
 
 def evaluate(
-    generator: PhasedGenerator,
+    generator: Generator,
     problems: Sequence[Problem],
     plans: Sequence[Plan],
     progress: Progress,
@@ -289,7 +289,7 @@ def evaluate(
 
 
 def divergences_from_parent(
-    generator: PhasedGenerator,
+    generator: Generator,
     names: Sequence[str],
     problems: Sequence[Problem],
     progress: Progress | None = None,

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
 
 LONGEST_REASON = 300
 """Characters of a library's message that are told."""
@@ -92,14 +91,6 @@ def not_finite(what: str) -> CheckpointError:
     return CheckpointError(
         f"{what} not finite; the weights are damaged or overflow in this dtype: restore the "
         "checkpoint or load it in float32"
-    )
-
-
-def not_jinja(error: Any) -> ConfigError:
-    """What is to be raised for jinja2's TemplateSyntaxError."""
-    return ConfigError(
-        f"the chat template is no valid Jinja ({reason(error)}, line {error.lineno}); correct it, "
-        "beside the weights"
     )
 
 

@@ -1,4 +1,4 @@
-"""What was used last, kept up to a limit: skeletons, documents, the orders of epochs."""
+"""What was used last, kept up to a limit: skeletons, documents, orders of epochs, decode steps."""
 
 from __future__ import annotations
 
@@ -25,9 +25,13 @@ class Recent(Generic[Key, Value]):
         if key in self.kept:
             self.kept.move_to_end(key)
             return self.kept[key]
+        self._shrink(self._most - 1)  # before: values may be as large as memory allows
         value = self.kept[key] = build()
         self._weight += self._weigh(value)
-        while self._weight > self._most:
+        self._shrink(self._most)
+        return value
+
+    def _shrink(self, most: int) -> None:
+        while self.kept and self._weight > most:
             _, oldest = self.kept.popitem(last=False)
             self._weight -= self._weigh(oldest)
-        return value

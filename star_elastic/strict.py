@@ -32,6 +32,20 @@ def require_within(name: str, value: int, least: int, most: int) -> None:
     require(value <= most, f"{name}={value} is more than {most:,}; lower it")
 
 
+def require_above_zero(config: Any, **advice: str) -> None:
+    """Raises ConfigError unless the named fields of a config are above zero; says what to give."""
+    for name, like in advice.items():
+        value = getattr(config, name)
+        require(value > 0, f"{name}={value} is not > 0; give {like}")
+
+
+def require_not_negative(config: Any, *names: str) -> None:
+    """Raises ConfigError unless fields of a config are at least zero."""
+    for name in names:
+        value = getattr(config, name)
+        require(value >= 0, f"{name}={value} is negative; give 0 or more")
+
+
 @contextlib.contextmanager
 def at(where: str) -> Iterator[None]:
     """Puts `where` before what a ConfigError inside says, which begins with a key."""

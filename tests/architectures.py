@@ -350,11 +350,9 @@ QWEN3 = Architecture(
     kinds=("attention + mlp",),
     embedding="model.embed_tokens.weight",
     lively=Lively(
-        config={
-            "model_type": "qwen3", "intermediate_size": 32, "num_hidden_layers": 2, "head_dim": 8,
-        },
+        config={"model_type": "qwen3", "intermediate_size": 32, "num_hidden_layers": 2},
         cut={"hidden": 16, "ffn": 16, "heads": 2},
-        seed=2,
+        seed=11,
     ),
     trained=Trained(
         config={

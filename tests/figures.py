@@ -11,7 +11,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from star_elastic.evaluate.wilson import effective_count, wilson_interval
+from star_elastic.evaluate.intervals import effective_count, wilson_interval
 
 ROOT = Path(__file__).parent.parent
 Rows = list[list[str]]

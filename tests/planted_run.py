@@ -19,12 +19,9 @@ from star_elastic.axes.widths import Widths
 from star_elastic.checkpoints.manifest import Manifest, load_manifest
 from star_elastic.cost.count import CostModel
 from star_elastic.data.source_config import SourceConfig
-from star_elastic.data.sources import Source
 from star_elastic.demo import write_rows
-from star_elastic.models.submodel import load_tokenizer
 from star_elastic.progress import Silent
 from star_elastic.train.build import build_trainer
-from star_elastic.train.check import check
 from star_elastic.train.config import (
     CalibrationConfig,
     EngineConfig,
@@ -33,6 +30,7 @@ from star_elastic.train.config import (
     StageConfig,
 )
 from star_elastic.train.distributed import World
+from star_elastic.train.inputs import open_inputs
 from star_elastic.train.loop import Trainer
 from star_elastic.train.run import train
 
@@ -83,12 +81,11 @@ class Planted:
     def trainer(self, name: str, steps: int = 10, **router: Any) -> Trainer:
         """The trainer of such a run before its first step; its calibration is kept and shared."""
         config = self.config(name, steps, **router)
-        tokenizer = load_tokenizer(config.parent)
-        sources = [Source(source.files, tokenizer, source.loss_on) for source in config.data]
         scratch = self.folder / "calibration"
         scratch.mkdir(exist_ok=True)
-        checked = check(config)
-        return build_trainer(config, checked, sources, scratch, Silent(), World())[0]
+        data = tuple(replace(source, held_out=0) for source in config.data)
+        inputs = open_inputs(replace(config, out=str(scratch), data=data))
+        return build_trainer(inputs, Silent(), World())[0]
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,8 @@ from star_elastic.checkpoints.tensors import load_tensors
 from star_elastic.data.sources import ShuffledEpochs, Source, first_documents, open_sources
 from star_elastic.demo import write_rows
 from star_elastic.errors import CheckpointError, ConfigError, Interrupted, RowError
-from star_elastic.models.submodel import load_parent, load_tokenizer
+from star_elastic.models.load import load_parent
+from star_elastic.models.tokenizer import load_tokenizer
 from star_elastic.progress import Silent
 from star_elastic.train.calibrate import Calibration
 from star_elastic.train.check import beyond_positions
@@ -27,6 +28,7 @@ from star_elastic.train.distributed import World
 from star_elastic.train.packing import PackedStream
 from star_elastic.train.row_check import check_rows, require_lessons, warn_of_rows
 from star_elastic.train.run import train
+from star_elastic.train.stages import Position
 from tests import ranks
 from tests.chat_templates import CHATML, byte_tokenizer
 from tests.processes import on_ranks, run_command
@@ -228,13 +230,11 @@ def test_a_prompt_that_fills_the_context_teaches_nothing(run_folder):
     """As training leaves it out, stage by stage; a token more of the context, and it counts."""
     rows = [json.dumps({"prompt": "1" * 100, "completion": "2"}), '{"text": ""}', '{"text": "3"}']
     config = make(run_folder, "full", rows)
-    stages = tuple(replace(config.stages[0], context=context) for context in (99, 100, 101))
-    config = replace(config, stages=stages)
     tokenizer = load_tokenizer(config.parent)
     source = Source(config.data[0].files, tokenizer, "answers")
     num_prompt = source.document(0).first + 1
     assert num_prompt == 100
-    found = check_rows(config, [source], Silent(), STOPS)
+    found = check_rows([source], [99, 100, 101], Silent(), STOPS)
     assert found.left_out == [2, 1, 1] and found.cut == [1, 1, 0]
     assert found.lines()[1] == "stages[0]: 1 rows are cut, 2 teach nothing"
 
@@ -243,7 +243,8 @@ def check_of(config):
     """What the rows of a run config are, and its sources."""
     tokenizer = load_tokenizer(config.parent)
     sources = open_sources(config.data, tokenizer, len(tokenizer), config.seed)
-    return check_rows(config, sources, Silent(), STOPS), sources
+    contexts = [stage.context for stage in config.stages]
+    return check_rows(sources, contexts, Silent(), STOPS), sources
 
 
 @pytest.mark.parametrize("held_out", [False, True])
@@ -271,7 +272,7 @@ def test_a_source_that_teaches_nothing_is_told_before_work(run_folder, tmp_path,
     with pytest.raises(
         CheckpointError, match=r"idle.jsonl has no row .* within stages\[0\].contex"
     ):
-        require_lessons(config, sources, Silent())
+        require_lessons(sources, {0: 96, 1: 256}, Silent())
     with pytest.raises(
         CheckpointError, match=r"idle.jsonl has no row .* within stages\[0\].contex"
     ):
@@ -417,7 +418,7 @@ def test_why_a_source_teaches_nothing_is_so(run_folder, tmp_path):
         found, sources = check_of(config)
         assert re.search(problem, found.idle[0]), found.idle
         with pytest.raises(CheckpointError, match=problem):
-            require_lessons(config, sources, Silent())
+            require_lessons(sources, {0: 96}, Silent())
 
 
 def test_a_run_that_has_a_state_is_told_to_go_on(run_folder, lines):
@@ -467,9 +468,10 @@ def test_loss_on_answers_counts_less(run_folder):
             given = 'files = ["rows.jsonl"]\nloss_on = "answers"'
             config = config_in(run_folder, name, **FIXED, **{given: data})
             trainer = build_trainer(config, run_folder / name, World())
-            batch, (num_tokens, counted, *_) = trainer._read()
-            assert counted == batch.num_predicted
-            counts[first, second] = counted / num_tokens
+            read = trainer.reader.read(Position(0, 0))
+            batch = read.batch
+            assert read.num_predicted == batch.num_predicted
+            counts[first, second] = read.num_predicted / read.num_tokens
             own = [0, 0]
             for row, placed in enumerate(batch.documents):
                 for d in placed:
@@ -493,7 +495,7 @@ def test_sources_have_their_weights_in_training_and_ranking(run_folder, weights)
     trainer = build_trainer(config, run_folder / name, World())
     tokens = [0, 0]
     for step in range(8):
-        batch = trainer._stream_of(0).batch(step)
+        batch = trainer.reader.read(Position(0, step)).batch
         for d in (d for row in batch.documents for d in row):
             tokens[d.source] += d.length
     share = weights[0] / sum(weights)

@@ -9,7 +9,7 @@ from star_elastic.architectures import read_config
 from star_elastic.checkpoints.tensors import CheckpointReader, load_tensors
 from star_elastic.generate.family import load
 from star_elastic.models.elastic import ElasticModel
-from star_elastic.models.submodel import load_parent
+from star_elastic.models.load import load_parent
 from star_elastic.rewrite.stream import save_model
 from star_elastic.train.distributed import World
 from star_elastic.train.run import train

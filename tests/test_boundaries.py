@@ -25,7 +25,9 @@ from star_elastic.cli import main
 from star_elastic.cost.count import CostModel
 from star_elastic.errors import CheckpointError, ConfigError, StarElasticError, library_boundary
 from star_elastic.measure.latency_bench import Bench, Setting
-from star_elastic.models.submodel import build_submodel, load_parent, load_tokenizer
+from star_elastic.models.load import load_parent
+from star_elastic.models.submodel import build_submodel
+from star_elastic.models.tokenizer import load_tokenizer
 from star_elastic.rewrite.stream import slice_checkpoint
 from star_elastic.train.config import load_run_config
 from tests.architectures import ROWS, fixed_config

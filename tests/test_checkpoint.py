@@ -40,7 +40,7 @@ from star_elastic.files.writing import (
     write_json,
     write_text,
 )
-from star_elastic.models.submodel import load_parent
+from star_elastic.models.load import load_parent
 from star_elastic.nesting.slice import slice_state
 from star_elastic.rewrite.stream import slice_checkpoint, sort_checkpoint
 from tests.architectures import ROWS, fixed_config

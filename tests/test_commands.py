@@ -23,8 +23,8 @@ from safetensors.torch import load_file
 import star_elastic
 from star_elastic import bundled, demo
 from star_elastic.architectures import family_of, read_config
+from star_elastic.checkpoints.elastic import ElasticCheckpoint
 from star_elastic.checkpoints.manifest import load_manifest, save_manifest
-from star_elastic.checkpoints.quantised import load_input_scales
 from star_elastic.checkpoints.tensors import save_tensors
 from star_elastic.cli import main
 from star_elastic.cli.commands import program
@@ -34,14 +34,14 @@ from star_elastic.data import sources
 from star_elastic.evaluate import run as evaluation
 from star_elastic.generate import family as generate_family
 from star_elastic.generate.decode import BatchDecoder
+from star_elastic.generate.engine import Generator
 from star_elastic.generate.family import load
-from star_elastic.generate.phased import PhasedGenerator
 from star_elastic.generate.phases import Plan, parse_phases
 from star_elastic.importance.files import load_scores
 from star_elastic.importance.orders import random_orders
 from star_elastic.measure import size_latency
-from star_elastic.models import submodel
-from star_elastic.models.submodel import load_parent
+from star_elastic.models import load as loading
+from star_elastic.models.load import load_parent
 from star_elastic.rewrite import family as quantise
 from star_elastic.router.grid import make_grid
 from star_elastic.train.check import require_covered
@@ -429,9 +429,7 @@ def test_quantize(blocks, run_folder, tmp_path, told, printed):
     assert base["parts"]["attention"]["after"] < base["parts"]["attention"]["before"]
     stored = load_file(tmp_path / "kept" / "model.safetensors")
     assert not any("q_proj" in name and name.endswith("scale") for name in stored)
-    assert load_input_scales(
-        tmp_path / "kept", star_elastic.load(tmp_path / "kept").manifest, "small"
-    )
+    assert ElasticCheckpoint(tmp_path / "kept").input_scales("small")
 
     text = printed(
         "quantize", blocks, "--format", "fp8", "--out", tmp_path / "shown", *data, "--samples", 4
@@ -574,10 +572,8 @@ def test_generate_by_chance(writer, question, told, printed, monkeypatch):
     assert ask("--temperature", 2.0, "--top-p", 1e-6, "--seed", 3) == greedy
     options = ["generate", writer, question, "--size", "small", "--max-new-tokens", 20]
     result = told(*options)
-    streams, stream = [], PhasedGenerator.stream
-    monkeypatch.setattr(
-        PhasedGenerator, "stream", lambda *a, **k: streams.append(a) or stream(*a, **k)
-    )
+    streams, stream = [], Generator.stream
+    monkeypatch.setattr(Generator, "stream", lambda *a, **k: streams.append(a) or stream(*a, **k))
     for option in ([], ["--stream"]):
         assert printed(*options, *option).startswith(result["text"] + "\n[")
         assert bool(streams) == bool(option)
@@ -717,13 +713,13 @@ def test_the_parent_is_computed_in_the_dtype_that_is_named(
     writer, blocks, run_folder, tmp_path, told, monkeypatch
 ):
     seen = []
-    original = submodel.load_parent
+    original = loading.load_parent
 
     def watched(path, dtype=torch.float32, *arguments, **options):
         seen.append(dtype)
         return original(path, dtype, *arguments, **options)
 
-    for module in (submodel, generate_family, quantise):
+    for module in (loading, generate_family, quantise):
         monkeypatch.setattr(module, "load_parent", watched)
     rows = run_folder / "rows.jsonl"
     told(

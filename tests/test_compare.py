@@ -13,10 +13,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from star_elastic.errors import BudgetError, ConfigError
-from star_elastic.evaluate.bootstrap import LEAST_STRATUM, PairedBootstrap
 from star_elastic.evaluate.compare import COSTS, choose, compare
 from star_elastic.evaluate.difficulty import Dial
 from star_elastic.evaluate.grid import make_grid, parse_budgets, parse_dials
+from star_elastic.evaluate.intervals import LEAST_STRATUM, PairedBootstrap
 from star_elastic.generate.phases import ByDifficulty
 from star_elastic.report.findings import TOLERANCE, judge
 

@@ -25,7 +25,7 @@ from star_elastic.evaluate.difficulty import (
 from star_elastic.evaluate.tasks import Problem
 from star_elastic.generate.decode import entropies
 from star_elastic.generate.phases import THINKING, ByDifficulty, think_and_answer
-from star_elastic.generate.sequence import Rules, Sequence
+from tests.thinking import make_sequence
 from tests.tiny_family import CLOSE, EOS, NEWLINE, PROMPTS, TAGS
 
 LOOKS = st.sampled_from(["token", "line"])
@@ -89,8 +89,8 @@ def test_the_large_size_writes_what_its_rule_says(data, look):
     prompt = [5, 6, data.draw(st.sampled_from([7, NEWLINE]))]
     threshold = data.draw(st.sampled_from([*unsure, -1.0, math.inf]))
     policy = ByDifficulty(small="small", large="large", threshold=threshold, look=look)
-    rules = Rules(think_and_answer(policy, policy), TAGS, frozenset({EOS}))
-    sequence = Sequence(rules, 0, list(prompt), len(prompt), torch.Generator())
+    plan = think_and_answer(policy, policy)
+    sequence = make_sequence(plan, TAGS, ids=prompt, ends=[EOS])
     for token, entropy in zip(tokens, unsure, strict=True):
         if sequence.looks:
             sequence.defer(entropy)

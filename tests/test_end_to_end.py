@@ -21,7 +21,8 @@ from star_elastic.axes.widths import Widths
 from star_elastic.cost.count import CostModel, Workload
 from star_elastic.demo import write_rows
 from star_elastic.models.elastic import ElasticModel
-from star_elastic.models.submodel import build_submodel, load_parent, sort_in_place
+from star_elastic.models.load import load_parent
+from star_elastic.models.submodel import build_submodel, sort_in_place
 from star_elastic.rewrite.stream import save_model
 from star_elastic.train.losses import distillation_loss
 from tests.architectures import ROWS

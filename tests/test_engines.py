@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 from star_elastic.architectures import family_of, read_config
 from star_elastic.export.engines import Verdict, check_engines
 from star_elastic.models.calibration import calibrate_inputs
-from star_elastic.models.submodel import load_parent
+from star_elastic.models.load import load_parent
 from star_elastic.quant.scheme import make_scheme
 from star_elastic.rewrite.quantise import quantise_checkpoint
 from star_elastic.rewrite.stream import slice_checkpoint

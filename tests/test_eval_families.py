@@ -17,11 +17,11 @@ from star_elastic.checkpoints.manifest import Manifest, Size, save_manifest
 from star_elastic.cli import main
 from star_elastic.evaluate import answers, run
 from star_elastic.evaluate.accuracy import LEFT_OUT, MAX_TEXT, _shorten
-from star_elastic.evaluate.bootstrap import PairedBootstrap
 from star_elastic.evaluate.budgets import Thought, alike_budgets, common_groups, cut_place
 from star_elastic.evaluate.compare import COSTS, compare
 from star_elastic.evaluate.difficulty import ALWAYS_SMALL, Dial, Look, write_texts
 from star_elastic.evaluate.grid import make_grid
+from star_elastic.evaluate.intervals import PairedBootstrap
 from star_elastic.evaluate.matching import parse_match
 from star_elastic.evaluate.reuse import study_reuse
 from star_elastic.evaluate.run import Settings, evaluate_family

@@ -16,10 +16,10 @@ from star_elastic import bundled
 from star_elastic.architectures import family_of
 from star_elastic.cost.count import CostModel, Workload
 from star_elastic.errors import CheckpointError, ConfigError
-from star_elastic.evaluate.accuracy import Evaluation, Solved, evaluate_plan, solve, summarise
+from star_elastic.evaluate.accuracy import Evaluation, Trial, evaluate_plan, solve, summarise
+from star_elastic.evaluate.intervals import wilson_interval
 from star_elastic.evaluate.tasks import messages, sample_problems
-from star_elastic.evaluate.wilson import wilson_interval
-from star_elastic.generate.phased import PhasedGenerator
+from star_elastic.generate.engine import Generator
 from star_elastic.generate.phases import ANSWERING, THINKING, think_and_answer
 from star_elastic.report.charts import PlansChart, pareto_front, plot_plans
 
@@ -88,7 +88,7 @@ def generator(problems):
         built = [AutoModelForCausalLM.from_config(config).eval() for config in configs]
     models = dict(zip(SIZES, built, strict=True))
     train(models["trained"], tokenizer, problems)
-    return PhasedGenerator(models, tokenizer, "\n</think>\n")
+    return Generator(models, tokenizer, "\n</think>\n")
 
 
 def test_what_was_learnt_is_scored_right(generator, problems):
@@ -131,7 +131,7 @@ def test_cut_traces_are_scored_by_themselves(generator, problems):
         replace(outcome, is_cut=is_cut, is_right=is_right)
         for outcome, (is_cut, is_right) in zip(outcomes, marks, strict=True)
     ]
-    found = summarise(plan, problems, Solved(mixed, seconds), 64)
+    found = summarise(plan, problems, Trial(mixed, seconds), 64)
     assert (found.cut_share, found.cut_accuracy) == (0.75, pytest.approx(1 / 3))
 
 

@@ -29,7 +29,7 @@ from star_elastic.evaluate.run import Settings, evaluate_family
 from star_elastic.evaluate.tasks import TASKS, Problem
 from star_elastic.generate.caches import LayerState, RowCache
 from star_elastic.generate.phases import think_and_answer
-from star_elastic.models.submodel import load_tokenizer
+from star_elastic.models.tokenizer import load_tokenizer
 from star_elastic.progress import Silent
 from star_elastic.report.page import load_result, make_page, write_report
 from star_elastic.report.tables import NO_VALUE, answers_table
@@ -208,7 +208,7 @@ def test_natural_traces_give_budgets(elastic, data, tmp_path):
     assert found["trace_tokens"]["longest"] == lengths[-1]
     cuts = found["budgets"][:-1]
     assert cuts and all(lengths[0] <= cut <= lengths[-1] for cut in cuts)
-    run.grid(found["budgets"], found["alike"], {})
+    run.grid(found["budgets"], {}, alike=found["alike"])
     assert natural_budgets([0, 0, 5000], 100) == [75 - 32, None]
     assert natural_budgets([0, 0, 0], 100) == [None]
 

@@ -14,13 +14,16 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from star_elastic.architectures import family_of, read_config
-from star_elastic.checkpoints.companions import CARRIED, LATENCY, copy_companions, copy_family_files
+from star_elastic.checkpoints.companions import LATENCY, copy_companions
+from star_elastic.checkpoints.elastic import CARRIED, ElasticCheckpoint, rewrite_family_files
+from star_elastic.checkpoints.manifest import Manifest
 from star_elastic.checkpoints.stored import StoredModel
 from star_elastic.checkpoints.tensors import INDEX_NAME, SINGLE_NAME, CheckpointReader, save_tensors
 from star_elastic.cost.latency import save_table
 from star_elastic.errors import CheckpointError, ConfigError, StarElasticError
 from star_elastic.files.writing import write_json
-from star_elastic.models.submodel import load_parent, load_tokenizer
+from star_elastic.models.load import load_parent
+from star_elastic.models.tokenizer import load_tokenizer
 from star_elastic.rewrite.family import quantise_family
 from star_elastic.rewrite.stream import slice_checkpoint, sort_checkpoint
 from star_elastic.train.config import RunConfig, parse
@@ -134,7 +137,7 @@ def test_what_is_missing_from_a_pruned_cache_is_told(copied, tmp_path, name):
 def test_what_is_missing_of_a_family_is_told(copied, tmp_path, name):
     (copied / name).symlink_to("gone")
     with pytest.raises(CheckpointError, match=f"{name} is a link to gone"):
-        copy_family_files(copied, tmp_path)
+        rewrite_family_files(ElasticCheckpoint(copied), tmp_path, Manifest("llama", {}, {}))
 
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "config.json", SINGLE_NAME])

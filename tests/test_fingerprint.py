@@ -10,7 +10,7 @@ import pytest
 
 from star_elastic.data.sources import Source
 from star_elastic.errors import CheckpointError, ConfigError, Interrupted
-from star_elastic.models.submodel import load_tokenizer
+from star_elastic.models.tokenizer import load_tokenizer
 from star_elastic.train.fingerprint import (
     SAMPLED_ROWS,
     compare_data,

@@ -13,11 +13,18 @@ from hypothesis import strategies as st
 import star_elastic
 from star_elastic.cost.count import CostModel
 from star_elastic.errors import BudgetError, CheckpointError, ConfigError
-from star_elastic.generate.decode import BatchDecoder, Sampling, choose_tokens, pads_exactly
-from star_elastic.generate.phased import PhasedGenerator
-from star_elastic.generate.phases import ANSWERING, TAG, THINKING, Generation, think_and_answer
+from star_elastic.generate.decode import BatchDecoder, choose_tokens, pads_exactly
+from star_elastic.generate.engine import Generator
+from star_elastic.generate.phases import (
+    ANSWERING,
+    TAG,
+    THINKING,
+    Generation,
+    Sampling,
+    think_and_answer,
+)
 from star_elastic.generate.prompts import FoundTag, ThinkingTags
-from star_elastic.generate.sequence import Rules, Sequence
+from tests.thinking import make_sequence
 from tests.tiny_family import (
     ALWAYS_THINKS,
     CLOSE,
@@ -138,7 +145,7 @@ def test_options_of_generate_are_all_heard(family, monkeypatch):
 def test_forced_tokens_in_one_loop_equal_second_prefill(family, temperature):
     """One size under two names re-prefills where the same size under one name does not."""
     model = family["small"]
-    twice = PhasedGenerator({"a": model, "b": model}, family.tokenizer, END)
+    twice = Generator({"a": model, "b": model}, family.tokenizer, END)
     options = {"thinking_budget": 6, "grace": 4, "max_new_tokens": 40}
     one_loop, handed_over = (
         twice.generate(
@@ -197,7 +204,7 @@ def test_padding_with_a_projection_bias_is_avoided():
     model = make_model(make_config("nemotron_h", len(tokenizer), use_bias=True))
     torch.nn.init.normal_(model.model.layers[0].mixer.in_proj.bias)
     assert not pads_exactly(model)
-    generator = PhasedGenerator({"only": model}, tokenizer, END)
+    generator = Generator({"only": model}, tokenizer, END)
     plan = think_and_answer("only", "only", max_new_tokens=20)
     together = generator.generate(PROMPTS, plan)
     alone = [generator.generate(prompt, plan)[0] for prompt in PROMPTS]
@@ -365,7 +372,7 @@ def test_chat_template_decides_how_a_turn_opens(template, thinking, tail, in_thi
 def test_end_of_thinking_is_injected_where_the_template_always_opens():
     tokenizer = make_tokenizer(ALWAYS_THINKS)
     model = make_model(make_config("llama", len(tokenizer)))
-    generator = PhasedGenerator({"m": model}, tokenizer, END)
+    generator = Generator({"m": model}, tokenizer, END)
     plan = think_and_answer("m", "m", thinking_budget=0, max_new_tokens=9)
     result = generator.generate("1+2", plan)[0]
     assert result.closing_tokens == 2
@@ -380,7 +387,7 @@ def test_end_of_thinking_is_injected_where_the_template_always_opens():
 def test_model_that_does_not_think_answers_at_once():
     tokenizer = make_tokenizer(NEVER_THINKS)
     model = make_model(make_config("llama", len(tokenizer)))
-    generator = PhasedGenerator({"m": model, "n": model}, tokenizer, END)
+    generator = Generator({"m": model, "n": model}, tokenizer, END)
     result = generator.generate("1+2", think_and_answer("m", "m", max_new_tokens=5))[0]
     assert [phase.name for phase in result.phases] == [ANSWERING]
     for plan in (
@@ -400,11 +407,11 @@ def test_closing_tag_of_several_tokens_is_found():
     assert tags.find(ids[:-1], opening=False) is None
     assert tags.find([], opening=False) is None
     plan = think_and_answer("s", "s", max_new_tokens=40)
-    sequence = Sequence(Rules(plan, tags, frozenset()), 0, [5], 1, torch.Generator())
+    sequence = make_sequence(plan, tags)
     for token in ids:
         sequence.accept(token)
     assert not sequence.is_thinking
-    trace = sequence.result([0.0, 0.0]).phase(THINKING)
+    trace = sequence.result().phase(THINKING)
     assert (trace.tokens, trace.by_size, sequence.parts().count(TAG)) == (2, {"s": 2}, 8)
 
 
@@ -548,7 +555,7 @@ def test_mistakes_of_loading(tiny_checkpoint, tmp_path):
 def test_tokenizer_without_template_reads_plain_text_only():
     tokenizer = make_tokenizer(None)
     model = make_model(make_config("llama", len(tokenizer)))
-    generator = PhasedGenerator({"m": model}, tokenizer, END)
+    generator = Generator({"m": model}, tokenizer, END)
     plan = think_and_answer("m", "m", thinking_budget=2, grace=0, max_new_tokens=12)
     with pytest.raises(ConfigError, match="cannot read messages"):
         generator.generate([{"role": "user", "content": "1"}], plan)

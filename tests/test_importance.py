@@ -29,7 +29,7 @@ from star_elastic.importance.depth import rank_layers
 from star_elastic.importance.estimate import estimate_scores
 from star_elastic.importance.files import ScoreInfo, load_scores, save_scores
 from star_elastic.importance.orders import magnitude_scores, orders_from_scores, random_orders
-from star_elastic.measure.perplexity import measure_perplexity, read_texts, token_windows
+from star_elastic.measure.perplexity import measure_perplexity, token_windows
 from star_elastic.models.submodel import build_submodel
 from star_elastic.nesting.slice import check_orders, slice_state, sort_state
 from star_elastic.progress import Silent
@@ -570,17 +570,15 @@ def test_perplexity_of_a_model_that_knows_nothing_is_its_vocabulary() -> None:
         measure_perplexity(parent.model, torch.stack(random_samples((5, 5))))
 
 
-def test_windows_are_cut_from_texts_end_to_end(tmp_path: Path) -> None:
+def test_windows_are_cut_from_texts_end_to_end() -> None:
     words = {word: index for index, word in enumerate(["<end>", "a", "b", "c"])}
     raw = Tokenizer(models.WordLevel(words, unk_token="<end>"))
     raw.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, eos_token="<end>")
-    file = tmp_path / "texts.jsonl"
-    file.write_text('{"text": "a b c"}\n\n{"text": "c b", "more": 1}\n{"text": "a"}\n', "utf-8")
 
     def windows(max_tokens: int, window_tokens: int, separator_id: int | None = 0):
         return token_windows(
-            read_texts(file), tokenizer,
+            ["a b c", "c b", "a"], tokenizer,
             window_tokens=window_tokens, max_tokens=max_tokens, separator_id=separator_id,
         ).tolist()  # fmt: skip
 
@@ -594,17 +592,6 @@ def test_windows_are_cut_from_texts_end_to_end(tmp_path: Path) -> None:
     ):
         with pytest.raises(ConfigError, match=message):
             windows(max_tokens, window)
-    file.write_bytes(b'{"text": "read first"}\n{"text": "\xff"}\n')
-    texts = read_texts(file)
-    assert next(texts) == "read first"
-    with pytest.raises(CheckpointError, match=r"texts\.jsonl:2 is not an object"):
-        next(texts)
-    for line in ('{"prompt": "x"}', '["text"]', '{"text": 3}', "text"):
-        file.write_text(line, "utf-8")
-        with pytest.raises(CheckpointError, match=":1 is not an object"):
-            list(read_texts(file))
-    with pytest.raises(CheckpointError, match="does not exist"):
-        list(read_texts(tmp_path / "none.jsonl"))
 
 
 @pytest.mark.long

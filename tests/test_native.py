@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from star_elastic.models.calibration import calibrate_inputs
+from star_elastic.models.load import load_parent
 from star_elastic.models.resident import count_resident, nest_in_place
-from star_elastic.models.submodel import build_submodel, load_parent
+from star_elastic.models.submodel import build_submodel
 from star_elastic.quant.formats import E4M3
 from star_elastic.quant.scheme import make_scheme
 from star_elastic.rewrite.quantise import quantise_checkpoint

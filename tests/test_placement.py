@@ -128,16 +128,16 @@ def test_every_command_computes_in_the_dtype_that_is_asked_for(
     asked, monkeypatch, capsys, command, tmp_path
 ):
     """Seen where the model is put together."""
-    from star_elastic.models import submodel
+    from star_elastic.models import load as loading
     from star_elastic.rewrite import family as quantise
 
-    used, load = [], submodel.load_parent
+    used, load = [], loading.load_parent
 
     def watched(path, dtype=torch.float32, device="cpu", **more):
         used.append((dtype, device))
         return load(path, dtype, device, **more)
 
-    for module in (submodel, families, quantise):
+    for module in (loading, families, quantise):
         monkeypatch.setattr(module, "load_parent", watched)
     arguments = [str(part) for part in asked[1][command]]
     arguments = [str(tmp_path / "out") if "asked" in a else a for a in arguments]

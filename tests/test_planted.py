@@ -7,8 +7,9 @@ import json
 
 import torch
 
+from star_elastic.checkpoints.elastic import ElasticCheckpoint
 from star_elastic.generate.family import load
-from star_elastic.models.submodel import load_parent
+from star_elastic.models.load import load_parent
 from star_elastic.router.commit import ASKED, LEARNED
 from star_elastic.router.files import load_router
 from star_elastic.train.losses import distillation_loss
@@ -17,7 +18,7 @@ from tests.planted_run import LEARNED_STEPS, run_planted
 
 def own_choice(run, name):
     """What the router that was saved chooses for a size, and the grid."""
-    router = load_router(run.elastic, run.manifest, run.planted.axis_map)
+    router = load_router(ElasticCheckpoint(run.elastic))
     number = list(run.manifest.sizes).index(name)
     return router.decide(router.one_hot(number), ASKED).choice, router.grid
 

@@ -7,21 +7,20 @@ import os
 import signal
 
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from star_elastic.cli import main
 from star_elastic.cli.generate import print_stream
 from star_elastic.errors import ConfigError
-from star_elastic.generate.phased import BatchLimits, PhasedGenerator
+from star_elastic.generate.engine import BatchLimits, Generator
 from star_elastic.generate.phases import Token, think_and_answer
 from star_elastic.generate.prompts import ThinkingTags
-from star_elastic.generate.sequence import Rules, Sequence
 from tests.thinking import (
     CLOSING,
     OPENS,
     PLAIN,
+    make_sequence,
     make_tokenizer,
     table_generator,
     table_model,
@@ -188,7 +187,7 @@ def test_a_token_without_embedding_is_refused_before_any_work():
     tokenizer = make_tokenizer(OPENS)
     model = table_model(tokenizer, {})
     tokenizer.add_tokens(["<tool>"])
-    generator = PhasedGenerator({"m": model}, tokenizer, CLOSING)
+    generator = Generator({"m": model}, tokenizer, CLOSING)
     plan = think_and_answer("m", "m", max_new_tokens=4)
     assert generator.generate("call it", plan)
     with pytest.raises(ConfigError, match=f"token '<tool>' with id {len(tokenizer) - 1}, but the"):
@@ -216,12 +215,15 @@ def test_a_prompt_without_tokens_is_refused():
 )
 def test_batches_hold_so_many_sequences_and_tokens(lengths, size, tokens, room):
     plan = think_and_answer("s", "s", max_new_tokens=room)
-    rules = Rules(plan, ThinkingTags(make_tokenizer(), CLOSING), frozenset())
+    tags = ThinkingTags(make_tokenizer(), CLOSING)
     rows = [
-        Sequence(rules, index, [5] * length, length, torch.Generator())
+        make_sequence(plan, tags, ids=[5] * length, index=index)
         for index, length in enumerate(lengths)
     ]
-    batches = list(BatchLimits(size, tokens).batches(rows))
+    waiting, batches = list(rows), []
+    while waiting:
+        batches.append(BatchLimits(size, tokens).admit(waiting, []))
+        waiting = [row for row in waiting if row not in batches[-1]]
     assert sorted(r.index for batch in batches for r in batch) == list(range(len(rows)))
     for number, batch in enumerate(batches):
         held = len(batch) * (max(row.num_prompt for row in batch) + room)
@@ -271,7 +273,7 @@ def test_ctrl_c_ends_a_stream_in_one_line(monkeypatch, capsys, trained):
     options = ["generate", str(trained.elastic), "--size", "small", "--max-new-tokens", "40"]
     main([*options, "--json", "add 12 34"])
     text = json.loads(capsys.readouterr().out)["text"]
-    accept, seen = PhasedGenerator.stream, []
+    accept, seen = Generator.stream, []
 
     def stream(self, *arguments, **more):
         for event in accept(self, *arguments, **more):
@@ -280,7 +282,7 @@ def test_ctrl_c_ends_a_stream_in_one_line(monkeypatch, capsys, trained):
             if len(seen) == 5:
                 os.kill(os.getpid(), signal.SIGINT)
 
-    monkeypatch.setattr(PhasedGenerator, "stream", stream)
+    monkeypatch.setattr(Generator, "stream", stream)
     with pytest.raises(SystemExit) as ended:
         main([*options, "--stream", "add 12 34"])
     shown = capsys.readouterr()

@@ -14,8 +14,10 @@ from typer.testing import CliRunner
 
 import star_elastic
 from star_elastic.architectures import family_of, read_config
+from star_elastic.checkpoints.companions import INPUT_SCALES
+from star_elastic.checkpoints.elastic import ElasticCheckpoint
 from star_elastic.checkpoints.layouts import read_scheme
-from star_elastic.checkpoints.quantised import INPUT_SCALES, load_input_scales
+from star_elastic.checkpoints.manifest import save_manifest
 from star_elastic.checkpoints.tensors import save_tensors
 from star_elastic.cli.commands import app
 from star_elastic.errors import CheckpointError, ConfigError, ShapeError
@@ -23,7 +25,7 @@ from star_elastic.export.engines import check_engines
 from star_elastic.models.calibration import calibrate_inputs
 from star_elastic.models.fake_quantisation import FakeQuantisation
 from star_elastic.models.linear import KnownInput
-from star_elastic.models.submodel import load_parent
+from star_elastic.models.load import load_parent
 from star_elastic.quant import formats
 from star_elastic.quant.formats import fake_activation, format_of, quantise
 from star_elastic.quant.scheme import BEFORE_ATTENTION, make_scheme
@@ -78,8 +80,8 @@ def test_bytes_follow_the_format(elastic, nvfp4, run_folder, tmp_path):
 
 def test_every_size_has_the_scales_of_its_own_inputs(elastic, nvfp4, tmp_path):
     family = star_elastic.load(nvfp4)
-    own = load_input_scales(nvfp4, family.manifest, "small")
-    assert own and not load_input_scales(nvfp4, family.manifest, "large")
+    own = family.checkpoint.input_scales("small")
+    assert own and not family.checkpoint.input_scales("large")
     shared = family.parent.quantised_inputs.scales
     assert all(own[name] <= shared[name] * (1 + 1e-6) for name in own)
     run("slice", nvfp4, "--size", "small", "--out", tmp_path / "small", "--json")
@@ -115,11 +117,10 @@ def test_scales_that_are_gone_are_told(nvfp4, elastic, tmp_path):
     # As a family has it that does not say which sizes have some.
     shutil.copyfile(nvfp4 / INPUT_SCALES, lost / INPUT_SCALES)
     manifest = star_elastic.load(lost).manifest
-    unsaid = replace(manifest, own_input_scales=())
-    assert (
-        load_input_scales(lost, unsaid, "small").keys()
-        == load_input_scales(lost, manifest, "small").keys()
-    )
+    save_manifest(replace(manifest, own_input_scales=()), lost)
+    unsaid, said = (ElasticCheckpoint(path).input_scales("small") for path in (lost, nvfp4))
+    assert unsaid.keys() == said.keys()
+    save_manifest(manifest, lost)
     save_tensors(lost / INPUT_SCALES, {"medium/x": torch.ones(1)})
     assert "lacks the scales of size 'small'" in refused("check", lost)
 

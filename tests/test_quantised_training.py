@@ -14,11 +14,11 @@ from star_elastic.architectures import family_of, read_config
 from star_elastic.checkpoints.tensors import CheckpointReader, load_tensors
 from star_elastic.errors import CheckpointError, ConfigError, Interrupted, ShapeError
 from star_elastic.models.fake_quantisation import FILE_NAME, FakeQuantisation
-from star_elastic.models.submodel import load_parent
+from star_elastic.models.load import load_parent
 from star_elastic.quant.formats import dequantise, quantise
 from star_elastic.quant.scheme import make_scheme
 from star_elastic.rewrite.stream import slice_checkpoint
-from star_elastic.train import run as run_module
+from star_elastic.train import steps
 from star_elastic.train.config import load_run_config
 from star_elastic.train.distributed import World
 from star_elastic.train.run import train
@@ -154,16 +154,16 @@ def test_gradients_are_those_of_a_straight_line(run_folder, blocks):
 def test_stopped_and_resumed_equals_uninterrupted(run_folder, blocks, monkeypatch):
     straight = train(quantised(run_folder, blocks, "qad-straight"))
     config = quantised(run_folder, blocks, "qad-stopped")
-    saved = run_module.save_state
+    saved = steps.save_state
 
     def stop_after(trainer, run):
         saved(trainer, run)
         raise Interrupted("stopped")
 
-    monkeypatch.setattr(run_module, "save_state", stop_after)
+    monkeypatch.setattr(steps, "save_state", stop_after)
     with pytest.raises(Interrupted):
         train(config)
-    monkeypatch.setattr(run_module, "save_state", saved)
+    monkeypatch.setattr(steps, "save_state", saved)
     resumed = train(config, resume=True)
     for part in ("elastic", "quantised"):
         ours, theirs = (
@@ -220,7 +220,7 @@ def test_the_task_itself_can_be_the_objective(run_folder, blocks):
     }
     config = quantised(run_folder, blocks, "qat", **changes)
     trainer = build_trainer(config, run_folder / "qat-scratch", World())
-    batch, _ = trainer._read()
+    batch = trainer.reader.read(trainer.curriculum.at(0)).batch
     states, head = trainer.student.hidden_states(trainer.committed["large"].widths, **batch.inputs)
     logits, counted = states @ head.T, batch.predicts
     expected = torch.nn.functional.cross_entropy(logits[counted], batch.targets[counted])

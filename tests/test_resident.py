@@ -24,8 +24,9 @@ from star_elastic.checkpoints.tensors import save_tensors
 from star_elastic.cost.count import CostModel
 from star_elastic.generate.family import ElasticFamily
 from star_elastic.models.linear import NestedLinear
+from star_elastic.models.load import load_parent
 from star_elastic.models.resident import count_resident, nest_in_place, nested_names
-from star_elastic.models.submodel import build_submodel, load_parent
+from star_elastic.models.submodel import build_submodel
 from star_elastic.nesting.order import layout_of, nest
 from star_elastic.rewrite.stream import slice_checkpoint
 from star_elastic.router.grid import make_grid

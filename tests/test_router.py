@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from benchmarks import planting
 from star_elastic.architectures import family_of, read_config
-from star_elastic.checkpoints.manifest import load_manifest
+from star_elastic.checkpoints.elastic import ElasticCheckpoint
 from star_elastic.cost.amounts import show_amount
 from star_elastic.cost.count import CostModel, Workload
 from star_elastic.errors import BudgetError, CheckpointError, ShapeError
@@ -230,8 +230,7 @@ def test_a_budget_between_sizes_is_counted_for_the_workload_of_the_run(trained, 
     for size, share in (("large", 1.0), ("small", 0.6)):
         content["sizes"][size]["budgets"] = {"bytes": share}
     (family / "elastic.json").write_text(json.dumps(content))
-    manifest = load_manifest(family, axis_map)
-    found = widths_for(family, manifest, axis_map, {"bytes": 0.8})
+    found = widths_for(ElasticCheckpoint(family), {"bytes": 0.8})
     assert budget_miss(found.widths, {"bytes": 0.8}, CostModel(axis_map)) > 2 * AIM
     cost = CostModel(axis_map, Workload(context=64, batch=4))
     assert budget_miss(found.widths, {"bytes": 0.8}, cost) <= AIM

@@ -15,7 +15,7 @@ from star_elastic.data.encoding import Encoder
 from star_elastic.data.rendering import Document, Renderer
 from star_elastic.errors import CheckpointError, RowError
 from star_elastic.generate.prompts import ThinkingTags
-from star_elastic.models.submodel import load_tokenizer
+from star_elastic.models.tokenizer import load_tokenizer
 from tests.chat_templates import (
     ALTERNATES,
     CHATML,

@@ -31,8 +31,8 @@ from star_elastic.train.config import (
     load_run_config,
     parse,
 )
-from star_elastic.train.curriculum import Curriculum
 from star_elastic.train.reference import keys, reference, sections
+from star_elastic.train.stages import Curriculum
 
 ROOT = Path(__file__).parent.parent
 SECTIONS = dict(sections(RunConfig))

@@ -16,14 +16,13 @@ from safetensors.torch import load_file
 from star_elastic.axes import axis_keys
 from star_elastic.axes.widths import Widths
 from star_elastic.cost.latency import save_table
-from star_elastic.data.sources import open_sources
 from star_elastic.errors import ConfigError, RowError
 from star_elastic.importance.files import ScoreInfo, load_scores, save_scores
-from star_elastic.models.submodel import load_tokenizer
 from star_elastic.nesting.gate import Mixture
-from star_elastic.train import loop
-from star_elastic.train import run as run_module
+from star_elastic.train import loop, steps
+from star_elastic.train.check import check
 from star_elastic.train.config import RunConfig, load_run_config
+from star_elastic.train.inputs import open_inputs
 from star_elastic.train.losses import linear_cross_entropy
 from star_elastic.train.outlook import look_ahead
 from star_elastic.train.run import train
@@ -314,7 +313,7 @@ def test_what_units_are_ranked_on(watch):
 def test_given_scores_order_the_units(run_folder, scores, tmp_path):
     """Scores turned upside down: the order is reversed inside each group."""
     config = config_in(run_folder, "scored", **{"tokens = 15360": "tokens = 384"}, **FIXED)
-    checked = run_module.check(config)
+    checked = check(config)
     known, _ = load_scores(scores, checked.axis_map)
     upside_down = {key: 1 / (1 + value) for key, value in known.items()}
     info = ScoreInfo(num_samples=1, num_tokens=1, source="turned", weights="other")
@@ -332,12 +331,12 @@ def test_given_scores_order_the_units(run_folder, scores, tmp_path):
 
 def test_scores_of_other_weights_are_told(run_folder, scores, tmp_path):
     """Nothing in their shapes shows it; of the parent's own there is nothing to say."""
-    _, info = load_scores(scores, run_module.check(config_in(run_folder, "own")).axis_map)
+    _, info = load_scores(scores, check(config_in(run_folder, "own")).axis_map)
     for weights, told in ((info.weights, 0), ("0123456789abcdef", 1)):
         config = config_in(run_folder, "own", **{"num_samples = 16": f'scores = "{scores}"'})
         given = replace(info, weights=weights)
-        sources = open_sources(config.data, load_tokenizer(config.parent), 1000)
-        outlook = look_ahead(config, run_module.check(config), sources, torch.device("cpu"), given)
+        inputs = replace(open_inputs(config), scores=({}, given))
+        outlook = look_ahead(inputs, torch.device("cpu"))
         said = [line for line in outlook.warnings if "were measured on other files" in line]
         assert len(said) == told, weights
 
@@ -487,13 +486,13 @@ def test_products_are_in_bf16_where_autocast_is_on(watch, monkeypatch):
 
 @hears("engine.save_every")
 def test_states_are_saved_every_so_many_steps(run_folder, monkeypatch):
-    saved, save = [], run_module.save_state
+    saved, save = [], steps.save_state
 
     def note(trainer, run):
         saved.append(trainer.step)
         save(trainer, run)
 
-    monkeypatch.setattr(run_module, "save_state", note)
+    monkeypatch.setattr(steps, "save_state", note)
     changes = {
         "tokens = 15360": "tokens = 1920",
         "save_every = 16": "save_every = 2",
@@ -532,7 +531,7 @@ def test_bytes_are_counted_for_the_workload(watch):
 @hears("latency")
 def test_milliseconds_are_those_of_the_table(run_folder, watch):
     config = config_in(run_folder, "tables")
-    axis_map = run_module.check(config).axis_map
+    axis_map = check(config).axis_map
     losses = []
     for seed in range(2):
         table = made_up(axis_map, seed)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import star_elastic
-from star_elastic.generate import phased, steps
+from star_elastic.generate import sizes, steps
 from star_elastic.generate.decode import BatchDecoder
 from star_elastic.generate.steps import MAX_CAPTURED, StepPool, pool_for
 from tests.tiny_family import PROMPTS
@@ -75,7 +75,7 @@ def test_two_decoders_share_static_memory_without_mixing(model, monkeypatch):
             for decoder in (ours, plain):
                 decoder.step([token] * len(ROWS))
             assert near(ours.logits_BV, plain.logits_BV)
-    assert len(pool._steps) == 1
+    assert len(pool._steps.kept) == 1
 
 
 @torch.inference_mode()
@@ -90,7 +90,7 @@ def test_memory_that_longer_rows_have_left_shows_nothing_of_them(model, monkeypa
             for decoder in decoders:
                 decoder.step([token] * len(rows))
             assert near(*(decoder.logits_BV for decoder in decoders))
-    assert len(pool._steps) == 1, "the memory was not taken up again"
+    assert len(pool._steps.kept) == 1, "the memory was not taken up again"
 
 
 @torch.inference_mode()
@@ -107,7 +107,7 @@ def test_a_shape_is_captured_when_it_is_worth_it_and_few_are_kept(model):
         decoder.prefill([[6, 7]])
         for _ in range(3):
             decoder.step([5] * rows)
-    assert len(pool._steps) == MAX_CAPTURED
+    assert len(pool._steps.kept) == MAX_CAPTURED
 
 
 @pytest.mark.parametrize("switch", ["reprefill", "catch-up"])
@@ -116,12 +116,12 @@ def test_generations_are_the_same(family, switch, monkeypatch):
     expected = family.generate(PROMPTS, think="small", answer="large", **options)
     made = []
     monkeypatch.setattr(
-        phased, "pool_for", lambda model: made.append(StepPool(model, 1)) or made[-1]
+        sizes, "pool_for", lambda model: made.append(StepPool(model, 1)) or made[-1]
     )
     monkeypatch.setattr(family.generator, "_pools", {})
     results = family.generate(PROMPTS, think="small", answer="large", **options)
     assert [r.token_ids for r in results] == [r.token_ids for r in expected]
-    assert all(pool._steps for pool in made)
+    assert all(pool._steps.kept for pool in made)
 
 
 def test_a_step_that_cannot_be_captured_is_run_without(model, monkeypatch):

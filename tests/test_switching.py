@@ -17,8 +17,8 @@ from star_elastic.checkpoints.manifest import Manifest, Size, save_manifest
 from star_elastic.cost.count import Workload
 from star_elastic.errors import BudgetError, ConfigError
 from star_elastic.generate.caches import HandOver, take_row
-from star_elastic.generate.decode import BatchDecoder, Sampling, choose_tokens, entropies
-from star_elastic.generate.phased import PhasedGenerator
+from star_elastic.generate.decode import BatchDecoder, choose_tokens, entropies
+from star_elastic.generate.engine import Generator
 from star_elastic.generate.phases import (
     ANSWERING,
     THINKING,
@@ -26,15 +26,15 @@ from star_elastic.generate.phases import (
     Generation,
     Phase,
     Plan,
+    Sampling,
     Token,
     think_and_answer,
 )
 from star_elastic.generate.prompts import ThinkingTags
-from star_elastic.generate.sequence import Rules, Sequence
+from star_elastic.generate.sequence import Request
 from star_elastic.generate.text import TextStream
-from star_elastic.models.submodel import end_of_turn
 from star_elastic.nesting.slice import slice_tensor
-from tests.thinking import PLAIN, one, parts_streamed, table_generator
+from tests.thinking import PLAIN, make_sequence, one, parts_streamed, table_generator
 from tests.thinking import make_tokenizer as make_byte_tokenizer
 from tests.tiny_family import (
     ALWAYS_THINKS,
@@ -104,12 +104,10 @@ def without_caches(
     in one forward. Its logits at a token are those of the tokens up to there, so they are what the
     next one is chosen from, up to the first token that is not the text's.
     """
-    generator = family.generator
-    ends = end_of_turn(generator.tokenizer, [family[size] for size in family])
-    rules = Rules(plan, generator.tags, ends)
     found = []
     for index, (prompt, text) in enumerate(zip(PROMPTS, texts, strict=True)):
-        sequence = generator._open(index, prompt, rules, seed)
+        request = Request(prompt=prompt, plan=plan, sampling=sampling, seed=f"{seed}/{index}")
+        sequence = family.generator.open(request)
         ids = [*sequence.ids, *text]
         logits_TV = {size: family[size](torch.tensor([ids])).logits[0].float() for size in family}
         while not sequence.is_done and sequence.ids == ids[: len(sequence.ids)]:
@@ -166,7 +164,7 @@ def check_account(result: Generation, switch: str) -> None:
 def test_ragged_catch_up_equals_reading_all_anew(family):
     """Rows that have missed 1, 4, 4 and 7 tokens, beside rows that were there and that are new."""
     rows = [[5, 6, 7], [8, 9, 10, 11, 12, 13, 14], [6], [9, 9, 5, 8]]
-    missed = [[9], [5, 6, 7, 8], [7, 7, 8, 10], [5, 6, 7, 8, 9, 10, 11]]
+    missed = [[9], [5, 6, 7, 8, 9, 10, 11], [5, 6, 7, 8], [7, 7, 8, 10]]
     for size in family:
         model = family[size]
         before = BatchDecoder(model)
@@ -174,9 +172,10 @@ def test_ragged_catch_up_equals_reading_all_anew(family):
         kept = [(before.take(row), len(rows[row]), missed[row]) for row in range(4)]
         decoder = BatchDecoder(model)
         decoder.prefill([[5, 5, 6]])
-        decoder.resume(kept)
+        assert decoder.resume(kept) == [0, 2, 3, 1]  # the fewest tokens first
         decoder.prefill([[7] * 15])
-        texts = [[5, 5, 6], *[a + b for a, b in zip(rows, missed, strict=True)], [7] * 15]
+        ends = [rows[row] + missed[row] for row in (0, 2, 3, 1)]
+        texts = [[5, 5, 6], *ends, [7] * 15]
         for token in (5, 12, 9):
             assert decoder.lengths == list(map(len, texts))
             for place, text in enumerate(texts):
@@ -241,7 +240,7 @@ def test_cache_bytes_are_those_of_the_states(family):
 
 def test_hand_over_between_equal_sizes_is_exact(family):
     model = family["large"]
-    twins = PhasedGenerator(
+    twins = Generator(
         {"small": model, "large": model}, family.tokenizer, family.table.end_of_thinking,
         lambda giver, taker: HandOver(family.axis_map, family.axis_map.full, family.axis_map.full),
     )  # fmt: skip
@@ -307,13 +306,13 @@ def test_heads_are_mapped_by_the_axis_map():
     assert len(mamba) == 2
     for number, layer in mamba:
         cut = down.layers[number]
-        kept = slice_tensor(layer.first, specs[number, "conv"].dims, narrow)
-        assert torch.equal(cut.first, kept)
-        assert cut.second.shape == (2, 8, 8)
-        assert torch.equal(cut.second, layer.second[[0, 2]])  # the first head of each group
+        kept = slice_tensor(layer.first[0], specs[number, "conv"].dims, narrow)
+        assert torch.equal(cut.first[0], kept)
+        assert cut.second.shape == (1, 2, 8, 8)
+        assert torch.equal(cut.second, layer.second[:, [0, 2]])  # the first head of each group
         again = back.layers[number]
-        assert torch.equal(again.second[[0, 2]], layer.second[[0, 2]])
-        assert again.second[[1, 3]].abs().max() == 0
+        assert torch.equal(again.second[:, [0, 2]], layer.second[:, [0, 2]])
+        assert again.second[:, [1, 3]].abs().max() == 0
         assert again.first.shape == layer.first.shape
     attention = next(
         i for i, layer in enumerate(wide_row.layers) if layer and layer.kind != "mamba"
@@ -412,11 +411,11 @@ def test_stop_strings_end_a_sequence_wherever_they_are_written(family, thinking_
 def test_a_stop_string_may_take_several_tokens_a_letter():
     tags = ThinkingTags(make_byte_tokenizer(), END)
     plan = think_and_answer("s", "s", thinking_budget=0, stop=["終わり"])
-    sequence = Sequence(Rules(plan, tags, frozenset()), 0, [5], 1, torch.Generator())
+    sequence = make_sequence(plan, tags)
     for token in tags.encode("ab終わり"):
         assert not sequence.is_done
         sequence.accept(token)
-    assert sequence.is_done and sequence.result([0.0]).answer == "ab"
+    assert sequence.is_done and sequence.result().answer == "ab"
 
 
 @pytest.mark.parametrize("ends", ["b", ["b"], ["z", "b"], None])
@@ -436,7 +435,7 @@ def test_an_end_of_thinking_that_the_prompt_leaves_open_is_streamed():
     """Where the template always opens the tag, no thinking means to close it at once."""
     tokenizer = make_tokenizer(ALWAYS_THINKS)
     model = make_model(make_config("llama", len(tokenizer)))
-    generator = PhasedGenerator({"m": model}, tokenizer, END)
+    generator = Generator({"m": model}, tokenizer, END)
     *tokens, result = generator.stream(
         "1+2", think_and_answer("m", "m", thinking_budget=0, max_new_tokens=9)
     )
@@ -449,9 +448,9 @@ def test_the_first_stop_string_in_the_text_ends_it():
     """Whatever the order of the list, also where one token holds both."""
     for stops in (("b", "a"), ("a", "b")):
         stream = TextStream(lambda ids: "".join("xab"[i % 3] * 1 for i in ids), stops)
-        assert "".join([stream.push(0), stream.push(1), stream.flush()]) == "x"
+        assert "".join([stream.push([0]), stream.push([1]), stream.flush()]) == "x"
         whole = TextStream(lambda ids: "xab" * len(ids), stops)
-        assert whole.push(0) + whole.flush() == "x"
+        assert whole.push([0]) + whole.flush() == "x"
 
 
 @given(
@@ -461,7 +460,7 @@ def test_the_first_stop_string_in_the_text_ends_it():
 def test_pieces_of_a_stream_are_the_text_up_to_a_stop_string(text, stops):
     """Tokens of one byte each: most of them are less than a character."""
     stream = TextStream(lambda ids: bytes(ids).decode("utf-8", errors="replace"), stops)
-    pieces = [stream.push(byte) for byte in text.encode()]
+    pieces = [stream.push([byte]) for byte in text.encode()]
     first = min((text.find(stop) for stop in stops if stop in text), default=len(text))
     assert "".join([*pieces, stream.flush()]) == text[:first]
     assert all("\ufffd" not in piece for piece in pieces)
@@ -513,10 +512,10 @@ def test_a_closing_tag_split_over_two_phases_is_given_back_by_both():
         Phase(size="b", until="end_of_thinking"),
         Phase(size="c"),
     ), 40)  # fmt: skip
-    sequence = Sequence(Rules(plan, tags, frozenset()), 0, [5], 1, torch.Generator())
+    sequence = make_sequence(plan, tags)
     for token in tags.encode("12</think>"):
         sequence.accept(token)
-    result = sequence.result([0.0] * 3)
+    result = sequence.result()
     assert [(p.size, p.tokens, p.by_size) for p in result.phases] == [
         ("a", 2, {"a": 2}),
         ("b", 0, {}),
@@ -573,7 +572,7 @@ def test_mistakes_of_running_a_plan(family):
     plan = think_and_answer("small", "large", thinking_budget=1_000_000)
     with pytest.raises(BudgetError, match="after 1000032 of .* use budgets and grace of 36[0-9] i"):
         family.generator.generate("1+2", plan)
-    strangers = PhasedGenerator(dict(family), family.tokenizer, family.table.end_of_thinking)
+    strangers = Generator(dict(family), family.tokenizer, family.table.end_of_thinking)
     with pytest.raises(ConfigError, match="not sizes of one family"):
         strangers.generate("1+2", switching(PLANS["pair"], "hand-over"))
     with pytest.raises(ConfigError, match="size 'huge' is not in this family"):

@@ -3,6 +3,8 @@
 The oracles below know nothing of the generators: they read the question's text and solve it anew.
 """
 
+import inspect
+import json
 import random
 import re
 import subprocess
@@ -167,7 +169,7 @@ def test_shares_of_the_splits():
     counts = dict.fromkeys(SPLITS, 0)
     rng = random.Random(0)
     for _ in range(4000):
-        counts[split_of(TASKS["add"].generate(rng))] += 1
+        counts[split_of(TASKS["add"](rng))] += 1
     assert abs(counts["test"] / 4000 - 0.10) < 0.02
     assert abs(counts["validation"] / 4000 - 0.04) < 0.02
 
@@ -265,3 +267,11 @@ def test_tokenizer_is_small_and_splits_digits(tokenizer):
     for token in ("<|pad|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>"):
         assert len(tokenizer(token)["input_ids"]) == 1
     assert tokenizer.eos_token == "<|im_end|>" and tokenizer.pad_token == "<|pad|>"
+
+
+def test_docstrings_are_what_the_card_says_of_the_tasks():
+    told = json.loads((BUNDLED / "card.json").read_text(encoding="utf-8"))["tasks"]
+    for name, draw in TASKS.items():
+        said = " ".join((inspect.getdoc(draw) or "").split())
+        card = f"{told[name]['description']}: {told[name]['difficulty']}. State"
+        assert said.startswith(card[:1].upper() + card[1:])

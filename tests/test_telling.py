@@ -17,18 +17,18 @@ from star_elastic.cli import main
 from star_elastic.cli.bars import Lines, OnTerminal, progress_bars
 from star_elastic.cost.amounts import show_amount
 from star_elastic.cost.latency import save_table
-from star_elastic.data.sources import open_sources
 from star_elastic.errors import ConfigError, Interrupted
-from star_elastic.models.submodel import load_parent, load_tokenizer
+from star_elastic.models.load import load_parent
 from star_elastic.progress import duration
 from star_elastic.router.commit import LEARNED
 from star_elastic.train.check import check
 from star_elastic.train.config import RouterConfig, StageConfig
-from star_elastic.train.curriculum import Curriculum
 from star_elastic.train.distributed import multiplies_bf16
+from star_elastic.train.inputs import open_inputs
 from star_elastic.train.outlook import Outlook, look_ahead
 from star_elastic.train.pace import Pace
 from star_elastic.train.run import train
+from star_elastic.train.stages import Curriculum
 from tests.latencies import made_up
 from tests.tiny_run import JUDGED, config_in
 from tests.watchers import KillIn
@@ -190,10 +190,7 @@ def test_names_of_the_user_are_no_markup_in_bars(capsys):
 
 
 def outlook_of(config) -> Outlook:
-    tokenizer = load_tokenizer(config.parent)
-    checked = check(config)
-    sources = open_sources(config.data, tokenizer, checked.axis_map.num_embeddings)
-    return look_ahead(config, checked, sources, torch.device("cpu"))
+    return look_ahead(open_inputs(config), torch.device("cpu"))
 
 
 def test_a_run_says_what_it_will_do(run_folder):

@@ -210,8 +210,8 @@ def check(tags: ThinkingTags, result, tokens: list[Token], plan: Plan) -> None:
     first = [token.phase for token in tokens]
     bound = plan.thinking_budget
     if bound is not None:
-        before = sum(p.budget + p.grace for p in plan.phases[: plan.end_of_thinking or 0])
-        grace = plan.phases[plan.end_of_thinking].grace if plan.thinks else 0
+        before = sum(p.budget + p.grace for p in plan.trace[:-1])
+        grace = plan.trace[-1].grace if plan.trace else 0
         known = [part == THINKING == now for part, now in zip(parts, first, strict=True)]
         assert sum(known) <= before + bound + grace
     assert sum(phase.ended == "reopened" for phase in result.phases) <= MAX_REOPENED + 1

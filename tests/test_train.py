@@ -21,18 +21,19 @@ from star_elastic.errors import BudgetError, CheckpointError, ConfigError, Inter
 from star_elastic.generate.family import load
 from star_elastic.importance.files import load_scores, save_scores
 from star_elastic.models.elastic import ElasticModel
-from star_elastic.models.submodel import load_parent, sort_in_place
+from star_elastic.models.load import load_parent
+from star_elastic.models.submodel import sort_in_place
 from star_elastic.rewrite.stream import slice_checkpoint
 from star_elastic.router.budget import AIM, REACH
 from star_elastic.router.files import widths_for
 from star_elastic.router.grid import default_choices
 from star_elastic.train.check import check
 from star_elastic.train.config import StageConfig, load_run_config
-from star_elastic.train.curriculum import Curriculum, Position
 from star_elastic.train.distributed import World
 from star_elastic.train.loop import Trainer
 from star_elastic.train.losses import distillation_loss
 from star_elastic.train.run import train
+from star_elastic.train.stages import Curriculum, Position
 from tests.latencies import made_up
 from tests.laws.parents import assert_equal
 from tests.processes import run_code, start_command
@@ -374,7 +375,7 @@ def test_budgets_in_milliseconds_come_from_the_table(run_folder):
     # The run keeps its table, and a plain slice has no use for it.
     slice_checkpoint(result.elastic, small.widths, run_folder / "ms-cut")
     assert not (run_folder / "ms-cut" / "latency.json").exists()
-    between = widths_for(result.elastic, family.manifest, axis_map, {"ms": 0.95})
+    between = widths_for(family.checkpoint, {"ms": 0.95})
     assert table.milliseconds(between.widths, axis_map) == pytest.approx(0.95 * full, rel=REACH)
 
 

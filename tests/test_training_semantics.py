@@ -70,7 +70,7 @@ def test_the_gradient_is_that_of_the_weighted_divergences(tmp_path, kind):
     and autograd."""
     run = make_config(tmp_path, stage={"size_weights": (3.0, 1.0)}, optimizer=NO_CLIP)
     plain = shaken(make_trainer(kind, run))
-    batch, loss, expected = plain._read()[0], torch.zeros(()), {}
+    batch, loss, expected = plain.reader.read(plain.curriculum.at(0)).batch, torch.zeros(()), {}
     teacher = plain.workers.learners[0].teacher
     assert teacher is not None
     with torch.no_grad():

@@ -28,7 +28,7 @@ from star_elastic.demo import write_rows
 from star_elastic.errors import CheckpointError, ConfigError, Interrupted
 from star_elastic.generate.family import load
 from star_elastic.measure.divergence import Divergence, Reading, compare, continue_greedily, read
-from star_elastic.models.submodel import load_tokenizer
+from star_elastic.models.tokenizer import load_tokenizer
 from star_elastic.rewrite.family import InputCalibration, held_out_of
 from star_elastic.train.config import load_run_config
 from star_elastic.train.packing import PackedStream

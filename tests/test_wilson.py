@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from star_elastic.evaluate.wilson import QUANTILE, effective_count, wilson_interval
+from star_elastic.evaluate.intervals import QUANTILE, effective_count, wilson_interval
 
 
 @pytest.mark.parametrize(

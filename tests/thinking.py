@@ -8,12 +8,11 @@ import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from star_elastic.generate.phased import PhasedGenerator
+from star_elastic.generate.engine import Generator
 from star_elastic.generate.phases import Generation, Plan, Token
-from star_elastic.generate.prompts import ThinkingTags
-from star_elastic.generate.sequence import Rules
+from star_elastic.generate.prompts import EncodedPrompt, ThinkingTags
+from star_elastic.generate.sequence import Request
 from star_elastic.generate.sequence import Sequence as Sequence_
-from star_elastic.generate.tokens import TokenStream
 
 CLOSING = "\n</think>\n"
 MARKS = ("<pad>", "<|start|>", "<|end|>")
@@ -105,11 +104,20 @@ def one(tokenizer: PreTrainedTokenizerFast, text: str) -> int:
 
 def table_generator(
     follow: Mapping[str, str], template: str | None = OPENS, **options
-) -> PhasedGenerator:
+) -> Generator:
     """A generator of two sizes that follow one table."""
     tokenizer = make_tokenizer(template, **options)
     model = table_model(tokenizer, follow)
-    return PhasedGenerator({"small": model, "large": model}, tokenizer, CLOSING)
+    return Generator({"small": model, "large": model}, tokenizer, CLOSING)
+
+
+def make_sequence(
+    plan: Plan, tags: ThinkingTags, *, ids: Sequence[int] = (5,), ends: Sequence[int] = (),
+    has_tags: bool = True, index: int = 0,
+) -> Sequence_:  # fmt: skip
+    """A sequence after a prompt of these ids, which opens a trace if the plan asks for one."""
+    prompt = EncodedPrompt(tuple(ids), bool(plan.trace), has_tags)
+    return Sequence_(Request(prompt=prompt, plan=plan), prompt, tags, frozenset(ends), index)
 
 
 def play(
@@ -117,17 +125,14 @@ def play(
 ) -> tuple[Generation, list[Token]]:
     """What becomes of a sequence whose models want to write a script (then end the turn), and the
     stream of its tokens. A token that a budget throws away is lost."""
-    end = tags.tokenizer.eos_token_id
-    prompt = [one(tags.tokenizer, "q")]
-    rules = Rules(plan, tags, frozenset({end}))
-    sequence = Sequence_(rules, 0, prompt, 1, torch.Generator(), has_tags=has_tags)
-    stream, tokens = TokenStream(sequence), []
+    end, tokens = tags.tokenizer.eos_token_id, []
+    ids = [one(tags.tokenizer, "q")]
+    sequence = make_sequence(plan, tags, ids=ids, ends=[end], has_tags=has_tags)
     for token in [*script, *[end] * (plan.max_new_tokens + 9)]:
-        before = len(sequence.writers)
         sequence.accept(token)
-        tokens += [stream.token(place) for place in range(before, len(sequence.writers))]
+        tokens += sequence.new_tokens()
         if sequence.is_done:
-            return sequence.result([1.0] * len(plan.phases)), tokens
+            return sequence.result(), tokens
     raise AssertionError("the sequence does not end")
 
 

@@ -13,8 +13,8 @@ from star_elastic.axes.widths import Widths
 from star_elastic.checkpoints.manifest import Manifest, Size, save_manifest
 from star_elastic.generate.phases import Generation, Plan
 from star_elastic.generate.prompts import ThinkingTags
-from star_elastic.generate.sequence import Rules, Sequence
 from tests.architectures import LIVELY
+from tests.thinking import make_sequence
 
 END = "\n</think>\n"
 TEMPLATE = (
@@ -107,10 +107,9 @@ EOS = TOKENIZER.eos_token_id
 
 def play(tokens, plan: Plan) -> Generation:
     """A sequence whose models want to write `tokens` (round and round)."""
-    rules = Rules(plan, TAGS, frozenset({EOS}))
-    sequence = Sequence(rules, 0, [5, 6, 7], 3, torch.Generator())
+    sequence = make_sequence(plan, TAGS, ids=[5, 6, 7], ends=[EOS])
     for step in range(1000):
         sequence.accept(tokens[step % len(tokens)])
         if sequence.is_done:
-            return sequence.result([1.0] * len(plan.phases))
+            return sequence.result()
     raise AssertionError("the sequence does not end")

@@ -9,21 +9,20 @@ import json
 import math
 import os
 import signal
+from dataclasses import replace
 
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from star_elastic import bundled
-from star_elastic.data.sources import open_sources
 from star_elastic.demo import write_rows
 from star_elastic.models.elastic import ElasticModel
-from star_elastic.models.submodel import load_tokenizer
 from star_elastic.progress import Silent
 from star_elastic.rewrite.stream import save_model
 from star_elastic.train import build
-from star_elastic.train.check import check
 from star_elastic.train.config import load_run_config
+from star_elastic.train.inputs import open_inputs
 from star_elastic.train.run import train
 from tests.architectures import ROWS
 
@@ -152,11 +151,9 @@ def config_in(folder, name="run", **replacements):
 def build_trainer(config, scratch, world, progress=None, *, whole=False):
     """The trainer of a run that has not begun, with its calibration in a folder of its own; with
     `whole` also the orders and the basis."""
-    checked = check(config, world.size)
-    tokenizer = load_tokenizer(config.parent)
-    sources = open_sources(config.data, tokenizer, checked.axis_map.num_embeddings)
     scratch.mkdir(exist_ok=True)
-    built = build.build_trainer(config, checked, sources, scratch, progress or Silent(), world)
+    inputs = open_inputs(replace(config, out=str(scratch)), world.size)
+    built = build.build_trainer(inputs, progress or Silent(), world)
     return built if whole else built[0]
 
 

@@ -24,6 +24,8 @@ from star_elastic.router.router import Router
 from star_elastic.train.calibrate import SCORES
 from star_elastic.train.distributed import World
 from star_elastic.train.loop import StepReport, Trainer
+from star_elastic.train.stages import Position
+from star_elastic.train.windows import WindowReader
 from tests.tiny_run import build_trainer, config_in
 
 
@@ -139,7 +141,7 @@ def watch(run_folder, scores, tmp_path, monkeypatch) -> Watch:
 
 def _spy(patch: pytest.MonkeyPatch, seen: Watched) -> None:
     hidden_states, recompute = ElasticModel.hidden_states, elastic.checkpoint
-    read, decide = Trainer._read, Router.decide
+    read, decide = WindowReader.read, Router.decide
     teachers = {id(learner.teacher) for learner in seen.trainer.workers.learners}
 
     def forward(model: ElasticModel, size: Any, **inputs: Any):
@@ -157,10 +159,10 @@ def _spy(patch: pytest.MonkeyPatch, seen: Watched) -> None:
         seen.num_recomputed += 1
         return recompute(*args, **options)
 
-    def take(trainer: Trainer):
-        batch, counts = read(trainer)
-        seen.batches.append(batch)
-        return batch, counts
+    def take(reader: WindowReader, at: Position):
+        windows = read(reader, at)
+        seen.batches.append(windows.batch)
+        return windows
 
     def choose(router: Router, budget: Any, temperature: Any, **options: Any):
         decision = decide(router, budget, temperature, **options)
@@ -170,5 +172,5 @@ def _spy(patch: pytest.MonkeyPatch, seen: Watched) -> None:
 
     patch.setattr(ElasticModel, "hidden_states", forward)
     patch.setattr(elastic, "checkpoint", again)
-    patch.setattr(Trainer, "_read", take)
+    patch.setattr(WindowReader, "read", take)
     patch.setattr(Router, "decide", choose)

@@ -33,10 +33,12 @@ from star_elastic.demo import (
 )
 from star_elastic.evaluate.accuracy import evaluate_plan
 from star_elastic.evaluate.tasks import TASKS, sample_problems
-from star_elastic.generate.phased import PhasedGenerator
+from star_elastic.generate.engine import Generator
 from star_elastic.generate.phases import DEFAULT_MAX_NEW_TOKENS, think_and_answer
 from star_elastic.models.elastic import ElasticModel
-from star_elastic.models.submodel import build_submodel, load_parent, load_tokenizer, sort_in_place
+from star_elastic.models.load import load_parent
+from star_elastic.models.submodel import build_submodel, sort_in_place
+from star_elastic.models.tokenizer import load_tokenizer
 from star_elastic.router.commit import Commitment
 from star_elastic.router.router import Router
 from star_elastic.train.calibrate import Calibration
@@ -131,14 +133,14 @@ def measure(
     source = Source([rows], tokenizer, "answers")
     with progress_bars() as bars:
         calibration = Calibration(run, out, teacher, config, elastic.axis_map, [source], bars)
-        orders, basis = calibration.orders(write=False), calibration.basis(write=False)
+        orders, basis = calibration.orders(), calibration.basis()
         sort_in_place(parent, elastic.axis_map, orders, basis)
         problems = sample_problems(TASKS, "test", problems_per_task, DEMO.seed)
 
         def evaluate() -> dict[str, tuple[float, float]]:
             models = {PARENT: teacher}
             models |= {c.name: build_submodel(parent, config, c.widths) for c in cuts}
-            generator = PhasedGenerator(models, tokenizer, elastic.family.end_of_thinking)
+            generator = Generator(models, tokenizer, elastic.family.end_of_thinking)
             bars.stage("evaluate", len(models))
             apart = divergences_from_parent(generator, list(models), problems[::5])
             found = {}

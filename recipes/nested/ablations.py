@@ -28,7 +28,7 @@ from star_elastic.errors import ShapeError
 from star_elastic.files.writing import write_json
 from star_elastic.router.budget import AIM, budget_miss
 from star_elastic.router.grid import Grid
-from star_elastic.train.config import LATER_WEIGHTS, StageConfig
+from star_elastic.train.stages import LATER_WEIGHTS, StageConfig
 
 UNIFORM = (1 / 3, 1 / 3, 1 / 3)
 TO_LARGE = LATER_WEIGHTS[len(SIZES)]
@@ -70,7 +70,7 @@ def arms(lab: Lab, options: argparse.Namespace) -> list[Outcome]:
 
     first, second = learning
     halves = two_stages(second)
-    depth = lab.calibration.depth(write=False)
+    depth = lab.calibration.depth()
     per_layer = {
         name: len(lab.axis_map.axes[name].layers)
         for name in ("expert_ffn", "shared_ffn", "ssm_heads")

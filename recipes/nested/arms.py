@@ -40,10 +40,12 @@ from star_elastic.errors import ConfigError
 from star_elastic.evaluate.accuracy import evaluate_plan
 from star_elastic.evaluate.tasks import TASKS, Problem, sample_problems
 from star_elastic.files.writing import write_json
-from star_elastic.generate.phased import PhasedGenerator
+from star_elastic.generate.engine import Generator
 from star_elastic.generate.phases import think_and_answer
 from star_elastic.models.elastic import ElasticModel
-from star_elastic.models.submodel import build_submodel, load_parent, load_tokenizer, sort_in_place
+from star_elastic.models.load import load_parent
+from star_elastic.models.submodel import build_submodel, sort_in_place
+from star_elastic.models.tokenizer import load_tokenizer
 from star_elastic.progress import Progress
 from star_elastic.router.commit import Commitment
 from star_elastic.router.grid import Grid
@@ -126,8 +128,8 @@ class Lab:
             folder / f"calibration-{seed}", self.teacher, self.config, self.axis_map,
             [self.source], progress,
         )  # fmt: skip
-        self._orders = self.calibration.orders(write=False)
-        self._basis = self.calibration.basis(write=False)
+        self._orders = self.calibration.orders()
+        self._basis = self.calibration.basis()
         del self._orders["hidden"]
 
     def _run_config(
@@ -242,12 +244,12 @@ class Lab:
         """KL to the parent of every size, nats per token."""
         return divergences_from_parent(self._generator(trainer), trainer.names, problems)
 
-    def _generator(self, trainer: Trainer) -> PhasedGenerator:
+    def _generator(self, trainer: Trainer) -> Generator:
         student = trainer.student
         models: dict[str, Any] = {PARENT: self.teacher}
         for name, fixed in trainer.committed.items():
             models[name] = build_submodel(student.parent, student.model_config, fixed.widths)
-        return PhasedGenerator(models, self.tokenizer, self.family.end_of_thinking)
+        return Generator(models, self.tokenizer, self.family.end_of_thinking)
 
 
 # What the recipes' command lines share

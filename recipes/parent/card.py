@@ -7,6 +7,7 @@ problems of the test split, which no training batch contains.
 """
 
 import argparse
+import inspect
 import json
 import os
 from collections import Counter
@@ -112,13 +113,15 @@ def measure(model_dir: Path, run_dir: Path, *, num_problems: int, hardware: str)
         for thinking in (True, False)
     }
     tasks = {}
-    for name, task in TASKS.items():
+    for name, draw in TASKS.items():
+        said = " ".join((inspect.getdoc(draw) or "").split()).partition(". State")[0]
+        description, _, difficulty = said.partition(": ")
         mine = [problem for problem in problems if problem.task == name]
         traces = tokenizer(["\n".join(problem.steps) for problem in mine])["input_ids"]
         most_common = Counter(problem.answer for problem in mine).most_common(1)[0][1]
         tasks[name] = {
-            "description": task.description,
-            "difficulty": task.difficulty,
+            "description": description[:1].lower() + description[1:],
+            "difficulty": difficulty,
             "num_test_problems": num_problems,
             "majority_accuracy": round(most_common / num_problems, 4),
             "mean_trace_tokens": round(sum(map(len, traces)) / num_problems, 1),

@@ -27,7 +27,6 @@ from typing import Any
 from matplotlib.ticker import StrMethodFormatter
 
 from star_elastic import bundled
-from star_elastic.checkpoints.quantised import load_input_scales
 from star_elastic.cli.bars import progress_bars
 from star_elastic.cli.terminal import at_the_command_line, command_line, print_table
 from star_elastic.demo import (
@@ -45,10 +44,10 @@ from star_elastic.errors import ConfigError
 from star_elastic.evaluate.accuracy import evaluate_plan
 from star_elastic.evaluate.tasks import TASKS, sample_problems
 from star_elastic.files.writing import write_json
+from star_elastic.generate.engine import Generator
 from star_elastic.generate.family import load
-from star_elastic.generate.phased import PhasedGenerator
 from star_elastic.generate.phases import think_and_answer
-from star_elastic.models.submodel import load_parent
+from star_elastic.models.load import load_parent
 from star_elastic.progress import Progress
 from star_elastic.report.charts import drawn_to
 from star_elastic.rewrite.family import InputCalibration, quantise_family
@@ -217,7 +216,7 @@ class Lab:
         family = load(path, "float32", "cpu")
         parent, _ = load_parent(self.parent)
         models = {PARENT: parent, **{name: family[name] for name in family}}
-        generator = PhasedGenerator(models, family.tokenizer, family.table.end_of_thinking)
+        generator = Generator(models, family.tokenizer, family.table.end_of_thinking)
         problems = sample_problems(TASKS, "test", options.problems, self.seed)
         watched = problems[:: max(len(problems) // options.watched, 1)]
         apart = divergences_from_parent(generator, list(family), watched)
@@ -226,7 +225,7 @@ class Lab:
             result = evaluate_plan(generator, problems, plan, batch_size=200)
             cut = self.folder / "cut"
             shutil.rmtree(cut, ignore_errors=True)
-            scales = load_input_scales(path, family.manifest, name)
+            scales = family.checkpoint.input_scales(name)
             slice_checkpoint(path, size.widths, cut, input_scales=scales)
             yield (
                 name,

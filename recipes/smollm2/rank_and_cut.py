@@ -35,12 +35,14 @@ from star_elastic.architectures.config_file import Config
 from star_elastic.axes import AxisMap
 from star_elastic.axes.widths import Widths
 from star_elastic.cost.count import CostModel
+from star_elastic.data.row_files import JsonLines
 from star_elastic.files.writing import write_json
 from star_elastic.importance.estimate import estimate_scores
 from star_elastic.importance.files import ScoreInfo, save_scores
 from star_elastic.importance.orders import magnitude_scores, orders_from_scores, random_orders
-from star_elastic.measure.perplexity import measure_perplexity, read_texts, token_windows
-from star_elastic.models.submodel import build_submodel, load_parent
+from star_elastic.measure.perplexity import measure_perplexity, token_windows
+from star_elastic.models.load import load_parent
+from star_elastic.models.submodel import build_submodel
 from star_elastic.nesting.slice import Orders, sort_state
 from star_elastic.report.charts import drawn_to
 from star_elastic.rewrite.stream import slice_checkpoint, sort_checkpoint
@@ -172,8 +174,9 @@ def parse_run() -> Run:
 def read_windows(run: Run, role: str, max_tokens: int) -> torch.Tensor:
     """Windows (W, T) of the text for calibration or evaluation."""
     tokenizer = AutoTokenizer.from_pretrained(run.work / "parent")
+    rows = JsonLines(run.work / f"{role}.jsonl")
     return token_windows(
-        read_texts(run.work / f"{role}.jsonl"),
+        (rows[number]["text"] for number in range(len(rows))),
         tokenizer,
         window_tokens=run.window,
         max_tokens=max_tokens,

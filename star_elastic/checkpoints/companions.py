@@ -28,8 +28,6 @@ LATENCY = "latency.json"
 """The table that budgets in milliseconds were counted with, if there were any."""
 INPUT_SCALES = "input_scales.safetensors"
 """Of a quantised family: the scales of every size's own inputs."""
-CARRIED = (ROUTER, ORDERS, BASIS, LATENCY)
-"""What a family keeps when its weights are rewritten without changing their order."""
 
 CARD, PARENT_CARD = "readme.md", "PARENT_README.md"
 """A model card describes the parent, not what is made of it: it travels under another name."""
@@ -89,16 +87,6 @@ def copy_companions(source: Path, target: Path) -> None:
             _copy(file, target / TEMPLATES / file.name)
     if (target / TOKENIZER_CONFIG).is_file():
         _clean_tokenizer_config(target, source / TOKENIZER_CONFIG)
-
-
-def copy_family_files(source: Path, target: Path) -> None:
-    """Copies what a family has beside its weights and sizes: router, orders, basis, latency table.
-
-    The table goes on saying which dtype it was measured in.
-    """
-    for name in CARRIED:
-        if has_file(source / name):
-            _copy(source / name, target / name)
 
 
 def without_pointers(config: Mapping[str, Any]) -> dict[str, Any]:

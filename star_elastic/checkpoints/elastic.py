@@ -30,6 +30,8 @@ from star_elastic.nesting.slice import check_orders
 
 Tensors = Mapping[str, torch.Tensor]
 HIDDEN = "hidden"
+CARRIED = (ROUTER, ORDERS, BASIS, LATENCY)
+"""What a family keeps when its weights are rewritten without changing their order."""
 
 
 class ElasticCheckpoint:
@@ -121,19 +123,16 @@ def write_family_files(
     *,
     orders: Tensors | None = None,
     basis: torch.Tensor | None = None,
-    router: Tensors | Path | None = None,
+    router: Tensors | None = None,
     latency: Path | None = None,
     input_scales: Mapping[str, Tensors] | None = None,
 ) -> None:
     """Writes everything that a family has beside its weights into a directory that is being made.
 
-    `router`: its parameters, or the file of another family that they are copied from; `latency`:
-    the file to copy. `input_scales` by size and weight.
+    `router`: its parameters; `latency`: the file to copy; `input_scales` by size and weight.
     """
     save_manifest(manifest, directory)
-    if isinstance(router, Path):
-        shutil.copyfile(router, directory / ROUTER)
-    elif router is not None:
+    if router is not None:
         save_tensors(directory / ROUTER, router)
     if latency is not None:
         shutil.copyfile(latency, directory / LATENCY)
@@ -159,8 +158,7 @@ def rewrite_family_files(
     """Writes the files of a family whose weights are written anew without changing their order:
     router, orders, basis and latency table are those of `source`. The table goes on saying which
     dtype it was measured in."""
-    carried = (ROUTER, ORDERS, BASIS, LATENCY)
-    for name in carried:
+    for name in CARRIED:
         if has_file(source.path / name):
             shutil.copyfile(source.path / name, directory / name)
     write_family_files(directory, manifest, input_scales=input_scales)

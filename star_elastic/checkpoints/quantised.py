@@ -12,7 +12,6 @@ import torch
 
 from star_elastic.architectures import read_config
 from star_elastic.axes import AxisMap, TensorSpec
-from star_elastic.checkpoints.companions import INPUT_SCALES
 from star_elastic.checkpoints.layouts import (
     CODES,
     COMPRESSED_TENSORS,
@@ -24,15 +23,11 @@ from star_elastic.checkpoints.layouts import (
     stored_map,
     stored_parts,
 )
-from star_elastic.checkpoints.manifest import Manifest
 from star_elastic.checkpoints.stored import StoredModel
 from star_elastic.checkpoints.tensors import (
     is_finite,
-    load_tensors,
-    save_tensors,
 )
 from star_elastic.errors import CheckpointError
-from star_elastic.files.paths import has_file
 from star_elastic.quant.formats import Quantised, dequantise
 from star_elastic.quant.scheme import Scheme
 
@@ -104,33 +99,6 @@ def model_state(
         else:
             state[name] = dequantise(weight).to(dtype)
     return state, scales
-
-
-# Scales of every size's own inputs
-
-
-def save_input_scales(directory: Path, scales: Mapping[str, Values]) -> None:
-    """Writes the scales of every size, by the names of the weights in the parent."""
-    flat = {f"{size}/{n}": scale for size, own in scales.items() for n, scale in own.items()}
-    save_tensors(directory / INPUT_SCALES, flat)
-
-
-def load_input_scales(directory: Path, manifest: Manifest, size: str) -> dict[str, torch.Tensor]:
-    """The scales of one size's inputs; empty if it has those of the checkpoint itself.
-
-    Raises CheckpointError if the size has some of its own and they are not there: with the shared
-    ones its outputs would be others, and nothing would show it.
-    """
-    file = directory / INPUT_SCALES
-    is_named = size in manifest.own_input_scales
-    if not is_named and not has_file(file):
-        return {}
-    start = f"{size}/"
-    found = load_tensors(file)
-    scales = {n.removeprefix(start): scale for n, scale in found.items() if n.startswith(start)}
-    if is_named and not scales:
-        raise CheckpointError(f"{file} lacks the scales of size {size!r}; restore the file")
-    return scales
 
 
 def stored_input_scales(

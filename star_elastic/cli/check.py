@@ -16,7 +16,7 @@ def check(checkpoint: Model, as_json: AsJson = False) -> None:
     Of the weights it reads names, shapes and dtypes, not the values.
     """
     from star_elastic.export.engines import check_engines
-    from star_elastic.models.submodel import require_checkpoint
+    from star_elastic.models.load import require_checkpoint
 
     require_checkpoint(checkpoint)
     if is_folder(checkpoint) and has_file(checkpoint / MANIFEST):
@@ -39,4 +39,4 @@ def _require_family(path: Path) -> None:
     for name in family.manifest.sizes:
         family.input_scales(name)
     if family.router_state is not None:
-        load_router(path, family.manifest, family.axis_map)
+        load_router(family)

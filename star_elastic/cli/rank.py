@@ -27,8 +27,9 @@ def rank(
     from star_elastic.data.row_kinds import find_files
     from star_elastic.data.sources import Source, calibration_batches
     from star_elastic.importance.files import save_scores
+    from star_elastic.models.load import load_parent
     from star_elastic.models.placement import choose_device, choose_dtype
-    from star_elastic.models.submodel import load_parent, load_tokenizer
+    from star_elastic.models.tokenizer import load_tokenizer
     from star_elastic.train.calibrate import rank as rank_units
     from star_elastic.train.fingerprint import digest_weights
 

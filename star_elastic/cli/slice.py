@@ -6,7 +6,6 @@ from pathlib import Path
 from typer import Option
 
 from star_elastic.axes.widths import parse_widths
-from star_elastic.checkpoints.manifest import load_manifest
 from star_elastic.cli.bars import progress_bars
 from star_elastic.cli.count import read_countable
 from star_elastic.cli.options import AsJson, Elastic
@@ -33,25 +32,24 @@ def slice_size(
     """
     if sum(map(bool, (size, budget, widths))) != 1:
         raise ConfigError("name one of --size, --budget and --widths, for example --size small")
-    from star_elastic.checkpoints.quantised import load_input_scales
+    from star_elastic.checkpoints.elastic import ElasticCheckpoint
     from star_elastic.rewrite.stream import slice_checkpoint
     from star_elastic.router.files import widths_for
 
     require_writable(out)
-    axis_map = read_countable(elastic).axis_map
-    manifest = load_manifest(elastic, axis_map)
+    family = ElasticCheckpoint(elastic, read_countable(elastic))
     if size:
-        chosen = manifest.size(size).widths
+        chosen = family.manifest.size(size).widths
     elif widths:
-        chosen = axis_map.complete(parse_widths(widths))
+        chosen = family.axis_map.complete(parse_widths(widths))
     else:
         metric, _, amount = map(str.strip, budget.partition("="))
         share: float | str = amount
         with suppress(ValueError):  # an amount with its unit, then
             share = float(amount)
-        chosen = widths_for(elastic, manifest, axis_map, {metric: share}).widths
+        chosen = widths_for(family, {metric: share}).widths
     with progress_bars(f"stopped; {out} was not written") as progress:
-        scales = load_input_scales(elastic, manifest, size) if size else {}
+        scales = family.input_scales(size) if size else {}
         slice_checkpoint(
             elastic, chosen, out, input_scales=scales, layout=layout,
             progress=staged(progress, "slice"),

@@ -10,14 +10,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 from jinja2 import TemplateSyntaxError
 from transformers import PreTrainedTokenizerBase
 
+from star_elastic.data.json_text import map_leaves
 from star_elastic.data.messages import part_text
-from star_elastic.errors import ConfigError, library_boundary, not_jinja
+from star_elastic.errors import ConfigError, library_boundary, reason
 
 Message = Mapping[str, Any]
 """`role` and `content`: a text, or a list of texts and parts `{"type": "text", "text": ...}`, as in
@@ -69,18 +69,24 @@ def _opened(
     in_parts: bool = False,
 ) -> Turn:
     """The turn in one of the two forms of contents."""
-    render = partial(_render, tokenizer, thinking=thinking, in_parts=in_parts)
-    text = render(messages)
+
+    def show(messages: Sequence[dict[str, Any]], *, opens_turn: bool = True) -> str:
+        with library_boundary(
+            "the chat template refuses these messages", "correct their roles and contents",
+            ConfigError,
+        ):  # fmt: skip
+            form = [_in_parts(message) if in_parts else dict(message) for message in messages]
+            options = {"add_generation_prompt": opens_turn, "enable_thinking": thinking}
+            return render(tokenizer, form, **options)
+
+    text = show(messages)
     mark = _DIGITS
     while mark in text or mark in repr(messages):
         mark += "8"
     marks = [f"{mark}{number:06}" for number in range(len(messages))]
     call = f"{mark}x"
-    marked = [
-        _marked(message, own, call + own, tags)
-        for message, own in zip(messages, marks, strict=True)
-    ]
-    shown = render(marked)
+    marked = [_marked(m, own, call + own, tags) for m, own in zip(messages, marks, strict=True)]
+    shown = show(marked)
     if in_parts and any(repr(_in_parts(message)["content"]) in shown for message in marked):
         raise ConfigError("the chat template prints parts as Python does; give texts")
     for number, (message, own) in enumerate(zip(messages, marks, strict=True), start=1):
@@ -97,40 +103,26 @@ def _opened(
             )
     if messages[-1]["content"] and marks[-1] in shown:
         return Turn(text, shown.rpartition(marks[-1])[2])
-    without = render(marked, opens_turn=False)
+    without = show(marked, opens_turn=False)
     both = min(len(shown), len(without))
     same = next((n for n in range(both) if shown[n] != without[n]), both)
     return Turn(text, shown[same:])
 
 
-def _render(
-    tokenizer: PreTrainedTokenizerBase,
-    messages: Sequence[Message],
-    *,
-    thinking: bool,
-    in_parts: bool,
-    opens_turn: bool = True,
+def render(
+    tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]], **options: Any
 ) -> str:
-    with library_boundary(
-        "the chat template refuses these messages", "correct their roles and contents", ConfigError
-    ):
-        try:
-            text = tokenizer.apply_chat_template(
-                [_in_parts(message) if in_parts else dict(message) for message in messages],
-                tokenize=False,
-                add_generation_prompt=opens_turn,
-                enable_thinking=thinking,
-            )
-        except TemplateSyntaxError as error:
-            raise not_jinja(error) from error
+    """What a tokenizer's chat template writes. Raises ConfigError for a template that cannot be
+    parsed, and whatever the template raises for these messages."""
+    try:
+        text = tokenizer.apply_chat_template(messages, tokenize=False, **options)
+    except TemplateSyntaxError as error:
+        raise ConfigError(
+            f"the chat template is no valid Jinja ({reason(error)}, line {error.lineno}); correct "
+            "it, beside the weights"
+        ) from error
     assert isinstance(text, str), type(text)
     return text
-
-
-def _in_parts(message: Message) -> dict[str, Any]:
-    """The message with its content as a list of one part, as some templates read it."""
-    text = message["content"]
-    return {**message, "content": [{"type": "text", "text": text}] if text else text}
 
 
 def require_messages(messages: object) -> None:
@@ -159,7 +151,7 @@ def _with_text(message: Message, number: int) -> dict[str, Any]:
     """The message with its content as one text, or None."""
     content = message.get("content")
     if isinstance(content, Sequence) and not isinstance(content, (str, bytes)):
-        content = "".join(_part_text(part, number) for part in content)
+        content = "".join(_text_of(part, number) for part in content)
     if content is not None and not isinstance(content, str):
         raise ConfigError(
             f"the content of message {number} is of type {type(content).__name__}; give a text, "
@@ -168,7 +160,7 @@ def _with_text(message: Message, number: int) -> dict[str, Any]:
     return {**message, "content": content}
 
 
-def _part_text(part: Any, number: int) -> str:
+def _text_of(part: Any, number: int) -> str:
     text = part_text(part)
     if text is not None:
         return text
@@ -179,10 +171,22 @@ def _part_text(part: Any, number: int) -> str:
     )
 
 
+def _in_parts(message: Message) -> dict[str, Any]:
+    """The message with its content as a list of one part, as some templates read it."""
+    text = message["content"]
+    return {**message, "content": [{"type": "text", "text": text}] if text else text}
+
+
 def _marked(message: Message, mark: str, call: str, tags: Sequence[str]) -> dict[str, Any]:
-    """The message with a mark behind its content and the names of its tool calls, and without
-    tags."""
-    free = {key: _without(value, tags) for key, value in message.items()}
+    """The message with a mark behind its content and the names of its tool calls, and with digits
+    in place of the tags in its texts."""
+
+    def untagged(leaf: Any) -> Any:
+        for tag in tags if isinstance(leaf, str) else ():
+            leaf = leaf.replace(tag, _DIGITS)
+        return leaf
+
+    free = map_leaves(message, untagged)
     if message["content"]:
         free["content"] += mark
     if message.get("tool_calls"):
@@ -190,22 +194,11 @@ def _marked(message: Message, mark: str, call: str, tags: Sequence[str]) -> dict
     return free
 
 
-def _without(value: Any, tags: Sequence[str]) -> Any:
-    """The value with digits in place of the tags in its texts."""
-    if isinstance(value, str):
-        for tag in tags:
-            value = value.replace(tag, _DIGITS)
-        return value
-    if isinstance(value, Mapping):
-        return {key: _without(own, tags) for key, own in value.items()}
-    return [_without(own, tags) for own in value] if isinstance(value, (list, tuple)) else value
-
-
 def _named(value: Any, mark: str) -> Any:
     """The value with a mark behind every text called `name` in it."""
-    if isinstance(value, Mapping):
+    if isinstance(value, dict):
         return {
             key: own + mark if key == "name" and isinstance(own, str) else _named(own, mark)
             for key, own in value.items()
         }
-    return [_named(own, mark) for own in value] if isinstance(value, (list, tuple)) else value
+    return [_named(own, mark) for own in value] if isinstance(value, list) else value

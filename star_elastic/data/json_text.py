@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Mapping
 from typing import Any
 
 
@@ -19,3 +20,12 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         twice = next(key for key in keys if keys.count(key) > 1)
         raise ValueError(f"the key {twice[:40]!r} stands twice")
     return found
+
+
+def map_leaves(value: Any, change: Callable[[Any], Any]) -> Any:
+    """A value with `change` of whatever in it is no list and no object."""
+    if isinstance(value, Mapping):
+        return {key: map_leaves(item, change) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [map_leaves(item, change) for item in value]
+    return change(value)

@@ -13,7 +13,7 @@ from array import array
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from star_elastic.data.json_text import read_json
 from star_elastic.data.row_kinds import is_parquet, require_json_lines
@@ -22,27 +22,6 @@ from star_elastic.files.paths import FILE, FOLDER, is_file, is_folder, kind_of
 
 MOST_BLANK = 1000
 """Blank lines of a file that are remembered."""
-
-
-class Rows(Protocol):
-    """Rows of one file or directory by number."""
-
-    path: Path
-
-    @property
-    def blank_lines(self) -> tuple[int, ...]:
-        """Numbers of lines that are no rows, the first MOST_BLANK of them."""
-        ...
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, row: int) -> dict[str, Any]:
-        """A row. Raises RowError, naming it, if it is damaged."""
-        ...
-
-    def where(self, row: int) -> str:
-        """The file and the place of a row in it, for messages."""
-        ...
 
 
 class JsonLines:
@@ -74,6 +53,7 @@ class JsonLines:
         return len(self._offsets)
 
     def __getitem__(self, row: int) -> dict[str, Any]:
+        """A row. Raises RowError, naming it, if it is damaged."""
         with self._reading(), open(self.path, "rb") as stream:
             stream.seek(self._offsets[row])
             line = stream.readline().strip()
@@ -107,7 +87,7 @@ class JsonLines:
 
     @property
     def blank_lines(self) -> tuple[int, ...]:
-        """See `Rows`."""
+        """Numbers of lines that are no rows, the first MOST_BLANK of them."""
         before = self._blanks[:MOST_BLANK]
         return tuple(rows + number for number, rows in enumerate(before, start=1))
 
@@ -146,7 +126,8 @@ class Table:
         with library_boundary(f"{path} cannot be read", "write it again"), _quiet(datasets):
             if is_folder(path):
                 self._rows = datasets.load_from_disk(str(path))
-            elif _num_rows(path):  # a file without any is none that it can read
+            # A file without rows, by its own footer, is none that it can read.
+            elif importlib.import_module("pyarrow.parquet").read_metadata(path).num_rows:
                 try:
                     self._rows = datasets.Dataset.from_parquet(str(path))
                 except datasets.exceptions.DatasetGenerationError as error:
@@ -156,7 +137,7 @@ class Table:
         return len(self._rows)
 
     def __getitem__(self, row: int) -> dict[str, Any]:
-        """The row's columns that have a value (tables fill up with None)."""
+        """The row's columns that have a value (tables fill up with None). Raises RowError."""
         problem = f"{self.where(row)} cannot be read"
         with library_boundary(problem, "write the data again", RowError):
             return _without_none(self._rows[row])
@@ -164,11 +145,6 @@ class Table:
     def where(self, row: int) -> str:
         """The path and the number of a row, counted from 0."""
         return f"{self.path} row {row}"
-
-
-def _num_rows(parquet: Path) -> int:
-    """Rows of a parquet file, by its own footer."""
-    return importlib.import_module("pyarrow.parquet").read_metadata(parquet).num_rows
 
 
 @contextmanager
@@ -190,6 +166,9 @@ def _without_none(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _without_none(v) for key, v in value.items() if v is not None}
     return [_without_none(v) for v in value] if isinstance(value, list) else value
+
+
+Rows = JsonLines | Table
 
 
 def open_rows(path: str | Path, begun: Mapping[str, Any] | None = None) -> Rows:

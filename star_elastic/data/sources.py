@@ -67,9 +67,7 @@ class Source:
         self.found = [_told(name, of) for name, of in found.items() if of != [Path(name)]]
         """What a pattern or a directory stands for, as lines to tell."""
         self.skips_bad_rows = bad_rows == "skip"
-        self._tokenizer = tokenizer
-        added = tokenizer.added_tokens_decoder
-        self._special = {number for number, token in added.items() if token.special}
+        self.tokenizer = tokenizer
         self._renderer = Renderer(tokenizer, loss_on, num_embeddings, notes)
         self.pad_id = 0
         pad = tokenizer.pad_token_id
@@ -108,11 +106,6 @@ class Source:
         return row in self._held_out
 
     @property
-    def has_template(self) -> bool:
-        """Whether generation puts prompts into a chat template."""
-        return self._tokenizer.chat_template is not None
-
-    @property
     def num_used(self) -> int:
         """Rows that are not held out."""
         return len(self) - len(self.held_out)
@@ -135,25 +128,21 @@ class Source:
 
     def read(self, document: Document) -> str:
         """What a document says, in words."""
-        return str(self._tokenizer.decode(document.ids, clean_up_tokenization_spaces=False))
-
-    def last_mark(self, document: Document) -> int | None:
-        """The special token that a document ends with, white space apart; None if it is none."""
-        for token in reversed(document.ids):
-            if token in self._special:
-                return token
-            if str(self._tokenizer.decode([token])).strip():
-                return None
-        return None
-
-    def name_of(self, token: int) -> str:
-        """A token id as its tokenizer writes it."""
-        return str(self._tokenizer.convert_ids_to_tokens(token))
+        return str(self.tokenizer.decode(document.ids, clean_up_tokenization_spaces=False))
 
     def document(self, row: int) -> Document:
         """A row's document, uncut. Raises RowError, naming the row, if it cannot be read as it was
         written."""
         return self._kept.fetch(row, lambda: self._render(row))
+
+    def readable(self, row: int) -> Document | None:
+        """The same, or None for a row that cannot be read, if such rows are left out."""
+        try:
+            return self.document(row)
+        except RowError:
+            if not self.skips_bad_rows:
+                raise
+            return None
 
     def _render(self, row: int) -> Document:
         rows, within = self._find(row)
@@ -183,26 +172,25 @@ def open_sources(
     Raises ConfigError for a file that is named twice, unless no row of it is held out: under one
     name these would be trained on, under the other they judge.
     """
+    as_begun = begun if len(begun) == len(data) else [()] * len(data)
+    sources: list[Source] = []
     seen: dict[str, int] = {}
-    for source in data:
-        for file in (path for name in source.files for path in find_files(name)):
-            real = os.path.realpath(file)
-            if real in seen and (source.held_out or seen[real]):
+    for number, (own, files) in enumerate(zip(data, as_begun, strict=True)):
+        source = Source(
+            own.files, tokenizer, own.loss_on, num_embeddings=num_embeddings,
+            bad_rows=own.bad_rows, notes=own.notes, begun=files,
+        )  # fmt: skip
+        for rows in source.parts:
+            real = os.path.realpath(rows.path)
+            if real in seen and (own.held_out or seen[real]):
                 raise ConfigError(
-                    f"{file} is named twice in [[data]], so that rows that are held out would be "
-                    "trained on, too; name it once (weight says how much of it is read), or set "
+                    f"{rows.path} is named twice in [[data]], so that rows that are held out would "
+                    "be trained on, too; name it once (weight says how much of it is read), or set "
                     "held_out = 0 where it is named"
                 )
-            seen[real] = source.held_out
-    as_begun = begun if len(begun) == len(data) else [()] * len(data)
-    return [
-        Source(
-            source.files, tokenizer, source.loss_on,
-            num_embeddings=num_embeddings, bad_rows=source.bad_rows, notes=source.notes,
-            begun=files,
-        ).hold_out(source.held_out, epochs_key(seed, 0, number))
-        for number, (source, files) in enumerate(zip(data, as_begun, strict=True))
-    ]  # fmt: skip
+            seen[real] = own.held_out
+        sources.append(source.hold_out(own.held_out, epochs_key(seed, 0, number)))
+    return sources
 
 
 def epochs_key(seed: int, stage: int, source: int) -> str:
@@ -262,16 +250,11 @@ def first_documents(
         if not left:
             break
         number = min(left, key=lambda n: (used[n] + 1) / weights[n])
-        read[number] += 1
-        if sources[number].is_held_out(read[number] - 1):
+        row, read[number] = read[number], read[number] + 1
+        if sources[number].is_held_out(row):
             continue
-        try:
-            document = sources[number].document(read[number] - 1)
-        except RowError:
-            if sources[number].skips_bad_rows:
-                continue
-            raise
-        if document.fed:
+        document = sources[number].readable(row)
+        if document is not None and document.fed:
             used[number] += 1
             yield document
     if not sum(used):
@@ -317,13 +300,9 @@ def held_out_documents(sources: Sequence[Source], context: int) -> list[Document
 def _in_turn(sources: Sequence[Source]) -> Iterator[Document]:
     for turn in itertools.zip_longest(*(source.held_out for source in sources)):
         for source, row in zip(sources, turn, strict=True):
-            if row is None:
-                continue
-            try:
-                yield source.document(row)
-            except RowError:
-                if not source.skips_bad_rows:
-                    raise
+            document = None if row is None else source.readable(row)
+            if document is not None:
+                yield document
 
 
 def shorten(documents: Iterable[Document], max_tokens: int, context: int) -> list[Document]:

@@ -8,12 +8,13 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from enum import Enum, auto
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 from jinja2 import meta, nodes
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from star_elastic.data.json_text import map_leaves
 from star_elastic.data.notes import is_note
 
 ASSISTANT = ("assistant", "model")
@@ -94,10 +95,12 @@ class Manner(Enum):
     """As they are, never escaped: a JSON text by itself."""
 
 
-Visit = Callable[[str, int, str, Manner], str]
-"""(what a text belongs to, the number of its message or 0, the text, how it must come out) ->
+Visit = Callable[[str, int, Manner, str], str]
+"""(what a text belongs to, the number of its message or 0, how it must come out, the text) ->
 another text in its place."""
 Change = Callable[[str], str]
+Entry = Callable[[str, Any], tuple[str, Any]]
+"""What becomes of a key of an object and of what it holds."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,7 +155,7 @@ class Talk:
         """A copy with a mark inside every word, and the words."""
         words: list[Word] = []
 
-        def mark(what: str, message: int, text: str, manner: Manner) -> str:
+        def mark(what: str, message: int, manner: Manner, text: str) -> str:
             parts, end = [], 0
             literal = manner is Manner.LITERAL
             for start, stop, before, after in _pieces(text, manner, template):
@@ -184,7 +187,7 @@ class Talk:
             return False
         said: list[str] = []
 
-        def keep(what: str, message: int, text: str, manner: Manner) -> str:
+        def keep(what: str, message: int, manner: Manner, text: str) -> str:
             said.append(text)
             return text
 
@@ -196,18 +199,14 @@ class Talk:
         messages and spoken variables; None if it stands nowhere."""
         found = []
 
-        def replace(value: Any) -> Any:
-            if isinstance(value, dict):
-                return {key: replace(item) for key, item in value.items()}
-            if isinstance(value, list):
-                return [replace(item) for item in value]
-            if value is constant:
-                found.append(value)
-                return stand_in
-            return value
+        def change(leaf: Any) -> Any:
+            if leaf is not constant:
+                return leaf
+            found.append(leaf)
+            return stand_in
 
-        changed = Talk(replace(self.messages), replace(self.spoken), self.switches)
-        return changed if found else None
+        messages, spoken = (map_leaves(part, change) for part in (self.messages, self.spoken))
+        return Talk(messages, spoken, self.switches) if found else None
 
     def _visited(self, visit: Visit) -> Talk:
         messages = [
@@ -217,11 +216,8 @@ class Talk:
         spoken = {}
         for key, value in self.spoken.items():
             manner = Manner.ASKED if isinstance(value, str) else Manner.GIVEN
-
-            def own(text: str, key: str = key, manner: Manner = manner) -> str:
-                return visit(key, 0, text, manner)
-
-            spoken[key] = (_tools if "tools" in key or key == "functions" else _all)(value, own)
+            change = _tools if "tools" in key or key == "functions" else _all
+            spoken[key] = change(value, partial(visit, key, 0, manner))
         return Talk(messages, spoken, self.switches)
 
 
@@ -275,40 +271,44 @@ def _middle(text: str, start: int, stop: int, template: Template) -> int:
 
 def _visited_message(message: dict[str, Any], number: int, visit: Visit) -> dict[str, Any]:
     changed = dict(message)
+    speaks = Manner.ANSWER if message["role"] in ASSISTANT else Manner.ASKED
     for key, value in message.items():
-        what = f"{key} in message {number}"
-
-        def own(text: str, manner: Manner = Manner.GIVEN, what: str = what) -> str:
-            return visit(what, number, text, manner)
-
-        def literal(text: str, what: str = what) -> str:
-            return visit(what, number, text, Manner.LITERAL)
-
-        said = Manner.ANSWER if message["role"] in ASSISTANT else Manner.ASKED
+        own = partial(visit, f"{key} in message {number}", number)
+        said, given = partial(own, speaks), partial(own, Manner.GIVEN)
         if key == "content" and isinstance(value, list):
-            changed[key] = [{**part, "text": own(part["text"], said)} for part in value]
+            changed[key] = [{**part, "text": said(part["text"])} for part in value]
         elif key == "content":
-            changed[key] = own(value, said)
+            changed[key] = said(value)
         elif key in TRACES or (key == "name" and message["role"] not in ("tool", "function")):
-            changed[key] = own(value)
+            changed[key] = given(value)
         elif key in ("tool_calls", "function_call"):
-            changed[key] = _calls(value, own, literal)
+            changed[key] = _calls(value, given, partial(own, Manner.LITERAL))
         elif key in ("tools", "functions"):
-            changed[key] = _tools(value, own)
+            changed[key] = _tools(value, given)
         elif key == "documents":
-            changed[key] = _all(value, own)
+            changed[key] = _all(value, given)
         elif key not in FIELDS and not is_note(key, value):
-            changed[key] = _words(value, own)
+            changed[key] = _words(value, given)
     return changed
+
+
+def _each(value: Any, change: Change, entry: Entry) -> Any:
+    """A value with another text in place of each, and another entry in place of each of an
+    object's."""
+    if isinstance(value, dict):
+        return dict(entry(key, item) for key, item in value.items())
+    if isinstance(value, list):
+        return [_each(item, change, entry) for item in value]
+    return change(value) if isinstance(value, str) else value
 
 
 def _words(value: Any, change: Change, stays: Callable[[str, Any], bool] = is_note) -> Any:
     """Every text, but for the keys of objects that stay as they are: notes."""
-    if isinstance(value, dict):
-        return {k: v if stays(k, v) else _words(v, change, stays) for k, v in value.items()}
-    if isinstance(value, list):
-        return [_words(item, change, stays) for item in value]
-    return change(value) if isinstance(value, str) else value
+
+    def entry(key: str, item: Any) -> tuple[str, Any]:
+        return key, item if stays(key, item) else _words(item, change, stays)
+
+    return _each(value, change, entry)
 
 
 def _all(value: Any, change: Change) -> Any:
@@ -318,42 +318,33 @@ def _all(value: Any, change: Change) -> Any:
 
 def _tools(value: Any, change: Change) -> Any:
     """Names, descriptions and choices of tools and of their parameters; a tool may be a text."""
-    if isinstance(value, list):
-        return [_tools(item, change) for item in value]
-    if not isinstance(value, dict):
-        return change(value) if isinstance(value, str) else value
-    changed = dict(value)
-    for key, item in value.items():
+
+    def entry(key: str, item: Any) -> tuple[str, Any]:
         if key in ("name", "description", "enum"):
-            changed[key] = _all(item, change)
-        elif key == "properties" and isinstance(item, dict):
-            changed[key] = {change(name): _tools(v, change) for name, v in item.items()}
-        elif isinstance(item, (dict, list)) and key not in ("type", "required"):
-            changed[key] = _tools(item, change)
-    return changed
+            return key, _all(item, change)
+        if key == "properties" and isinstance(item, dict):
+            return key, {change(name): _tools(own, change) for name, own in item.items()}
+        is_inner = isinstance(item, (dict, list)) and key not in ("type", "required")
+        return key, _tools(item, change) if is_inner else item
+
+    return _each(value, change, entry)
 
 
 def _calls(value: Any, change: Change, literal: Change) -> Any:
     """Names and arguments of calls; the names of arguments are words, too. Arguments that are a
     JSON text must be written as they are."""
-    if isinstance(value, list):
-        return [_calls(item, change, literal) for item in value]
-    if not isinstance(value, dict):
-        return value
-    changed = dict(value)
-    for key, item in value.items():
+
+    def entry(key: str, item: Any) -> tuple[str, Any]:
         if key == "function":
-            changed[key] = _calls(item, change, literal)
+            item = _calls(item, change, literal)
         elif key == "name":
-            changed[key] = _all(item, change)
+            item = _all(item, change)
         elif key == "arguments":
-            changed[key] = literal(item) if isinstance(item, str) else _arguments(item, change)
-    return changed
+            item = literal(item) if isinstance(item, str) else _arguments(item, change)
+        return key, item
+
+    return _each(value, str, entry)
 
 
 def _arguments(value: Any, change: Change) -> Any:
-    if isinstance(value, dict):
-        return {change(name): _arguments(item, change) for name, item in value.items()}
-    if isinstance(value, list):
-        return [_arguments(item, change) for item in value]
-    return change(value) if isinstance(value, str) else value
+    return _each(value, change, lambda name, item: (change(name), _arguments(item, change)))

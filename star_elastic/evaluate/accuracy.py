@@ -23,11 +23,11 @@ from star_elastic.axes import AxisMap
 from star_elastic.axes.widths import Widths
 from star_elastic.cost.count import Cost, CostModel, Workload
 from star_elastic.errors import ConfigError
+from star_elastic.evaluate.intervals import effective_count, wilson_interval
 from star_elastic.evaluate.matching import BY_TASK, Match
 from star_elastic.evaluate.tasks import Problem
-from star_elastic.evaluate.wilson import effective_count, wilson_interval
+from star_elastic.generate.engine import DEFAULT_BATCH_SIZE, Generator
 from star_elastic.generate.family import ElasticFamily
-from star_elastic.generate.phased import DEFAULT_BATCH_SIZE, PhasedGenerator
 from star_elastic.generate.phases import ANSWERING, TAG, THINKING, ByDifficulty, Generation, Plan
 
 MAX_TEXT, LEFT_OUT = 1_000, " [...] "
@@ -61,8 +61,8 @@ class Outcome:
     weight_bytes: float
 
 
-class Solved(NamedTuple):
-    """What became of every problem under one plan, and the wall seconds of all together."""
+class Trial(NamedTuple):
+    """One plan tried on a set of problems: every outcome, and the wall seconds of all together."""
 
     outcomes: list[Outcome]
     seconds: float
@@ -79,11 +79,15 @@ class Solved(NamedTuple):
         return {"seconds": self.seconds, "outcomes": columns}
 
     @classmethod
-    def from_json(cls, content: Mapping[str, Any]) -> Solved:
+    def from_json(cls, content: Mapping[str, Any]) -> Trial:
         """What `to_json` wrote."""
         columns = content["outcomes"]
         rows = (dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True))
         return cls([Outcome(**row) for row in rows], content["seconds"])
+
+
+Trials = Mapping[str, Mapping[str, Trial]]
+"""Of many plans: by label and split."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -135,26 +139,24 @@ class Evaluation:
 class SizeCost:
     """Exact counts of one model: operations at any context, weight bytes read per token."""
 
-    def __init__(self, table: AxisMap, widths: Widths, dtype_bytes: int):
+    def __init__(self, axis_map: AxisMap, widths: Widths, dtype_bytes: int):
         self._counted: list[Cost] = [
-            CostModel(table, Workload(context=context)).count(widths) for context in (0, 1)
+            CostModel(axis_map, Workload(context=context)).count(widths) for context in (0, 1)
         ]
-        lookups = sum(
-            math.prod(table.shape(spec, widths)) for spec in table.tensors.values() if spec.lookup
-        )
+        tables = (spec for spec in axis_map.tensors.values() if spec.lookup)
+        lookups = sum(math.prod(axis_map.shape(spec, widths)) for spec in tables)
         self.bytes_per_token = (self._counted[0].active - lookups) * dtype_bytes
 
     @classmethod
     def of(cls, models: Mapping[str, PreTrainedModel], size: str) -> SizeCost:
         """Of a size of a family, or of a model by its config, which knows no widths that differ
         between layers."""
-        model = models[size]
+        dtype_bytes = models[size].dtype.itemsize
         if isinstance(models, ElasticFamily):
-            widths = models.manifest.size(size).widths
-            return cls(models.axis_map, widths, model.dtype.itemsize)
-        config = model.config.to_dict()
-        table = family_of(config).axis_map(config)
-        return cls(table, table.full, model.dtype.itemsize)
+            return cls(models.axis_map, models.manifest.size(size).widths, dtype_bytes)
+        config = models[size].config.to_dict()
+        axis_map = family_of(config).axis_map(config)
+        return cls(axis_map, axis_map.full, dtype_bytes)
 
     def count_flops(self, start: int, num_tokens: int, *, at_once: bool) -> float:
         """Operations for tokens that see `start + 1`, `start + 2`, ... tokens of context.
@@ -170,38 +172,40 @@ class SizeCost:
 
 
 def evaluate_plan(
-    generator: PhasedGenerator,
+    generator: Generator,
     problems: Sequence[Problem],
     plan: Plan,
     *,
     match: Match = BY_TASK,
     batch_size: int = DEFAULT_BATCH_SIZE,
 ) -> Evaluation:
-    """Solves the problems by one plan. Raises what `PhasedGenerator.generate` raises."""
+    """Solves the problems by one plan. Raises what `Generator.generate` raises."""
     solved = solve(generator, problems, plan, match=match, batch_size=batch_size)
     return summarise(plan, problems, solved, batch_size)
 
 
 def solve(
-    generator: PhasedGenerator,
+    generator: Generator,
     problems: Sequence[Problem],
     plan: Plan,
     *,
     match: Match = BY_TASK,
     batch_size: int = DEFAULT_BATCH_SIZE,
-) -> Solved:
+) -> Trial:
     """What one plan makes of the problems, judged by a matching rule."""
     if not problems:
         raise ConfigError("there is no problem to evaluate; draw at least one")
     prompts = [problem.question for problem in problems]
-    for size in plan.sizes:
-        _warm_up(generator.model(size))
+    for size in plan.sizes:  # built on first use; the first call of a kernel is slow
+        model = generator.model(size)
+        with torch.inference_mode():
+            model(input_ids=torch.zeros(1, 2, dtype=torch.long, device=model.device))
     start = time.perf_counter()
     generations = generator.generate(prompts, plan, batch_size=batch_size)
     seconds = time.perf_counter() - start
     costs = {size: SizeCost.of(generator.models, size) for size in plan.sizes}
     found = zip(problems, generations, strict=True)
-    return Solved([_outcome(*each, match, costs) for each in found], seconds)
+    return Trial([_outcome(*each, match, costs) for each in found], seconds)
 
 
 def _outcome(
@@ -245,7 +249,7 @@ def _shorten(text: str) -> str:
 
 
 def summarise(
-    plan: Plan, problems: Sequence[Problem], solved: Solved, batch_size: int, label: str = ""
+    plan: Plan, problems: Sequence[Problem], solved: Trial, batch_size: int, label: str = ""
 ) -> Evaluation:
     """The means over problems, under the plan's own label or another."""
     outcomes, count = solved.outcomes, len(problems)
@@ -253,6 +257,11 @@ def summarise(
     def mean(name: str) -> float:
         return sum(getattr(outcome, name) for outcome in outcomes) / count
 
+    marks: dict[str, list[bool]] = defaultdict(list)
+    for problem, outcome in zip(problems, outcomes, strict=True):
+        marks[problem.task].append(outcome.is_right)
+    per_task = {task: sum(own) / len(own) for task, own in marks.items()}
+    accuracy = sum(per_task.values()) / len(per_task)
     after_cut = [outcome.is_right for outcome in outcomes if outcome.is_cut]
     return Evaluation(
         label=label or plan.label,
@@ -260,7 +269,9 @@ def summarise(
         answer=str(plan.phases[-1].size),
         thinking_budget=plan.thinking_budget,
         num_problems=count,
-        **_score(problems, solved.right),
+        per_task=per_task,
+        accuracy=accuracy,
+        interval=wilson_interval(accuracy, effective_count([len(own) for own in marks.values()])),
         thinking_tokens=mean("thinking_tokens"),
         answer_tokens=mean("answer_tokens"),
         cut_share=mean("is_cut"),
@@ -273,23 +284,6 @@ def summarise(
         no_answer_share=sum(own.extracted is None for own in outcomes) / count,
         by_difficulty=any(isinstance(phase.size, ByDifficulty) for phase in plan.phases),
     )
-
-
-def _warm_up(model: PreTrainedModel) -> None:
-    """One short forward: sizes are built on first use, and the first call of a kernel is slow."""
-    with torch.inference_mode():
-        model(input_ids=torch.zeros(1, 2, dtype=torch.long, device=model.device))
-
-
-def _score(problems: Sequence[Problem], right: Sequence[bool]) -> dict[str, Any]:
-    """Accuracy per task, its mean over tasks, and the interval of that mean."""
-    marks: dict[str, list[bool]] = defaultdict(list)
-    for problem, is_right in zip(problems, right, strict=True):
-        marks[problem.task].append(is_right)
-    per_task = {task: sum(own) / len(own) for task, own in marks.items()}
-    accuracy = sum(per_task.values()) / len(per_task)
-    interval = wilson_interval(accuracy, effective_count([len(own) for own in marks.values()]))
-    return {"per_task": per_task, "accuracy": accuracy, "interval": interval}
 
 
 def _was_cut(generation: Generation) -> bool:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from star_elastic.evaluate.accuracy import MAX_TEXT, Solved
+from star_elastic.evaluate.accuracy import MAX_TEXT, Trials
 from star_elastic.evaluate.grid import Entry
 from star_elastic.evaluate.problems import TEST, Splits
 from star_elastic.files.writing import write_text
@@ -21,7 +21,7 @@ NUM_SAMPLES = 6
 
 
 def write_answers(
-    out: Path, entries: Sequence[Entry], splits: Splits, solved: Sequence[Mapping[str, Solved]]
+    out: Path, entries: Sequence[Entry], splits: Splits, trials: Trials
 ) -> dict[str, Any]:
     """Writes a line for each plan and test problem, and returns what the file holds.
 
@@ -32,14 +32,12 @@ def write_answers(
     count = len(splits.test)
     most = min(count, max(MAX_ROWS // len(entries), 1))
     kept = [number * count // most for number in range(most)]
-    lines = [
-        json.dumps(
-            {"plan": entry.label, **_asked(splits, place), **_written(found, place)},
-            ensure_ascii=False,
-        )
-        for entry, found in zip(entries, solved, strict=True)
+    rows = (
+        {"plan": own.label, **_asked(splits, place), **_written(trials, own.label, place)}
+        for own in entries
         for place in kept
-    ]
+    )
+    lines = [json.dumps(row, ensure_ascii=False) for row in rows]
     write_text(out / FILE, "\n".join(lines) + "\n")
     return {
         "file": FILE,
@@ -55,21 +53,23 @@ def _asked(splits: Splits, place: int) -> dict[str, str]:
     return {"task": problem.task, "problem": problem.question, "expected": problem.answer}
 
 
-def _written(found: Mapping[str, Solved], place: int) -> dict[str, Any]:
-    own = found[TEST].outcomes[place]
+def _written(trials: Trials, label: str, place: int) -> dict[str, Any]:
+    own = trials[label][TEST].outcomes[place]
     return {"text": own.text, "extracted": own.extracted, "correct": own.is_right}
 
 
 def choose_samples(
-    entries: Sequence[Entry], splits: Splits, solved: Sequence[Mapping[str, Solved]]
+    entries: Sequence[Entry], splits: Splits, trials: Trials
 ) -> list[dict[str, Any]]:
     """Some test problems with what single sizes wrote: the largest, the smallest, one between.
 
-    Problems on which they differ come first, then those that all have wrong, then any; of one task
-    after the other.
+    Each size has the largest of its budgets. Problems on which they differ come first, then those
+    that all have wrong, then any; of one task after the other.
     """
-    plans = _shown_plans(entries)
-    marks = zip(*(solved[number][TEST].right for number in plans), strict=True)
+    labels = [*{own.sizes: own.label for own in entries if own.kind == "single"}.values()]
+    if len(labels) > 3:
+        labels = [labels[0], labels[len(labels) // 2], labels[-1]]
+    marks = zip(*(trials[label][TEST].right for label in labels), strict=True)
     seen: Counter[tuple[int, str]] = Counter()
     ranks = []
     for place, (problem, own) in enumerate(zip(splits.test, marks, strict=True)):
@@ -79,19 +79,7 @@ def choose_samples(
     return [
         {
             **_asked(splits, place),
-            "replies": [
-                {"plan": entries[number].label, **_written(solved[number], place)}
-                for number in plans
-            ],
+            "replies": [{"plan": label, **_written(trials, label, place)} for label in labels],
         }
         for _, _, place in sorted(ranks)[:NUM_SAMPLES]
     ]
-
-
-def _shown_plans(entries: Sequence[Entry]) -> list[int]:
-    """Places of single sizes with the largest budget that each has, from the largest size."""
-    alone = {entry.sizes: number for number, entry in enumerate(entries) if entry.kind == "single"}
-    places = list(alone.values())
-    if len(places) > 3:
-        places = [places[0], places[len(places) // 2], places[-1]]
-    return places

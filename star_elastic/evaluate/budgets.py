@@ -82,13 +82,8 @@ def common_groups(
     for budget in budgets:
         places = [next(i for i, own in enumerate(g) if budget in own) for g in groupings]
         alike.setdefault(tuple(places) if groupings else budget, []).append(budget)
-    groups = {_representative(own): tuple(own) for own in alike.values()}
-    order = [budget for budget in budgets if budget in groups]
-    return {budget: groups[budget] for budget in order}
-
-
-def _representative(group: Sequence[Budget]) -> Budget:
-    return None if None in group else min(b for b in group if b is not None)
+    groups = {min(own, key=lambda b: -1 if b is None else b): tuple(own) for own in alike.values()}
+    return {budget: groups[budget] for budget in budgets if budget in groups}
 
 
 NO_BUDGET = "none"

@@ -1,9 +1,9 @@
 """What elastic budget control gives against budget control of the largest size alone.
 
-Three questions, asked for each budget of the largest size: which plan is as accurate and costs
-least, which one costs no more and is most accurate, and what the same budget gives with other
-sizes. Plans are chosen on the validation split by functions that see nothing else; the chosen ones
-are looked at on the test split once.
+Three questions are asked for each budget of the largest size. Which plan is as accurate and costs
+least? Which one costs no more and is most accurate? What does the same budget give with other
+sizes? Plans are chosen on the validation split by a function that sees nothing else; the chosen
+ones are looked at on the test split once.
 """
 
 from __future__ import annotations
@@ -11,18 +11,17 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from star_elastic.evaluate.accuracy import Evaluation
-from star_elastic.evaluate.bootstrap import Interval, PairedBootstrap
+from star_elastic.evaluate.accuracy import Evaluation, Trials, summarise
 from star_elastic.evaluate.grid import Entry
+from star_elastic.evaluate.intervals import LEVEL, RESAMPLES, Interval, PairedBootstrap
+from star_elastic.evaluate.problems import TEST, VALIDATION, Splits
 
 Question = Literal["equal accuracy", "equal cost", "equal tokens"]
 Group = Literal["any", "smaller", "pair", "policy"]
 """Plans to choose from: all; one smaller size alone; pairs; choices by difficulty."""
-
-GROUPS: tuple[Group, ...] = ("any", "smaller", "pair", "policy")
 COSTS = ("flops", "seconds", "weight_bytes")
 """Per problem: counted operations; measured time; weights to fetch at batch 1, which bound the
 speed of any machine whose memory is the narrow part."""
@@ -30,12 +29,18 @@ ROUNDING = 1e-9
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Seen:
+class SideBySide:
     """A chosen plan beside the reference on one split: both accuracies, and the ratio of costs."""
 
     accuracy: float
     reference_accuracy: float
     cost_ratios: Mapping[str, float]
+
+    @classmethod
+    def of(cls, ours: Evaluation, theirs: Evaluation) -> SideBySide:
+        """Of the chosen plan and of the reference."""
+        ratios = {name: getattr(ours, name) / getattr(theirs, name) for name in COSTS}
+        return cls(accuracy=ours.accuracy, reference_accuracy=theirs.accuracy, cost_ratios=ratios)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,9 +58,96 @@ class Comparison:
     budget: int | None
     reference: str
     chosen: str | None
-    validation: Seen | None = None
-    test: Seen | None = None
+    validation: SideBySide | None = None
+    test: SideBySide | None = None
     difference: Interval | None = None
+
+
+def assemble(
+    entries: Sequence[Entry], splits: Splits, trials: Trials, *, batch_size: int, seed: int
+) -> dict[str, Any]:
+    """Every plan with its means on both splits and its difference to the largest size alone, and
+    all comparisons, as plain data. `seed` is of the bootstrap."""
+    means = {
+        split: {
+            own.label: summarise(
+                own.plan, problems, trials[own.label][split], batch_size, own.label
+            )
+            for own in entries
+        }
+        for split, problems in splits.items()
+    }
+    right = {label: own[TEST].right for label, own in trials.items()}
+    bootstrap = PairedBootstrap([problem.task for problem in splits.test], seed)
+    comparisons = compare(entries, means[VALIDATION], means[TEST], right, bootstrap)
+    plans = []
+    for own in entries:
+        same_budget = (other for other in entries if own.budget in other.budgets)
+        alone = next(other.label for other in same_budget if other.sizes == entries[0].sizes)
+        outcomes = trials[own.label][TEST].outcomes
+        plans.append({
+            **own.to_json(),
+            **{split: found[own.label].to_json() for split, found in means.items()},
+            "tokens_by_size": {
+                size: sum(outcome.tokens_by_size.get(size, 0) for outcome in outcomes)
+                / len(outcomes)
+                for size in own.sizes
+            },
+            "difference": asdict(bootstrap.interval(right[own.label], right[alone])),
+        })  # fmt: skip
+    return {
+        "intervals": {"level": LEVEL, "resamples": RESAMPLES},
+        "plans": plans,
+        "comparisons": [asdict(comparison) for comparison in comparisons],
+    }
+
+
+def compare(
+    entries: Sequence[Entry],
+    validation: Mapping[str, Evaluation],
+    test: Mapping[str, Evaluation],
+    right: Mapping[str, Sequence[bool]],
+    bootstrap: PairedBootstrap,
+) -> list[Comparison]:
+    """All comparisons with the first entry's size alone. All mappings are by label; `right` says
+    which test problems each plan solved (N,), and the bootstrap is of these problems."""
+    found = []
+    for question, group, cost, reference, labels in _cases(entries):
+        theirs = reference.label
+        candidates = {label: validation[label] for label in labels}
+        chosen = choose(question, candidates, validation[theirs], cost or COSTS[0])
+        shown: dict[str, Any] = {}
+        if chosen is not None:
+            shown = {
+                "validation": SideBySide.of(validation[chosen], validation[theirs]),
+                "test": SideBySide.of(test[chosen], test[theirs]),
+                "difference": bootstrap.interval(right[chosen], right[theirs]),
+            }
+        asked = {"question": question, "group": group, "cost": cost, "budget": reference.budget}
+        found.append(Comparison(**asked, reference=theirs, chosen=chosen, **shown))
+    return found
+
+
+def _cases(
+    entries: Sequence[Entry],
+) -> Iterator[tuple[Question, Group, str, Entry, list[str]]]:
+    """Question, group, cost, reference, labels to choose from; no group that has no plans."""
+    largest = entries[0].sizes
+    members: dict[Group, list[Entry]] = {
+        "any": [*entries],
+        "smaller": [own for own in entries if own.kind == "single" and own.sizes != largest],
+        "pair": [own for own in entries if own.kind == "pair"],
+        "policy": [own for own in entries if own.kind == "policy"],
+    }
+    references = [own for own in entries if own.sizes == largest]
+    for reference, (group, plans) in itertools.product(references, members.items()):
+        labels = [own.label for own in plans]
+        if labels:
+            for question, cost in itertools.product(("equal accuracy", "equal cost"), COSTS):
+                yield question, group, cost, reference, labels
+        labels = [own.label for own in plans if reference.budget in own.budgets]
+        if labels and group != "any":
+            yield "equal tokens", group, "", reference, labels
 
 
 def choose(
@@ -82,70 +174,3 @@ def choose(
     most = getattr(reference, cost) * (1 + ROUNDING) if question == "equal cost" else math.inf
     fit = [label for label in candidates if price(label) <= most]
     return min(fit, key=lambda label: (-round(accuracy(label), 9), price(label)), default=None)
-
-
-def compare(
-    entries: Sequence[Entry],
-    validation: Mapping[str, Evaluation],
-    test: Mapping[str, Evaluation],
-    right: Mapping[str, Sequence[bool]],
-    bootstrap: PairedBootstrap,
-) -> list[Comparison]:
-    """All comparisons with the first entry's size alone. All mappings are by label; `right` says
-    which test problems each plan solved (N,), and the bootstrap is of these problems."""
-    found = []
-    for question, group, cost, reference, labels in _cases(entries):
-        candidates = {label: validation[label] for label in labels}
-        chosen = choose(question, candidates, validation[reference.label], cost or COSTS[0])
-        shown: dict[str, Any] = {}
-        if chosen is not None:
-            shown = {
-                "validation": _see(validation[chosen], validation[reference.label]),
-                "test": _see(test[chosen], test[reference.label]),
-                "difference": bootstrap.interval(right[chosen], right[reference.label]),
-            }
-        found.append(
-            Comparison(
-                question=question,
-                group=group,
-                cost=cost,
-                budget=reference.budget,
-                reference=reference.label,
-                chosen=chosen,
-                **shown,
-            )
-        )
-    return found
-
-
-def _cases(
-    entries: Sequence[Entry],
-) -> Iterator[tuple[Question, Group, str, Entry, list[str]]]:
-    """Question, group, cost, reference, labels to choose from; no group that has no plans."""
-    largest = entries[0].sizes
-    references = [entry for entry in entries if entry.sizes == largest]
-    for reference, group in itertools.product(references, GROUPS):
-        members = [entry for entry in entries if _belongs(entry, group, largest)]
-        labels = [entry.label for entry in members]
-        if labels:
-            for question, cost in itertools.product(("equal accuracy", "equal cost"), COSTS):
-                yield question, group, cost, reference, labels
-        labels = [entry.label for entry in members if reference.budget in entry.budgets]
-        if labels and group != "any":
-            yield "equal tokens", group, "", reference, labels
-
-
-def _belongs(entry: Entry, group: Group, largest: tuple[str, ...]) -> bool:
-    if group == "any":
-        return True
-    if group == "smaller":
-        return entry.kind == "single" and entry.sizes != largest
-    return entry.kind == group
-
-
-def _see(ours: Evaluation, theirs: Evaluation) -> Seen:
-    return Seen(
-        accuracy=ours.accuracy,
-        reference_accuracy=theirs.accuracy,
-        cost_ratios={name: getattr(ours, name) / getattr(theirs, name) for name in COSTS},
-    )

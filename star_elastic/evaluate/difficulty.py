@@ -23,7 +23,7 @@ from star_elastic.errors import ConfigError
 from star_elastic.evaluate.budgets import Thought
 from star_elastic.evaluate.tasks import Problem
 from star_elastic.generate.decode import entropies
-from star_elastic.generate.phased import DEFAULT_BATCH_SIZE, PhasedGenerator
+from star_elastic.generate.engine import DEFAULT_BATCH_SIZE, Generator
 from star_elastic.generate.phases import TAG, THINKING, Generation, think_and_answer
 
 Look = Literal["token", "line"]
@@ -108,7 +108,36 @@ def calibrate(readings: Readings, positions: Sequence[float], look: Look = "toke
     deciding = deciding_entropies(readings, look)
     units = deciding if look == "token" else readings.entropy[readings.begins_line]
     falling = np.sort(units)[::-1]
-    return [_dial(readings, deciding, falling, position, look) for position in positions]
+    is_line = readings.begins_line[readings.begins_stretch]
+    num_differing = readings.differs.sum()
+    dials = []
+    for position in positions:
+        threshold = _threshold(falling, position)
+        is_large = deciding > threshold
+        helped = np.maximum.reduceat(is_large, np.flatnonzero(readings.begins_stretch))
+        written = (is_large & readings.differs).sum()
+        dials.append(
+            Dial(
+                position=float(position),
+                look=look,
+                threshold=threshold,
+                token_share=float(is_large.mean()),
+                line_share=float(helped[is_line].mean()) if is_line.any() else 0.0,
+                recall=float(written / num_differing) if num_differing else None,
+            )
+        )
+    return dials
+
+
+def _threshold(falling: np.ndarray, position: float) -> float:
+    """What lies below a share of entropies, which fall."""
+    if not 0 <= position <= 1:
+        raise ConfigError(f"dial={position!r} does not lie between 0 and 1; use 0.25, for example")
+    count = round(position * len(falling))
+    if position == 1 or 0 < count == len(falling):
+        return ALWAYS_LARGE
+    # Midway, so that rounding in other batches moves no token across it.
+    return float(falling[count - 1] + falling[count]) / 2 if count else ALWAYS_SMALL
 
 
 def deciding_entropies(readings: Readings, look: Look) -> np.ndarray:
@@ -125,36 +154,8 @@ def deciding_entropies(readings: Readings, look: Look) -> np.ndarray:
     return np.repeat(first, np.diff(np.append(places, len(readings.entropy))))
 
 
-def _dial(
-    readings: Readings, deciding: np.ndarray, falling: np.ndarray, position: float, look: Look
-) -> Dial:
-    if not 0 <= position <= 1:
-        raise ConfigError(f"dial={position!r} does not lie between 0 and 1; use 0.25, for example")
-    count = round(position * len(falling))
-    if position == 1 or 0 < count == len(falling):
-        threshold = ALWAYS_LARGE
-    elif count == 0:
-        threshold = ALWAYS_SMALL
-    else:
-        # Midway, so that rounding in other batches moves no token across it.
-        threshold = float(falling[count - 1] + falling[count]) / 2
-    is_large = deciding > threshold
-    helped = np.maximum.reduceat(is_large, np.flatnonzero(readings.begins_stretch))
-    is_line = readings.begins_line[readings.begins_stretch]
-    num_differing = readings.differs.sum()
-    recall = (is_large & readings.differs).sum() / num_differing if num_differing else None
-    return Dial(
-        position=float(position),
-        look=look,
-        threshold=threshold,
-        token_share=float(is_large.mean()),
-        line_share=float(helped[is_line].mean()) if is_line.any() else 0.0,
-        recall=None if recall is None else float(recall),
-    )
-
-
 def write_texts(
-    generator: PhasedGenerator,
+    generator: Generator,
     problems: Sequence[Problem],
     size: str,
     *,
@@ -186,7 +187,7 @@ def _text(prompt_ids: tuple[int, ...], generation: Generation) -> Text:
 
 
 def read_texts(
-    generator: PhasedGenerator,
+    generator: Generator,
     texts: Sequence[Text],
     small: str,
     large: str,

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from star_elastic.errors import CheckpointError, ConfigError, reason
+from star_elastic.errors import CheckpointError, ConfigError, library_boundary
 from star_elastic.files.writing import write_json, write_text
 
 SETTINGS, KEPT = "settings.json", "kept"
@@ -47,31 +47,21 @@ class Kept:
 
     def fetch(self, name: str, make: Callable[[], Any]) -> Any:
         """What is kept under a name; made and kept first if it is not there yet."""
-        file = self._file(name)
+        # A file of its own for any name, told apart by its digest.
+        plain = re.sub(r"[^A-Za-z0-9.@]+", "-", name).strip("-.")[:60]
+        digest = hashlib.sha256(name.encode()).hexdigest()[:8]
+        file = self.out / KEPT / f"{plain}-{digest}.json"
         saved = read_object(file)
         if saved is None or saved.get("name") != name:
             saved = json.loads(json.dumps({"name": name, "content": make()}))
-            self._begin()
+            with library_boundary(f"{self.out} cannot be written", "choose another"):
+                self.out.mkdir(parents=True, exist_ok=True)
+                if not (self.out / SETTINGS).exists():
+                    write_json(self.out / SETTINGS, self.settings)
+                file.parent.mkdir(exist_ok=True)
             # One line: thousands of numbers, read by programs.
             write_text(file, json.dumps(saved, ensure_ascii=False) + "\n")
         return saved["content"]
-
-    def _begin(self) -> None:
-        try:
-            self.out.mkdir(parents=True, exist_ok=True)
-            if not (self.out / SETTINGS).exists():
-                write_json(self.out / SETTINGS, self.settings)
-            (self.out / KEPT).mkdir(exist_ok=True)
-        except OSError as error:
-            raise CheckpointError(
-                f"{self.out} cannot be written ({reason(error)}); choose another"
-            ) from None
-
-    def _file(self, name: str) -> Path:
-        """A file of its own for any name, told apart by its digest."""
-        plain = re.sub(r"[^A-Za-z0-9.@]+", "-", name).strip("-.")[:60]
-        digest = hashlib.sha256(name.encode()).hexdigest()[:8]
-        return self.out / KEPT / f"{plain}-{digest}.json"
 
 
 def read_object(file: Path) -> dict[str, Any] | None:

@@ -10,7 +10,7 @@ import hashlib
 import json
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from star_elastic.data.row_files import JsonLines
 from star_elastic.errors import ConfigError
 from star_elastic.evaluate.tasks import TASKS, Problem, sample_problems
 from star_elastic.files.paths import is_file
-from star_elastic.models.submodel import load_tokenizer
+from star_elastic.models.tokenizer import load_tokenizer
 
 VALIDATION, TEST = "validation", "test"
 VALIDATION_PERCENT = 40
@@ -82,63 +82,52 @@ def read_problems(
         raise ConfigError(
             f'{file} is empty; give it rows such as {{"prompt": "2+2", "answer": "4"}}'
         )
-    answers: dict[str, str] = {}
-    problems: list[Problem] = []
+    found: dict[str, Problem] = {}
     for number in range(len(rows)):
-        problem = _problem(rows[number], file.stem, rows.where, number)
-        known = answers.setdefault(problem.question, problem.answer)
-        if known != problem.answer:
+        problem = _problem(rows[number], file.stem, rows.where(number))
+        if found.get(problem.question, problem).answer != problem.answer:
             raise ConfigError(
                 f"{rows.where(number)} has another answer to the same prompt; keep one of the two"
             )
-        problems.append(problem)
-    distinct = list({problem.question: problem for problem in problems}.values())
-    validation, test = (
-        tuple(_first(count, (p for p in distinct if (_percent(p) < VALIDATION_PERCENT) is chosen)))
-        for chosen, count in ((True, num_validation), (False, num_test))
-    )
-    for name, split in ((VALIDATION, validation), (TEST, test)):
-        if not split:
+        found[problem.question] = problem
+    most = {VALIDATION: num_validation, TEST: num_test}
+    splits: dict[str, list[Problem]] = {split: [] for split in most}
+    seen: Counter[tuple[str, str]] = Counter()
+    for problem in found.values():
+        digest = hashlib.sha256(problem.question.encode()).digest()
+        is_validation = int.from_bytes(digest[:8], "big") % 100 < VALIDATION_PERCENT
+        split = VALIDATION if is_validation else TEST
+        seen[split, problem.task] += 1
+        limit = most[split]
+        if limit is None or seen[split, problem.task] <= limit:
+            splits[split].append(problem)
+    for name, own in splits.items():
+        if not own:
             raise ConfigError(
-                f"{file} has {len(distinct)} prompts, of which none falls into the {name} split "
+                f"{file} has {len(found)} prompts, of which none falls into the {name} split "
                 f"({VALIDATION_PERCENT} % are for validation, by a hash); give it more rows"
             )
-    return Splits(file.name, validation, test)
+    return Splits(file.name, tuple(splits[VALIDATION]), tuple(splits[TEST]))
 
 
-def _problem(row: Mapping[str, Any], task: str, where: Any, number: int) -> Problem:
+def _problem(row: Mapping[str, Any], task: str, where: str) -> Problem:
+    """What a row says, if it is a problem; `task` is the default, `where` names the row."""
     prompt, answer = row.get("prompt"), row.get("answer")
     if isinstance(answer, (int, float)) and not isinstance(answer, bool) and math.isfinite(answer):
         answer = json.dumps(answer)
     for field, value in (("prompt", prompt), ("answer", answer)):
         if not isinstance(value, str) or not value.strip():
             raise ConfigError(
-                f"{where(number)} has no {field}; each row needs a prompt, a text, and an answer, "
+                f"{where} has no {field}; each row needs a prompt, a text, and an answer, "
                 "a text or a number"
             )
     task = row.get("task", task)
     if not isinstance(task, str):
-        raise ConfigError(f"{where(number)} has a task that is no text; name it by one, or by none")
+        raise ConfigError(f"{where} has a task that is no text; name it by one, or by none")
     for field, value in (("prompt", prompt), ("answer", answer), ("task", task)):
         if half := half_character(str(value)):
             raise ConfigError(
-                f"{where(number)} has half of a character, {half}, in its {field}, which no "
+                f"{where} has half of a character, {half}, in its {field}, which no "
                 "tokenizer encodes and no file holds; correct it"
             )
     return Problem(task, str(prompt).strip(), (), str(answer).strip())
-
-
-def _percent(problem: Problem) -> int:
-    digest = hashlib.sha256(problem.question.encode()).digest()
-    return int.from_bytes(digest[:8], "big") % 100
-
-
-def _first(count: int | None, problems: Iterable[Problem]) -> list[Problem]:
-    """The first `count` problems of each task, all if it is None."""
-    seen: Counter[str] = Counter()
-    kept = []
-    for problem in problems:
-        seen[problem.task] += 1
-        if count is None or seen[problem.task] <= count:
-            kept.append(problem)
-    return kept

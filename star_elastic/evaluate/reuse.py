@@ -13,14 +13,14 @@ from dataclasses import dataclass
 
 import torch
 
-from star_elastic.evaluate.bootstrap import Interval, PairedBootstrap
+from star_elastic.evaluate.intervals import Interval, PairedBootstrap
 from star_elastic.evaluate.matching import BY_TASK, Match
 from star_elastic.evaluate.tasks import Problem
 from star_elastic.generate.caches import ATTENTION, MAMBA, HandOver, RowCache
 from star_elastic.generate.decode import BatchDecoder, pads_exactly
+from star_elastic.generate.engine import DEFAULT_BATCH_SIZE
 from star_elastic.generate.family import ElasticFamily
-from star_elastic.generate.phased import DEFAULT_BATCH_SIZE
-from star_elastic.generate.phases import Generation, Handed, think_and_answer
+from star_elastic.generate.phases import think_and_answer
 
 STATES = {ATTENTION: ("keys", "values"), MAMBA: ("conv", "recurrent")}
 """What a layer remembers, by its kind."""
@@ -81,11 +81,7 @@ def study_reuse(
         family.generator.generate(
             prompts,
             think_and_answer(
-                think,
-                answer,
-                thinking_budget=budget,
-                max_new_tokens=max_new_tokens,
-                switch=switch,
+                think, answer, thinking_budget=budget, max_new_tokens=max_new_tokens, switch=switch
             ),
             batch_size=batch_size,
             compare=switch == "hand-over",
@@ -97,16 +93,21 @@ def study_reuse(
         for generations in (handed, exact)
     ]
     bootstrap = PairedBootstrap([problem.task for problem in problems], seed)
-    found = [(prompt, g, h) for prompt, g in zip(prompts, handed, strict=True) for h in _taken(g)]
-    divergences = [h.divergence for _, _, h in found if h.divergence is not None]
-    rows = [_known(family, prompt, generation, h) for prompt, generation, h in found]
+    known, divergences = [], []  # what each cache had read when it was handed over
+    for prompt, generation in zip(prompts, handed, strict=True):
+        ids = [*family.generator.tags.encode_prompt(prompt, thinking=True).ids]
+        ids += generation.token_ids
+        for taken in (taken for phase in generation.phases for taken in phase.handed):
+            if taken.how == "hand-over":
+                known.append(ids[: taken.position - taken.read])
+                divergences += [taken.divergence] if taken.divergence is not None else []
     same = [one.answer == other.answer for one, other in zip(exact, handed, strict=True)]
     return Reuse(
         think=think,
         answer=answer,
         budget=budget,
         num_problems=len(problems),
-        num_handed=len(found),
+        num_handed=len(known),
         exact_accuracy=bootstrap.mean(right[1]),
         handed_accuracy=bootstrap.mean(right[0]),
         difference=bootstrap.interval(*right),
@@ -114,20 +115,8 @@ def study_reuse(
         mean_divergence=statistics.fmean(divergences) if divergences else None,
         median_divergence=statistics.median(divergences) if divergences else None,
         worst_divergence=max(divergences, default=None),
-        likeness=tuple(_likenesses(family, hand_over, rows, think, answer, batch_size)),
+        likeness=tuple(_likenesses(family, hand_over, known, think, answer, batch_size)),
     )
-
-
-def _taken(generation: Generation) -> Iterator[Handed]:
-    """The times a cache was handed over."""
-    for phase in generation.phases:
-        yield from (handed for handed in phase.handed if handed.how == "hand-over")
-
-
-def _known(family: ElasticFamily, prompt: str, generation: Generation, handed: Handed) -> list[int]:
-    """The tokens that a cache knew when it was handed over."""
-    prompt_ids = family.generator.tags.encode_prompt(prompt, thinking=True).ids
-    return [*prompt_ids, *generation.token_ids][: handed.position - handed.read]
 
 
 @torch.inference_mode()
@@ -164,10 +153,7 @@ def _compare(
     for layer, ours, theirs in zip(layers, given.layers, own.layers, strict=True):
         if ours is None or theirs is None:
             continue
-        names = STATES[ours.kind]
-        for name, one, other in (
-            (names[0], ours.first, theirs.first),
-            (names[1], ours.second, theirs.second),
-        ):
-            pair = one.double().flatten(), other.double().flatten()
-            yield layer, name, float(torch.cosine_similarity(*pair, dim=0))
+        pairs = (ours.first, theirs.first), (ours.second, theirs.second)
+        for name, pair in zip(STATES[ours.kind], pairs, strict=True):
+            flat = (state.double().flatten() for state in pair)
+            yield layer, name, float(torch.cosine_similarity(*flat, dim=0))

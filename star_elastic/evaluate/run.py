@@ -21,9 +21,8 @@ import numpy as np
 import star_elastic
 from star_elastic.axes.widths import Widths
 from star_elastic.errors import ConfigError, Interrupted
-from star_elastic.evaluate.accuracy import SizeCost, Solved, solve
+from star_elastic.evaluate.accuracy import SizeCost, Trial, solve
 from star_elastic.evaluate.answers import choose_samples, write_answers
-from star_elastic.evaluate.assemble import assemble
 from star_elastic.evaluate.budgets import (
     Budget,
     alike_budgets,
@@ -31,8 +30,8 @@ from star_elastic.evaluate.budgets import (
     common_groups,
     natural_budgets,
 )
+from star_elastic.evaluate.compare import assemble
 from star_elastic.evaluate.difficulty import (
-    Dial,
     Text,
     calibrate,
     dials_by_pair,
@@ -53,8 +52,8 @@ from star_elastic.evaluate.reuse import study_reuse
 from star_elastic.files.paths import is_file, names_in
 from star_elastic.files.writing import digest_files, write_json
 from star_elastic.generate.caches import HandOver
+from star_elastic.generate.engine import DEFAULT_BATCH_SIZE
 from star_elastic.generate.family import load
-from star_elastic.generate.phased import DEFAULT_BATCH_SIZE
 from star_elastic.generate.phases import DEFAULT_MAX_NEW_TOKENS, Plan, Switch
 from star_elastic.measure.size_latency import describe_machine
 from star_elastic.progress import Progress, Silent
@@ -146,6 +145,16 @@ class _Run:
         self.splits = self._find_problems()
         self.prompts = [p.question for p in (*self.splits.validation, *self.splits.test)]
         self.thinks = self._find_whether_it_thinks()
+        self.options: dict[str, Any] = {
+            "max_new_tokens": settings.max_new_tokens, "batch_size": settings.batch_size,
+        }  # fmt: skip
+        self.grid = partial(
+            make_grid,
+            self.sizes,
+            max_new_tokens=settings.max_new_tokens,
+            switch=settings.switch,
+            thinks=self.thinks,
+        )
         self.kept = Kept(out, self._lasting())
         self._check()
 
@@ -211,7 +220,7 @@ class _Run:
     def _check(self) -> None:
         """Raises what any plan of the grid would, before any work."""
         budgets = self.settings.budgets if self.thinks else None
-        plans = [entry.plan for entry in self.grid(budgets or (None,), {}, {})]
+        plans = [entry.plan for entry in self.grid(budgets or (None,), {})]
         kinds = {(len(plan.sizes), plan.thinking_budget): plan for plan in plans}
         for plan in kinds.values():
             # A stream checks its prompts when it is opened, and works when it is read.
@@ -220,23 +229,6 @@ class _Run:
             for pair in itertools.permutations(self.sizes, 2):
                 HandOver(self.family.axis_map, *(self.family.sizes[size].widths for size in pair))
 
-    def grid(
-        self,
-        budgets: Sequence[Budget],
-        alike: Mapping[str, Sequence[Sequence[Budget]]],
-        dials: Mapping[tuple[str, str], Sequence[Dial]],
-    ) -> list[Entry]:
-        """The plans of these budgets and positions of the dial."""
-        return make_grid(
-            self.sizes,
-            budgets,
-            dials,
-            alike=alike,
-            max_new_tokens=self.settings.max_new_tokens,
-            switch=self.settings.switch,
-            thinks=self.thinks,
-        )
-
     def calibrate(self) -> dict[str, Any]:
         """On validation: natural traces, the budgets that cut them, the dial of every pair."""
         pairs = [*itertools.combinations(self.sizes, 2)] if self.settings.dials else []
@@ -244,12 +236,7 @@ class _Run:
         texts: dict[str, list[Text]] = {}
         for number, size in enumerate(self.sizes, start=1):
             texts[size] = write_texts(
-                self.generator,
-                self.splits.validation,
-                size,
-                max_new_tokens=self.settings.max_new_tokens,
-                thinks=self.thinks,
-                batch_size=self.settings.batch_size,
+                self.generator, self.splits.validation, size, thinks=self.thinks, **self.options
             )
             self.progress.advance(number, f"{size} writes")
         policies = []
@@ -290,16 +277,16 @@ class _Run:
             "curve": curve,
         }
 
-    def solve(self, entries: Sequence[Entry]) -> list[dict[str, Solved]]:
-        """What became of every problem under every plan, by split."""
+    def solve(self, entries: Sequence[Entry]) -> dict[str, dict[str, Trial]]:
+        """Every plan tried on every problem, by label and split."""
         self.progress.stage("evaluate", len(entries))
-        found = []
+        trials = {}
         for number, entry in enumerate(entries, start=1):
             kept = self.kept.fetch(f"plan {entry.label}", partial(self._solve_one, entry.plan))
-            found.append({split: Solved.from_json(own) for split, own in kept.items()})
-            right = np.mean(found[-1][VALIDATION].right)
-            self.progress.advance(number, f"{entry.label} {right:.1%}")
-        return found
+            own = {split: Trial.from_json(content) for split, content in kept.items()}
+            trials[entry.label] = own
+            self.progress.advance(number, f"{entry.label} {np.mean(own[VALIDATION].right):.1%}")
+        return trials
 
     def _solve_one(self, plan: Plan) -> dict[str, Any]:
         options = {"match": self.match, "batch_size": self.settings.batch_size}
@@ -326,16 +313,9 @@ class _Run:
 
     def _study_one(self, think: str, answer: str, budget: int | None) -> dict[str, Any]:
         try:
+            options = {"match": self.match, "seed": self.settings.seed, **self.options}
             found = study_reuse(
-                self.family,
-                self.splits.test,
-                think,
-                answer,
-                budget=budget,
-                max_new_tokens=self.settings.max_new_tokens,
-                match=self.match,
-                batch_size=self.settings.batch_size,
-                seed=self.settings.seed,
+                self.family, self.splits.test, think, answer, budget=budget, **options
             )
         except ConfigError as error:
             return {"think": think, "answer": answer, "budget": budget, "refused": str(error)}
@@ -351,10 +331,11 @@ class _Run:
                     "once"
                 )
         dials = dials_by_pair(calibration["policies"])
-        entries = self.grid(calibration["budgets"], calibration["alike"], dials)
-        solved = self.solve(entries)
+        entries = self.grid(calibration["budgets"], dials, alike=calibration["alike"])
+        trials = self.solve(entries)
         reuse = self.study_reuse(calibration)
         settings = self.settings
+        options = {"batch_size": settings.batch_size, "seed": settings.seed}
         return {
             "format_version": FORMAT_VERSION,
             "package_version": star_elastic.__version__,
@@ -370,12 +351,10 @@ class _Run:
             "match": {"name": self.match.name, "words": self.match.words},
             "sizes": self._size_costs(),
             "calibration": calibration,
-            **assemble(
-                entries, self.splits, solved, batch_size=settings.batch_size, seed=settings.seed
-            ),
+            **assemble(entries, self.splits, trials, **options),
             "reuse": reuse,
-            "answers": write_answers(self.kept.out, entries, self.splits, solved),
-            "samples": choose_samples(entries, self.splits, solved),
+            "answers": write_answers(self.kept.out, entries, self.splits, trials),
+            "samples": choose_samples(entries, self.splits, trials),
         }
 
     def _size_costs(self) -> dict[str, Any]:

@@ -35,21 +35,12 @@ class Problem:
     answer: str
 
 
-@dataclass(frozen=True, kw_only=True)
-class Task:
-    """A family of problems: how it reads, how hard it gets, and how to draw one."""
-
-    name: str
-    description: str
-    difficulty: str
-    generate: Callable[[random.Random], Problem]
-
-
 # --- the tasks -------------------------------------------------------------------------------
 
 
-def _generate_add(rng: random.Random) -> Problem:
-    """State `A+B+carry=step:result`, A and B reversed; the step's tens digit is the next carry."""
+def _add(rng: random.Random) -> Problem:
+    """Add two numbers digit by digit from the right: two operands of 4 or of 5 digits. State
+    `A+B+carry=step:result`, A and B reversed; the step's tens digit is the next carry."""
     num_digits = rng.randint(4, 5)
     a, b = (rng.randrange(10 ** (num_digits - 1), 10**num_digits) for _ in range(2))
     left, right, carry, result, steps = str(a)[::-1], str(b)[::-1], 0, "", []
@@ -62,8 +53,10 @@ def _generate_add(rng: random.Random) -> Problem:
     return Problem("add", f"add {a} {b}", (*steps, answer), answer)
 
 
-def _generate_subtract(rng: random.Random) -> Problem:
-    """State `A-B-borrow=step:result`, A and B reversed; the step is the next borrow and a digit."""
+def _subtract(rng: random.Random) -> Problem:
+    """Subtract the second number from the larger first, with borrows: two operands of 4 or of 5
+    digits, positive difference. State `A-B-borrow=step:result`, A and B reversed; the step is the
+    next borrow and a digit."""
     num_digits = rng.randint(4, 5)
     b, a = sorted(rng.sample(range(10 ** (num_digits - 1), 10**num_digits), 2))
     left, right, borrow, result, steps = str(a)[::-1], str(b)[::-1], 0, "", []
@@ -77,8 +70,9 @@ def _generate_subtract(rng: random.Random) -> Problem:
     return Problem("subtract", f"subtract {a} {b}", (*steps, answer), answer)
 
 
-def _generate_multiply(rng: random.Random) -> Problem:
-    """State `A*m+carry=step:result`, A reversed; the step's tens digit is the next carry."""
+def _multiply(rng: random.Random) -> Problem:
+    """Multiply by one digit, digit by digit from the right with carries: 4 digits times 3 to 9.
+    State `A*m+carry=step:result`, A reversed; the step's tens digit is the next carry."""
     a, m = rng.randrange(1000, 10_000), rng.randint(3, 9)
     left, carry, result, steps = str(a)[::-1], 0, "", []
     while left:
@@ -90,8 +84,9 @@ def _generate_multiply(rng: random.Random) -> Problem:
     return Problem("multiply", f"multiply {a} {m}", (*steps, answer), answer)
 
 
-def _generate_divide(rng: random.Random) -> Problem:
-    """State `remaining/m=digit:quotient`; the digit divides the first two of the remaining."""
+def _divide(rng: random.Random) -> Problem:
+    """Long division by one digit without remainder: quotients of 4 digits, divisors 3 to 9. State
+    `remaining/m=digit:quotient`; the digit divides the first two of the remaining."""
     quotient, m = rng.randrange(1000, 10_000), rng.randint(3, 9)
     n = quotient * m
     left, digits, steps = f"0{n}", "", []
@@ -103,8 +98,9 @@ def _generate_divide(rng: random.Random) -> Problem:
     return Problem("divide", f"divide {n} {m}", (*steps, str(quotient)), str(quotient))
 
 
-def _generate_modulo(rng: random.Random) -> Problem:
-    """State `remaining/m`; the first two digits of the remaining become their remainder."""
+def _modulo(rng: random.Random) -> Problem:
+    """Remainder of a long number by one digit: 6 or 7 digits modulo 6 to 9. State `remaining/m`;
+    the first two digits of the remaining become their remainder."""
     num_digits = rng.randint(6, 7)
     n, m = rng.randrange(10 ** (num_digits - 1), 10**num_digits), rng.randint(6, 9)
     left = f"0{n}"
@@ -120,8 +116,10 @@ def _apply_mod_10(a: int, op: str, b: int) -> int:
     return {"+": a + b, "-": a - b, "*": a * b}[op] % 10
 
 
-def _generate_chain(rng: random.Random) -> Problem:
-    """State: the program with its first operation already applied to the value."""
+def _chain(rng: random.Random) -> Problem:
+    """Run a program of +, - and * from left to right, all modulo 10: 6 to 8 operations;
+    multiplications by 3, 7, 9. State: the program with its first operation already applied to the
+    value."""
     value = rng.randrange(10)
     program = []
     for _ in range(rng.randint(6, 8)):
@@ -135,8 +133,10 @@ def _generate_chain(rng: random.Random) -> Problem:
     return Problem("chain", question, tuple(steps), str(value))
 
 
-def _generate_rpn(rng: random.Random) -> Problem:
-    """State `stack|rest`, top of the stack first: each step pushes a digit or applies an op."""
+def _rpn(rng: random.Random) -> Problem:
+    """Evaluate reverse Polish notation with a stack, all modulo 10: 5 or 6 digits, 4 or 5
+    operations. State `stack|rest`, top of the stack first: each step pushes a digit or applies an
+    op."""
     num_digits = rng.randint(5, 6)
     tokens, depth, digits_left, ops_left = [], 0, num_digits, num_digits - 1
     while digits_left or ops_left:
@@ -163,8 +163,9 @@ def _join_rpn(tokens: list[str]) -> str:
     return re.sub(r"(?<=\d)(?=\d)", " ", "".join(tokens))
 
 
-def _generate_sort(rng: random.Random) -> Problem:
-    """State `sorted|rest`: the smallest letter of the rest moves to the end of the sorted."""
+def _sort(rng: random.Random) -> Problem:
+    """Sort letters by repeated selection: 6 or 7 different letters. State `sorted|rest`: the
+    smallest letter of the rest moves to the end of the sorted."""
     rest = rng.sample(string.ascii_uppercase, rng.randint(6, 7))
     question = "sort " + " ".join(rest)
     done, steps = "", []
@@ -176,8 +177,9 @@ def _generate_sort(rng: random.Random) -> Problem:
     return Problem("sort", question, tuple(steps), done)
 
 
-def _generate_hops(rng: random.Random) -> Problem:
-    """State `from>to left`: the arrow that leaves the present letter and the hops left after it."""
+def _hops(rng: random.Random) -> Problem:
+    """Follow arrows between letters for a number of hops: 8 arrows, 5 to 7 hops. State `from>to
+    left`: the arrow that leaves the present letter and the hops left after it."""
     nodes = rng.sample(string.ascii_uppercase, 8)
     num_hops = rng.randint(5, 7)
     path = nodes[: num_hops + 1]
@@ -193,8 +195,9 @@ def _generate_hops(rng: random.Random) -> Problem:
     return Problem("hops", question, tuple(steps), path[-1])
 
 
-def _generate_swaps(rng: random.Random) -> Problem:
-    """State `row swaps`: the first of the swaps still to do exchanges its two letters."""
+def _swaps(rng: random.Random) -> Problem:
+    """Apply exchanges of two letters to a row of letters, one after the other: 5 letters, 4 or 5
+    exchanges. State `row swaps`: the first of the swaps still to do exchanges its two letters."""
     row = "".join(rng.sample("ABCDE", 5))
     swaps = ["".join(sorted(rng.sample("ABCDE", 2))) for _ in range(rng.randint(4, 5))]
     question = f"swaps {row} {' '.join(swaps)}"
@@ -206,71 +209,14 @@ def _generate_swaps(rng: random.Random) -> Problem:
     return Problem("swaps", question, tuple(steps), row)
 
 
-TASKS: dict[str, Task] = {
-    task.name: task
-    for task in (
-        Task(
-            name="add",
-            description="add two numbers digit by digit from the right",
-            difficulty="two operands of 4 or of 5 digits",
-            generate=_generate_add,
-        ),
-        Task(
-            name="subtract",
-            description="subtract the second number from the larger first, with borrows",
-            difficulty="two operands of 4 or of 5 digits, positive difference",
-            generate=_generate_subtract,
-        ),
-        Task(
-            name="multiply",
-            description="multiply by one digit, digit by digit from the right with carries",
-            difficulty="4 digits times 3 to 9",
-            generate=_generate_multiply,
-        ),
-        Task(
-            name="divide",
-            description="long division by one digit without remainder",
-            difficulty="quotients of 4 digits, divisors 3 to 9",
-            generate=_generate_divide,
-        ),
-        Task(
-            name="modulo",
-            description="remainder of a long number by one digit",
-            difficulty="6 or 7 digits modulo 6 to 9",
-            generate=_generate_modulo,
-        ),
-        Task(
-            name="chain",
-            description="run a program of +, - and * from left to right, all modulo 10",
-            difficulty="6 to 8 operations; multiplications by 3, 7, 9",
-            generate=_generate_chain,
-        ),
-        Task(
-            name="rpn",
-            description="evaluate reverse Polish notation with a stack, all modulo 10",
-            difficulty="5 or 6 digits, 4 or 5 operations",
-            generate=_generate_rpn,
-        ),
-        Task(
-            name="sort",
-            description="sort letters by repeated selection",
-            difficulty="6 or 7 different letters",
-            generate=_generate_sort,
-        ),
-        Task(
-            name="hops",
-            description="follow arrows between letters for a number of hops",
-            difficulty="8 arrows, 5 to 7 hops",
-            generate=_generate_hops,
-        ),
-        Task(
-            name="swaps",
-            description="apply exchanges of two letters to a row of letters, one after the other",
-            difficulty="5 letters, 4 or 5 exchanges",
-            generate=_generate_swaps,
-        ),
+TASKS: dict[str, Callable[[random.Random], Problem]] = {
+    draw.__name__.removeprefix("_"): draw
+    for draw in (
+        _add, _subtract, _multiply, _divide, _modulo, _chain, _rpn, _sort, _hops, _swaps,
     )
-}
+}  # fmt: skip
+"""How to draw a problem of each task. A docstring says what the task is, how hard it gets (after
+the colon), and how a line of its traces reads (its state)."""
 
 
 # --- splits and samples ----------------------------------------------------------------------
@@ -311,7 +257,7 @@ def sample_problems(
         keys: set[str] = set()
         in_vain = 0
         while len(keys) < num_per_task and in_vain < MAX_DRAWS_PER_PROBLEM:
-            problem = TASKS[name].generate(rng)
+            problem = TASKS[name](rng)
             key = problem_key(problem)
             in_vain += 1
             if split_of(problem) == split and key not in keys:
@@ -352,10 +298,10 @@ def draw_conversation(
     often a task is drawn (default 1 each).
     """
     weights = [(task_weights or {}).get(name, 1.0) for name in TASKS]
-    task = TASKS[rng.choices(list(TASKS), weights)[0]]
-    problem = task.generate(rng)
+    draw = TASKS[rng.choices(list(TASKS), weights)[0]]
+    problem = draw(rng)
     while split_of(problem) != "train":
-        problem = task.generate(rng)
+        problem = draw(rng)
     share = rng.random()
     if share < FULL_TRACE_SHARE:
         return messages(problem)

@@ -1,12 +1,14 @@
-"""What a size remembers of sequences: caches of transformers taken apart and put together by rows.
+"""What a size remembers of sequences: caches of transformers, taken apart and put together by rows.
 
-A batch is padded on the left: row b of length n fills the last n columns of every attention layer;
-the Mamba states of a row have no columns. B rows, T tokens, KV heads, D channels, N heads.
+A size can go on with a sequence that it has left, or with what another size has read, only if one
+row of a batch's cache can be taken out and put beside other rows. A batch is padded on the left:
+row b of length n fills the last n columns of every attention layer. Mamba states have no columns.
+B rows, KV heads, T tokens, D channels, N heads, S state.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -23,8 +25,8 @@ ATTENTION, MAMBA = "attention", "mamba"
 
 @dataclass(frozen=True, slots=True)
 class LayerState:
-    """One layer's states of one sequence: keys and values (KV, T, D), or the convolution's last
-    inputs (D, kernel) and the recurrent state (N, D, S)."""
+    """One layer's states: keys and values (B, KV, T, D), or the convolution's last inputs
+    (B, D, kernel) and the recurrent state (B, N, D, S)."""
 
     kind: str
     first: torch.Tensor
@@ -35,12 +37,21 @@ class LayerState:
         """Memory of both."""
         return self.first.nbytes + self.second.nbytes
 
+    def cut(self, rows: slice, columns: slice) -> LayerState:
+        """Views of some rows, and of some columns where there are columns."""
+        places = (rows,) if self.kind == MAMBA else (rows, slice(None), columns)
+        return LayerState(self.kind, self.first[places], self.second[places])
+
+
+Layers = tuple[LayerState | None, ...]
+"""States by layer; None where a layer remembers nothing."""
+
 
 @dataclass(frozen=True, slots=True)
 class RowCache:
-    """A cache of one sequence, by layer; None where a layer remembers nothing."""
+    """What one size remembers of one sequence: the states of a batch of one row."""
 
-    layers: tuple[LayerState | None, ...]
+    layers: Layers
 
     @property
     def num_bytes(self) -> int:
@@ -48,57 +59,40 @@ class RowCache:
         return sum(layer.num_bytes for layer in self.layers if layer)
 
 
+Convert = Callable[[RowCache], RowCache]
+"""How the cache of one size becomes that of another."""
+
+
+def layers_of(cache: Any) -> Layers:
+    """The states of all rows of a cache, by layer; the tensors are the cache's own."""
+    return tuple(map(_states, cache.layers))
+
+
+def _states(layer: Any) -> LayerState | None:
+    if hasattr(layer, "recurrent_states"):
+        states = LayerState(MAMBA, layer.conv_states[0], layer.recurrent_states[0])
+    else:
+        states = LayerState(ATTENTION, layer.keys, layer.values)
+    return None if states.first is None else states  # nothing is read yet
+
+
 def take_row(cache: DynamicCache, row: int, length: int) -> RowCache:
     """A copy of a row that has read `length` tokens."""
-    return RowCache(tuple(_take(layer, row, length) for layer in cache.layers))
+    place = slice(row, row + 1), slice(-length, None)
+    views = (states and states.cut(*place) for states in layers_of(cache))
+    return RowCache(
+        tuple(v and LayerState(v.kind, v.first.clone(), v.second.clone()) for v in views)
+    )
 
 
-def _take(layer: Any, row: int, length: int) -> LayerState | None:
-    states = states_of(layer)
-    if states is None:
-        return None
-    if states.kind == MAMBA:
-        return LayerState(MAMBA, states.first[row].clone(), states.second[row].clone())
-    keys, values = (s[row, :, s.shape[2] - length :].clone() for s in (states.first, states.second))
-    return LayerState(ATTENTION, keys, values)
-
-
-def states_of(layer: Any) -> LayerState | None:
-    """The states of a cache's layer, all rows; None if it has read nothing or remembers nothing."""
-    if hasattr(layer, "recurrent_states"):
-        kind, states = MAMBA, (layer.conv_states[0], layer.recurrent_states[0])
-    else:
-        kind, states = ATTENTION, (layer.keys, layer.values)
-    return None if states[0] is None else LayerState(kind, *states)
-
-
-def stack_rows(rows: Sequence[RowCache], config: PreTrainedConfig) -> DynamicCache:
-    """Rows as the cache of one batch, padded to the longest."""
-    batches = [[_one_row(layer) if layer else None for layer in row.layers] for row in rows]
-    return _join(batches, config)
-
-
-def _one_row(layer: LayerState) -> LayerState:
-    return LayerState(layer.kind, layer.first[None], layer.second[None])
-
-
-def join_caches(caches: Sequence[DynamicCache], config: PreTrainedConfig) -> DynamicCache:
-    """The rows of several batches as the cache of one, padded to the longest."""
-    return _join([[states_of(layer) for layer in cache.layers] for cache in caches], config)
-
-
-def cache_of(layers: Sequence[LayerState | None], config: PreTrainedConfig) -> DynamicCache:
-    """States (all rows) by layer as a cache of their own, copied."""
-    return _join([layers], config)
-
-
-def _join(batches: Sequence[Sequence[LayerState | None]], config: PreTrainedConfig) -> DynamicCache:
+def join(batches: Sequence[Layers], config: PreTrainedConfig) -> DynamicCache:
+    """The rows of several batches as the cache of one, copied, and padded to the longest."""
     joined = DynamicCache(config=config)
     for number, layers in enumerate(zip(*batches, strict=True)):
         known = [layer for layer in layers if layer is not None]
         if not known:
             continue
-        firsts, seconds = ([getattr(k, which) for k in known] for which in ("first", "second"))
+        firsts, seconds = [k.first for k in known], [k.second for k in known]
         if known[0].kind == MAMBA:
             joined.update_conv_state(torch.cat(firsts), number)
             joined.update_recurrent_state(torch.cat(seconds), number)
@@ -116,8 +110,7 @@ def _cat_padded(states: Sequence[torch.Tensor]) -> torch.Tensor:
 def select_rows(cache: DynamicCache, rows: Sequence[int], columns: int) -> None:
     """Drops all rows of a cache but these, and all columns but the last ones."""
     index = torch.tensor(rows)
-    for layer in cache.layers:
-        states = states_of(layer)
+    for layer, states in zip(cache.layers, layers_of(cache), strict=True):
         if states is not None:
             # The one selection over the batch that every kind of layer implements.
             layer.reorder_cache(cast(torch.LongTensor, index.to(states.first.device)))
@@ -125,11 +118,6 @@ def select_rows(cache: DynamicCache, rows: Sequence[int], columns: int) -> None:
                 attention: Any = layer
                 attention.keys = attention.keys[:, :, -columns:]
                 attention.values = attention.values[:, :, -columns:]
-
-
-def count_bytes(cache: DynamicCache) -> int:
-    """Memory of all rows of a cache, padding included."""
-    return sum(states.num_bytes for states in map(states_of, cache.layers) if states)
 
 
 class HandOver:
@@ -159,11 +147,10 @@ class HandOver:
     def _layer(self, layer: int, given: LayerState | None) -> LayerState | None:
         if given is None or given.kind == ATTENTION:
             return given
-        head_dim = given.second.shape[1]
-        recurrent = self._move("ssm", layer, given.second.flatten(0, 1))
-        return LayerState(
-            MAMBA, self._move("conv", layer, given.first), recurrent.unflatten(0, (-1, head_dim))
-        )
+        head_dim = given.second.shape[2]
+        conv = self._move("conv", layer, given.first[0])
+        recurrent = self._move("ssm", layer, given.second[0].flatten(0, 1))
+        return LayerState(MAMBA, conv[None], recurrent.unflatten(0, (-1, head_dim))[None])
 
     def _move(self, name: str, layer: int, state: torch.Tensor) -> torch.Tensor:
         """A state (channels, columns) at the other size's widths."""

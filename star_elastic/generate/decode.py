@@ -6,22 +6,15 @@ left, so that the next token of every row stands in the last column. B rows, T t
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from itertools import groupby
 
 import torch
 from transformers import DynamicCache, PreTrainedModel
 
-from star_elastic.errors import ConfigError, not_finite
-from star_elastic.generate.caches import (
-    RowCache,
-    count_bytes,
-    join_caches,
-    select_rows,
-    stack_rows,
-    take_row,
-)
+from star_elastic.errors import not_finite
+from star_elastic.generate.caches import RowCache, join, layers_of, select_rows, take_row
+from star_elastic.generate.phases import Sampling
 from star_elastic.generate.steps import StaticStep, StepPool
 
 Ids = Sequence[int]
@@ -36,75 +29,66 @@ class BatchDecoder:
 
     def __init__(self, model: PreTrainedModel, steps: StepPool | None = None):
         self.model = model
-        self._steps = steps
-        self._static: StaticStep | None = None
         self.device = model.device
         self.lengths: list[int] = []
         self.logits_BV = torch.zeros(0, model.config.vocab_size, device=self.device)
+        self._steps = steps
+        self._static: StaticStep | None = None
         self._cache = DynamicCache(config=model.config)
-        self._columns = 0
 
     def __len__(self) -> int:
         return len(self.lengths)
 
     @property
+    def _columns(self) -> int:
+        """Of the caches of attention layers: the longest row fills all."""
+        return max(self.lengths)
+
+    @property
     def num_bytes(self) -> int:
         """Memory of the rows' caches, padding included."""
         self.settle()
-        return count_bytes(self._cache)
+        return RowCache(layers_of(self._cache)).num_bytes
 
     def prefill(self, rows: Sequence[Ids]) -> None:
         """Adds rows that begin with these tokens, read all at once."""
-        lengths = list(map(len, rows))
-        longest = max(lengths)
+        longest = max(map(len, rows))
         ids_BT = torch.tensor([[0] * (longest - len(ids)) + list(ids) for ids in rows])
-        cache = DynamicCache(config=self.model.config)
-        self._join(cache, lengths, self._forward(cache, ids_BT, lengths, longest))
+        self._read(DynamicCache(config=self.model.config), ids_BT, list(map(len, rows)))
 
-    def resume(self, rows: Sequence[tuple[RowCache, int, Ids]]) -> None:
+    def resume(self, rows: Sequence[tuple[RowCache, int, Ids]]) -> list[int]:
         """Adds rows of which a cache remembers a number of tokens, and which read these after them.
 
-        Rows with different numbers of tokens to read are read in rounds of as many as all that are
-        left still have, because padding inside a row would change its Mamba state.
+        Rows with equally many tokens to read are read together, because padding inside a row would
+        change its Mamba state. So they may be added in another order, which is returned.
         """
-        model = self.model
-        lengths = [length for _, length, _ in rows]
-        unread = [list(ids) for _, _, ids in rows]
-        cache = stack_rows([row for row, _, _ in rows], model.config)
-        left, done = list(range(len(rows))), {}
-        while left:
-            num = min(len(unread[row]) for row in left)
-            ids_BT = torch.tensor([unread[row][:num] for row in left])
-            for row in left:
-                lengths[row] += num
-                del unread[row][:num]
-            own = [lengths[row] for row in left]
-            logits_BV = self._forward(cache, ids_BT, own, max(own))
-            if len(left) == len(rows) and not any(unread):
-                return self._join(cache, lengths, logits_BV)
-            done |= {
-                row: (take_row(cache, place, lengths[row]), logits_BV[place])
-                for place, row in enumerate(left)
-                if not unread[row]
-            }
-            staying = [place for place, row in enumerate(left) if unread[row]]
-            left = [left[place] for place in staying]
-            if left:
-                select_rows(cache, staying, max(lengths[row] for row in left))
-        ended = [done[row] for row in range(len(rows))]
-        cache = stack_rows([row for row, _ in ended], model.config)
-        return self._join(cache, lengths, torch.stack([logits for _, logits in ended]))
+        order = sorted(range(len(rows)), key=lambda row: len(rows[row][2]))
+        for _, group in groupby(order, key=lambda row: len(rows[row][2])):
+            caches, lengths, ids = zip(*(rows[row] for row in group), strict=True)
+            cache = join([cache.layers for cache in caches], self.model.config)
+            read = [n + len(own) for n, own in zip(lengths, ids, strict=True)]
+            self._read(cache, torch.tensor([list(own) for own in ids]), read)
+        return order
+
+    def _read(self, cache: DynamicCache, ids_BT: torch.Tensor, lengths: list[int]) -> None:
+        """Reads tokens, with which the rows of a cache are so long, and puts them beside the rows
+        that are there."""
+        logits_BV = self._forward(cache, ids_BT, lengths)
+        self.settle()
+        if self.lengths:
+            cache = join([layers_of(self._cache), layers_of(cache)], self.model.config)
+            logits_BV = torch.cat([self.logits_BV, logits_BV])
+        self._cache, self.logits_BV = cache, logits_BV
+        self.lengths = [*self.lengths, *lengths]
 
     def step(self, tokens: Ids) -> None:
         """Feeds one token to every row."""
         static = self._enter_static()
         self.lengths = [length + 1 for length in self.lengths]
-        self._columns += 1
         if static is not None:
             self.logits_BV = _finite(static.step(tokens))
-            return
-        ids_B1 = torch.tensor(tokens)[:, None]
-        self.logits_BV = self._forward(self._cache, ids_B1, self.lengths, self._columns)
+        else:
+            self.logits_BV = self._forward(self._cache, torch.tensor(tokens)[:, None], self.lengths)
 
     def _enter_static(self) -> StaticStep | None:
         """Static memory with room for one more token of every row, holding what they have read."""
@@ -115,8 +99,7 @@ class BatchDecoder:
             return None
         static = self._steps.fetch(self._cache, len(self.lengths), self._columns + 1)
         if static is not None:
-            static.hold(self)
-            static.load(self._cache, self.lengths, self._columns)
+            static.load(self._cache, self.lengths, self.settle)
             self._cache, self._static = DynamicCache(config=self.model.config), static
         return static
 
@@ -137,26 +120,15 @@ class BatchDecoder:
         self.lengths = [self.lengths[row] for row in rows]
         self.logits_BV = self.logits_BV[torch.tensor(rows, dtype=torch.long, device=self.device)]
         if rows:
-            self._columns = max(self.lengths)
             select_rows(self._cache, rows, self._columns)
         else:
-            self._cache, self._columns = DynamicCache(config=self.model.config), 0
-
-    def _join(self, cache: DynamicCache, lengths: list[int], logits_BV: torch.Tensor) -> None:
-        """Puts rows beside those that are there."""
-        self.settle()
-        if self.lengths:
-            cache = join_caches([self._cache, cache], self.model.config)
-            logits_BV = torch.cat([self.logits_BV, logits_BV])
-        self._cache, self.logits_BV = cache, logits_BV
-        self.lengths = [*self.lengths, *lengths]
-        self._columns = max(self.lengths)
+            self._cache = DynamicCache(config=self.model.config)
 
     def _forward(
-        self, cache: DynamicCache, ids_BT: torch.Tensor, lengths: Sequence[int], columns: int
+        self, cache: DynamicCache, ids_BT: torch.Tensor, lengths: Sequence[int]
     ) -> torch.Tensor:
-        """Reads tokens, with which the rows are `lengths` long; returns logits (B, V)."""
-        lengths_B1 = torch.tensor(lengths)[:, None]
+        """Reads tokens, with which the rows are so long; returns logits (B, V)."""
+        lengths_B1, columns = torch.tensor(lengths)[:, None], max(lengths)
         places_BT = torch.arange(columns) - (columns - lengths_B1)
         padded = bool((lengths_B1 != columns).any())
         output = self.model(
@@ -186,23 +158,6 @@ def pads_exactly(model: PreTrainedModel) -> bool:
     config = model.config
     has_mamba = getattr(config, "mamba_num_heads", None) is not None
     return not (has_mamba and getattr(config, "use_bias", False))
-
-
-@dataclass(frozen=True, slots=True)
-class Sampling:
-    """How tokens are chosen: the likeliest at `temperature` 0, else drawn; with `top_p` < 1 only
-    from the likeliest that hold this much probability together. Raises ConfigError."""
-
-    temperature: float = 0.0
-    top_p: float = 1.0
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.temperature, (int, float)) or not 0 <= self.temperature < math.inf:
-            raise ConfigError(
-                f"temperature={self.temperature!r} is not a number of 0 or more; use 0"
-            )
-        if not isinstance(self.top_p, (int, float)) or not 0 < self.top_p <= 1:
-            raise ConfigError(f"top_p={self.top_p!r} is not in (0, 1]; use 1")
 
 
 def choose_tokens(

@@ -5,33 +5,35 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
+from typing import Unpack
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from star_elastic.architectures import family_of, read_config
-from star_elastic.architectures.config_file import Config
 from star_elastic.axes.widths import Widths
 from star_elastic.bundled import find_model
-from star_elastic.checkpoints.manifest import Manifest, Size, load_manifest
-from star_elastic.checkpoints.quantised import load_input_scales
+from star_elastic.checkpoints.elastic import ElasticCheckpoint
+from star_elastic.checkpoints.manifest import Size
 from star_elastic.cost.count import Cost, CostModel, Workload
 from star_elastic.errors import ConfigError
 from star_elastic.generate.caches import HandOver
-from star_elastic.generate.phased import DEFAULT_BATCH_SIZE, DEFAULT_BATCH_TOKENS, PhasedGenerator
+from star_elastic.generate.engine import DEFAULT_BATCH_SIZE, DEFAULT_BATCH_TOKENS, Generator
 from star_elastic.generate.phases import (
     DEFAULT_GRACE,
     DEFAULT_MAX_NEW_TOKENS,
     ByDifficulty,
     Generation,
     Plan,
+    PlanOptions,
     Switch,
     think_and_answer,
 )
 from star_elastic.generate.prompts import Prompt
+from star_elastic.models.load import load_parent
 from star_elastic.models.placement import AUTO, choose_device, choose_dtype
 from star_elastic.models.resident import ResidentBytes, count_resident, nest_in_place
-from star_elastic.models.submodel import build_submodel, load_parent, load_tokenizer
+from star_elastic.models.submodel import build_submodel
+from star_elastic.models.tokenizer import load_tokenizer
 from star_elastic.router.files import widths_for
 
 
@@ -43,13 +45,12 @@ class ElasticFamily(Mapping[str, PreTrainedModel]):
     and kept.
     """
 
-    def __init__(self, path: Path, parent: PreTrainedModel, config: Config, manifest: Manifest):
-        self.path = path
+    def __init__(self, checkpoint: ElasticCheckpoint, parent: PreTrainedModel):
+        self.checkpoint = checkpoint
+        self.path, self.config = checkpoint.path, checkpoint.config
+        self.manifest, self.axis_map = checkpoint.manifest, checkpoint.axis_map
         self.parent = parent
-        self.config = config
-        self.manifest = manifest
-        self.table = family_of(config)
-        self.axis_map = self.table.axis_map(config)
+        self.table = self.config.architecture
         self._models: dict[str, PreTrainedModel] = {}
 
     def __getitem__(self, size: str) -> PreTrainedModel:
@@ -62,7 +63,7 @@ class ElasticFamily(Mapping[str, PreTrainedModel]):
         return self._models[size]
 
     def _build(self, size: str, widths: Widths) -> PreTrainedModel:
-        scales = load_input_scales(self.path, self.manifest, size)
+        scales = self.checkpoint.input_scales(size)
         return build_submodel(self.parent, self.config, widths, input_scales=scales)
 
     def __iter__(self) -> Iterator[str]:
@@ -80,7 +81,7 @@ class ElasticFamily(Mapping[str, PreTrainedModel]):
         Its widths are the router's; they were not trained themselves. Raises BudgetError outside
         the trained range.
         """
-        found = widths_for(self.path, self.manifest, self.axis_map, budget)
+        found = widths_for(self.checkpoint, budget)
         return build_submodel(self.parent, self.config, found.widths)
 
     @property
@@ -115,20 +116,15 @@ class ElasticFamily(Mapping[str, PreTrainedModel]):
         return load_tokenizer(self.path)
 
     @cached_property
-    def generator(self) -> PhasedGenerator:
-        """The phased generation of this family, for plans of one's own."""
-        return PhasedGenerator(self, self.tokenizer, self.table.end_of_thinking, self._hand_over)
+    def generator(self) -> Generator:
+        """Its sizes and tokenizer, for plans of one's own, streams and engines."""
+        return Generator(self, self.tokenizer, self.table.end_of_thinking, self._hand_over)
 
     def plan(
         self,
         think: str | ByDifficulty | None = None,
         answer: str | ByDifficulty | None = None,
-        *,
-        thinking_budget: int | None = None,
-        grace: int = DEFAULT_GRACE,
-        max_new_tokens: int = DEFAULT_MAX_NEW_TOKENS,
-        switch: Switch = "reprefill",
-        stop: Sequence[str] = (),
+        **options: Unpack[PlanOptions],
     ) -> Plan:
         """A plan to think and answer, see `think_and_answer`. A size that is not named is the one
         that is; if none is, the largest does both. Raises ConfigError for unknown sizes."""
@@ -136,15 +132,7 @@ class ElasticFamily(Mapping[str, PreTrainedModel]):
         for size in (think, answer):
             if isinstance(size, str):
                 self.generator.model(size)
-        return think_and_answer(
-            think or answer or largest,
-            answer or think or largest,
-            thinking_budget=thinking_budget,
-            grace=grace,
-            max_new_tokens=max_new_tokens,
-            switch=switch,
-            stop=stop,
-        )
+        return think_and_answer(think or answer or largest, answer or think or largest, **options)
 
     def generate(
         self,
@@ -165,18 +153,13 @@ class ElasticFamily(Mapping[str, PreTrainedModel]):
     ) -> list[Generation]:
         """Thinks with one size and answers with another; one result per prompt.
 
-        See `plan` for the sizes and budgets, `PhasedGenerator.generate` for sampling and batches;
-        `generator` takes plans of any phases, and streams tokens.
+        See `plan` for the sizes and budgets, `Generator` for sampling and batches. `generator`
+        takes plans of any phases, and streams tokens.
         """
         plan = self.plan(
-            think,
-            answer,
-            thinking_budget=thinking_budget,
-            grace=grace,
-            max_new_tokens=max_new_tokens,
-            switch=switch,
-            stop=stop,
-        )
+            think, answer, thinking_budget=thinking_budget, grace=grace,
+            max_new_tokens=max_new_tokens, switch=switch, stop=stop,
+        )  # fmt: skip
         return self.generator.generate(
             prompts, plan, temperature=temperature, top_p=top_p, seed=seed,
             batch_size=batch_size, batch_tokens=batch_tokens,
@@ -208,10 +191,8 @@ def load(
             f"a checkpoint of type {type(path).__name__} cannot be loaded; name its directory"
         )
     # Absolute: tokenizer, router and input scales are read when they are first used.
-    path = find_model(path).absolute()
-    config = read_config(path)
-    axis_map = family_of(config).axis_map(config)
-    manifest = load_manifest(path, axis_map)
-    parent, config = load_parent(path, choose_dtype(dtype, path), chosen)
-    nest_in_place(parent, axis_map, [size.widths for size in manifest.sizes.values()])
-    return ElasticFamily(path, parent, config, manifest)
+    checkpoint = ElasticCheckpoint(find_model(path).absolute())
+    sizes = checkpoint.manifest.sizes.values()
+    parent, _ = load_parent(checkpoint.path, choose_dtype(dtype, checkpoint.path), chosen)
+    nest_in_place(parent, checkpoint.axis_map, [size.widths for size in sizes])
+    return ElasticFamily(checkpoint, parent)

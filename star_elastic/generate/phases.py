@@ -14,7 +14,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypedDict, get_args
 
 from star_elastic.errors import BudgetError, ConfigError
 
@@ -140,24 +140,17 @@ class Plan:
         for end in ("end_of_turn", "end_of_thinking"):
             if ends.count(end) > 1:
                 raise ConfigError(f"the plan has {ends.count(end)} phases until={end!r}; keep one")
-        if self.thinking_budget:
-            before = self.phases[: self.end_of_thinking]
-            if any(phase.budget is None for phase in before):
-                raise BudgetError(
-                    "a trace with a budget cannot follow a phase without one, which might leave no "
-                    "token for it; give every phase before it a budget"
-                )
+        if self.thinking_budget and any(phase.budget is None for phase in self.trace[:-1]):
+            raise BudgetError(
+                "a trace with a budget cannot follow a phase without one, which might leave no "
+                "token for it; give every phase before it a budget"
+            )
 
     @property
-    def thinks(self) -> bool:
-        """Whether the plan asks for a trace."""
-        return self.end_of_thinking is not None
-
-    @property
-    def end_of_thinking(self) -> int | None:
-        """Number of the phase that ends with the trace."""
+    def trace(self) -> Sequence[Phase]:
+        """The phases up to the one that ends with the trace; none where none is asked for."""
         ends = [phase.until for phase in self.phases]
-        return ends.index("end_of_thinking") if "end_of_thinking" in ends else None
+        return self.phases[: ends.index("end_of_thinking") + 1] if "end_of_thinking" in ends else ()
 
     @property
     def sizes(self) -> tuple[str, ...]:
@@ -166,24 +159,21 @@ class Plan:
 
     @property
     def changes(self) -> set[tuple[str, str]]:
-        """Which size may go on after which: phases follow one another, and a trace that is closed
-        early goes on with the answer."""
-        following = list(pairwise(self.phases))
-        if self.end_of_thinking is not None:
-            answer = self.phases[self.end_of_thinking + 1]
-            following += [(phase, answer) for phase in self.phases[: self.end_of_thinking + 1]]
+        """Which size may go on after which other: phases follow one another, and a trace that is
+        closed early goes on with the answer."""
+        early = [(phase, self.phases[len(self.trace)]) for phase in self.trace]
         return {
             (giver, taker)
-            for before, after in following
+            for before, after in [*pairwise(self.phases), *early]
             for giver in before.sizes
             for taker in after.sizes[:1]
+            if giver != taker
         }
 
     @property
     def thinking_budget(self) -> int | None:
         """Tokens of the phase that ends the trace; 0 without a trace."""
-        end = self.end_of_thinking
-        return 0 if end is None else self.phases[end].budget
+        return self.trace[-1].budget if self.trace else 0
 
     def require_room(self, num_closing: int, room: float = math.inf) -> None:
         """Raises BudgetError unless an answer fits behind the phases before it, each at its limit,
@@ -210,6 +200,36 @@ class Plan:
         names = [str(phase.size) for phase in self.phases]
         name = ">".join(n for i, n in enumerate(names) if i == 0 or n != names[i - 1])
         return name if self.thinking_budget is None else f"{name}@{self.thinking_budget}"
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How tokens are chosen: the likeliest at `temperature` 0, else drawn; with `top_p` < 1 only
+    from the likeliest that hold this much probability together. Raises ConfigError."""
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.temperature, (int, float)) or not 0 <= self.temperature < math.inf:
+            raise ConfigError(
+                f"temperature={self.temperature!r} is not a number of 0 or more; use 0"
+            )
+        if not isinstance(self.top_p, (int, float)) or not 0 < self.top_p <= 1:
+            raise ConfigError(f"top_p={self.top_p!r} is not in (0, 1]; use 1")
+
+
+GREEDY = Sampling()
+
+
+class PlanOptions(TypedDict, total=False):
+    """What `think_and_answer` takes beside the sizes."""
+
+    thinking_budget: int | None
+    grace: int
+    max_new_tokens: int
+    switch: Switch
+    stop: Sequence[str]
 
 
 def think_and_answer(
@@ -300,9 +320,8 @@ class PhaseResult:
 
     `tokens` counts what the models wrote in the phase, without tags, and `by_size` says who.
     `prefill_tokens` and `decode_steps` count the tokens read in the phase, all at once and one by
-    one. `seconds` is the wall time of the phase of the whole batch the sequence ran in: a phase
-    lasts until the last sequence has left it; parts of one share its time by the tokens that they
-    read. `handed`: the sizes that took over in it.
+    one. `seconds` is how long the sequence was in it while the engine worked, for others of its
+    batch as well. `handed`: the sizes that took over in it.
     """
 
     name: str
@@ -345,14 +364,7 @@ class Generation:
 
     def to_json(self) -> dict[str, Any]:
         """Everything as plain JSON data."""
-        return {
-            **asdict(self),
-            "token_ids": list(self.token_ids),
-            "token_sizes": list(self.token_sizes),
-            "token_parts": list(self.token_parts),
-            "phases": [{**asdict(p), "handed": [asdict(h) for h in p.handed]} for p in self.phases],
-            "reads": [asdict(read) for read in self.reads],
-        }
+        return asdict(self)
 
 
 @dataclass(frozen=True, slots=True)

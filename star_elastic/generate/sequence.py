@@ -1,10 +1,14 @@
-"""One sequence under way: a state machine through the phases of a plan.
+"""One sequence under way: a state machine over tokens, through the phases of its plan.
 
-Knows tokens and rules; nothing of models, batches or caches.
+A batch asks which size is to write the next token (`size`) and gives the token that this size has
+chosen (`accept`). The token is kept, or thrown away because a budget ends the trace before it; then
+the phase goes on or another begins, which may be another size's. Knows tokens and rules; nothing of
+models and batches.
 """
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter
 from collections.abc import Iterator
 from collections.abc import Sequence as ListOf
@@ -12,8 +16,10 @@ from dataclasses import dataclass, field
 
 import torch
 
+from star_elastic.generate.caches import RowCache
 from star_elastic.generate.phases import (
     ANSWERING,
+    GREEDY,
     MAX_REOPENED,
     TAG,
     THINKING,
@@ -21,80 +27,121 @@ from star_elastic.generate.phases import (
     Ended,
     Generation,
     Handed,
+    How,
     Part,
     Phase,
     PhaseResult,
     Plan,
     Read,
+    Sampling,
+    Token,
 )
-from star_elastic.generate.prompts import FoundTag, ThinkingTags
-from star_elastic.generate.text import Tag, join, parts_of, texts_of
+from star_elastic.generate.prompts import EncodedPrompt, FoundTag, Prompt, ThinkingTags
+from star_elastic.generate.text import Tag, TextStream, join, parts_of, texts_of
 
 
-@dataclass(frozen=True, slots=True)
-class Rules:
-    """What all sequences of one call obey. `end_of_turn` are the token ids that end an answer."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """A prompt and what is asked for it.
 
+    `plan` says which size writes when, and `sampling` how it chooses. Draws follow from `seed`:
+    equal seeds draw alike, whatever else runs. With `streams`, tokens are told as they are written,
+    else the result alone. With `compares`, it is measured how far caches that are handed over
+    diverge from exact ones, which reads the sequence anew each time.
+    """
+
+    prompt: Prompt | EncodedPrompt
     plan: Plan
-    tags: ThinkingTags
-    end_of_turn: frozenset[int]
+    sampling: Sampling = GREEDY
+    seed: str = "0"
+    streams: bool = True
+    compares: bool = False
 
 
 @dataclass(slots=True)
-class _Stretch:
-    """What happened in one phase, or in a part of one between tags, from token `start` on."""
+class Stretch:
+    """What happened in one phase, or in a part of one between tags, from new token `start` on."""
 
     phase: int
     start: int
     prefilled: int = 0
     steps: int = 0
+    seconds: float = 0.0
     ended: Ended | None = None
     handed: list[Handed] = field(default_factory=list)
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Sequence:
     """`ids` are prompt and new tokens, `writers` who wrote each new one (None: injected).
 
-    `phase` is the number of the phase at hand (`is_done` after the last), `size` the size that is
-    to write the next token, `is_thinking` whether the trace is open. `tags` are those written or
-    injected so far; without `has_tags` a model's tags are text, unless it has a trace to end.
-    `generator` is the source of the sequence's draws.
+    `phase` is the number of the phase at hand, `size` the size that is to write the next token,
+    `is_thinking` whether the trace is open. `tags` are those written or injected so far. `caches`
+    are what sizes that do not work on it now remember of it, each with how many tokens that is, and
+    `cache_bytes` the most that all have taken. `end_of_turn` are the token ids that end a turn.
     """
 
-    rules: Rules
-    index: int
-    ids: list[int]
-    num_prompt: int
-    generator: torch.Generator
+    request: Request
+    prompt: EncodedPrompt
+    spelling: ThinkingTags
+    end_of_turn: frozenset[int]
+    index: int = 0
+    ids: list[int] = field(init=False)
+    generator: torch.Generator = field(init=False)
     phase: int = 0
-    has_tags: bool = True
     size: str = ""
     is_done: bool = False
     is_thinking: bool = False
     writers: list[str | None] = field(default_factory=list)
     tags: list[Tag] = field(default_factory=list)
     reads: list[Read] = field(default_factory=list)
+    caches: dict[str, tuple[RowCache, int]] = field(default_factory=dict)
     cache_bytes: int = 0
-    _stretches: list[_Stretch] = field(default_factory=list)
+    _stretches: list[Stretch] = field(default_factory=list)
+    _last_of_trace: int = -1
+    """Number of the phase that ends with the trace."""
     _num_in_phase: int = 0
     """Tokens that the phase at hand has written outside of a trace that was opened in it."""
     _trace_start: int = 0
     _trace_budget: int | None = None
     """First token and budget of what may end the trace: its last phase, or one that is reopened."""
+    _num_told: int = 0
+    _text: TextStream | None = None
+    _is_injected: bool | None = None
+    """The stream of texts, and whether its last token was injected."""
 
     def __post_init__(self) -> None:
-        self.enter(self.phase)
+        self.ids, self._last_of_trace = list(self.prompt.ids), len(self.plan.trace) - 1
+        digest = hashlib.sha256(self.request.seed.encode()).digest()
+        self.generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big"))
+        self._enter(0 if self.prompt.in_thinking else len(self.plan.trace))
+        if self.prompt.in_thinking and not self.plan.trace:
+            self._close_thinking()
+
+    @property
+    def plan(self) -> Plan:
+        """The phases it goes through."""
+        return self.request.plan
+
+    @property
+    def num_prompt(self) -> int:
+        """Tokens of the prompt."""
+        return len(self.prompt.ids)
 
     @property
     def now(self) -> Phase:
         """The phase at hand."""
-        return self.rules.plan.phases[self.phase]
+        return self.plan.phases[self.phase]
+
+    @property
+    def stretch(self) -> Stretch:
+        """What has happened since the phase at hand began, or its last tag."""
+        return self._stretches[-1]
 
     @property
     def sizes_to_come(self) -> set[str]:
         """The sizes of the phase at hand and of those after it."""
-        return {size for phase in self.rules.plan.phases[self.phase :] for size in phase.sizes}
+        return {size for phase in self.plan.phases[self.phase :] for size in phase.sizes}
 
     @property
     def looks(self) -> bool:
@@ -102,7 +149,7 @@ class Sequence:
         policy = self.now.size
         if not isinstance(policy, ByDifficulty) or self.size != policy.small:
             return False
-        return policy.look == "token" or self.rules.tags.ends_line(self.ids[-1])
+        return policy.look == "token" or self.spelling.ends_line(self.ids[-1])
 
     def defer(self, entropy: float) -> bool:
         """Leaves the rest of the line to the larger size if this one is unsure (nats)."""
@@ -112,46 +159,48 @@ class Sequence:
             self.size = policy.large
         return self.size == policy.large
 
-    def enter(self, phase: int) -> None:
+    def _enter(self, phase: int) -> None:
         """Begins a phase."""
         self.phase, self._num_in_phase = phase, 0
         self.size = self.now.sizes[0]
         self.is_thinking = phase <= self._last_of_trace
         if phase == self._last_of_trace:
             self._trace_start, self._trace_budget = len(self.writers), self.now.budget
-        self._stretches.append(_Stretch(phase, len(self.writers)))
-
-    @property
-    def _last_of_trace(self) -> int:
-        """Number of the phase that ends with the trace; -1 without a trace."""
-        end = self.rules.plan.end_of_thinking
-        return -1 if end is None else end
+        self._stretches.append(Stretch(phase, len(self.writers)))
 
     @property
     def _is_reopened(self) -> bool:
         """Whether the trace is open in a phase that comes after it."""
         return self.is_thinking and self.phase > self._last_of_trace
 
-    def note_read(self, size: str, start: int, tokens: int, *, at_once: bool) -> None:
-        """Takes down what a size has read."""
-        stretch = self._stretches[-1]
-        if at_once:
-            stretch.prefilled += tokens
+    # What is read
+
+    def note_taken_up(self, known: int, how: How, divergence: float | None = None) -> None:
+        """Takes down that the size at hand knows `known` tokens and reads the others at once."""
+        unread = len(self.ids) - known
+        self.stretch.prefilled += unread
+        self.stretch.handed.append(Handed(self.size, len(self.ids), unread, how, divergence))
+        self.reads.append(Read(self.size, known, unread, at_once=True))
+
+    def note_step(self) -> None:
+        """Takes down that the size at hand reads its next token."""
+        self.stretch.steps += 1
+        last = self.reads[-1]
+        if last.at_once:
+            self.reads.append(Read(self.size, last.start + last.tokens, 1, at_once=False))
         else:
-            stretch.steps += tokens
-            last = self.reads[-1] if self.reads else None
-            if last and (last.size, last.at_once) == (size, False):
-                self.reads[-1] = Read(size, last.start, last.tokens + tokens, False)
-                return
-        self.reads.append(Read(size, start, tokens, at_once))
+            self.reads[-1] = Read(self.size, last.start, last.tokens + 1, at_once=False)
 
-    def note_handed(self, handed: Handed) -> None:
-        """Takes down that a size has taken over."""
-        self._stretches[-1].handed.append(handed)
+    def note_cache_bytes(self, num_bytes: int) -> None:
+        """Takes down what its caches take, with so much where it is being worked on."""
+        kept = sum(cache.num_bytes for cache, _ in self.caches.values())
+        self.cache_bytes = max(self.cache_bytes, num_bytes + kept)
 
-    def close_thinking(self) -> None:
+    # What is written
+
+    def _close_thinking(self) -> None:
         """Injects the end of thinking."""
-        closing = self.rules.tags.closing_ids(self.ids)
+        closing = self.spelling.closing_ids(self.ids)
         start = len(self.writers)
         self.ids += closing
         self.writers += [None] * len(closing)
@@ -160,7 +209,6 @@ class Sequence:
 
     def accept(self, token: int) -> None:
         """Takes the model's next token, or ends the phase instead."""
-        rules = self.rules
         found = self._find_tag(token)
         if not found and self.is_thinking and (cut := self._cut_trace()):
             # A trace that its model closes right where the budget would cut it has ended naturally.
@@ -170,33 +218,79 @@ class Sequence:
             self._write(token)
             if found:
                 self._take_tag(found)
-            elif token in rules.end_of_turn:
+            elif token in self.end_of_turn:
                 self._finish("stopped" if self.is_thinking else "natural")
             elif self._has_stop_string():
                 self._finish("stop_string")
             elif not self._is_reopened and self.phase != self._last_of_trace:
                 self._end_phase(token)
-        if not self.is_done and len(self.writers) >= rules.plan.max_new_tokens:
+        if not self.is_done and len(self.writers) >= self.plan.max_new_tokens:
             self._finish("length")
+
+    def _write(self, token: int) -> None:
+        self.ids.append(token)
+        self.writers.append(self.size)
+        self._num_in_phase += not self._is_reopened
+        policy = self.now.size
+        if isinstance(policy, ByDifficulty) and self.spelling.ends_line(token):
+            self.size = policy.small
+
+    def _end_phase(self, token: int) -> None:
+        """Ends the phase at hand with this token if a line or its budget does."""
+        phase = self.now
+        if phase.until == "line" and self.spelling.ends_line(token):
+            self._end("natural", then=self.phase + 1)
+        elif cut := self._cut(self._num_in_phase, phase.budget, phase.grace):
+            self._end(cut, then=self.phase + 1)
+
+    def _cut(self, written: int, budget: int | None, grace: int) -> Ended | None:
+        if budget is None or written < budget:
+            return None
+        if self.spelling.ends_line(self.ids[-1]):
+            return "cut_at_newline"
+        return "cut" if written >= budget + grace else None
+
+    def _has_stop_string(self) -> bool:
+        """Whether the text since the last tag has just come to a stop string."""
+        stops = self.plan.stop
+        if not stops:
+            return False
+        # No token holds less than a byte, and no character more than four.
+        before, ids = self._since_tag(4 * max(map(len, stops)))
+        text = before + self.spelling.decode(ids)
+        return any(stop in text for stop in stops)
+
+    def _end(self, how: Ended, *, then: int) -> None:
+        self.stretch.ended = how
+        if then < len(self.plan.phases):
+            self._enter(then)
+        else:
+            self.is_done = True
+
+    def _finish(self, how: Ended) -> None:
+        self._end(how, then=len(self.plan.phases))
+
+    # Tags, and the trace between them
 
     def _find_tag(self, token: int) -> FoundTag | None:
         """The tag that this token completes: in a trace one that closes it, else any."""
-        if not self.is_thinking and not self.has_tags:
+        if not self.is_thinking and not self.prompt.has_tags:
             return None
-        tags = self.rules.tags
-        begin = max(self._since_tag, len(self.ids) - tags.max_tag + 1)
-        before = self._text_behind_tag if begin == self._since_tag else ""
-        return tags.find([*self.ids[begin:], token], before, opening=not self.is_thinking)
+        before, ids = self._since_tag(self.spelling.max_tag - 1)
+        return self.spelling.find([*ids, token], before, opening=not self.is_thinking)
+
+    def _since_tag(self, most: int) -> tuple[str, list[int]]:
+        """The last tokens behind the last tag, at most so many; and the text before them that the
+        last token of the tag holds, if none is left out."""
+        first = self._first_since_tag
+        begin = max(first, len(self.ids) - most)
+        before = self.tags[-1].after if self.tags and begin == first else ""
+        return before, self.ids[begin:]
 
     @property
-    def _since_tag(self) -> int:
+    def _first_since_tag(self) -> int:
         """Where in `ids` what follows the last tag begins."""
         return self.num_prompt + (self.tags[-1].stop if self.tags else 0)
-
-    @property
-    def _text_behind_tag(self) -> str:
-        """Text of the last tag's own last token that is no part of it."""
-        return self.tags[-1].after if self.tags else ""
 
     def _take_tag(self, found: FoundTag) -> None:
         """Does what a tag says that the model has just written."""
@@ -204,8 +298,9 @@ class Sequence:
         start = stop - found.num_tokens
         if not self._is_reopened:
             self._num_in_phase = max(self._num_in_phase - found.num_tokens, 0)
-        before = start if found.opens else self._since_tag - self.num_prompt
-        recalled = 0 if self.is_thinking else stop - 1 - before
+        # A closing tag in the answer says that all since the last tag was still the trace.
+        taken_back = start if found.opens else self._first_since_tag - self.num_prompt
+        recalled = 0 if self.is_thinking else stop - 1 - taken_back
         self.tags.append(Tag(found.opens, start, stop, after=found.after, recalled=recalled))
         if found.opens:
             self._reopen()
@@ -217,13 +312,12 @@ class Sequence:
 
     def _reopen(self) -> None:
         """Opens the trace again: bounded by what is left of its budget, or closed at once."""
-        plan = self.rules.plan
         if sum(tag.opens for tag in self.tags) > MAX_REOPENED:
             self._finish("reopened")
             return
         self._part("reopened")
         self.is_thinking = True
-        budget = plan.thinking_budget
+        budget = self.plan.thinking_budget
         if budget is not None:
             budget -= self._count_thought()
         self._trace_start, self._trace_budget = len(self.writers), budget
@@ -234,14 +328,28 @@ class Sequence:
 
     def _count_thought(self) -> int:
         """Tokens of the trace that its budget has to bear: from its last phase on."""
-        parts = self.parts()
         starts = [s.start for s in self._stretches if s.phase == self._last_of_trace]
-        return parts[min(starts, default=0) :].count(THINKING)
+        return self.parts()[min(starts, default=0) :].count(THINKING)
+
+    def _cut_trace(self) -> Ended | None:
+        """How its budget ends the trace at this place, if it does."""
+        if self.phase < self._last_of_trace:
+            return None
+        budget, trace = self._trace_budget, self.plan.trace
+        if budget is not None and self._is_reopened and self._room_in_trace <= 0:
+            return "cut"
+        grace = trace[-1].grace if trace else 0
+        return self._cut(len(self.writers) - self._trace_start, budget, grace)
+
+    @property
+    def _room_in_trace(self) -> int:
+        """How many tokens fit before an end of thinking that is injected."""
+        return self.plan.max_new_tokens - len(self.writers) - self.spelling.max_closing
 
     def _cut_off(self, how: Ended) -> None:
         """Ends the trace where its budget is used up."""
         in_phase = not self._is_reopened
-        self.close_thinking()
+        self._close_thinking()
         if in_phase:
             self._end(how, then=self.phase + 1)
         else:
@@ -249,83 +357,56 @@ class Sequence:
 
     def _part(self, how: Ended) -> None:
         """Begins another part of the phase at hand, unless it has none yet."""
-        if any(part != TAG for part in self.parts()[self._stretches[-1].start :]):
-            self._stretches[-1].ended = how
-            self._stretches.append(_Stretch(self.phase, len(self.writers)))
+        if any(part != TAG for part in self.parts()[self.stretch.start :]):
+            self.stretch.ended = how
+            self._stretches.append(Stretch(self.phase, len(self.writers)))
 
     def parts(self) -> ListOf[Part]:
         """What each new token belongs to, as far as is known."""
         return parts_of(self.tags, len(self.writers), is_thinking=self.is_thinking)
 
-    def _cut_trace(self) -> Ended | None:
-        """How its budget ends the trace at this place, if it does."""
-        if self.phase < self._last_of_trace:
-            return None
-        budget, end = self._trace_budget, self.rules.plan.end_of_thinking
-        if budget is not None and self._is_reopened and self._room_in_trace <= 0:
-            return "cut"
-        grace = 0 if end is None else self.rules.plan.phases[end].grace
-        return self._cut(len(self.writers) - self._trace_start, budget, grace)
+    # What is told
 
-    @property
-    def _room_in_trace(self) -> int:
-        """How many tokens fit before an end of thinking that is injected."""
-        rules = self.rules
-        return rules.plan.max_new_tokens - len(self.writers) - rules.tags.max_closing
+    def new_tokens(self) -> Iterator[Token]:
+        """The tokens since the last call, as a stream tells them; to be called after every
+        `accept`, because what a token belongs to is told as it is known then."""
+        for place in range(self._num_told, len(self.writers)):
+            yield self._token(place)
+        self._num_told = len(self.writers)
 
-    def _end_phase(self, token: int) -> None:
-        """Ends the phase at hand with this token if a line or its budget does."""
-        phase = self.now
-        if phase.until == "line" and self.rules.tags.ends_line(token):
-            self._end("natural", then=self.phase + 1)
-        elif cut := self._cut(self._num_in_phase, phase.budget, phase.grace):
-            self._end(cut, then=self.phase + 1)
+    def _token(self, place: int) -> Token:
+        text, size, spelling = "", self.writers[place], self.spelling
+        if self._text is None or self._is_injected != (size is None):
+            # What is injected is a text of its own, in which nothing is looked for.
+            text, self._is_injected = self._text.flush() if self._text else "", size is None
+            names = (spelling.open, spelling.close) if self.prompt.has_tags else ()
+            marks = (self.plan.stop, [name for name in names if spelling.is_spelled(name)])
+            self._text = TextStream(spelling.decode, *((), ()) if self._is_injected else marks)
+        last = self.tags[-2:]  # the model's own, and one that is injected at once
+        own = next((tag for tag in last if tag.stop == place + 1 and not tag.is_injected), None)
+        name = "" if own is None else spelling.open if own.opens else spelling.close
+        token = self.ids[self.num_prompt + place]
+        if token not in self.end_of_turn:
+            text += self._text.push([token], name)
+        if self.is_done and place == len(self.writers) - 1:
+            text += self._text.flush()
+        thinks = self.is_thinking or (self.tags and place < self.tags[-1].stop)
+        return Token(
+            index=self.index,
+            id=token,
+            text=text,
+            size=size,
+            phase=THINKING if thinks else ANSWERING,
+            recalled=own.recalled if own else 0,
+        )
 
-    def _cut(self, written: int, budget: int | None, grace: int) -> Ended | None:
-        if budget is None or written < budget:
-            return None
-        if self.rules.tags.ends_line(self.ids[-1]):
-            return "cut_at_newline"
-        return "cut" if written >= budget + grace else None
-
-    def _has_stop_string(self) -> bool:
-        """Whether the text since the last tag has just come to a stop string."""
-        stops = self.rules.plan.stop
-        if not stops:
-            return False
-        longest = 4 * max(map(len, stops))  # no token holds less than a byte
-        begin = max(self._since_tag, len(self.ids) - longest)
-        before = self._text_behind_tag if begin == self._since_tag else ""
-        tail = before + self.rules.tags.decode(self.ids[begin:])
-        return any(stop in tail for stop in stops)
-
-    def _write(self, token: int) -> None:
-        self.ids.append(token)
-        self.writers.append(self.size)
-        self._num_in_phase += not self._is_reopened
-        policy = self.now.size
-        if isinstance(policy, ByDifficulty) and self.rules.tags.ends_line(token):
-            self.size = policy.small
-
-    def _end(self, how: Ended, *, then: int) -> None:
-        self._stretches[-1].ended = how
-        if then < len(self.rules.plan.phases):
-            self.enter(then)
-        else:
-            self.is_done = True
-
-    def _finish(self, how: Ended) -> None:
-        self._end(how, then=len(self.rules.plan.phases))
-
-    def result(self, seconds: ListOf[float]) -> Generation:
-        """The finished sequence; `seconds` is the wall time of each phase of its batch."""
-        rules, new = self.rules, self.ids[self.num_prompt :]
-        spoken = new[:-1] if new and new[-1] in rules.end_of_turn else new
-        texts = texts_of(spoken, self.tags, rules.tags, is_thinking=self.is_thinking)
-        if self._stretches[-1].ended == "stop_string":
-            part, text = texts[-1]
-            texts[-1] = part, text[: min(text.find(s) for s in rules.plan.stop if s in text)]
-        parts = self.parts()
+    def result(self) -> Generation:
+        """The finished sequence."""
+        new, parts = self.ids[self.num_prompt :], self.parts()
+        spoken = new[:-1] if new and new[-1] in self.end_of_turn else new
+        texts = texts_of(
+            spoken, self.tags, self.spelling, self.plan.stop, is_thinking=self.is_thinking
+        )
         return Generation(
             text="".join(text for _, text in texts),
             thinking=join(texts, THINKING),
@@ -335,37 +416,27 @@ class Sequence:
             token_parts=tuple(parts),
             prompt_tokens=self.num_prompt,
             closing_tokens=parts.count(TAG),
-            phases=tuple(self._phase_results(seconds)),
+            phases=tuple(self._phase_results(parts)),
             reads=tuple(self.reads),
             cache_bytes=self.cache_bytes,
         )
 
-    def _phase_results(self, seconds: ListOf[float]) -> Iterator[PhaseResult]:
+    def _phase_results(self, parts: ListOf[Part]) -> Iterator[PhaseResult]:
         """What happened in each phase, or part of one."""
-        parts, stretches = self.parts(), self._stretches
-        read = Counter[int]()
-        for stretch in stretches:
-            read[stretch.phase] += stretch.prefilled + stretch.steps
-        stops = [stretch.start for stretch in stretches[1:]] + [len(self.writers)]
-        for stretch, stop in zip(stretches, stops, strict=True):
+        stops = [stretch.start for stretch in self._stretches[1:]] + [len(self.writers)]
+        for stretch, stop in zip(self._stretches, stops, strict=True):
             if stretch.ended is None:
                 continue
             own = [place for place in range(stretch.start, stop) if parts[place] != TAG]
-            if own:
-                name = parts[own[0]]
-            else:
-                is_last = stretch is stretches[-1]
-                thinks = self.is_thinking if is_last else stretch.phase <= self._last_of_trace
-                name = THINKING if thinks else ANSWERING
+            is_last = stretch is self.stretch
+            thinks = self.is_thinking if is_last else stretch.phase <= self._last_of_trace
             by_size = Counter(self.writers[place] for place in own)
-            share = (stretch.prefilled + stretch.steps) / max(read[stretch.phase], 1)
-            alone = sum(other.phase == stretch.phase for other in stretches) == 1
             yield PhaseResult(
-                name=name,
-                size=str(self.rules.plan.phases[stretch.phase].size),
+                name=parts[own[0]] if own else THINKING if thinks else ANSWERING,
+                size=str(self.plan.phases[stretch.phase].size),
                 tokens=len(own),
                 by_size={size: count for size, count in by_size.items() if size is not None},
-                seconds=seconds[stretch.phase] * (1 if alone else share),
+                seconds=stretch.seconds,
                 ended=stretch.ended,
                 prefill_tokens=stretch.prefilled,
                 decode_steps=stretch.steps,

@@ -9,17 +9,18 @@ from __future__ import annotations
 
 import logging
 import weakref
-from collections import Counter, OrderedDict
-from collections.abc import Sequence
-from typing import Any, Protocol
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from transformers import DynamicCache, PreTrainedModel, StaticCache
 
 from star_elastic.errors import reason
-from star_elastic.generate.caches import MAMBA, LayerState, cache_of, states_of
+from star_elastic.generate.caches import ATTENTION, MAMBA, LayerState, join, layers_of
 from star_elastic.models.native import fits
 from star_elastic.quant.formats import E4M3
+from star_elastic.recent import Recent
 
 logger = logging.getLogger(__name__)
 
@@ -29,14 +30,6 @@ MAX_CAPTURED = 4
 """Captured steps that a model keeps, each with memory for the caches of its rows."""
 MIN_COLUMNS = 256
 WARM_UPS = 2
-
-
-class Holder(Protocol):
-    """Whose rows a static step works on."""
-
-    def settle(self) -> None:
-        """Takes the rows back, if they are still there."""
-        ...
 
 
 class StaticStep:
@@ -51,8 +44,7 @@ class StaticStep:
         self.model, self.rows, self.columns = model, rows, columns
         device = model.device
         self._cache = StaticCache(config=model.config, max_cache_len=columns)
-        for number, layer in enumerate(like.layers):
-            states = states_of(layer)
+        for number, states in enumerate(layers_of(like)):
             if states is not None:
                 self._allocate(number, states)
         self._ids_B1 = torch.zeros(rows, 1, dtype=torch.long, device=device)
@@ -60,7 +52,7 @@ class StaticStep:
         self._column = torch.zeros(1, dtype=torch.long, device=device)
         self._mask_B11T = torch.zeros(rows, 1, 1, columns, dtype=torch.bool, device=device)
         self._logits_BV = torch.zeros(rows, model.config.vocab_size, device=device)
-        self._holder: weakref.ref[Holder] | None = None
+        self._settle: weakref.WeakMethod[Callable[[], None]] | None = None
         self._graph = self._capture() if device.type == "cuda" else None
 
     def _allocate(self, number: int, states: LayerState) -> None:
@@ -111,35 +103,39 @@ class StaticStep:
         self._column += 1
         self._places_B1 += 1
 
-    def hold(self, holder: Holder) -> None:
-        """Gives the memory to a decoder; one that still has it takes its rows back first."""
-        before = self._holder() if self._holder is not None else None
-        if before is not None and before is not holder:
-            before.settle()
-        self._holder = weakref.ref(holder)
-
     @torch.inference_mode()
-    def load(self, cache: DynamicCache, lengths: Sequence[int], columns: int) -> None:
-        """Takes up rows of these lengths from a cache of so many columns, padded on the left."""
-        for layer, given in zip(self._cache.layers, cache.layers, strict=True):
-            states, own = states_of(given), states_of(layer)
-            if states is None or own is None:
+    def load(
+        self,
+        cache: DynamicCache,
+        lengths: Sequence[int],
+        settle: Callable[[], None],
+    ) -> None:
+        """Takes up rows of these lengths from a cache, padded on the left.
+
+        `settle` is a method that takes them back, called when another decoder needs the memory.
+        """
+        before = self._settle() if self._settle is not None else None
+        if before is not None:
+            before()
+        self._settle = weakref.WeakMethod(settle)
+        rows, columns = len(lengths), max(lengths)
+        for layer, given, own in zip(
+            self._cache.layers, layers_of(cache), layers_of(self._cache), strict=True
+        ):
+            if given is None or own is None:
                 continue
-            for target, source in ((own.first, states.first), (own.second, states.second)):
-                if states.kind == MAMBA:
-                    target[: len(lengths)].copy_(source)
-                else:
-                    target[: len(lengths), :, :columns].copy_(source)
-            if states.kind != MAMBA:
+            target = own.cut(slice(rows), slice(columns))
+            target.first.copy_(given.first)
+            target.second.copy_(given.second)
+            if given.kind == ATTENTION:
                 attention: Any = layer
                 attention.cumulative_length.fill_(columns)
         lengths_B1 = torch.tensor(lengths, device=self._places_B1.device)[:, None]
-        self._places_B1[: len(lengths)].copy_(lengths_B1)
+        self._places_B1[:rows].copy_(lengths_B1)
         self._column.fill_(columns)
         self._mask_B11T.zero_()
         places_T = torch.arange(columns, device=self._places_B1.device)
-        known_BT = places_T >= columns - lengths_B1
-        self._mask_B11T[: len(lengths), 0, 0, :columns].copy_(known_BT)
+        self._mask_B11T[:rows, 0, 0, :columns].copy_(places_T >= columns - lengths_B1)
 
     @torch.inference_mode()
     def step(self, tokens: Sequence[int]) -> torch.Tensor:
@@ -154,16 +150,9 @@ class StaticStep:
     @torch.inference_mode()
     def unload(self, rows: int, columns: int) -> DynamicCache:
         """The rows in use as a cache of their own."""
-        layers = []
-        for layer in self._cache.layers:
-            states = states_of(layer)
-            if states is not None and states.kind == MAMBA:
-                states = LayerState(MAMBA, states.first[:rows], states.second[:rows])
-            elif states is not None:
-                keys, values = (s[:rows, :, :columns] for s in (states.first, states.second))
-                states = LayerState(states.kind, keys, values)
-            layers.append(states)
-        return cache_of(layers, self.model.config)
+        place = slice(rows), slice(columns)
+        layers = tuple(own and own.cut(*place) for own in layers_of(self._cache))
+        return join([layers], self.model.config)
 
 
 class StepPool:
@@ -178,25 +167,21 @@ class StepPool:
         self.model, self._patience = model, patience
         self._fails = False
         self._asked: Counter[tuple[int, int]] = Counter()
-        self._steps: OrderedDict[tuple[int, int], StaticStep] = OrderedDict()
+        self._steps: Recent[tuple[int, int], StaticStep] = Recent(MAX_CAPTURED)
 
     def fetch(self, cache: DynamicCache, rows: int, columns: int) -> StaticStep | None:
         """A step with room for so many rows and columns; None while it is not worth capturing."""
         shape = _power_of_two(rows), max(_power_of_two(columns), MIN_COLUMNS)
-        if shape in self._steps:
-            self._steps.move_to_end(shape)
-            return self._steps[shape]
-        self._asked[shape] += 1
-        if self._fails or self._asked[shape] < self._patience:
-            return None
-        while len(self._steps) >= MAX_CAPTURED:
-            self._steps.popitem(last=False)
+        if shape not in self._steps.kept:
+            self._asked[shape] += 1
+            if self._fails or self._asked[shape] < self._patience:
+                return None
         try:
-            self._steps[shape] = StaticStep(self.model, cache, *shape)
+            return self._steps.fetch(shape, lambda: StaticStep(self.model, cache, *shape))
         except RuntimeError as error:
             self._fails = True
             logger.warning("decode steps are not captured, which is slower: %s", reason(error))
-        return self._steps.get(shape)
+            return None
 
 
 def _power_of_two(count: int) -> int:

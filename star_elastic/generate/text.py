@@ -43,44 +43,35 @@ def parts_of(tags: Sequence[Tag], num_tokens: int, *, is_thinking: bool) -> list
     return parts
 
 
-def part_at(tags: Sequence[Tag], place: int, *, is_thinking: bool) -> Part:
-    """The same of one token near the end."""
-    part: Part = THINKING if is_thinking else ANSWERING
-    for tag in reversed(tags):
-        if place >= tag.start:
-            return part if place >= tag.stop else TAG
-        part = _before(tag)
-    return part
-
-
 def _before(tag: Tag) -> Part:
     return ANSWERING if tag.opens else THINKING
 
 
 def texts_of(
-    ids: Sequence[int], tags: Sequence[Tag], spelling: ThinkingTags, *, is_thinking: bool
+    ids: Sequence[int],
+    tags: Sequence[Tag],
+    spelling: ThinkingTags,
+    stops: Sequence[str],
+    *,
+    is_thinking: bool,
 ) -> list[tuple[Part, str]]:
     """The text of new tokens, cut at the tags: what stands before the first, the tag, and so on."""
     found: list[tuple[Part, str]] = []
-    ends = iter([tag.start for tag in tags if tag.is_injected] + [len(ids)])
-    # What was written between two injections, from token `begin` on, and how far it has been cut.
-    begin, place, text = 0, 0, spelling.decode(ids[: next(ends)])
+    place, stream = 0, TextStream(spelling.decode, stops)
     for tag in tags:
         if tag.is_injected:
-            found.append((_before(tag), text[place:]))
-            found.append((TAG, spelling.decode(ids[tag.start : tag.stop])))
-            begin, place, text = tag.stop, 0, spelling.decode(ids[tag.stop : next(ends)])
-            continue
-        name = spelling.open if tag.opens else spelling.close
-        # One that is spelled may begin in the token before those that were found to hold it.
-        known = len(spelling.decode(ids[begin : tag.start]))
-        known -= len(name) if spelling.is_spelled(name) else 0
-        start = text.find(name, max(place, known))
-        assert start >= 0, (name, text)
-        found.append((_before(tag), text[place:start]))
-        found.append((TAG, name))
-        place = start + len(name)
-    return [*found, (THINKING if is_thinking else ANSWERING, text[place:])]
+            before = stream.push(ids[place : tag.start]) + stream.flush()
+            name, stream = (
+                spelling.decode(ids[tag.start : tag.stop]),
+                TextStream(spelling.decode, stops),
+            )
+        else:
+            name = spelling.open if tag.opens else spelling.close
+            before = stream.push(ids[place : tag.stop], name).removesuffix(name)
+        found += [(_before(tag), before), (TAG, name)]
+        place = tag.stop
+    rest = stream.push(ids[place:]) + stream.flush()
+    return [*found, (THINKING if is_thinking else ANSWERING, rest)]
 
 
 def join(texts: Sequence[tuple[Part, str]], part: Part) -> str:
@@ -114,9 +105,9 @@ class TextStream:
         self._held = ""
         self._stopped = False
 
-    def push(self, token: int, tag: str = "") -> str:
-        """The text that is certain now; `tag` is the text of one that the token completes."""
-        self._ids.append(token)
+    def push(self, ids: Sequence[int], tag: str = "") -> str:
+        """The text that is certain now; `tag` is the text of one that the last id completes."""
+        self._ids += ids
         text = self._decode(self._ids)
         if self._stopped or (text.endswith("\ufffd") and not tag):
             return ""
@@ -126,22 +117,21 @@ class TextStream:
         if tag:
             before, _, self._held = self._held.rpartition(tag)
             return before + tag
-        return self._release()
+        return self._release(self._starts)
 
     def flush(self) -> str:
         """What is left at the end."""
-        if self._stopped:
-            return ""
-        rest = self._held + self._decode(self._ids)[len(self._known) :]
-        self._held = ""
-        return rest
+        if not self._stopped:
+            self._held += self._decode(self._ids)[len(self._known) :]
+        return self._release(())
 
-    def _release(self) -> str:
+    def _release(self, starts: Sequence[str]) -> str:
+        """What is held up to a stop string, or else up to what may be the start of something."""
         found = [self._held.find(stop) for stop in self._stops if stop in self._held]
         if found:
-            self._stopped = True
-            return self._held[: min(found)]
-        held = max((len(s) for s in self._starts if self._held.endswith(s)), default=0)
-        certain = self._held[: len(self._held) - held]
+            certain, self._stopped, self._held = self._held[: min(found)], True, ""
+            return certain
+        num_held = max((len(s) for s in starts if self._held.endswith(s)), default=0)
+        certain = self._held[: len(self._held) - num_held]
         self._held = self._held[len(certain) :]
         return certain

@@ -21,8 +21,7 @@ from dataclasses import dataclass
 from star_elastic.architectures.config_file import Config
 from star_elastic.axes.widths import Widths
 from star_elastic.cost.latency import Grid, LatencyTable, kind_axes, layout_digest
-from star_elastic.errors import ConfigError
-from star_elastic.measure.latency_bench import REST, Bench, Progress, Setting, Timed
+from star_elastic.measure.latency_bench import REST, Bench, ClockedModel, Progress, Setting
 from star_elastic.measure.latency_grid import Points, grid_points, grid_widths, random_widths
 
 
@@ -57,53 +56,20 @@ def measure(
     bench = Bench(config, setting)
     points = grid_points(bench.axis_map, choices)
     models = [bench.model(widths, clocked=True) for widths in grid_widths(bench.axis_map, points)]
-    checked = _held_out(bench, points, num_checks)
+    held_out = random_widths(bench.axis_map, points, num_checks, setting.seed)
+    checked = [bench.model(widths, clocked=False) for widths in held_out]
     bench.run([*models, *checked], progress)
     table = _table(bench, points, models)
     return table, [_check(table, model) for model in checked]
 
 
-def validate(
-    table: LatencyTable,
-    config: Config,
-    setting: Setting,
-    *,
-    num_checks: int = 6,
-    progress: Progress | None = None,
-) -> list[Check]:
-    """Measures whole models at random widths inside a table's grid, now.
-
-    The errors hold whatever the machine has changed since the table was measured, too. Raises
-    ConfigError unless `setting` has the workload and dtype of the table.
-    """
-    asked = (setting.phase, setting.batch, setting.context, _dtype_name(setting))
-    theirs = (table.phase, table.batch, table.context, table.dtype)
-    if asked != theirs:
-        raise ConfigError(
-            f"a setting of {asked} is not the table's {theirs}; use the table's, or measure another"
-        )
-    bench = Bench(config, setting)
-    points: Points = {}
-    for grid in [table.fixed, *table.parts.values()]:
-        points.update(zip(grid.axes, grid.points, strict=True))
-    checked = _held_out(bench, points, num_checks)
-    bench.run(checked, progress)
-    return [_check(table, model) for model in checked]
-
-
-def _held_out(bench: Bench, points: Points, count: int) -> list[Timed]:
-    """Models without inner clocks at random widths."""
-    widths = random_widths(bench.axis_map, points, count, bench.setting.seed)
-    return [bench.model(own, clocked=False) for own in widths]
-
-
-def _check(table: LatencyTable, model: Timed) -> Check:
+def _check(table: LatencyTable, model: ClockedModel) -> Check:
     built = model.bench.widths(model.widths)
     predicted = table.milliseconds(built, model.bench.axis_map)
     return Check(model.widths, predicted, model.milliseconds)
 
 
-def _table(bench: Bench, points: Points, models: Sequence[Timed]) -> LatencyTable:
+def _table(bench: Bench, points: Points, models: Sequence[ClockedModel]) -> LatencyTable:
     """What was measured at every point of every grid: the median over the models that have it."""
     axis_map, setting = bench.axis_map, bench.setting
     splits = [model.split() for model in models]
@@ -124,14 +90,10 @@ def _table(bench: Bench, points: Points, models: Sequence[Timed]) -> LatencyTabl
         layers=bench.kinds,
         digest=layout_digest(axis_map),
         machine=setting.machine,
-        dtype=_dtype_name(setting),
+        dtype=str(setting.dtype).removeprefix("torch."),
         phase=setting.phase,
         batch=setting.batch,
         context=setting.context,
         parts={kind: grid(kind_axes(axis_map, layer), kind) for kind, layer in first.items()},
         fixed=grid(shared, REST),
     )
-
-
-def _dtype_name(setting: Setting) -> str:
-    return str(setting.dtype).removeprefix("torch.")

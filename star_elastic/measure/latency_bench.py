@@ -104,11 +104,11 @@ class Bench:
         self.kinds = layer_kinds(self.axis_map)
         self.kept = self._kept_layers()
         self._generator = torch.Generator(setting.device).manual_seed(setting.seed)
-        self._weights: torch.Tensor | None = None
         self._filler: dict[tuple[int, ...], torch.Tensor] = {}
         # The largest model comes first: the others cut their weights from its memory.
         full = self.widths(self.axis_map.full)
         self._first = build_skeleton(self.family.config_at(config, full))
+        self._weights = self._random(sum(map(_aligned, self._first.parameters())))
         self._fill(self._first)
 
     def _kept_layers(self) -> tuple[int, ...]:
@@ -138,24 +138,21 @@ class Bench:
         present = tuple(int(layer in self.kept) for layer in range(len(self.kinds)))
         return self.axis_map.complete({**widths, LAYERS: present})
 
-    def model(self, widths: Widths, *, clocked: bool) -> Timed:
+    def model(self, widths: Widths, *, clocked: bool) -> ClockedModel:
         """A model of `widths`, with clocks around its blocks or only around the whole."""
         model = build_skeleton_at(self.config, self.widths(widths), self._first)
         self._fill(model)
-        return Timed(self, widths, model.requires_grad_(False).eval(), clocked)
+        return ClockedModel(self, widths, model.requires_grad_(False).eval(), clocked)
 
     def _fill(self, model: PreTrainedModel) -> None:
         """Gives a memory-less model weights; matrices are cut from memory that all models share."""
         setting, values = self.setting, {}
-        named = dict(model.named_parameters())
-        stops = list(itertools.accumulate(_aligned(p) for p in named.values()))
-        if self._weights is None:
-            self._weights = self._random(stops[-1])
-        for (name, parameter), stop in zip(named.items(), stops, strict=True):
+        place = 0
+        for name, parameter in model.named_parameters():
             if parameter.dim() > 1:
-                start = stop - _aligned(parameter)
-                flat = self._weights[start : start + parameter.numel()]
+                flat = self._weights[place : place + parameter.numel()]
                 values[name] = flat.view(parameter.shape)
+                place += _aligned(parameter)
             else:
                 make = torch.ones if name.endswith("weight") else torch.zeros
                 values[name] = make(parameter.shape, dtype=setting.dtype, device=setting.device)
@@ -185,7 +182,7 @@ class Bench:
             self._filler[shape] = self._random(math.prod(shape)).view(shape)
         return self._filler[shape]
 
-    def run(self, models: Sequence[Timed], progress: Progress | None) -> None:
+    def run(self, models: Sequence[ClockedModel], progress: Progress | None) -> None:
         """Visits all models in shuffled rounds until the time is up; the first does not count."""
         shuffle = random.Random(f"{self.setting.seed} latency rounds")
         begin, counted = time.monotonic(), -1
@@ -213,7 +210,7 @@ def undisturbed(times: Sequence[float]) -> float:
     return sorted(times)[int(QUIET * len(times))]
 
 
-class Timed:
+class ClockedModel:
     """A model at some widths, and the milliseconds per token that its steps took."""
 
     def __init__(self, bench: Bench, widths: Widths, model: PreTrainedModel, clocked: bool):

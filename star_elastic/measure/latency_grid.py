@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 import math
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from star_elastic.axes import LAYERS, Axis, AxisMap
 from star_elastic.axes.widths import Width, Widths
@@ -60,12 +60,18 @@ def _steps(axis: Axis) -> list[int]:
 
 def _fits(axis_map: AxisMap, axis: Axis, width: int, points: Points) -> bool:
     """Whether a width goes with every point of every other axis, taken one at a time."""
-    others = [{name: w} for name, widths in points.items() for w in widths]
+    others = [{name: w} for name, widths in points.items() for w in widths] or [{}]
+    combined = ({**other, axis.name: width} for other in others)
+    return width == axis.size or _are_legal(axis_map, combined)
+
+
+def _are_legal(axis_map: AxisMap, candidates: Iterable[Mapping[str, Width]]) -> bool:
+    """Whether models could have each of these widths."""
     try:
-        for other in others or [{}]:
-            axis_map.complete({**other, axis.name: width})
+        for widths in candidates:
+            axis_map.complete(widths)
     except ShapeError:
-        return width == axis.size
+        return False
     return True
 
 
@@ -120,18 +126,10 @@ def random_widths(axis_map: AxisMap, points: Points, count: int, seed: int) -> l
             per_layer = [drawn.choice(inside) for _ in axis.layers or (0,)]
             varies = len(found) % 2 and not axis.is_global
             widths[name] = tuple(per_layer) if varies else per_layer[0]
-        if _is_legal(axis_map, widths):
+        of_layers = (  # the widths of every layer, as if they were those of a whole model
+            {n: axis_map.width(widths, n, layer) for n in kind_axes(axis_map, layer)}
+            for layer in axis_map.axes[LAYERS].layers
+        )
+        if _are_legal(axis_map, itertools.chain([widths], of_layers)):
             found.append(axis_map.complete(widths))
     return found
-
-
-def _is_legal(axis_map: AxisMap, widths: Mapping[str, Width]) -> bool:
-    """Whether the widths of every layer could be those of a whole model."""
-    try:
-        axis_map.complete(widths)
-        for layer in axis_map.axes[LAYERS].layers:
-            own = {n: axis_map.width(widths, n, layer) for n in kind_axes(axis_map, layer)}
-            axis_map.complete(own)
-    except ShapeError:
-        return False
-    return True

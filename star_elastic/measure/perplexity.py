@@ -8,17 +8,15 @@ Shapes: W windows, T tokens, B windows run together, V vocabulary.
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from star_elastic.errors import CheckpointError, ConfigError, not_finite
+from star_elastic.errors import ConfigError, not_finite
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,29 +43,6 @@ class Perplexity:
         mean = self.nats_per_token
         variance = sum((nats - mean) ** 2 for nats in self.window_nats) / (count - 1)
         return math.sqrt(variance / count)
-
-
-def read_texts(file: str | Path) -> Iterator[str]:
-    """The texts of a JSON-lines file of `{"text": ...}` objects; blank lines are skipped.
-
-    Raises CheckpointError naming the line that is damaged.
-    """
-    file = Path(file)
-    if not file.is_file():
-        raise CheckpointError(f"{file} does not exist; name a JSON-lines file of texts")
-    with open(file, "rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            try:
-                text = json.loads(line)["text"]
-            except (ValueError, KeyError, TypeError):
-                text = None
-            if not isinstance(text, str):
-                raise CheckpointError(
-                    f'{file}:{number} is not an object like {{"text": "..."}}; correct the line'
-                )
-            yield text
 
 
 def token_windows(

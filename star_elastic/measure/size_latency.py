@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -24,6 +23,8 @@ from star_elastic.progress import Progress, Silent
 DECODE_STEPS = 8
 Work = tuple[str, int, int]
 """A size, the sequences at once, and the tokens that each of them has."""
+_Times = tuple[list[float], list[float]]
+"""Seconds of every round, of prefill and of decoding."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,14 +41,6 @@ class SizeTime:
     def to_json(self) -> dict[str, Any]:
         """Everything as plain JSON data."""
         return asdict(self)
-
-
-@dataclass(slots=True)
-class _Times:
-    """Seconds of every round."""
-
-    prefill: list[float] = field(default_factory=list)
-    decode: list[float] = field(default_factory=list)
 
 
 def measure_sizes(
@@ -74,15 +67,15 @@ def measure_sizes(
     # As generation decodes: on a GPU, by captured steps.
     pools = {size: pool_for(model, patience=1) for size, model in models.items()}
     for work in works:
-        _run(models, pools, work, _Times())
-    times: dict[Work, _Times] = defaultdict(_Times)
+        _run(models, pools, work, ([], []))
+    times: dict[Work, _Times] = {work: ([], []) for work in works}
     begin = time.monotonic()
-    while not times or time.monotonic() - begin < seconds:
+    while not times[works[-1]][0] or time.monotonic() - begin < seconds:
         for work in works:
             _run(models, pools, work, times[work])
             progress.advance(min(round(time.monotonic() - begin), max(round(seconds), 1)))
     return [
-        SizeTime(*work, 1e3 * undisturbed(own.prefill), 1e3 * undisturbed(own.decode))
+        SizeTime(*work, *(1e3 * undisturbed(seconds) for seconds in own))
         for work, own in times.items()
     ]
 
@@ -103,12 +96,12 @@ def _run(
     rows, tokens = ids_BT.tolist(), ids_BT[:, 0].tolist()
     begin = _now(model)
     decoder.prefill(rows)
-    times.prefill.append(_now(model) - begin)
+    times[0].append(_now(model) - begin)
     decoder.step(tokens)  # may capture, and moves the rows to where captured steps work
     ready = _now(model)
     for _ in range(DECODE_STEPS):
         decoder.step(tokens)
-    times.decode.append((_now(model) - ready) / DECODE_STEPS)
+    times[1].append((_now(model) - ready) / DECODE_STEPS)
 
 
 def _now(model: PreTrainedModel) -> float:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from star_elastic.axes import AxisMap, TensorSpec
 from star_elastic.axes.widths import Widths
@@ -70,13 +71,14 @@ class QuantisedInputs:
         """Whether weights in memory are codes."""
         return self.weight_scales is not None
 
-    def apply(self, model: nn.Module, axis_map: AxisMap) -> None:
-        """Lets every quantised layer of a model work so."""
+    def install(self, model: PreTrainedModel, axis_map: AxisMap) -> None:
+        """Lets every quantised layer of a model work so; its submodels will, too."""
+        here = self.to(model.device)
         for spec in self.scheme.quantised(axis_map).values():
-            self.apply_to(model, spec)
+            here._install(model, spec)
+        setattr(model, INPUTS, here)
 
-    def apply_to(self, model: nn.Module, spec: TensorSpec) -> None:
-        """Lets one layer work so."""
+    def _install(self, model: nn.Module, spec: TensorSpec) -> None:
         scale = self.scales.get(spec.name)
         if self.weight_scales is None:
             know_inputs(model, spec, KnownInput(self.scheme.format, scale))

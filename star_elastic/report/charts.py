@@ -21,7 +21,6 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 from matplotlib.ticker import EngFormatter, LogLocator, NullLocator
-from matplotlib.transforms import Bbox
 
 from star_elastic.errors import ConfigError
 from star_elastic.evaluate.accuracy import Evaluation, Kind
@@ -53,7 +52,7 @@ MAX_LABELLED = 40
 """Plans of which all are labelled where there is room; of more only those that stand out."""
 PLACES = [
     (distance * dx, distance * dy - 3, align)
-    for distance in (9, 16, 26, 38)
+    for distance in (9, 16, 26, 38, 52)
     for dx, dy, align in (
         (1, 0, "left"), (-1, 0, "right"), (0.7, 0.9, "left"), (-0.7, 0.9, "right"),
         (0.7, -0.9, "left"), (-0.7, -0.9, "right"), (0, 1, "center"), (0, -1, "center"),
@@ -123,23 +122,31 @@ def plot_plans(
     if not plans:
         raise ConfigError("there is no result to plot; evaluate at least one plan")
     with drawn_to(file, 2, (1100, 480), sharey=True) as (figure, panels):
-        charts = [PlansChart(plans, cost, reference) for cost in ("seconds", "flops")]
-        for chart, panel in zip(charts, panels, strict=True):
-            chart.draw(panel)
-        handles = panels[0].get_legend_handles_labels()
-        figure.legend(*handles, loc="outside lower center", ncols=5, title=LABELS_SAY)
         figure.suptitle(title, color=COLOURS["text"])
-        _keep_layout(figure)
-        for chart, panel in zip(charts, panels, strict=True):
-            chart.write_labels(panel)
+        charts = [PlansChart(plans, cost, reference) for cost in ("seconds", "flops")]
+        _draw_plans(figure, dict(zip(charts, panels, strict=True)), ncols=5, title=LABELS_SAY)
 
 
-@dataclass(frozen=True)
+def _draw_plans(figure: Figure, charts: Mapping[PlansChart, Any], **legend: Any) -> None:
+    """Draws charts, each in its panel, under which they share a legend."""
+    for chart, panel in charts.items():
+        chart.draw(panel)
+    handles = figure.axes[0].get_legend_handles_labels()
+    figure.legend(*handles, loc="outside lower center", **legend)
+    # Labels are placed in pixels: from here on the panels stay where they are.
+    figure.draw_without_rendering()
+    figure.set_layout_engine("none")
+    for chart, panel in charts.items():
+        chart.write_labels(panel)
+
+
+@dataclass(frozen=True, eq=False)
 class PlansChart:
     """Plans by accuracy and one cost (of `COSTS`).
 
     Every plan is a marker with its interval. Lines join the plans that no other beats, of all and
-    of those labelled as in `reference`. These and the `named` plans are written out.
+    of those labelled as in `reference`. These and the `named` plans are written out where there is
+    room.
     """
 
     plans: Sequence[Evaluation]
@@ -151,10 +158,7 @@ class PlansChart:
         """For a page; every mark tells its plan under the pointer."""
         with rc_context(STYLE):
             figure, panel = _figure(1, (560, 420), 72)
-            self.draw(panel)
-            figure.legend(loc="outside lower center", ncols=3)
-            _keep_layout(figure)
-            self.write_labels(panel)
+            _draw_plans(figure, {self: panel}, ncols=3)
             told = {f"plan {number}": self._told(plan) for number, plan in enumerate(self.plans)}
             return _as_svg(figure, f"accuracy against {COSTS[self.cost][1]}", told)
 
@@ -195,18 +199,14 @@ class PlansChart:
         panel.margins(x=0.12, y=0.1)
 
     def write_labels(self, panel: Any) -> None:
-        """Writes each label at the first place where it hides nothing and stays inside the panel.
-
-        Plans on the fronts come first; a label of the front that fits nowhere stands where it hides
-        least, any other is left out. The panel may not move afterwards (`_keep_layout`).
-        """
+        """Writes each label at the first place where it hides nothing and stays inside the panel,
+        those of the fronts first; what finds no place is left out."""
         renderer = panel.get_figure().canvas.get_renderer()
         frame = panel.get_window_extent(renderer)
-        marks = [bar.lines[0].get_window_extent(renderer) for bar in panel.containers]
+        taken = [bar.lines[0].get_window_extent(renderer) for bar in panel.containers]
         for bar in panel.containers:  # a collection does not know where it is in pixels
             reach = bar.lines[2][0].get_datalim(panel.transData)
-            marks.append(reach.transformed(panel.transData))
-        written: list[Bbox] = []
+            taken.append(reach.transformed(panel.transData))
         points, (front, alone) = self._points(), self._fronts()
         named = [number for number, plan in enumerate(self.plans) if plan.label in self.named]
         others = range(len(points)) if len(points) <= MAX_LABELLED else ()
@@ -218,23 +218,16 @@ class PlansChart:
                 bbox={"facecolor": COLOURS["card"], "alpha": 0.7, "linewidth": 0, "pad": 0},
                 arrowprops={"arrowstyle": "-", "linewidth": 0.4, "color": COLOURS["soft"]},
             )  # fmt: skip
-            found = []
-            for place, (dx, dy, align) in enumerate(PLACES):
+            for dx, dy, align in PLACES:
                 label.set(position=(dx, dy), horizontalalignment=align)
                 label.update_positions(renderer)
                 box = Text.get_window_extent(label, renderer)  # without the line to its marker
-                outside = not (frame.contains(*box.min) and frame.contains(*box.max))
-                hidden = box.count_overlaps(marks) + 3 * box.count_overlaps(written) + 9 * outside
-                found.append((hidden, place, box))
-                if not hidden:
+                is_inside = frame.contains(*box.min) and frame.contains(*box.max)
+                if is_inside and not box.count_overlaps(taken):
+                    taken.append(box)
                     break
-            hidden, place, box = min(found, key=lambda each: each[:2])
-            if hidden and number not in front:
+            else:
                 label.remove()
-                continue
-            dx, dy, align = PLACES[place]
-            label.set(position=(dx, dy), horizontalalignment=align)
-            written.append(box)
 
     def _points(self) -> list[tuple[float, float]]:
         return [(getattr(plan, self.cost), plan.accuracy) for plan in self.plans]
@@ -275,12 +268,6 @@ def curves_chart(curves: Mapping[str, Sequence[tuple[float, float]]], pair: str)
 
 def _percent(share: float, _: object = None) -> str:
     return f"{100 * share:.4g}%"
-
-
-def _keep_layout(figure: Figure) -> None:
-    """Labels are placed in pixels: from here on the panels stay where they are."""
-    figure.draw_without_rendering()
-    figure.set_layout_engine("none")
 
 
 def _as_svg(figure: Figure, title: str, told: Mapping[str, str]) -> str:

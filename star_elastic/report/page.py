@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 from importlib import resources
 from pathlib import Path
-from typing import Any
 
 from jinja2 import Environment, StrictUndefined, TemplateError
 
@@ -85,45 +84,27 @@ def make_page(result: Data) -> str:
     """The page as HTML text."""
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True)
     source = resources.files("star_elastic.report") / "page.html"
-    return environment.from_string(source.read_text(encoding="utf-8")).render(_shown(result))
-
-
-def _shown(result: Data) -> dict[str, Any]:
-    """What the template names: the result's own parts, and what is made of them."""
-    sizes, policies = result["sizes"], result["calibration"]["policies"]
-    num_validation, num_test = (sum(result["problems"][s].values()) for s in ("validation", "test"))
-    answers = tables.answers_table(result)
-    return {
-        **result,
-        "name": _name(result),
-        "largest": next(iter(sizes)),
-        "smallest": min(sizes, key=lambda name: sizes[name]["bytes_per_token"]),
-        "alone": _alone(result),
-        "num_validation": num_validation,
-        "num_test": num_test,
-        "level": f"{result['intervals']['level']:.0%}",
-        "tolerance": 100 * TOLERANCE,
-        "merged": "; ".join(coinciding(result["calibration"]["alike"])),
-        "notes": tables.evaluation_notes(result),
-        "cards": _cards(result),
-        "questions": list(QUESTIONS),
-        "by_group": _by_group(result),
-        "charts": _charts(result),
-        "comparisons": _comparisons(result),
-        "answers": answers if len(sizes) > 1 and result["thinks"] and answers.rows else None,
-        "curves": [(_curves(policy), policy) for policy in policies],
-        "calibration": tables.calibration_table(result),
-        "reuse": tables.reuse_table(result),
-        "refused": _refused(result),
-        "likeness": tables.likeness_table(result),
-        "sizes_table": tables.sizes_table(result),
-        "plans_table": tables.plans_table(result),
-        "settings_text": json.dumps(result["settings"], ensure_ascii=False),
-        "colours": COLOURS,
-        "counted": counted,
-        "listed": listed,
-        "percent": percent,
-    }
+    return environment.from_string(source.read_text(encoding="utf-8")).render(
+        result,
+        result=result,
+        tables=tables,
+        name=_name(result),
+        alone=_alone(result),
+        merged="; ".join(coinciding(result["calibration"]["alike"])),
+        cards=_cards(result),
+        questions=list(QUESTIONS),
+        by_group=_by_group(result),
+        charts=_charts(result),
+        comparisons=_comparisons(result),
+        curves=[(_curves(policy), policy) for policy in result["calibration"]["policies"]],
+        refused=_refused(result),
+        tolerance=100 * TOLERANCE,
+        settings_text=json.dumps(result["settings"], ensure_ascii=False),
+        colours=COLOURS,
+        counted=counted,
+        listed=listed,
+        percent=percent,
+    )
 
 
 def _name(result: Data) -> str:
@@ -220,10 +201,9 @@ def _curves(policy: Data) -> str:
 
 
 def _refused(result: Data) -> dict[str, list[str]]:
-    """Pairs whose caches cannot be handed over, by the reason."""
-    found: dict[str, list[str]] = {}
+    """Pairs whose caches cannot be handed over, by the reason, each once."""
+    found: dict[str, dict[str, None]] = {}
     for study in result["reuse"]:
-        pairs = found.setdefault(study.get("refused", ""), [])
-        if tables.pair_of(study) not in pairs:
-            pairs.append(tables.pair_of(study))
-    return {reason: pairs for reason, pairs in found.items() if reason}
+        if "refused" in study:
+            found.setdefault(study["refused"], {})[tables.pair_of(study)] = None
+    return {reason: [*pairs] for reason, pairs in found.items()}

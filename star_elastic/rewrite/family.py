@@ -33,9 +33,11 @@ from star_elastic.errors import ConfigError, ShapeError
 from star_elastic.files.writing import require_writable
 from star_elastic.models.calibration import calibrate_inputs
 from star_elastic.models.fake_quantisation import FakeQuantisation
+from star_elastic.models.load import load_parent
 from star_elastic.models.placement import choose_device, choose_dtype
 from star_elastic.models.skeleton import build_skeleton
-from star_elastic.models.submodel import build_submodel, load_parent, load_tokenizer
+from star_elastic.models.submodel import build_submodel
+from star_elastic.models.tokenizer import load_tokenizer
 from star_elastic.progress import Progress, Silent, staged
 from star_elastic.quant.scheme import Scheme, make_scheme
 from star_elastic.rewrite.quantise import quantise_checkpoint

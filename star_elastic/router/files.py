@@ -7,43 +7,36 @@ same shared weights, but only the named ones were trained.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 
-from star_elastic.architectures import read_config
-from star_elastic.axes import AxisMap
 from star_elastic.checkpoints.companions import LATENCY, ROUTER
-from star_elastic.checkpoints.layouts import CONFIG_KEY
-from star_elastic.checkpoints.manifest import Manifest
-from star_elastic.checkpoints.tensors import is_finite, load_tensors
+from star_elastic.checkpoints.elastic import ElasticCheckpoint
+from star_elastic.checkpoints.tensors import is_finite
 from star_elastic.cost.amounts import parse_budget
 from star_elastic.cost.count import CostModel, Workload
-from star_elastic.cost.latency import load_table
 from star_elastic.errors import CheckpointError, ConfigError, ShapeError, library_boundary
-from star_elastic.files.paths import has_file
 from star_elastic.router.commit import Commitment, settle_between
 from star_elastic.router.grid import make_grid
 from star_elastic.router.router import Router
 from star_elastic.strict import parse
 
 
-def load_router(directory: str | Path, manifest: Manifest, axis_map: AxisMap) -> Router:
+def load_router(family: ElasticCheckpoint) -> Router:
     """The router of an elastic checkpoint. Raises CheckpointError if it is missing or damaged."""
-    file = Path(directory) / ROUTER
-    if not has_file(file):
+    manifest, state, file = family.manifest, family.router_state, family.path / ROUTER
+    if state is None:
         raise CheckpointError(
-            f"{directory} has no router, so it has only the sizes {', '.join(manifest.sizes)}; "
+            f"{family.path} has no router, so it has only the sizes {', '.join(manifest.sizes)}; "
             "name one of them"
         )
     try:
         grid = make_grid(
-            manifest.choices, axis_map, per_layer=manifest.per_layer, depth=manifest.depth
+            manifest.choices, family.axis_map, per_layer=manifest.per_layer, depth=manifest.depth
         )
         if not grid.is_ranked:
             raise ConfigError("depth is missing")
     except (ShapeError, ConfigError) as error:
         raise CheckpointError(f"elastic.json is damaged ({error}); restore the file") from None
     router = Router(grid, len(manifest.sizes))
-    state = load_tensors(file)
     if not all(map(is_finite, state.values())):
         raise CheckpointError(f"{file} holds values that are not finite; restore the file")
     with library_boundary(f"{file} does not belong to this checkpoint's choices", "restore it"):
@@ -51,12 +44,7 @@ def load_router(directory: str | Path, manifest: Manifest, axis_map: AxisMap) ->
     return router
 
 
-def widths_for(
-    directory: str | Path,
-    manifest: Manifest,
-    axis_map: AxisMap,
-    budget: Mapping[str, float | str],
-) -> Commitment:
+def widths_for(family: ElasticCheckpoint, budget: Mapping[str, float | str]) -> Commitment:
     """Widths for one budget between trained ones, for example `{"active": 0.6}`.
 
     What a family's router counts was counted before the family was quantised. It still says what
@@ -64,23 +52,20 @@ def widths_for(
     Raises BudgetError for a budget outside the trained range or too fine for the choices,
     ConfigError for one that cannot be read, CheckpointError if there is no router.
     """
-    router = load_router(directory, manifest, axis_map)
-    table = Path(directory) / LATENCY
-    needed = "ms" in budget and has_file(table)
-    measured = load_table(table, axis_map).milliseconds if needed else None
+    router, manifest = load_router(family), family.manifest
+    table = family.latency if "ms" in budget else None
     try:
         workload = parse(Workload, manifest.provenance.get("workload", {}), "provenance.workload.")
     except ConfigError as error:
         raise CheckpointError(f"elastic.json is damaged ({error}); restore the file") from None
-    cost = CostModel(axis_map, workload, measured)
+    cost = CostModel(family.axis_map, workload, table and table.milliseconds)
     amounts = {metric: parse_budget(amount, metric) for metric, amount in budget.items()}
-    quantised = bool(read_config(directory).get(CONFIG_KEY))
-    if quantised and needed and not amounts["ms"].is_fraction:
+    if family.is_quantised and table is not None and not amounts["ms"].is_fraction:
         raise ConfigError(
-            f"ms={budget['ms']!r} is a time, but {table} was measured before the family was "
-            "quantised; give a share of the parent's time, like ms=0.6"
+            f"ms={budget['ms']!r} is a time, but {family.path / LATENCY} was measured before the "
+            "family was quantised; give a share of the parent's time, like ms=0.6"
         )
-    if quantised and "bytes" in amounts and not amounts["bytes"].is_fraction:
+    if family.is_quantised and "bytes" in amounts and not amounts["bytes"].is_fraction:
         raise ConfigError(
             f"bytes={budget['bytes']!r} is an amount, but the router of a quantised family counts "
             "the bytes that it had before; give a share of the parent's, like bytes=0.6"

@@ -6,7 +6,7 @@ them, so that a run that is started again does not repeat the work.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -34,7 +34,8 @@ DEPTH_SAMPLES = 32
 
 
 class Calibration:
-    """What is known about a parent: orders of its units, basis, depth. Kept in a run directory."""
+    """What is known about a parent: orders of its units, basis, depth. With `keep` it is written
+    into the run's directory; what lies there is read in any case."""
 
     def __init__(
         self,
@@ -45,8 +46,10 @@ class Calibration:
         axis_map: AxisMap,
         sources: Sequence[Source],
         progress: Progress,
+        *,
+        keep: bool = False,
     ):
-        self.config, self.run = config, run
+        self.config, self.run, self.keep = config, run, keep
         self.model, self.model_config, self.axis_map = model, model_config, axis_map
         self.sources, self.progress = sources, progress
 
@@ -67,74 +70,61 @@ class Calibration:
         there = sum(source.num_used for source in self.sources)
         return min(self.config.calibration.num_samples, there)
 
-    def orders(self, *, write: bool) -> dict[str, torch.Tensor]:
+    def _measured(self, file: str, name: str, measure: Callable[[], torch.Tensor]) -> torch.Tensor:
+        """A tensor that is measured once."""
+        own = self.run / file
+        if has_file(own):
+            return load_tensors(own)[name]
+        found = measure()
+        if self.keep:
+            save_tensors(own, {name: found})
+        return found
+
+    def orders(self) -> dict[str, torch.Tensor]:
         """The permutation of every axis, best unit first; scores are estimated if need be."""
         own = self.run / SCORES
         if has_file(own):
-            scores = load_scores(own, self.axis_map)[0]
-        else:
-            count = self._count
-            scores, info = rank(
-                self.model,
-                self.axis_map,
-                self.batches(count),
-                num_samples=count,
-                name=", ".join(source.name for source in self.sources),
-                weights=digest_weights(self.config.parent),
-                progress=self.progress,
-            )
-            if write:
-                save_scores(own, scores, self.axis_map, info)
+            return orders_from_scores(load_scores(own, self.axis_map)[0], self.axis_map)
+        count = self._count
+        scores, info = rank(
+            self.model, self.axis_map, self.batches(count),
+            num_samples=count, name=", ".join(source.name for source in self.sources),
+            weights=digest_weights(self.config.parent), progress=self.progress,
+        )  # fmt: skip
+        if self.keep:
+            save_scores(own, scores, self.axis_map, info)
         return orders_from_scores(scores, self.axis_map)
 
-    def basis(self, *, write: bool) -> torch.Tensor | None:
+    def basis(self) -> torch.Tensor | None:
         """The principal basis (H, H) of the residual stream, if the run asks for it."""
         if self.config.calibration.basis == "channels":
             return None
-        own = self.run / BASIS
-        if has_file(own):
-            return load_tensors(own)["hidden"]
-        count = self._count
-        batches = watched(self.batches(count), "basis", count, self.progress)
-        basis = find_basis(self.model, self.axis_map, batches)
-        if write:
-            save_tensors(own, {"hidden": basis})
-        return basis
 
-    def depth(self, *, write: bool) -> tuple[int, ...]:
+        def measure() -> torch.Tensor:
+            count = self._count
+            batches = _watch(self.batches(count), "basis", count, self.progress)
+            inputs = ((batch.input_ids, batch.attention_mask) for batch in batches)
+            return principal_basis(self.model, self.axis_map, inputs)
+
+        return self._measured(BASIS, "hidden", measure)
+
+    def depth(self) -> tuple[int, ...]:
         """The layers, most important first, if the run cuts layers."""
         if LAYERS not in self.config.choices:
             return ()
-        own = self.run / DEPTH
-        if has_file(own):
-            return tuple(load_tensors(own)["layers"].tolist())
-        samples = min(DEPTH_SAMPLES, self.config.calibration.num_samples)
-        batches = list(self.batches(samples))
-        layers = range(len(self.axis_map.axes[LAYERS].layers))
+
+        def measure() -> torch.Tensor:
+            samples = min(DEPTH_SAMPLES, self.config.calibration.num_samples)
+            batches = list(self.batches(samples))
+            ranking = rank_layers(self.model, self.model_config, batches, self.progress, without)
+            return torch.tensor(ranking)
 
         def without(kept: Sequence[int]) -> PreTrainedModel:
+            layers = range(len(self.axis_map.axes[LAYERS].layers))
             mask = tuple(int(layer in kept) for layer in layers)
             return build_submodel(self.model, self.model_config, {LAYERS: mask})
 
-        ranking = rank_layers(self.model, self.model_config, batches, self.progress, without)
-        if write:
-            save_tensors(own, {"layers": torch.tensor(ranking)})
-        return ranking
-
-
-def given_scores(
-    config: RunConfig, axis_map: AxisMap
-) -> tuple[dict[str, torch.Tensor], ScoreInfo] | None:
-    """The scores that a run config names, until the run has its own copy of them. Raises
-    CheckpointError for those that cannot be read or are another model's."""
-    if not config.calibration.scores or has_file(Path(config.out) / SCORES):
-        return None
-    return load_scores(Path(config.calibration.scores), axis_map)
-
-
-def find_basis(model: PreTrainedModel, axis_map: AxisMap, batches: Iterable[Batch]) -> torch.Tensor:
-    """Principal basis (H, H) of the residual stream."""
-    return principal_basis(model, axis_map, ((b.input_ids, b.attention_mask) for b in batches))
+        return tuple(self._measured(DEPTH, "layers", measure).tolist())
 
 
 def rank(
@@ -153,7 +143,7 @@ def rank(
 
     def counted() -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         nonlocal num_rows, num_tokens
-        for batch in watched(batches, "rank", num_samples, progress):
+        for batch in _watch(batches, "rank", num_samples, progress):
             num_rows += len(batch.input_ids)
             num_tokens += batch.num_tokens
             yield batch.input_ids, batch.attention_mask
@@ -164,7 +154,7 @@ def rank(
     )
 
 
-def watched(
+def _watch(
     batches: Iterable[Batch], stage: str, num_samples: int, progress: Progress
 ) -> Iterator[Batch]:
     """The same batches; tells how many of the rows have been worked on."""

@@ -14,17 +14,17 @@ from star_elastic.architectures.config_file import Config
 from star_elastic.axes import AxisMap
 from star_elastic.axes.widths import Widths, parse_widths
 from star_elastic.checkpoints.companions import LATENCY
+from star_elastic.checkpoints.elastic import ElasticCheckpoint
 from star_elastic.checkpoints.layouts import CONFIG_KEY, stored_map
-from star_elastic.checkpoints.manifest import Manifest, Size, load_manifest, require_order
+from star_elastic.checkpoints.manifest import Manifest, Size, require_order
 from star_elastic.checkpoints.stored import StoredModel, most_common_dtype
 from star_elastic.cost.amounts import parse_budget, show_amount
 from star_elastic.cost.count import CostModel
 from star_elastic.cost.latency import LatencyTable, load_table
-from star_elastic.data.row_kinds import find_files
 from star_elastic.errors import BudgetError, ConfigError
 from star_elastic.files.paths import exists, is_file
+from star_elastic.models.load import require_loadable
 from star_elastic.models.model_config import model_config as transformers_config
-from star_elastic.models.submodel import require_loadable
 from star_elastic.nesting.rotate import check_rotatable
 from star_elastic.quant.scheme import Scheme, make_scheme
 from star_elastic.router.budget import REACH, Budgets, budget_miss, describe
@@ -37,9 +37,9 @@ from star_elastic.train.state import has_state
 
 
 @dataclass(frozen=True, slots=True)
-class Checked:
-    """A run config with its parent's table, grid, costs and budgets as fractions of them, and the
-    dtypes that the parent's tensors are stored in."""
+class RunSpec:
+    """What a run config means for its parent: the parent's table, grid, costs, budgets as fractions
+    of them, widths that are given, and the dtypes that the parent's tensors are stored in."""
 
     model_config: Config
     axis_map: AxisMap
@@ -66,7 +66,7 @@ class Checked:
         return grid
 
 
-def check(config: RunConfig, world_size: int = 1) -> Checked:
+def check(config: RunConfig, world_size: int = 1) -> RunSpec:
     """Checks a run config against its parent's config.json and the headers of its weights.
 
     Raises ConfigError, ShapeError, BudgetError or CheckpointError for whatever would go wrong.
@@ -115,8 +115,6 @@ def check(config: RunConfig, world_size: int = 1) -> Checked:
             stored_map(axis_map, scheme).require_edges(size.widths)
     for name, given in budgets.items() if not fixed else ():
         (check_budgets if grid.is_ranked else check_reach)(name, given, cost, grid)
-    for file in (file for source in config.data for file in source.files):
-        find_files(file)
     for number, stage in enumerate(config.stages):
         of_group = stage.batch_size // stage.groups
         if of_group % world_size:
@@ -129,7 +127,7 @@ def check(config: RunConfig, world_size: int = 1) -> Checked:
         raise ConfigError(
             f"engine.workers={config.engine.workers} threads on {world_size} ranks; use 1 worker"
         )
-    return Checked(model_config, axis_map, grid, cost, budgets, fixed, stored.dtypes, scheme)
+    return RunSpec(model_config, axis_map, grid, cost, budgets, fixed, stored.dtypes, scheme)
 
 
 def read_parent(config: RunConfig) -> tuple[Config, AxisMap, Manifest | None, Grid]:
@@ -192,17 +190,16 @@ def beyond_positions(config: RunConfig, model_config: Config) -> list[str]:
 
 def _family(config: RunConfig, axis_map: AxisMap) -> Manifest:
     """The family to train on from. Raises ConfigError unless it is one of this parent's."""
-    its_config = read_config(config.family)
-    if its_config.get(CONFIG_KEY):
+    family = ElasticCheckpoint(config.family)
+    if family.is_quantised:
         raise ConfigError(f"{config.family} is quantised; train on the family it was made from")
-    table = family_of(its_config).axis_map(its_config)
-    if table.tensors != axis_map.tensors:
+    if family.axis_map.tensors != axis_map.tensors:
         raise ConfigError(
             f"{config.family} is not a family of {config.parent}: its tensors are others; name the "
             "parent it was made from"
         )
-    StoredModel(Path(config.family), axis_map, family_of(its_config)).require_whole()
-    return load_manifest(config.family, axis_map)
+    StoredModel(family.path, axis_map, family.config.architecture).require_whole()
+    return family.manifest
 
 
 def latency_file(config: RunConfig) -> Path:

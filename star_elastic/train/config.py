@@ -7,12 +7,11 @@ is made from that (`reference.py`).
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import re
 import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -25,98 +24,24 @@ from star_elastic.errors import ConfigError, library_boundary
 from star_elastic.files.paths import is_file, is_folder, no_file
 from star_elastic.quant.formats import FORMATS
 from star_elastic.router.router import Annealing
-from star_elastic.strict import MOST, MOST_ROWS, MOST_TOKENS, at, parse, require, require_within
+from star_elastic.strict import (
+    MOST,
+    MOST_ROWS,
+    MOST_TOKENS,
+    parse,
+    require,
+    require_above_zero,
+    require_not_negative,
+    require_within,
+)
+from star_elastic.train.stages import StageConfig
 
 MOST_THREADS = 2**10
 """Of a process."""
 MOST_BYTES = 16
 """Of a number."""
-MOST_OF_A_STEP = 2**30
-"""Tokens."""
 LONGEST_NAME = 64
 """Characters of a size's name, which names files."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class StageConfig:
-    """One stage of the curriculum. The learning rate warms up and falls by a cosine inside it.
-
-    The defaults of a run's first stage are short and uniform over the sizes, those of later ones
-    long and weighted to the large sizes.
-    """
-
-    tokens: int
-    """Tokens to read in all; with `context` and `batch_size` they make the number of steps. Start
-    with 50 million: enough for a small model to settle in its sizes and for the router to learn."""
-    context: int = 0
-    """Tokens per window. Longer rows are cut, shorter ones packed. 0: 8192 in the first stage,
-    49152 in later ones. Start with the length of most rows, within the parent's positions."""
-    batch_size: int = 0
-    """Windows per step. 0: 1536 in the first stage, 512 in later ones. Start with as few as make
-    8,000 to 30,000 tokens per step: the router needs many steps rather than large ones."""
-    size_weights: tuple[float, ...] = ()
-    """Weights of the sizes' losses, largest first; relative. Empty: equal in the first stage, more
-    for the large sizes in later ones."""
-    sizes_per_step: Literal["all", "one"] = "all"
-    """All sizes on the same tokens with one forward of the teacher; or one size for each group of
-    windows, drawn by the weights, which costs less a step."""
-    groups: int = 1
-    """Groups of windows in a step, each with router noise (and with `sizes_per_step = "one"` a
-    size) of its own. Must divide `batch_size`."""
-    learning_rate: float = 1e-4
-    """Peak learning rate of the shared weights. Start with a tenth of the parent's own, and with
-    less for models of more than a billion parameters."""
-    final_learning_rate: float = 1e-5
-    """Learning rate at the end of the stage."""
-    warmup_steps: int | None = None
-    """Steps in which the learning rate rises to its peak. Left out: a tenth of the stage's steps,
-    60 at most."""
-
-    def __post_init__(self):
-        require_within("tokens", self.tokens, 1, MOST)
-        if self.context:
-            require_within("context", self.context, 2, MOST_TOKENS)
-        require_within("batch_size", self.batch_size, 0, MOST_ROWS)
-        require_within("groups", self.groups, 1, MOST_ROWS)
-        require(
-            self.context * self.batch_size <= MOST_OF_A_STEP,
-            f"context={self.context} and batch_size={self.batch_size} make a step of more "
-            f"than {MOST_OF_A_STEP:,} tokens; lower one of them",
-        )
-        require(
-            all(w > 0 for w in self.size_weights),
-            f"size_weights={list(self.size_weights)} are not all > 0; raise them",
-        )
-        require(
-            self.learning_rate > 0,
-            f"learning_rate={self.learning_rate} is not > 0; give one like 1e-4",
-        )
-        require(
-            self.final_learning_rate >= 0,
-            f"final_learning_rate={self.final_learning_rate} is negative; give 0 or more",
-        )
-        if self.warmup_steps is not None:
-            require_within("warmup_steps", self.warmup_steps, 0, MOST)
-        require(
-            self.final_learning_rate <= self.learning_rate,
-            f"final_learning_rate={self.final_learning_rate} is above learning_rate="
-            f"{self.learning_rate}; set both",
-        )
-
-    @property
-    def num_steps(self) -> int:
-        """Optimiser steps of the stage."""
-        return max(1, round(self.tokens / (self.batch_size * self.context)))
-
-
-FIRST_STAGE = {"context": 8192, "batch_size": 1536}
-LATER_STAGES = {"context": 49152, "batch_size": 512}
-WARMUP_STEPS, WARMUP_SHARE = 60, 0.1
-"""The papers' warm-up, and the most of a stage's steps that it takes by default."""
-LATER_WEIGHTS = {3: (0.5, 0.3, 0.2)}
-FAVOUR_LARGE = 0.6
-"""Weights of the sizes in later stages: the papers' for three sizes, else each this share of the
-next larger one's."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,11 +92,8 @@ class RouterConfig:
             0 < self.commit_at <= 1,
             f"commit_at={self.commit_at} is not in (0, 1]; give a share of the steps like 0.3",
         )
-        require(self.weight >= 0, f"weight={self.weight} is negative; give 0 or more")
-        require(
-            self.learning_rate > 0,
-            f"learning_rate={self.learning_rate} is not > 0; give one like 2e-2",
-        )
+        require_not_negative(self, "weight")
+        require_above_zero(self, learning_rate="one like 2e-2")
         a = self.annealing
         require(
             0 < a.tau_end <= a.tau_start and 0 < a.scale_start <= a.scale_end,
@@ -211,11 +133,8 @@ class OptimizerConfig:
             len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas),
             f"betas={list(self.betas)} are not two numbers in [0, 1); give two like [0.9, 0.98]",
         )
-        require(
-            self.weight_decay >= 0,
-            f"weight_decay={self.weight_decay} is negative; give 0 or more",
-        )
-        require(self.clip_norm > 0, f"clip_norm={self.clip_norm} is not > 0; give a norm like 1.0")
+        require_not_negative(self, "weight_decay")
+        require_above_zero(self, clip_norm="a norm like 1.0")
 
 
 MICRO_TOKENS = 16_384
@@ -376,36 +295,8 @@ class RunConfig:
             not self.router.fixed or set(self.router.fixed) == set(self.sizes),
             "router.fixed gives widths for some sizes only; give them for all or for none",
         )
-        object.__setattr__(
-            self, "stages", tuple(self._resolve(n, s) for n, s in enumerate(self.stages))
-        )
-
-    def _resolve(self, number: int, stage: StageConfig) -> StageConfig:
-        """A stage with its defaults filled in, which depend on where it stands."""
-        shape = LATER_STAGES if number else FIRST_STAGE
-        count = len(self.sizes)
-        later = LATER_WEIGHTS.get(count, tuple(FAVOUR_LARGE**i for i in range(count)))
-        weights = stage.size_weights or (later if number else (1.0,) * count)
-        with at(f"stages[{number}]."):
-            require(
-                len(weights) == count,
-                f"size_weights has {len(weights)} entries for {count} sizes; give one for each",
-            )
-            total = sum(weights)
-            stage = dataclasses.replace(
-                stage,
-                context=stage.context or shape["context"],
-                batch_size=stage.batch_size or shape["batch_size"],
-                size_weights=tuple(weight / total for weight in weights),
-            )
-            if stage.warmup_steps is None:
-                warm = min(WARMUP_STEPS, round(WARMUP_SHARE * stage.num_steps))
-                stage = dataclasses.replace(stage, warmup_steps=warm)
-            require(
-                stage.batch_size % stage.groups == 0,
-                f"groups={stage.groups} does not divide batch_size={stage.batch_size}; change one",
-            )
-        return stage
+        stages = (stage.resolve(n, len(self.sizes)) for n, stage in enumerate(self.stages))
+        object.__setattr__(self, "stages", tuple(stages))
 
 
 def load_run_config(file: str | Path) -> RunConfig:
@@ -430,20 +321,16 @@ def load_run_config(file: str | Path) -> RunConfig:
     def resolve(path: str) -> str:
         return os.path.abspath(file.parent / path) if path else path
 
-    def resolve_model(path: str) -> str:
-        return os.path.abspath(find_model(path, file.parent)) if path else path
-
-    return dataclasses.replace(
+    models = {
+        name: os.path.abspath(find_model(path, file.parent)) if path else path
+        for name, path in (("parent", config.parent), ("family", config.family))
+    }
+    scores = resolve(config.calibration.scores)
+    return replace(
         config,
-        parent=resolve_model(config.parent),
+        data=tuple(replace(own, files=tuple(map(resolve, own.files))) for own in config.data),
+        calibration=replace(config.calibration, scores=scores),
         out=resolve(config.out),
         latency=resolve(config.latency),
-        family=resolve_model(config.family),
-        data=tuple(
-            dataclasses.replace(source, files=tuple(map(resolve, source.files)))
-            for source in config.data
-        ),
-        calibration=dataclasses.replace(
-            config.calibration, scores=resolve(config.calibration.scores)
-        ),
+        **models,
     )

@@ -35,10 +35,11 @@ from star_elastic.router.commit import ASKED, Commitment, commit, origin_line
 from star_elastic.router.optimizer import SharedAdam
 from star_elastic.router.router import Decision, Router, Temperature, seed_for
 from star_elastic.train.config import RunConfig
-from star_elastic.train.curriculum import Curriculum
 from star_elastic.train.distributed import World, multiplies_bf16
 from star_elastic.train.losses import linear_cross_entropy, linear_kl
-from star_elastic.train.packing import PackedBatch, PackedStream, merge_states
+from star_elastic.train.packing import PackedBatch
+from star_elastic.train.stages import Curriculum
+from star_elastic.train.windows import WindowReader
 from star_elastic.train.workers import Learner, Workers
 
 
@@ -101,6 +102,7 @@ class Trainer:
         self.budgets = budgets
         self.cost = cost
         self.curriculum = Curriculum(config.stages)
+        self.reader = WindowReader(config, sources, self.world)
         if teacher is not None:
             teacher.eval().requires_grad_(False)
         self.workers = Workers(Learner(self.student, router, teacher), config.engine.workers)
@@ -111,8 +113,6 @@ class Trainer:
         self.is_sound = True
         """Whether this and all other ranks have the weights of the last step, and these are worth
         going on from: what goes wrong then can be mended after the state is saved."""
-        self._stream: tuple[int, PackedStream] | None = None
-        self._position: dict[str, Any] = {}
         options = config.optimizer
         betas = (options.betas[0], options.betas[1])
         self.optimizer = torch.optim.AdamW(
@@ -177,8 +177,8 @@ class Trainer:
         if self.step >= self.commit_step and not self.committed:
             self.commit()
         position = self.curriculum.at(self.step)
-        batch, counts = self._read()
-        num_tokens, counted = counts[:2]
+        read = self.reader.read(position)
+        batch, counted = read.batch, read.num_predicted
         if not counted:
             raise CheckpointError(
                 f"no window of step {self.step} has a token to learn from; start another run in "
@@ -194,8 +194,9 @@ class Trainer:
         results = self.workers.map(
             lambda learner, jobs: self._learn(learner, jobs, counted), [p for p in parts if p]
         )
-        report = StepReport(self.step, position.stage, num_tokens, 0, rate)
-        report.rows_cut, report.rows_dropped, report.rows_skipped = counts[2:]
+        report = StepReport(self.step, position.stage, read.num_tokens, 0, rate)
+        report.rows_cut, report.rows_dropped = read.rows_cut, read.rows_dropped
+        report.rows_skipped = read.rows_skipped
         self._collect(report, results)
         if not self.committed:
             self._report_router(report)
@@ -210,9 +211,8 @@ class Trainer:
                 self.router.decide(self.router.one_hot(number), self.temperature())
         self.is_sound = True
         self.step += 1
-        self.tokens += num_tokens
-        stream = self._stream_of(position.stage)
-        self._position = {"stage": position.stage, "stream": stream.state()}
+        self.tokens += read.num_tokens
+        self.reader.finish()
         return report
 
     def _clip(self, name: str, module: nn.Module) -> None:
@@ -224,52 +224,6 @@ class Trainer:
             raise CheckpointError(
                 f"the gradients of {name} are {float(norm)} at step {self.step}; {UNSTABLE}"
             )
-
-    def _read(self) -> tuple[PackedBatch, list[int]]:
-        """This rank's windows of the step (its share of every group, group after group); and over
-        all ranks: tokens, those that count, rows cut, left out for lack of such, and skipped.
-
-        Raises on every rank what goes wrong on one: RowError for a row that cannot be read. The
-        state of the last step can be saved then.
-        """
-        position = self.curriculum.at(self.step)
-        stream = self._stream_of(position.stage)
-        batch, problem = None, None
-        try:
-            batch = stream.batch(position.step, lanes=self._lanes(position.stage))
-        except CheckpointError as error:
-            problem = error
-        own = [batch.num_tokens, batch.num_predicted] if batch else [0, 0]
-        own += [stream.num_cut, stream.num_dropped, stream.num_skipped, batch is None]
-        *counts, failed = map(int, self.world.sum(own))
-        if failed:
-            raise next(e for e in self.world.gather(problem) if e is not None)
-        assert batch is not None
-        return batch, counts
-
-    def _lanes(self, stage: int) -> list[int]:
-        config, world = self.config.stages[stage], self.world
-        of_group = config.batch_size // config.groups
-        own = of_group // world.size
-        return [
-            group * of_group + world.rank * own + lane
-            for group in range(config.groups)
-            for lane in range(own)
-        ]
-
-    def _stream_of(self, stage: int) -> PackedStream:
-        if self._stream is None or self._stream[0] != stage:
-            config = self.config.stages[stage]
-            stream = PackedStream(
-                self.sources,
-                [source.weight for source in self.config.data],
-                context=config.context,
-                batch_size=config.batch_size,
-                seed=self.config.seed,
-                stage=stage,
-            )
-            self._stream = (stage, stream)
-        return self._stream[1]
 
     def _jobs(self, groups: Sequence[Job], worker: int) -> list[Job]:
         """A worker's windows of every group, in micro-batches."""
@@ -390,22 +344,6 @@ class Trainer:
         for label, module in (("student", self.student.parent), ("router", self.router)):
             for name, parameter in module.named_parameters():
                 yield f"{label}.{name}", parameter
-
-    def data_state(self) -> dict[str, Any]:
-        """How far the data of this stage were read by this rank, for the steps that are done."""
-        return self._position
-
-    @property
-    def first_skipped(self) -> str:
-        """What is wrong with the first bad row that this rank has left out in this stage."""
-        return self._stream[1].first_skipped if self._stream else ""
-
-    def load_data_state(self, states: Sequence[Mapping[str, Any]]) -> None:
-        """Puts the data where the ranks that saved it stood; any number of ranks may load it."""
-        if all(states):
-            stream = self._stream_of(states[0]["stage"])
-            stream.load(merge_states([state["stream"] for state in states]))
-            self._position = {"stage": states[0]["stage"], "stream": stream.state()}
 
 
 def _mean(width: Any) -> float:

@@ -15,19 +15,17 @@ from pathlib import Path
 import torch
 
 from star_elastic.cost.amounts import show_amount
-from star_elastic.data.sources import Source
 from star_elastic.files.paths import is_file
-from star_elastic.importance.files import ScoreInfo
 from star_elastic.progress import Progress
 from star_elastic.router.commit import LEARNED
 from star_elastic.signals import num_ranks
 from star_elastic.train.calibrate import SCORES
-from star_elastic.train.check import Checked, beyond_positions
-from star_elastic.train.config import RunConfig
-from star_elastic.train.curriculum import Curriculum
+from star_elastic.train.check import beyond_positions
 from star_elastic.train.directory import ELASTIC
 from star_elastic.train.distributed import multiplies_bf16
 from star_elastic.train.fingerprint import digest_weights
+from star_elastic.train.inputs import RunInputs
+from star_elastic.train.stages import Curriculum
 from star_elastic.train.state import STATE
 
 STATE_BYTES = 12
@@ -51,84 +49,71 @@ class Outlook:
             progress.say(f"warning: {line}")
 
 
-def look_ahead(
-    config: RunConfig,
-    checked: Checked,
-    sources: Sequence[Source],
-    device: torch.device,
-    given: ScoreInfo | None = None,
-) -> Outlook:
-    """What a checked run will do on a device (one of those of all ranks), with scores that its
-    config names, if it does."""
-    look = _Look(config, checked, sources, device, given)
+def look_ahead(inputs: RunInputs, device: torch.device) -> Outlook:
+    """What a run will do on a device (one of those of all ranks)."""
+    look = _Look(inputs, device)
     return Outlook(tuple(look.facts()), tuple(look.warnings()))
 
 
 class _Look:
-    def __init__(
-        self,
-        config: RunConfig,
-        checked: Checked,
-        sources: Sequence[Source],
-        device: torch.device,
-        given: ScoreInfo | None,
-    ):
-        self.config, self.checked, self.sources, self.device = config, checked, sources, device
-        self.given = given
-        self.num_rows = sum(source.num_used for source in sources)
-        self.run = Path(config.out)
-        self.steps = Curriculum(config.stages).num_steps
-        self.learns = not checked.fixed
-        self.router_steps = config.router.num_steps(self.steps)
-        self.parameters = int(checked.cost.full.total)
+    def __init__(self, inputs: RunInputs, device: torch.device):
+        self.config, self.spec, self.run = inputs.config, inputs.spec, inputs.folder
+        self.sources, self.scores, self.device = inputs.sources, inputs.scores, device
+        self.num_rows = sum(source.num_used for source in self.sources)
+        self.steps = Curriculum(self.config.stages).num_steps
+        self.router_steps = self.config.router.num_steps(self.steps)
+        self.tokens = [stage.step_tokens * stage.num_steps for stage in self.config.stages]
+        self.parameters = int(self.spec.cost.full.total)
+        self.memory = self.parameters * TRAINING_BYTES[self.config.objective]
+        self.is_ranked = is_file(self.run / SCORES)
+        # Bytes by directory, but for small files.
+        self.written = {
+            ELASTIC: self.parameters * self.spec.dtype.itemsize,
+            STATE: self.parameters * STATE_BYTES,
+        }
 
     def facts(self) -> Iterator[str]:
         """What will happen, in its order."""
-        tokens = [self._step_tokens(n) * s.num_steps for n, s in enumerate(self.config.stages)]
-        yield f"{self.run}: {_counted(self.steps, 'step')}, {sum(tokens):,} tokens"
+        yield f"{self.run}: {_counted(self.steps, 'step')}, {sum(self.tokens):,} tokens"
         for number, stage in enumerate(self.config.stages):
             windows = _counted(stage.batch_size, "window")
             yield (
                 f"  stages[{number}]: {_counted(stage.num_steps, 'step')} of {windows} of "
-                f"{stage.context:,} tokens, {tokens[number]:,} tokens"
+                f"{stage.context:,} tokens, {self.tokens[number]:,} tokens"
             )
         yield f"  {self._learning()}"
         rows = ", ".join(f"{source.num_used:,} of {_short(source.name)}" for source in self.sources)
         held_out = sum(len(source.held_out) for source in self.sources)
         kept = f"{_counted(held_out, 'other')} held out for the verdict"
         yield f"  rows: {rows}; {kept}"
-        for line in (line for source in self.sources for line in source.found):
-            yield f"  {line}"
+        for source in self.sources:
+            yield from (f"  {line}" for line in source.found)
         if not self.config.family:
             yield f"  ranking: {self._ranking()}"
             yield f"  choices: {self._choices()}"
-        for name, budgets in self.checked.budgets.items():
-            full = self.checked.cost.full
+        full = self.spec.cost.full
+        for name, budgets in self.spec.budgets.items():
             asked = ", ".join(
                 f"{metric} {show_amount(fraction * full.metric(metric), metric)} ({fraction:.1%})"
                 for metric, fraction in budgets.items()
             )
             yield f"  size {name}: {asked}"
         written = ", ".join(
-            f"{name}/ {show_amount(count, 'bytes')}" for name, count in self._written().items()
+            f"{name}/ {show_amount(count, 'bytes')}" for name, count in self.written.items()
         )
         yield f"  writes about: {written} (a state twice while it is replaced)"
         yield (
-            f"  memory: {show_amount(self._memory(), 'bytes')} in all for weights, gradients and "
+            f"  memory: {show_amount(self.memory, 'bytes')} in all for weights, gradients and "
             "moments, and what activations take"
         )
 
-    def _step_tokens(self, number: int) -> int:
-        stage = self.config.stages[number]
-        return stage.batch_size * stage.context
-
     def _learning(self) -> str:
-        if not self.learns:
+        if self.spec.fixed:
             return "widths are given, every size trains as a plain slice from the first step"
-        counted = left = 0
-        for number, stage in enumerate(self.config.stages):
-            part = min(stage.num_steps, self.router_steps - left)
-            counted, left = counted + part * self._step_tokens(number), left + part
+        counted, left = 0, self.router_steps
+        for stage in self.config.stages:
+            part = min(stage.num_steps, left)
+            counted, left = counted + part * stage.step_tokens, left - part
         return (
             f"the router learns for {_counted(self.router_steps, 'step')} ({counted:,} tokens), "
             f"then widths are fixed for the other {self.steps - self.router_steps:,}"
@@ -136,7 +121,7 @@ class _Look:
 
     def _ranking(self) -> str:
         options = self.config.calibration
-        if is_file(self.run / SCORES):
+        if self.is_ranked:
             return "done before"
         if options.scores:
             return f"taken from {_short(options.scores)}"
@@ -145,24 +130,14 @@ class _Look:
 
     def _choices(self) -> str:
         def shown(axis: str, widths: Sequence[int]) -> str:
-            each = " in each layer" if axis in self.checked.grid.per_layer else ""
+            each = " in each layer" if axis in self.spec.grid.per_layer else ""
             return f"{axis} {widths[0]} to {widths[-1]} in {len(widths)} widths{each}"
 
-        return ", ".join(shown(*pair) for pair in self.checked.grid.choices.items())
-
-    def _written(self) -> dict[str, int]:
-        """Bytes by directory, but for small files."""
-        return {
-            ELASTIC: self.parameters * self.checked.dtype.itemsize,
-            STATE: self.parameters * STATE_BYTES,
-        }
-
-    def _memory(self) -> int:
-        return self.parameters * TRAINING_BYTES[self.config.objective]
+        return ", ".join(shown(*pair) for pair in self.spec.grid.choices.items())
 
     def warnings(self) -> Iterator[str]:
         """What looks wrong: what is so, and what to do."""
-        yield from beyond_positions(self.config, self.checked.model_config)
+        yield from beyond_positions(self.config, self.spec.model_config)
         yield from self._score_warnings()
         yield from self._stage_warnings()
         yield from self._router_warnings()
@@ -170,7 +145,7 @@ class _Look:
         yield from self._machine_warnings()
 
     def _score_warnings(self) -> Iterator[str]:
-        measured = self.given.weights if self.given else ""
+        measured = self.scores[1].weights if self.scores else ""
         if measured and measured != digest_weights(self.config.parent):
             yield (
                 f"calibration.scores={self.config.calibration.scores} were measured on other files "
@@ -180,7 +155,7 @@ class _Look:
 
     def _stage_warnings(self) -> Iterator[str]:
         for number, stage in enumerate(self.config.stages):
-            here, tokens = f"stages[{number}]", self._step_tokens(number)
+            here, tokens = f"stages[{number}]", stage.step_tokens
             if stage.warmup_steps and stage.warmup_steps >= stage.num_steps:
                 yield (
                     f"{here}.warmup_steps={stage.warmup_steps} of {stage.num_steps} steps: the "
@@ -192,15 +167,14 @@ class _Look:
                     "step, which is taken all the same; lower batch_size or context, or raise "
                     "tokens"
                 )
-            rows = self.num_rows
-            if stage.batch_size > rows:
+            if stage.batch_size > self.num_rows:
                 yield (
-                    f"{here}.batch_size={stage.batch_size:,} windows a step from {rows:,} rows: a "
-                    "step sees rows more than once; lower batch_size"
+                    f"{here}.batch_size={stage.batch_size:,} windows a step from {self.num_rows:,} "
+                    "rows: a step sees rows more than once; lower batch_size"
                 )
 
     def _router_warnings(self) -> Iterator[str]:
-        if self.learns and self.router_steps < LEARNED:
+        if not self.spec.fixed and self.router_steps < LEARNED:
             steps = _counted(self.router_steps, "step")
             yield (
                 f"the router learns for {steps}, and below {LEARNED} the budgets decide most "
@@ -208,9 +182,9 @@ class _Look:
                 "router.commit_at"
             )
         options = self.config.calibration
-        ranks = not (options.scores or self.config.family or is_file(self.run / SCORES))
+        ranks = not (options.scores or self.config.family or self.is_ranked)
         count = min(options.num_samples, self.num_rows) * options.context
-        read = sum(self._step_tokens(n) * s.num_steps for n, s in enumerate(self.config.stages))
+        read = sum(self.tokens)
         if ranks and count > read:
             yield (
                 f"ranking reads up to {count:,} tokens and training {read:,}; lower "
@@ -218,7 +192,7 @@ class _Look:
             )
 
     def _size_warnings(self) -> Iterator[str]:
-        first, budgets = next(iter(self.checked.budgets.items()))
+        first, budgets = next(iter(self.spec.budgets.items()))
         most = max(budgets.values())
         if most < 1 and not self.config.family:
             yield (
@@ -227,8 +201,7 @@ class _Look:
             )
 
     def _machine_warnings(self) -> Iterator[str]:
-        written = self._written()
-        need = sum(written.values()) + written[STATE]
+        need = sum(self.written.values()) + self.written[STATE]
         place = next(folder for folder in (self.run, *self.run.parents) if folder.exists())
         free = shutil.disk_usage(place).free
         if free < need:
@@ -236,11 +209,10 @@ class _Look:
                 f"{show_amount(free, 'bytes')} are free at {place}, and the run writes up to "
                 f"{show_amount(need, 'bytes')}; make room or name another out"
             )
-        memory = self._memory()
         has = _device_bytes(self.device) * num_ranks()
-        if has < memory:
+        if has < self.memory:
             yield (
-                f"training takes {show_amount(memory, 'bytes')} and there are "
+                f"training takes {show_amount(self.memory, 'bytes')} and there are "
                 f"{show_amount(has, 'bytes')}; train on more GPUs with torchrun, or take a smaller "
                 "parent"
             )

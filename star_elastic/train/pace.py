@@ -7,8 +7,7 @@ itself, in seconds per token: stages differ in the tokens of a step.
 from __future__ import annotations
 
 from star_elastic.progress import duration
-from star_elastic.train.config import StageConfig
-from star_elastic.train.curriculum import Curriculum
+from star_elastic.train.stages import Curriculum
 
 MEASURED = 3
 """Steps that a part is measured by, after its first one, which also builds and warms up."""
@@ -55,11 +54,5 @@ class Pace:
 
     def _tokens_of(self, start: int, stop: int) -> int:
         """Tokens of steps [start, stop), with what is left empty in windows."""
-        return sum(
-            _step_tokens(self.curriculum.stages[self.curriculum.at(step).stage])
-            for step in range(start, stop)
-        )
-
-
-def _step_tokens(stage: StageConfig) -> int:
-    return stage.batch_size * stage.context
+        places = map(self.curriculum.at, range(start, stop))
+        return sum(self.curriculum.stages[place.stage].step_tokens for place in places)

@@ -4,8 +4,7 @@ something to teach; and what of them a tokenizer cannot write."""
 from __future__ import annotations
 
 import unicodedata
-from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,7 +14,6 @@ from star_elastic.data.sources import Source
 from star_elastic.data.words import ASSISTANT
 from star_elastic.errors import CheckpointError, RowError, printable
 from star_elastic.progress import Progress
-from star_elastic.train.config import RunConfig
 from star_elastic.train.fingerprint import spread
 
 SHOWN = 20
@@ -62,21 +60,22 @@ class RowCheck:
 
 
 def check_rows(
-    config: RunConfig, sources: Sequence[Source], progress: Progress, ends: Collection[int]
+    sources: Sequence[Source], contexts: Sequence[int], progress: Progress, ends: Collection[int]
 ) -> RowCheck:
     """Reads every row of every source as training reads it, whether bad rows stop the run or not.
-    Nothing is written. `ends` are the token ids at which generation stops."""
-    contexts = [stage.context for stage in config.stages]
+
+    `contexts` are those of the run's stages, `ends` the token ids at which generation stops.
+    Nothing is written.
+    """
     found = RowCheck(cut=[0] * len(contexts), left_out=[0] * len(contexts))
     progress.stage("rows", sum(map(len, sources)))
     for source in sources:
-        lessons, remarks, lengths = [0] * len(contexts), _Remarks(source, ends), _Lengths()
+        lessons, remarks = _Lessons(source, dict(enumerate(contexts))), _Remarks(source, ends)
         for row in range(len(source)):
             found.rows += 1
             try:
-                document = source.document(row)
+                document = lessons.read(row)
             except RowError as error:
-                lengths.first_bad = lengths.first_bad or str(error)
                 found.bad += 1
                 if found.bad <= SHOWN:
                     found.problems.append(str(error))
@@ -85,31 +84,27 @@ def check_rows(
             found.tokens += fed
             found.counted += max(fed - document.first, 0)
             for number, context in enumerate(contexts):
-                teaches = document.teaches(context)
                 found.cut[number] += fed > context
-                found.left_out[number] += not teaches
-                lessons[number] += teaches and not source.is_held_out(row)
-            if not source.is_held_out(row):
-                lengths.see(document)
+                found.left_out[number] += not document.teaches(context)
             remarks.look(row, document)
             if found.rows % TOLD_EVERY == 0:
                 progress.advance(found.rows)
-        found.idle += [
-            _idle(source, n, contexts[n], lengths) for n, count in enumerate(lessons) if not count
-        ]
+        found.idle += lessons.idle()
         found.warnings += remarks.lines()
     progress.advance(found.rows)
     return found
 
 
-def require_lessons(config: RunConfig, sources: Sequence[Source], progress: Progress) -> None:
-    """Raises CheckpointError unless every source has a row to learn from in every stage, RowError
-    at a bad row before it, unless its source skips these. Mostly reads a row of each."""
+def require_lessons(
+    sources: Sequence[Source], contexts: Mapping[int, int], progress: Progress
+) -> None:
+    """Raises CheckpointError unless every source has a row to learn from within the context of
+    every stage (by its number); RowError at a bad row before it, unless its source skips these.
+    Mostly reads a row of each."""
     for source in sources:
-        missing = {number: stage.context for number, stage in enumerate(config.stages)}
-        lengths = _Lengths()
+        lessons = _Lessons(source, contexts)
         for row in range(len(source)):
-            if not missing:
+            if not lessons.missing:
                 break
             if row and row % TOLD_EVERY == 0:
                 if row == TOLD_EVERY:
@@ -118,157 +113,129 @@ def require_lessons(config: RunConfig, sources: Sequence[Source], progress: Prog
             if source.is_held_out(row):
                 continue
             try:
-                document = source.document(row)
-            except RowError as error:
-                lengths.first_bad = lengths.first_bad or str(error)
-                if source.skips_bad_rows:
-                    continue
-                raise
-            lengths.see(document)
-            missing = {n: c for n, c in missing.items() if not document.teaches(c)}
-        if missing:
-            raise CheckpointError(_idle(source, *next(iter(missing.items())), lengths))
+                lessons.read(row)
+            except RowError:
+                if not source.skips_bad_rows:
+                    raise
+        for line in lessons.idle():
+            raise CheckpointError(line)
 
 
-def _idle(source: Source, stage: int, context: int, lengths: _Lengths) -> str:
-    """Why a source teaches nothing in a stage, and what to do."""
-    if not lengths.read:
-        return (
-            f"{source.name} has no row that can be read, bad ones left out (the first: "
-            f"{lengths.first_bad}); correct the rows, or name others"
-        )
-    if not lengths.teaching:
-        return (
-            f"{source.name} has no row with a token to learn from, however long the context is: "
-            "its texts or answers are empty; name other rows"
-        )
-    return (
-        f"{source.name} has no row with a token to learn from within stages[{stage}].context="
-        f"{context:,}; raise it, or name rows whose prompts are shorter"
-    )
+class _Lessons:
+    """What a source has to learn from. `missing` are the contexts, by stage, in which none of the
+    rows read so far teaches anything; rows that are held out do not count."""
 
+    def __init__(self, source: Source, contexts: Mapping[int, int]):
+        self.source, self.missing = source, dict(contexts)
+        self.num_read = self.num_teaching = 0
+        self.first_bad = ""
 
-@dataclass(slots=True)
-class _Lengths:
-    """Of the rows of a source that are not held out: how many could be read, how many of these
-    teach anything in a context of any length, and what is wrong with the first that could not."""
+    def read(self, row: int) -> Document:
+        """A row's document, taken note of. Raises RowError for one that cannot be read."""
+        try:
+            document = self.source.document(row)
+        except RowError as error:
+            self.first_bad = self.first_bad or str(error)
+            raise
+        if not self.source.is_held_out(row):
+            self.num_read += 1
+            self.num_teaching += document.teaches(len(document.ids))
+            self.missing = {n: c for n, c in self.missing.items() if not document.teaches(c)}
+        return document
 
-    read: int = 0
-    teaching: int = 0
-    first_bad: str = ""
-
-    def see(self, document: Document) -> None:
-        """Counts a row."""
-        self.read += 1
-        self.teaching += document.teaches(len(document.ids))
+    def idle(self) -> list[str]:
+        """Why nothing is taught in a stage, and what to do; a line for each such stage."""
+        name = self.source.name
+        if not self.num_read:
+            why = (
+                f"{name} has no row that can be read, bad ones left out (the first: "
+                f"{self.first_bad}); correct the rows, or name others"
+            )
+        elif not self.num_teaching:
+            why = (
+                f"{name} has no row with a token to learn from, however long the context is: "
+                "its texts or answers are empty; name other rows"
+            )
+        else:
+            return [
+                f"{name} has no row with a token to learn from within stages[{stage}].context="
+                f"{context:,}; raise it, or name rows whose prompts are shorter"
+                for stage, context in self.missing.items()
+            ]
+        return [why] * len(self.missing)
 
 
 # What a tokenizer cannot write, and what generation does not
 
-
-class _Remark(ABC):
-    """What is to be told of rows of a source, counted, with the first of them."""
-
-    def __init__(self, source: Source):
-        self.source = source
-        self.looked_at = self.count = 0
-        self.first = ""
-
-    def look(self, row: int, content: Mapping[str, Any], document: Document) -> None:
-        """Looks at a row, what it says and its document."""
-        self.looked_at += 1
-        found = self.find(content, document)
-        if found is not None:
-            self.count += 1
-            self.first = self.first or f"{found}{self.source.where(row)}"
-
-    def lines(self) -> list[str]:
-        """A line if there are any."""
-        if not self.count:
-            return []
-        return [f"{self.count:,} of {self.looked_at:,} rows looked at {self.said()}"]
-
-    @abstractmethod
-    def find(self, content: Mapping[str, Any], document: Document) -> str | None:
-        """What stands before the place of the first such row; None for a row that is none."""
-
-    @abstractmethod
-    def said(self) -> str:
-        """What is so of these rows, and what to do."""
-
-
-class _Lost(_Remark):
-    """Rows with characters that are not in their documents."""
-
-    def find(self, content: Mapping[str, Any], document: Document) -> str | None:
-        lost = _folded(_texts(content)) - _folded([self.source.read(document)])
-        return f"{printable(''.join(sorted(lost)), LONGEST_LOST)!r} in " if lost else None
-
-    def said(self) -> str:
-        return (
-            f"have characters that their tokens do not say (the first, {self.first}): the "
-            "tokenizer drops them or writes <unk>; take them out if they matter"
-        )
-
-
-class _Plain(_Remark):
-    """Rows whose prompts are plain text though the tokenizer has a chat template."""
-
-    def find(self, content: Mapping[str, Any], document: Document) -> str | None:
-        return "" if self.source.has_template and "prompt" in content else None
-
-    def said(self) -> str:
-        return (
-            f"are a prompt and a completion in plain text (the first, {self.first}), but the "
-            "tokenizer has a chat template, which generation puts around every prompt; write them "
-            "as messages unless they are to be read as they stand"
-        )
-
-
-class _Endless(_Remark):
-    """Rows whose last turn ends in a token at which generation does not stop (`ends` are those at
-    which it does)."""
-
-    def __init__(self, source: Source, ends: Collection[int]):
-        super().__init__(source)
-        self.ends = ends
-        self.token = ""
-
-    def find(self, content: Mapping[str, Any], document: Document) -> str | None:
-        if content.get("messages") is None:
-            return None
-        last, mark = checked_messages(content["messages"])[-1], self.source.last_mark(document)
-        if last["role"] not in ASSISTANT or mark is None or mark in self.ends:
-            return None
-        name = self.source.name_of(mark)
-        if end_of(last).endswith(name):  # the row's own word
-            return None
-        self.token = self.token or name
-        return ""
-
-    def said(self) -> str:
-        return (
-            f"end their last turn with {self.token} (the first, {self.first}), at which generation "
-            "does not stop: add its id to eos_token_id in the parent's generation_config.json"
-        )
+LOST = (
+    "have characters that their tokens do not say (the first, {what!r} in {where}): the tokenizer "
+    "drops them or writes <unk>; take them out if they matter"
+)
+PLAIN = (
+    "are a prompt and a completion in plain text (the first, {where}), but the tokenizer has a "
+    "chat template, which generation puts around every prompt; write them as messages unless they "
+    "are to be read as they stand"
+)
+ENDLESS = (
+    "end their last turn with {what} (the first, {where}), at which generation does not stop: add "
+    "its id to eos_token_id in the parent's generation_config.json"
+)
 
 
 class _Remarks:
-    """All that is to be told of rows of a source; generation stops at the token ids `ends`."""
+    """What is to be told of rows of a source, each kind of it counted, with the first such row.
+    Generation stops at the token ids `ends`."""
 
     def __init__(self, source: Source, ends: Collection[int]):
-        self.source = source
-        self.kinds = (_Lost(source), _Plain(source), _Endless(source, ends))
+        self.source, self.ends = source, ends
+        added = source.tokenizer.added_tokens_decoder
+        self.special = {number for number, token in added.items() if token.special}
+        self.looked_at = 0
+        self.counts: dict[str, int] = dict.fromkeys((LOST, PLAIN, ENDLESS), 0)
+        self.told: dict[str, str] = {}
 
     def look(self, row: int, document: Document) -> None:
         """Looks at a row and its document."""
+        self.looked_at += 1
         content = self.source.content(row)
-        for kind in self.kinds:
-            kind.look(row, content, document)
+        for kind, what in (
+            (LOST, self._lost(content, document)),
+            (PLAIN, "prompt" in content and self.source.tokenizer.chat_template is not None),
+            (ENDLESS, self._endless(content, document)),
+        ):
+            if what:
+                if not self.counts[kind]:
+                    self.told[kind] = kind.format(what=what, where=self.source.where(row))
+                self.counts[kind] += 1
 
     def lines(self) -> list[str]:
         """A line of each kind that there is."""
-        return [line for kind in self.kinds for line in kind.lines()]
+        return [
+            f"{count:,} of {self.looked_at:,} rows looked at {self.told[kind]}"
+            for kind, count in self.counts.items()
+            if count
+        ]
+
+    def _lost(self, content: Mapping[str, Any], document: Document) -> str:
+        """Characters that are not in a row's document."""
+        lost = _folded(_texts(content)) - _folded([self.source.read(document)])
+        return printable("".join(sorted(lost)), LONGEST_LOST)
+
+    def _endless(self, content: Mapping[str, Any], document: Document) -> str:
+        """The token that ends the last turn of a row, if generation does not stop at it."""
+        if content.get("messages") is None:
+            return ""
+        tokenizer, last = self.source.tokenizer, checked_messages(content["messages"])[-1]
+        words = (token for token in reversed(document.ids) if not self._is_space(token))
+        mark = next(words, None)  # the last token, white space apart
+        if last["role"] not in ASSISTANT or mark not in self.special or mark in self.ends:
+            return ""
+        name = str(tokenizer.convert_ids_to_tokens(mark))
+        return "" if end_of(last).endswith(name) else name  # that would be the row's own word
+
+    def _is_space(self, token: int) -> bool:
+        is_special = token in self.special
+        return not is_special and not str(self.source.tokenizer.decode([token])).strip()
 
 
 def warn_of_rows(source: Source, ends: Collection[int]) -> list[str]:
@@ -297,7 +264,7 @@ def _texts(row: Mapping[str, Any]) -> Iterator[str]:
             yield content
 
 
-def _folded(texts: Iterator[str] | Sequence[str]) -> set[str]:
+def _folded(texts: Iterable[str]) -> set[str]:
     """The characters of some texts but white space, without what normalisers may take: case,
     accents, forms of one character."""
     characters = set().union(*texts)

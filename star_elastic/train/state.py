@@ -41,7 +41,7 @@ def save_state(trainer: Trainer, run: Path) -> None:
     """
     world = trainer.world
     target, previous, temporary = run / STATE, run / PREVIOUS, run / f".{STATE}.partial"
-    positions = world.gather(trainer.data_state())
+    positions = world.gather(trainer.reader.position)
     if world.is_first:
         shutil.rmtree(temporary, ignore_errors=True)
     world.wait()
@@ -121,7 +121,7 @@ def load_state(trainer: Trainer, run: Path) -> None:
         trainer.committed = {
             name: Commitment.from_json(fixed) for name, fixed in content["committed"].items()
         }
-        trainer.load_data_state(content["data"])
+        trainer.reader.load(content["data"])
     except (Exception, CheckpointException) as e:
         raise CheckpointError(
             f"{folder} is damaged or of another run ({reason(e, -1)}); start anew in another "

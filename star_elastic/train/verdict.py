@@ -16,20 +16,14 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from star_elastic.architectures import family_of, read_config
-from star_elastic.checkpoints.manifest import Size, load_manifest
-from star_elastic.checkpoints.quantised import load_input_scales
+from star_elastic.checkpoints.elastic import ElasticCheckpoint
+from star_elastic.checkpoints.manifest import Size
 from star_elastic.data.sources import Document
 from star_elastic.files.writing import write_json
 from star_elastic.measure.divergence import Divergence, Reading, compare, continue_greedily, read
-from star_elastic.models.submodel import (
-    build_submodel,
-    end_of_turn,
-    load_parent,
-    load_sorting,
-    load_tokenizer,
-    sort_in_place,
-)
+from star_elastic.models.load import load_parent
+from star_elastic.models.submodel import build_submodel, sort_in_place
+from star_elastic.models.tokenizer import end_of_turn, load_tokenizer
 from star_elastic.progress import Progress
 
 VERDICT = "verdict.json"
@@ -149,16 +143,15 @@ def judge_run(
     """
     judge = _Judge(held_out, load_tokenizer(parent), progress)
     family, judged = _Family(elastic), _Family(quantised or elastic)
-    orders, basis = load_sorting(elastic, family.axis_map)
     cut = {n: s.widths for n, s in family.sizes.items() if not family.is_full(s)}
-    if not orders:  # whoever made the family did not say
+    if not family.orders:  # whoever made the family did not say
         cut = {}
     judge.begin(1 + len(cut) + len(family.sizes))
     model, config = load_parent(parent, device=device)
     reference, going_on = judge.read(model).apart(), judge.go_on(model)
     untrained: dict[str, Divergence] = {}
     if cut:
-        sort_in_place(model, family.axis_map, orders, basis)
+        sort_in_place(model, family.axis_map, family.orders, family.basis)
         for name, widths in cut.items():
             submodel = build_submodel(model, config, widths)
             untrained[name] = judge.compare(reference, judge.read(submodel))
@@ -208,15 +201,13 @@ def free_name(folder: Path, name: str) -> Path:
     return next(folder / own for own in names if not os.path.lexists(folder / own))
 
 
-class _Family:
-    """An elastic checkpoint on disk."""
+class _Family(ElasticCheckpoint):
+    """A family, and the models of its sizes one after the other."""
 
-    def __init__(self, path: Path):
-        self.path = path
-        config = read_config(path)
-        self.axis_map = family_of(config).axis_map(config)
-        self.manifest = load_manifest(path, self.axis_map)
-        self.sizes = self.manifest.sizes
+    @property
+    def sizes(self) -> Mapping[str, Size]:
+        """From the largest to the smallest."""
+        return self.manifest.sizes
 
     def is_full(self, size: Size) -> bool:
         """Whether a size has all of the parent's units."""
@@ -229,7 +220,7 @@ class _Family:
             if self.is_full(size):
                 yield name, size, whole
                 continue
-            scales = load_input_scales(self.path, self.manifest, name)
+            scales = self.input_scales(name)
             yield name, size, build_submodel(whole, config, size.widths, input_scales=scales)
 
 

@@ -23,7 +23,8 @@ from star_elastic.checkpoints.quantised import read_weight
 from star_elastic.checkpoints.stored import StoredModel
 from star_elastic.checkpoints.tensors import CheckpointReader
 from star_elastic.errors import ShapeError
-from star_elastic.models.submodel import build_submodel, load_parent
+from star_elastic.models.load import load_parent
+from star_elastic.models.submodel import build_submodel
 from star_elastic.quant.formats import (
     FORMATS,
     Quantised,

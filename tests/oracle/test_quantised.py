@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM
 
 from star_elastic.checkpoints.layouts import config_entry
 from star_elastic.models.calibration import calibrate_inputs
-from star_elastic.models.submodel import load_parent
+from star_elastic.models.load import load_parent
 from star_elastic.quant.formats import FORMATS, dequantise, fake_activation, quantise
 from star_elastic.quant.scheme import make_scheme
 from star_elastic.rewrite.quantise import quantise_checkpoint

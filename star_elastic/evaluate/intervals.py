@@ -1,21 +1,43 @@
-"""How sure a difference between two plans is: both solve the same problems, which are resampled.
+"""How sure an accuracy is, and how sure a difference between two plans is.
 
-A problem that both plans solve, or that neither does, tells nothing of their difference; so the
-interval comes from the pairs of outcomes, not from two accuracies. R resamples, N problems.
+A problem that both plans solve, or that neither does, tells nothing of their difference. So the
+interval of a difference comes from the pairs of outcomes on the same problems, which are resampled,
+not from two accuracies. R resamples, N problems.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
+LEVEL, QUANTILE = 0.95, 1.959964
+"""How sure intervals are, and the quantile of the normal distribution at their upper end."""
 RESAMPLES = 2_000
-LEVEL = 0.95
 LEAST_STRATUM = 5
 """Problems of a task below which it is resampled together with others: alone they would hardly
 vary, and make differences look sure."""
+
+
+def wilson_interval(share: float, count: float) -> tuple[float, float]:
+    """The 95 % interval of a share that was seen in `count` draws (E. B. Wilson, 1927), which is
+    right at 0 and 100 % and for few draws."""
+    assert count > 0 and 0 <= share <= 1 + 1e-9, (share, count)
+    square = QUANTILE**2
+    middle = (share + square / (2 * count)) / (1 + square / count)
+    spread = max(share * (1 - share), 0.0) / count + square / (4 * count**2)
+    reach = QUANTILE / (1 + square / count) * math.sqrt(spread)
+    # Both ends are exact at 0 and 1 but for rounding.
+    return (max(middle - reach, 0.0) if share > 0 else 0.0), (middle + reach if share < 1 else 1.0)
+
+
+def effective_count(counts: Collection[int]) -> float:
+    """Problems that a mean over tasks is worth, from the problems of each task: all of them where
+    tasks have equally many, fewer where a small task weighs as much as a large one (L. Kish's
+    effective sample size)."""
+    return len(counts) ** 2 / sum(1 / count for count in counts)
 
 
 @dataclass(frozen=True, slots=True)
