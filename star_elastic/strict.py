@@ -89,16 +89,14 @@ def read_value(hint: Any, value: Any, where: str) -> Any:
             )
         return value
     if origin is tuple:
-        if isinstance(value, tuple):
-            value = list(value)
         inner = typing.get_args(hint)[0]
-        if not isinstance(value, list):
+        if not isinstance(value, (list, tuple)):
             advice = "write it in brackets"
             if isinstance(value, dict) and dataclasses.is_dataclass(inner):
                 advice = f"write [[{where}]], with two brackets: there may be several"
             raise ConfigError(f"{where}={reprlib.repr(value)} is not a list; {advice}")
         return tuple(read_value(inner, item, f"{where}[{i}]") for i, item in enumerate(value))
-    if origin is Mapping or origin is typing.get_origin(Mapping[str, Any]):
+    if origin is Mapping:
         if not isinstance(value, dict):
             raise ConfigError(
                 f"{where}={reprlib.repr(value)} is not a table; write [{where}] and its keys below"
@@ -107,23 +105,17 @@ def read_value(hint: Any, value: Any, where: str) -> Any:
         return {key: read_value(inner, item, f"{where}.{key}") for key, item in value.items()}
     if hint is Any:
         return value
-    if origin in (types.UnionType, typing.Union):
-        kinds = typing.get_args(hint)
-        lists = [kind for kind in kinds if typing.get_origin(kind) is tuple]
-        if lists and isinstance(value, (list, tuple)):
-            return read_value(lists[0], value, where)
-        kinds = tuple(kind for kind in kinds if kind not in lists)
-        if type(value) is int and float in kinds:
-            return float(value)
-        if type(value) not in kinds:
-            raise _wrong(where, value, kinds)
-        return value
-    if hint is float and type(value) is int:
+    is_union = origin in (types.UnionType, typing.Union)
+    kinds = typing.get_args(hint) if is_union else (hint,)
+    lists = [kind for kind in kinds if typing.get_origin(kind) is tuple]
+    if lists and isinstance(value, (list, tuple)):
+        return read_value(lists[0], value, where)
+    if type(value) is int and float in kinds:
         return float(value)
-    if type(value) is float and not math.isfinite(value):
+    if not is_union and type(value) is float and not math.isfinite(value):
         raise ConfigError(f"{where}={value} is not finite; give a number")
-    if type(value) is not hint:
-        raise _wrong(where, value, (hint,))
+    if type(value) not in kinds:
+        raise _wrong(where, value, kinds)
     return value
 
 
