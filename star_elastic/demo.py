@@ -256,14 +256,13 @@ def _models(family: ElasticFamily, path: Path) -> dict[str, PreTrainedModel]:
 
 def plans(recipe: Recipe) -> list[Plan]:
     """Every plan the report compares: single sizes, untrained slices, pairs, at each budget."""
+    alone = [(name, name) for name in recipe.sizes]
     untrained = [
-        f"{name} {UNTRAINED}"
+        (f"{name} {UNTRAINED}",) * 2
         for name, budgets in recipe.sizes.items()
         if any(share < 1 for share in budgets.values())
     ]
-    alone = [(name, name) for name in recipe.sizes]
-    without = [(PARENT, PARENT), *alone, *((name, name) for name in untrained), *recipe.pairs]
-    ways = [(think, answer, None) for think, answer in without] + [
+    ways = [(*pair, None) for pair in ((PARENT, PARENT), *alone, *untrained, *recipe.pairs)] + [
         (think, answer, budget)
         for think, answer in (*alone, *recipe.pairs)
         for budget in recipe.budgets

@@ -105,31 +105,27 @@ def print_stream(
     Where some were printed as the answer and turned out to be thinking, the answer comes once more
     by itself. Ctrl-C ends the line at hand.
     """
+    texts: list[str] = []
+    is_recalled = False
     try:
         with interrupting():
-            return _print_events(events, console, sizes)
+            for event in events:
+                if isinstance(event, Generation):
+                    _say(console, "")
+                    if is_recalled:
+                        _say(console, "[a part of this was still thinking; the answer is:]", "dim")
+                        _say(console, event.answer)
+                    return event
+                place = sizes.index(event.size) if event.size else None
+                colour = "white" if place is None else COLOURS[place % len(COLOURS)]
+                style = f"dim {colour}" if event.phase == THINKING else colour
+                _say(console, event.text, style, end="")
+                sys.stdout.flush()
+                is_recalled |= any(texts[len(texts) - event.recalled :])
+                texts.append(event.text)
     except KeyboardInterrupt:
         _say(console, "")
         raise Interrupted("stopped; what is written above is not all") from None
-
-
-def _print_events(
-    events: Iterator[Token | Generation], console: Console, sizes: Sequence[str]
-) -> Generation:
-    texts: list[str] = []
-    is_recalled = False
-    for event in events:
-        if isinstance(event, Generation):
-            _say(console, "")
-            if is_recalled:
-                _say(console, "[a part of this was still thinking; the answer is:]", "dim")
-                _say(console, event.answer)
-            return event
-        colour = COLOURS[sizes.index(event.size) % len(COLOURS)] if event.size else "white"
-        _say(console, event.text, f"dim {colour}" if event.phase == THINKING else colour, end="")
-        sys.stdout.flush()
-        is_recalled |= any(texts[len(texts) - event.recalled :])
-        texts.append(event.text)
     raise AssertionError("a stream ends with its result")
 
 
