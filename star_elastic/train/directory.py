@@ -98,24 +98,23 @@ def alone_in(run: Path, world: World) -> Iterator[None]:
     The lock is one on the directory, and goes with the process. Raises CheckpointError on all ranks
     if another has it. File systems that know no locks give none.
     """
-    problem: CheckpointError | None = None
     with ExitStack() as held:
-        if world.is_first:
+
+        def lock() -> None:
             run.mkdir(parents=True, exist_ok=True)
             folder = os.open(run, os.O_RDONLY)
             held.callback(os.close, folder)
             try:
                 fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                problem = CheckpointError(
+                raise CheckpointError(
                     f"another process trains in {run}; wait until it ends or stop it, or name "
                     "another out"
-                )
+                ) from None
             except OSError:
                 pass
-        problem = world.agree(problem)
-        if problem is not None:
-            raise problem
+
+        world.from_first(lock)
         yield
 
 
