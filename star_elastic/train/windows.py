@@ -17,14 +17,12 @@ from star_elastic.train.stages import Position
 @dataclass(frozen=True, slots=True)
 class Windows:
     """A rank's windows of a step, group after group. Counted over all ranks: tokens of the step,
-    those that count in the loss; and rows of this stage so far, see `PackedStream.counts`."""
+    those that count in the loss; and rows of this stage so far, as `StepReport` names them."""
 
     batch: PackedBatch
     num_tokens: int
     num_predicted: int
-    rows_dropped: int
-    rows_cut: int
-    rows_skipped: int
+    rows: dict[str, Any]
 
 
 class WindowReader:
@@ -50,12 +48,13 @@ class WindowReader:
         except CheckpointError as error:
             problem = error
         own = [batch.num_tokens, batch.num_predicted] if batch else [0, 0]
-        own += [*stream.counts().values(), batch is None]
-        *counts, failed = map(int, self._world.sum(own))
-        if failed:
+        left_out = stream.counts()
+        total = self._world.sum([*own, *left_out.values(), batch is None])
+        num_tokens, num_predicted, *counts, failed = map(int, total)
+        if batch is None or failed:
             raise next(e for e in self._world.gather(problem) if e is not None)
-        assert batch is not None
-        return Windows(batch, *counts)
+        rows = {f"rows_{name}": count for name, count in zip(left_out, counts, strict=True)}
+        return Windows(batch, num_tokens, num_predicted, rows)
 
     def finish(self) -> None:
         """The step that was read last is done: a state that is saved now goes on behind it."""
