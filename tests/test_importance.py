@@ -21,7 +21,7 @@ from transformers import PreTrainedTokenizerFast
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from star_elastic.architectures import family_of
-from star_elastic.axes import Axis, AxisMap, axis_keys
+from star_elastic.axes import Axis, AxisMap, Block, axis_keys
 from star_elastic.cost.count import CostModel
 from star_elastic.data.sources import Batch
 from star_elastic.errors import CheckpointError, ConfigError
@@ -436,7 +436,7 @@ def test_calibration_data_that_cannot_be_used(parent: Parent, batches, message: 
 def test_orders_fall_inside_each_group(data) -> None:
     groups, per_group = data.draw(st.integers(1, 4)), data.draw(st.integers(1, 6))
     axis = Axis("heads", groups * per_group, groups, layers=(0,))
-    axis_map = AxisMap("any", {"heads": axis}, {})
+    axis_map = AxisMap("any", {"heads": axis}, Block(), (), Block())
     few = st.sampled_from([0.0, 0.25, 1.0, 7.0])
     values = data.draw(st.lists(few, min_size=axis.size, max_size=axis.size))
     (order,) = orders_from_scores({"layers.0.heads": torch.tensor(values)}, axis_map).values()
