@@ -37,9 +37,9 @@ from star_elastic.router.router import Decision, Router, Temperature, seed_for
 from star_elastic.train.config import RunConfig
 from star_elastic.train.distributed import World, multiplies_bf16
 from star_elastic.train.losses import linear_cross_entropy, linear_kl
-from star_elastic.train.packing import PackedBatch
+from star_elastic.train.reader import WindowReader
 from star_elastic.train.stages import Curriculum
-from star_elastic.train.windows import WindowReader
+from star_elastic.train.windows import PackedBatch
 from star_elastic.train.workers import Learner, Workers
 
 
