@@ -60,7 +60,7 @@ def less(ratio: str, digits: int = 0) -> str:
 
 def readme_facts() -> list[str]:
     """Sentences of README.md, beside its table."""
-    hour, demo, replay = read("hour"), read("demo"), read("replay")
+    hour = read("hour")
     medium, mixed = map(figures.relative, ("medium", "small~medium 5%"))
     tests = figures.tests_of_plans()
     minus = read("nested_vs_separate")["nested_minus"]
@@ -74,16 +74,11 @@ def readme_facts() -> list[str]:
     arms_of = read("quantised")["arms"]
     fp8 = [100 * arms_of["FP8 PTQ"][size]["of_bf16"]["mean"] for size in SIZES]
     nvfp4 = [100 * arms_of["NVFP4 QAD"][size]["of_bf16"]["mean"] for size in SIZES]
-    assert round(hour["training"]["steps"] / demo["training"]["steps"]) == 7
     assert tests["medium"]["accuracy"] == tests["small~medium 5%"]["accuracy"]
     return [
         f"({hour['training']['seconds']:,.0f} s of training;",
         f"({hour['parent']['total'] / 1e6:.1f}M parameters, ten procedural tasks, "
         f"{hour['evaluations'][0]['num_problems']} held-out problems, 95 % intervals)",
-        "takes a seventh of the steps: "
-        + " / ".join(f"{100 * demo['sizes'][size]['accuracy']:.1f}" for size in SIZES)
-        + f" % (large / medium / small, {demo['evaluations'][0]['num_problems']} problems; the "
-        f"parent {pct(demo['parent']['accuracy'])})",
         "nested beats three separate runs by "
         f"{nested[0]:.0f}, {nested[1]:.0f} and {nested[2]:.0f} points (70, 50 and 35 % of",
         f"{behind:.0f} points behind at 35 %.",
@@ -95,11 +90,6 @@ def readme_facts() -> list[str]:
         f"{less(mixed['weight bytes'])} fewer weight bytes.",
         f"The medium size alone solves as many, for {less(medium['operations'])} and "
         f"{less(medium['weight bytes'])} fewer.",
-        f"{less(mixed['replayed'])} at batch 1 (medium alone: {less(medium['replayed'])}), in a "
-        "replay of ten problems by a random hybrid of "
-        f"{replay['parameters'] / 1e6:.0f}M parameters.",
-        f"of {tests['large']['batch_size']} the policy takes {mixed['in batches']} times as long "
-        f"as large alone, medium alone {medium['in batches']}.",
         f"Three sizes of a {resident['parameters'] / 1e6:.0f}M hybrid hold "
         f"{resident['memory']['family']['pss'] / resident['memory']['parent']['pss']:.3f} times "
         "the memory of its parent;",

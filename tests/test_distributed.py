@@ -125,9 +125,6 @@ def test_a_whole_run_of_two_ranks_is_that_of_one_process(deep_folder):
     manifests = [json.loads((run.elastic / "elastic.json").read_text()) for run in (first, alone)]
     assert manifests[0]["sizes"] == manifests[1]["sizes"]
     assert manifests[0]["depth"] == manifests[1]["depth"]
-    # Each rank keeps what it has asked the teacher.
-    shards = (deep_folder / "whole-ranks" / "teacher").glob("*.safetensors")
-    assert {file.name.split("-")[1] for file in shards} == {"0000", "0001"}
 
 
 def test_ranks_wait_for_one_that_writes():

@@ -16,12 +16,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import save_file
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from star_elastic.architectures import family_of
-from star_elastic.axes import Axis, AxisMap, axis_keys
+from star_elastic.axes import Axis, AxisMap, Block, axis_keys
 from star_elastic.cost.count import CostModel
 from star_elastic.data.sources import Batch
 from star_elastic.errors import CheckpointError, ConfigError
@@ -29,7 +27,6 @@ from star_elastic.importance.depth import rank_layers
 from star_elastic.importance.estimate import estimate_scores
 from star_elastic.importance.files import ScoreInfo, load_scores, save_scores
 from star_elastic.importance.orders import magnitude_scores, orders_from_scores, random_orders
-from star_elastic.measure.perplexity import measure_perplexity, token_windows
 from star_elastic.models.submodel import build_submodel
 from star_elastic.nesting.slice import check_orders, slice_state, sort_state
 from star_elastic.progress import Silent
@@ -436,7 +433,7 @@ def test_calibration_data_that_cannot_be_used(parent: Parent, batches, message: 
 def test_orders_fall_inside_each_group(data) -> None:
     groups, per_group = data.draw(st.integers(1, 4)), data.draw(st.integers(1, 6))
     axis = Axis("heads", groups * per_group, groups, layers=(0,))
-    axis_map = AxisMap("any", {"heads": axis}, {})
+    axis_map = AxisMap("any", {"heads": axis}, Block(), (), Block())
     few = st.sampled_from([0.0, 0.25, 1.0, 7.0])
     values = data.draw(st.lists(few, min_size=axis.size, max_size=axis.size))
     (order,) = orders_from_scores({"layers.0.heads": torch.tensor(values)}, axis_map).values()
@@ -537,61 +534,6 @@ def test_scores_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     refused("holds no importance scores", load_scores, file, llama)
     file.write_bytes(b"no safetensors file")
     refused("cannot be read", load_scores, file, llama)
-
-
-def test_perplexity_equals_plain_loops(parent: Parent) -> None:
-    windows = torch.stack(random_samples((8, 8, 8)))
-    with precision(torch.float64):
-        result = measure_perplexity(parent.model, windows)
-        total = 0.0
-        for window in windows:
-            for t in range(1, 8):
-                with torch.no_grad():
-                    logits = parent.model(input_ids=window[None, :t]).logits[0, -1]
-                total -= torch.log_softmax(logits, 0)[window[t]].item()
-        together = measure_perplexity(parent.model, windows, batch_size=2)
-    assert result.num_tokens == 21
-    assert result.nats_per_token == pytest.approx(total / 21, rel=1e-6)
-    assert result.perplexity == pytest.approx(math.exp(total / 21), rel=1e-5)
-    assert together.window_nats == pytest.approx(result.window_nats, rel=1e-6)
-    spread = torch.tensor(result.window_nats).std().item() / math.sqrt(3)
-    assert result.standard_error == pytest.approx(spread, rel=1e-4)
-
-
-def test_perplexity_of_a_model_that_knows_nothing_is_its_vocabulary() -> None:
-    parent = make_parent({**LLAMA, "tie_word_embeddings": False}, 0, torch.float32)
-    with torch.no_grad():
-        parent.model.lm_head.weight.zero_()
-    result = measure_perplexity(parent.model, torch.stack(random_samples((5, 5))))
-    assert result.nats_per_token == pytest.approx(math.log(20), rel=1e-6)
-    with torch.no_grad():
-        parent.model.lm_head.weight.fill_(math.inf)
-    with pytest.raises(CheckpointError, match="log-probabilities are not finite"):
-        measure_perplexity(parent.model, torch.stack(random_samples((5, 5))))
-
-
-def test_windows_are_cut_from_texts_end_to_end() -> None:
-    words = {word: index for index, word in enumerate(["<end>", "a", "b", "c"])}
-    raw = Tokenizer(models.WordLevel(words, unk_token="<end>"))
-    raw.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, eos_token="<end>")
-
-    def windows(max_tokens: int, window_tokens: int, separator_id: int | None = 0):
-        return token_windows(
-            ["a b c", "c b", "a"], tokenizer,
-            window_tokens=window_tokens, max_tokens=max_tokens, separator_id=separator_id,
-        ).tolist()  # fmt: skip
-
-    assert windows(100, 4) == [[1, 2, 3, 0], [3, 2, 0, 1]]
-    assert windows(100, 3, None) == [[1, 2, 3], [3, 2, 1]]
-    assert windows(7, 3) == [[1, 2, 3], [0, 3, 2]]
-    for max_tokens, window, message in (
-        (9, 10, "no window"),
-        (8, 1, "no window"),
-        (20, 10, "9 tok"),
-    ):
-        with pytest.raises(ConfigError, match=message):
-            windows(max_tokens, window)
 
 
 @pytest.mark.long

@@ -24,8 +24,8 @@ from star_elastic.router.router import Router
 from star_elastic.train.calibrate import SCORES
 from star_elastic.train.distributed import World
 from star_elastic.train.loop import StepReport, Trainer
+from star_elastic.train.reader import WindowReader
 from star_elastic.train.stages import Position
-from star_elastic.train.windows import WindowReader
 from tests.tiny_run import build_trainer, config_in
 
 

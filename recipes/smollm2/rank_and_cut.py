@@ -35,12 +35,14 @@ from star_elastic.architectures.config_file import Config
 from star_elastic.axes import AxisMap
 from star_elastic.axes.widths import Widths
 from star_elastic.cost.count import CostModel
+from star_elastic.data.rendering import Document
 from star_elastic.data.row_files import JsonLines
+from star_elastic.errors import ConfigError
 from star_elastic.files.writing import write_json
 from star_elastic.importance.estimate import estimate_scores
 from star_elastic.importance.files import ScoreInfo, save_scores
 from star_elastic.importance.orders import magnitude_scores, orders_from_scores, random_orders
-from star_elastic.measure.perplexity import measure_perplexity, token_windows
+from star_elastic.measure.divergence import Reading, compare, read
 from star_elastic.models.load import load_parent
 from star_elastic.models.submodel import build_submodel
 from star_elastic.nesting.slice import Orders, sort_state
@@ -114,11 +116,14 @@ def main() -> int:
         **{f"random {seed}": random_orders(axis_map, seed) for seed in range(run.random_seeds)},
     }
     checks = check_laws(run, parent, config, axis_map, orders["importance"], evaluation[:1])
-    reference = measure_perplexity(parent, evaluation)
+    documents = [Document(ids, first=0) for ids in evaluation.tolist()]
+    exact = read(parent, documents)
+    reference = compare(exact, exact, documents)
     del parent
-    before = measure_perplexity(runner, evaluation)
+    uncut = read(runner, documents).apart()  # the runner's weights will change
+    before = compare(uncut, uncut, documents)
     say(f"parent: perplexity {before.perplexity:.3f} in {run.dtype}")
-    cuts = list(measure_cuts(runner, config, axis_map, orders, evaluation, before.window_nats))
+    cuts = list(measure_cuts(runner, config, axis_map, orders, documents, uncut))
 
     report = {
         "command": run.command,
@@ -129,13 +134,12 @@ def main() -> int:
         "dtype": run.dtype,
         "window_tokens": run.window,
         "calibration": {"text": "OpenWebText passages", "tokens": calibration.numel()},
-        "evaluation": {"text": "Wikipedia passages", "predicted_tokens": before.num_tokens},
+        "evaluation": {"text": "Wikipedia passages", "predicted_tokens": before.tokens},
         "checks": checks,
         "parent": {
             "parameters": int(CostModel(axis_map).full.total),
-            "nats": before.nats_per_token,
+            "nats": before.nats,
             "perplexity": before.perplexity,
-            "standard_error": before.standard_error,
             "perplexity_float32": reference.perplexity,
         },
         "cuts": [asdict(cut) for cut in cuts],
@@ -172,16 +176,18 @@ def parse_run() -> Run:
 
 
 def read_windows(run: Run, role: str, max_tokens: int) -> torch.Tensor:
-    """Windows (W, T) of the text for calibration or evaluation."""
+    """Windows (W, T) of the text for calibration or evaluation: the texts end to end, each with a
+    separator behind it, without what does not fill a window. Raises ConfigError if nothing does."""
     tokenizer = AutoTokenizer.from_pretrained(run.work / "parent")
-    rows = JsonLines(run.work / f"{role}.jsonl")
-    return token_windows(
-        (rows[number]["text"] for number in range(len(rows))),
-        tokenizer,
-        window_tokens=run.window,
-        max_tokens=max_tokens,
-        separator_id=tokenizer.convert_tokens_to_ids(SEPARATOR),
-    )
+    separator = tokenizer.convert_tokens_to_ids(SEPARATOR)
+    rows, ids = JsonLines(run.work / f"{role}.jsonl"), []
+    for number in range(len(rows)):
+        if len(ids) < max_tokens:
+            ids += [*tokenizer.encode(rows[number]["text"], add_special_tokens=False), separator]
+    count = min(len(ids), max_tokens) // run.window
+    if not count:
+        raise ConfigError(f"{rows.path} does not fill a window of {run.window} tokens; shorten it")
+    return torch.tensor(ids[: count * run.window]).reshape(count, run.window)
 
 
 def rank(
@@ -270,10 +276,10 @@ def measure_cuts(
     config: Config,
     axis_map: AxisMap,
     orders: Mapping[str, Orders],
-    windows: torch.Tensor,
-    parent_nats: tuple[float, ...],
+    documents: list[Document],
+    uncut: Reading,
 ) -> Iterator[Cut]:
-    """Perplexity of every cut in every order; the runner holds the sorted weights in turn."""
+    """Every cut in every order beside the uncut model; the runner holds the sorted weights."""
     state = {name: value.clone() for name, value in runner.state_dict().items()}
     full = CostModel(axis_map).full.total
     plan = [(axes, widths) for axes in CASES for widths in find_widths(axis_map, axes)]
@@ -283,10 +289,7 @@ def measure_cuts(
             submodel = build_submodel(runner, config, widths)
             parameters = submodel.num_parameters()
             assert parameters == CostModel(axis_map).count(widths).total, widths
-            result = measure_perplexity(submodel, windows)
-            above = [a - b for a, b in zip(result.window_nats, parent_nats, strict=True)]
-            mean = sum(above) / len(above)
-            spread = sum((a - mean) ** 2 for a in above) / max(len(above) - 1, 1)
+            result = compare(uncut, read(submodel, documents), documents)
             say(
                 f"order {start} of {len(orders)} ({name}), cut {number} of {len(plan)} ({widths}): "
                 f"{parameters:,} parameters, perplexity {result.perplexity:.2f}"
@@ -297,10 +300,10 @@ def measure_cuts(
                 widths=dict(widths),
                 parameters=parameters,
                 removed=1 - parameters / full,
-                nats=result.nats_per_token,
+                nats=result.nats,
                 perplexity=result.perplexity,
-                nats_above_parent=mean,
-                standard_error=math.sqrt(spread / len(above)),
+                nats_above_parent=result.worse_by,
+                standard_error=result.standard_error,
             )
 
 

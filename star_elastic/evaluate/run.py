@@ -21,6 +21,7 @@ import numpy as np
 import star_elastic
 from star_elastic.axes.widths import Widths
 from star_elastic.errors import ConfigError, Interrupted
+from star_elastic.evaluate import difficulty, problems
 from star_elastic.evaluate.accuracy import SizeCost, Trial, solve
 from star_elastic.evaluate.answers import choose_samples, write_answers
 from star_elastic.evaluate.budgets import (
@@ -31,23 +32,10 @@ from star_elastic.evaluate.budgets import (
     natural_budgets,
 )
 from star_elastic.evaluate.compare import assemble
-from star_elastic.evaluate.difficulty import (
-    Text,
-    calibrate,
-    dials_by_pair,
-    read_texts,
-    write_texts,
-)
 from star_elastic.evaluate.grid import Entry, make_grid
 from star_elastic.evaluate.kept import Kept
 from star_elastic.evaluate.matching import BY_TASK, Match, parse_match
-from star_elastic.evaluate.problems import (
-    VALIDATION,
-    Splits,
-    bundled_problems,
-    knows_bundled_tasks,
-    read_problems,
-)
+from star_elastic.evaluate.problems import VALIDATION, Splits
 from star_elastic.evaluate.reuse import study_reuse
 from star_elastic.files.paths import is_file, names_in
 from star_elastic.files.writing import digest_files, write_json
@@ -177,14 +165,14 @@ class _Run:
     def _find_problems(self) -> Splits:
         counts = self.settings.num_validation, self.settings.num_test
         if self.settings.data is not None:
-            return read_problems(self.settings.data, *counts)
-        if not knows_bundled_tasks(self.family.tokenizer):
+            return problems.read_problems(self.settings.data, *counts)
+        if not problems.knows_bundled_tasks(self.family.tokenizer):
             raise ConfigError(
                 "this family does not know the bundled tasks, which need the bundled tokenizer; "
                 'name your own problems with --data FILE.jsonl, rows {"prompt": ..., "answer": ...}'
             )
         validation, test = (DEFAULT_PROBLEMS if count is None else count for count in counts)
-        return bundled_problems(validation, test, self.settings.seed)
+        return problems.bundled_problems(validation, test, self.settings.seed)
 
     def _find_whether_it_thinks(self) -> bool:
         """Whether prompts open a trace, which the chat template decides; says so if they do not.
@@ -233,9 +221,9 @@ class _Run:
         """On validation: natural traces, the budgets that cut them, the dial of every pair."""
         pairs = [*itertools.combinations(self.sizes, 2)] if self.settings.dials else []
         self.progress.stage("calibrate", len(self.sizes) + len(pairs))
-        texts: dict[str, list[Text]] = {}
+        texts: dict[str, list[difficulty.Text]] = {}
         for number, size in enumerate(self.sizes, start=1):
-            texts[size] = write_texts(
+            texts[size] = difficulty.write_texts(
                 self.generator, self.splits.validation, size, thinks=self.thinks, **self.options
             )
             self.progress.advance(number, f"{size} writes")
@@ -259,12 +247,16 @@ class _Run:
             "policies": policies,
         }
 
-    def _policies(self, texts: Sequence[Text], small: str, large: str) -> dict[str, Any]:
+    def _policies(self, texts: Sequence[difficulty.Text], small: str, large: str) -> dict[str, Any]:
         """The dial of one pair: the positions that are asked for, and a curve over all."""
         size = self.settings.batch_size
-        readings = read_texts(self.generator, texts, small, large, batch_size=size)
+        readings = difficulty.read_texts(self.generator, texts, small, large, batch_size=size)
         asked, curve = (
-            [dial.to_json() for look in LOOKS for dial in calibrate(readings, positions, look)]
+            [
+                dial.to_json()
+                for look in LOOKS
+                for dial in difficulty.calibrate(readings, positions, look)
+            ]
             for positions in (self.settings.dials, CURVE)
         )
         return {
@@ -291,8 +283,8 @@ class _Run:
     def _solve_one(self, plan: Plan) -> dict[str, Any]:
         options = {"match": self.match, "batch_size": self.settings.batch_size}
         return {
-            split: solve(self.generator, problems, plan, **options).to_json()
-            for split, problems in self.splits.items()
+            split: solve(self.generator, own, plan, **options).to_json()
+            for split, own in self.splits.items()
         }
 
     def study_reuse(self, calibration: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -330,9 +322,10 @@ class _Run:
                     f"thinking budgets that cut the same of every validation trace: {told}; tried "
                     "once"
                 )
-        dials = dials_by_pair(calibration["policies"])
+        dials = difficulty.dials_by_pair(calibration["policies"])
         entries = self.grid(calibration["budgets"], dials, alike=calibration["alike"])
         trials = self.solve(entries)
+        size_bytes = {s: SizeCost.of(self.family, s).bytes_per_token for s in self.sizes}
         reuse = self.study_reuse(calibration)
         settings = self.settings
         options = {"batch_size": settings.batch_size, "seed": settings.seed}
@@ -349,24 +342,19 @@ class _Run:
             },
             "thinks": self.thinks,
             "match": {"name": self.match.name, "words": self.match.words},
-            "sizes": self._size_costs(),
+            "sizes": {
+                size: {
+                    "active": self.family.cost(size).active,
+                    "total": self.family.cost(size).total,
+                    "bytes_per_token": own,
+                    # How much faster memory alone lets it be at batch 1.
+                    "bandwidth_bound": size_bytes[self.sizes[0]] / own,
+                }
+                for size, own in size_bytes.items()
+            },
             "calibration": calibration,
             **assemble(entries, self.splits, trials, **options),
             "reuse": reuse,
             "answers": write_answers(self.kept.out, entries, self.splits, trials),
             "samples": choose_samples(entries, self.splits, trials),
-        }
-
-    def _size_costs(self) -> dict[str, Any]:
-        """What the sizes are, and how much faster memory alone lets each be at batch 1."""
-        bytes_per_token = {s: SizeCost.of(self.family, s).bytes_per_token for s in self.sizes}
-        most = bytes_per_token[self.sizes[0]]
-        return {
-            size: {
-                "active": self.family.cost(size).active,
-                "total": self.family.cost(size).total,
-                "bytes_per_token": own,
-                "bandwidth_bound": most / own,
-            }
-            for size, own in bytes_per_token.items()
         }

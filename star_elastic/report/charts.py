@@ -25,6 +25,7 @@ from matplotlib.ticker import EngFormatter, LogLocator, NullLocator
 from star_elastic.errors import ConfigError
 from star_elastic.evaluate.accuracy import Evaluation, Kind
 from star_elastic.files.writing import replaced
+from star_elastic.report.findings import COST_NAMES
 
 COLOURS = {
     "card": "#ffffff", "text": "#1d2126", "soft": "#5d6670", "line": "#e0e2e0",
@@ -37,11 +38,8 @@ KINDS: dict[Kind, tuple[str, str]] = {
     "policy": ("^", "small ~ large, by difficulty"),
 }
 """Marker and name of every kind of plan."""
-COSTS = {
-    "flops": ("FLOP", "counted operations per problem"),
-    "seconds": ("s", "measured time per problem"),
-}
-"""Unit and name of what accuracy is drawn against."""
+UNITS = {"flops": "FLOP", "seconds": "s"}
+"""Of the costs, per problem, that accuracy is drawn against."""
 LABELS_SAY = (
     "a>b: a thinks, b answers   a~b 5%: b writes 5 % of the tokens, where a is unsure   "
     "@64: at most 64 tokens of thinking"
@@ -142,7 +140,7 @@ def _draw_plans(figure: Figure, charts: Mapping[PlansChart, Any], **legend: Any)
 
 @dataclass(frozen=True, eq=False)
 class PlansChart:
-    """Plans by accuracy and one cost (of `COSTS`).
+    """Plans by accuracy and one cost (of `UNITS`).
 
     Every plan is a marker with its interval. Lines join the plans that no other beats, of all and
     of those labelled as in `reference`. These and the `named` plans are written out where there is
@@ -160,11 +158,11 @@ class PlansChart:
             figure, panel = _figure(1, (560, 420), 72)
             _draw_plans(figure, {self: panel}, ncols=3)
             told = {f"plan {number}": self._told(plan) for number, plan in enumerate(self.plans)}
-            return _as_svg(figure, f"accuracy against {COSTS[self.cost][1]}", told)
+            return _as_svg(figure, f"accuracy against {COST_NAMES[self.cost]}", told)
 
     def draw(self, panel: Any) -> None:
         """Markers with error bars, the fronts behind them."""
-        points, (unit, cost_name) = self._points(), COSTS[self.cost]
+        points, cost_name = self._points(), f"{COST_NAMES[self.cost]} per problem"
         names = ("best of all plans", "the largest size alone")
         styles = ({"color": COLOURS["soft"], "linestyle": "--"}, {"color": COLOURS["single"]})
         for front, name, style in zip(self._fronts(), names, styles, strict=True):
@@ -194,7 +192,7 @@ class PlansChart:
             batches = sorted({plan.batch_size for plan in self.plans})
             cost_name += f" (in batches of {', '.join(map(str, batches))})"
         panel.set(title="accuracy", xlabel=cost_name)
-        panel.xaxis.set_major_formatter(EngFormatter(unit))
+        panel.xaxis.set_major_formatter(EngFormatter(UNITS[self.cost]))
         panel.yaxis.set_major_formatter(_percent)
         panel.margins(x=0.12, y=0.1)
 
@@ -240,7 +238,7 @@ class PlansChart:
 
     def _told(self, plan: Evaluation) -> str:
         low, high = plan.interval
-        amount = EngFormatter(COSTS[self.cost][0], places=1)(getattr(plan, self.cost))
+        amount = EngFormatter(UNITS[self.cost], places=1)(getattr(plan, self.cost))
         interval = f"({100 * low:.1f} to {100 * high:.1f})"
         return f"{plan.label}: {plan.accuracy:.1%} {interval} at {amount}"
 

@@ -18,7 +18,7 @@ from star_elastic.evaluate.run import FORMAT_VERSION, RESULT
 from star_elastic.files.paths import is_file
 from star_elastic.files.writing import write_text
 from star_elastic.report import tables
-from star_elastic.report.charts import COLOURS, COSTS, PlansChart, curves_chart, plot_plans
+from star_elastic.report.charts import COLOURS, UNITS, PlansChart, curves_chart, plot_plans
 from star_elastic.report.findings import (
     COST_NAMES,
     GROUP_NAMES,
@@ -34,11 +34,11 @@ from star_elastic.report.findings import (
 PAGE, PLOT = "report.html", "pareto.png"
 QUESTIONS = {
     "operations at equal accuracy": ("equal accuracy", "flops"),
-    "time at equal accuracy": ("equal accuracy", "seconds"),
+    "measured time at equal accuracy": ("equal accuracy", "seconds"),
     "accuracy at equal operations": ("equal cost", "flops"),
     "accuracy at equal tokens": ("equal tokens", ""),
 }
-"""What the page asks of every kind of plan: the question and the cost of comparisons."""
+"""What the page asks first: the question and the cost of comparisons."""
 
 
 def write_report(out: str | Path) -> tuple[Path, Path]:
@@ -124,14 +124,11 @@ def _tests(result: Data) -> list[Evaluation]:
 
 
 def _cards(result: Data) -> dict[Finding, str]:
-    """The answers that come first, each with the questions that it answers."""
+    """The answers that come first, each with the questions that it answers: of any plan, and at
+    equal tokens of two sizes."""
     found: dict[Finding, list[str]] = {}
-    for title, groups, question, cost in (
-        ("operations at equal accuracy", ["any"], "equal accuracy", "flops"),
-        ("measured time at equal accuracy", ["any"], "equal accuracy", "seconds"),
-        ("accuracy at equal operations", ["any"], "equal cost", "flops"),
-        ("accuracy of two sizes at equal tokens", ["pair", "policy"], "equal tokens", ""),
-    ):
+    for title, (question, cost) in QUESTIONS.items():
+        groups = ("any",) if cost else ("pair", "policy")
         headlines = [headline(result, question, group, cost) for group in groups]
         there = [comparison for comparison in headlines if comparison]
         if there:
@@ -161,8 +158,8 @@ def _verdict(comparison: Data | None) -> tuple[str, str, str]:
     quality = "accurate" if comparison["question"] == "equal accuracy" else "cheap"
     told = f"none as {quality} as {reference}"
     if test:
-        accuracies = percent(test["accuracy"]), percent(test["reference_accuracy"])
-        told = "{}: {} against {} of {}".format(comparison["chosen"], *accuracies, reference)
+        ours, theirs = percent(test["accuracy"]), percent(test["reference_accuracy"])
+        told = f"{comparison['chosen']}: {ours} against {theirs} of {reference}"
     return finding.tone, finding.short, told
 
 
@@ -175,7 +172,7 @@ def _charts(result: Data) -> list[str]:
     ]
     named = [comparison["chosen"] for comparison in found if comparison]
     tests, alone = _tests(result), _alone(result)
-    return [PlansChart(tests, cost, alone, named).svg() for cost in COSTS]
+    return [PlansChart(tests, cost, alone, named).svg() for cost in UNITS]
 
 
 def _comparisons(result: Data) -> list[tuple[tables.Table, bool]]:
@@ -189,14 +186,10 @@ def _comparisons(result: Data) -> list[tuple[tables.Table, bool]]:
 
 
 def _curves(policy: Data) -> str:
-    points = {
-        look: [
-            (dial["token_share"], dial["recall"])
-            for dial in policy["curve"]
-            if dial["look"] == look and dial["recall"] is not None
-        ]
-        for look in ("token", "line")
-    }
+    known = [dial for dial in policy["curve"] if dial["recall"] is not None]
+    points: dict[str, list[tuple[float, float]]] = {"token": [], "line": []}
+    for dial in known:
+        points[dial["look"]].append((dial["token_share"], dial["recall"]))
     return curves_chart(points, f"{policy['small']} ~ {policy['large']}")
 
 

@@ -20,6 +20,7 @@ from star_elastic.axes import AxisMap
 from star_elastic.axes.widths import Widths
 from star_elastic.checkpoints.elastic import ElasticCheckpoint, rewrite_family_files
 from star_elastic.checkpoints.layouts import stored_map
+from star_elastic.checkpoints.manifest import Manifest
 from star_elastic.checkpoints.quantised import PartBytes, count_bytes
 from star_elastic.data.sources import (
     MAX_CONTEXT,
@@ -86,16 +87,7 @@ def quantise_family(
         raise ConfigError(f"{path} is quantised already; quantise the checkpoint it was made from")
     build_skeleton(config, file=path / "config.json")
     scheme = make_scheme(axis_map, format_name, keep)
-    stored = stored_map(axis_map, scheme)
-    for name, size in manifest.sizes.items():
-        try:
-            axis_map.at(size.widths)  # one width per axis
-            stored.require_edges(size.widths)
-        except ShapeError as error:
-            raise ShapeError(
-                f"size {name!r} cannot be quantised to {scheme.format.name}: {error}. Widths are "
-                "those of the run that made the family ([choices]); fp8-channel takes any"
-            ) from None
+    _require_edges(manifest, axis_map, scheme)
     scales: dict[str, dict[str, torch.Tensor]] = {}
     if frozen is not None:
         shared = frozen.inputs
@@ -122,6 +114,20 @@ def quantise_family(
         progress=staged(progress, "quantize"), finish=finish,
     )  # fmt: skip
     return count_bytes(path, Path(out))
+
+
+def _require_edges(manifest: Manifest, axis_map: AxisMap, scheme: Scheme) -> None:
+    """Raises ShapeError for a size that does not end on the edges of the format's blocks."""
+    stored = stored_map(axis_map, scheme)
+    for name, size in manifest.sizes.items():
+        try:
+            axis_map.at(size.widths)  # one width per axis
+            stored.require_edges(size.widths)
+        except ShapeError as error:
+            raise ShapeError(
+                f"size {name!r} cannot be quantised to {scheme.format.name}: {error}. Widths are "
+                "those of the run that made the family ([choices]); fp8-channel takes any"
+            ) from None
 
 
 def _calibration_source(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ import torch
 from star_elastic.architectures import family_of, read_config
 from star_elastic.architectures.config_file import Config
 from star_elastic.axes import AxisMap
-from star_elastic.axes.widths import Widths, parse_widths
+from star_elastic.axes.widths import parse_widths
 from star_elastic.checkpoints.companions import LATENCY
 from star_elastic.checkpoints.elastic import ElasticCheckpoint
 from star_elastic.checkpoints.layouts import CONFIG_KEY, stored_map
@@ -81,40 +81,47 @@ def check(config: RunConfig, world_size: int = 1) -> RunSpec:
     if table and any("ms" in budgets for budgets in config.sizes.values()):
         require_covered(table, grid)
     cost = CostModel(axis_map, config.workload, table.milliseconds if table else None)
-    budgets = {
-        name: {
-            metric: parse_budget(amount, metric, f"sizes.{name}.").fraction_of(
-                cost.full.metric(metric)
-            )
-            for metric, amount in given.items()
-        }
-        for name, given in config.sizes.items()
-    }
-    for name, given in budgets.items():
-        for metric, share in given.items():
-            whole = cost.full.metric(metric)
-            require(
-                share <= 1,
-                f"sizes.{name}.{metric}={config.sizes[name][metric]!r} is more than the parent's "
-                f"{show_amount(whole, metric)}; lower it, or write 1.0 for all of the parent",
-            )
+    budgets = _shares(config, cost)
     require_order(budgets)
-    fixed = {
-        name: _fix(name, axis_map.complete(parse_widths(text)), budgets[name], cost)
+    given = {
+        name: Size(axis_map.complete(parse_widths(text)), widths_from="config")
         for name, text in config.router.fixed.items()
     }
     if manifest:
-        fixed = {
-            name: _taken(name, manifest.size(name), given, cost) for name, given in budgets.items()
-        }
+        given = {name: manifest.size(name) for name in budgets}
+    fixed = {name: _fixed(name, size, budgets[name], cost) for name, size in given.items()}
     scheme = None
     if config.quant.format:
         scheme = make_scheme(axis_map, config.quant.format, config.quant.keep)
         for size in fixed.values():
             axis_map.at(size.widths)  # one width per axis
             stored_map(axis_map, scheme).require_edges(size.widths)
-    for name, given in budgets.items() if not fixed else ():
-        (check_budgets if grid.is_ranked else check_reach)(name, given, cost, grid)
+    for name, own in budgets.items() if not fixed else ():
+        (check_budgets if grid.is_ranked else check_reach)(name, own, cost, grid)
+    _require_shared(config, world_size)
+    return RunSpec(model_config, axis_map, grid, cost, budgets, fixed, stored.dtypes, scheme)
+
+
+def _shares(config: RunConfig, cost: CostModel) -> dict[str, dict[str, float]]:
+    """The sizes' budgets as fractions of the parent's cost. Raises ConfigError for more than all of
+    it."""
+    shares: dict[str, dict[str, float]] = {}
+    for name, budgets in config.sizes.items():
+        shares[name] = {}
+        for metric, amount in budgets.items():
+            whole = cost.full.metric(metric)
+            share = parse_budget(amount, metric, f"sizes.{name}.").fraction_of(whole)
+            require(
+                share <= 1,
+                f"sizes.{name}.{metric}={amount!r} is more than the parent's "
+                f"{show_amount(whole, metric)}; lower it, or write 1.0 for all of the parent",
+            )
+            shares[name][metric] = share
+    return shares
+
+
+def _require_shared(config: RunConfig, world_size: int) -> None:
+    """Raises ConfigError unless so many ranks can share the windows of a step."""
     for number, stage in enumerate(config.stages):
         of_group = stage.batch_size // stage.groups
         if of_group % world_size:
@@ -127,7 +134,6 @@ def check(config: RunConfig, world_size: int = 1) -> RunSpec:
         raise ConfigError(
             f"engine.workers={config.engine.workers} threads on {world_size} ranks; use 1 worker"
         )
-    return RunSpec(model_config, axis_map, grid, cost, budgets, fixed, stored.dtypes, scheme)
 
 
 def read_parent(config: RunConfig) -> tuple[Config, AxisMap, Manifest | None, Grid]:
@@ -145,15 +151,11 @@ def read_parent(config: RunConfig) -> tuple[Config, AxisMap, Manifest | None, Gr
     if model_config.get(CONFIG_KEY):
         raise ConfigError(f"{config.parent} is quantised; train on the checkpoint it was made from")
     manifest = _family(config, axis_map) if config.family else None
-    choices = dict(manifest.choices if manifest else config.choices) or default_choices(axis_map)
-    per_layer = manifest.per_layer if manifest else config.per_layer
+    asked = manifest or config
+    choices = dict(asked.choices) or default_choices(axis_map)
     depth = manifest.depth if manifest else ()
-    return (
-        model_config,
-        axis_map,
-        manifest,
-        make_grid(choices, axis_map, per_layer=per_layer, depth=depth),
-    )
+    grid = make_grid(choices, axis_map, per_layer=asked.per_layer, depth=depth)
+    return model_config, axis_map, manifest, grid
 
 
 def require_covered(table: LatencyTable, grid: Grid) -> None:
@@ -208,25 +210,18 @@ def latency_file(config: RunConfig) -> Path:
     return own if is_file(own) and has_state(Path(config.out)) else Path(config.latency)
 
 
-def _fix(name: str, widths: Widths, budgets: Budgets, cost: CostModel) -> Commitment:
-    """Widths that the config gives. Raises BudgetError if they are far from their budget."""
-    miss = float(budget_miss(widths, budgets, cost))
+def _fixed(name: str, size: Size, budgets: Budgets, cost: CostModel) -> Commitment:
+    """Widths that the config or the family gives. Raises BudgetError if they are far from their
+    budget."""
+    miss = float(budget_miss(size.widths, budgets, cost))
     if miss > REACH:
-        counted = cost.count(widths)
+        counted = cost.count(size.widths)
         costs = describe({m: counted.metric(m) / cost.full.metric(m) for m in budgets})
         raise BudgetError(
             f"router.fixed.{name} costs {costs}, which misses {describe(budgets)} by {miss:.1%}; "
             "change the widths or the budget"
         )
-    return Commitment(widths, miss)
-
-
-def _taken(name: str, size: Size, budgets: Budgets, cost: CostModel) -> Commitment:
-    """The widths of a family's size, with all that is known of where they come from."""
-    return replace(
-        _fix(name, size.widths, budgets, cost),
-        repair=size.repair,
-        argmax=size.argmax,
-        data_free_steps=size.data_free_steps,
-        widths_from=size.widths_from,
-    )
+    return Commitment(
+        size.widths, miss, size.repair, argmax=size.argmax,
+        data_free_steps=size.data_free_steps, widths_from=size.widths_from,
+    )  # fmt: skip

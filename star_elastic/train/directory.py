@@ -9,7 +9,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,7 @@ RUN, METRICS = "run.json", "metrics.jsonl"
 MEASURED = (SCORES, BASIS, DEPTH, FAKE)
 """What is measured before training and kept: it holds for the config that the run began with."""
 FILES = "files"
+UNREADABLE = (OSError, ValueError, LookupError, TypeError, AttributeError)
 MAY_CHANGE = re.compile(
     r"stages\[\d+\]\.(final_)?learning_rate|router\.learning_rate|optimizer\.clip_norm"
     r"|engine\..*|data\[\d+\]\.(bad_rows|files|loss_on|notes)|out|parent|family"
@@ -98,35 +99,37 @@ def alone_in(run: Path, world: World) -> Iterator[None]:
     The lock is one on the directory, and goes with the process. Raises CheckpointError on all ranks
     if another has it. File systems that know no locks give none.
     """
-    problem: CheckpointError | None = None
     with ExitStack() as held:
-        if world.is_first:
+
+        def lock() -> None:
             run.mkdir(parents=True, exist_ok=True)
             folder = os.open(run, os.O_RDONLY)
             held.callback(os.close, folder)
             try:
                 fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                problem = CheckpointError(
+                raise CheckpointError(
                     f"another process trains in {run}; wait until it ends or stop it, or name "
                     "another out"
-                )
+                ) from None
             except OSError:
                 pass
-        problem = world.agree(problem)
-        if problem is not None:
-            raise problem
+
+        world.from_first(lock)
         yield
 
 
 def begun_files(run: Path) -> list[list[Mapping[str, Any]]]:
     """What the files of each source were when the run in a directory began; empty if there is none.
     A file that cannot be read is `require_ready`'s to refuse."""
-    try:
-        saved = json.loads((run / RUN).read_text(encoding="utf-8"))
-        return files_by_source(saved[FILES]["data"])
-    except (OSError, ValueError, LookupError, TypeError, AttributeError):
-        return []
+    with suppress(*UNREADABLE):
+        return files_by_source(_saved(run)[FILES]["data"])
+    return []
+
+
+def _saved(run: Path) -> Any:
+    """What `run.json` says. Raises one of UNREADABLE; so may whoever looks into it."""
+    return json.loads((run / RUN).read_text(encoding="utf-8"))
 
 
 def last_of(run: Path, config: RunConfig) -> Path:
@@ -163,11 +166,9 @@ def _digest_scores(config: RunConfig) -> str:
     file = Path(config.calibration.scores)
     if is_file(file):
         return hashlib.blake2b(file.read_bytes(), digest_size=8).hexdigest()  # whatever its name
-    try:
-        saved = json.loads((Path(config.out) / RUN).read_text(encoding="utf-8"))
-        return str(saved[FILES]["scores"])
-    except (OSError, ValueError, LookupError, TypeError):
-        return ""
+    with suppress(*UNREADABLE):
+        return str(_saved(Path(config.out))[FILES]["scores"])
+    return ""
 
 
 def _changes(
@@ -178,7 +179,7 @@ def _changes(
     now = _written(config, sources)
     after = dict(_flat({key: value for key, value in now.items() if key != FILES}))
     try:
-        saved = json.loads((run / RUN).read_text(encoding="utf-8"))
+        saved = _saved(run)
         files = saved.pop(FILES)
         before = dict(_flat(saved))
         models = [key for key in ("parent", "family") if files[key] != now[FILES][key]]
@@ -186,7 +187,7 @@ def _changes(
         # (Runs that began with an earlier version have no such entry.)
         if files.get("scores", now[FILES]["scores"]) != now[FILES]["scores"]:
             refused.append("the scores that calibration.scores names")
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+    except UNREADABLE as error:
         raise CheckpointError(
             f"{run / RUN} cannot be read ({reason(error)}); start another run in another directory"
         ) from None

@@ -10,7 +10,7 @@ from __future__ import annotations
 import gc
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -22,7 +22,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
-from star_elastic.errors import ConfigError, reason
+from star_elastic.errors import ConfigError, StarElasticError, reason
 from star_elastic.models.elastic import ElasticModel
 from star_elastic.signals import num_ranks
 
@@ -74,6 +74,20 @@ class World:
         given = [value]
         dist.broadcast_object_list(given, src=0, device=self.device)
         return given[0]
+
+    def from_first(self, work: Callable[[], Any]) -> Any:
+        """What some work gives (picklable) that only the first rank does, on every rank. An error
+        of ours is raised on every rank."""
+        value, problem = None, None
+        if self.is_first:
+            try:
+                value = work()
+            except StarElasticError as error:
+                problem = error
+        value, problem = self.agree((value, problem))
+        if problem is not None:
+            raise problem
+        return value
 
     def wait(self) -> None:
         """Waits until all ranks are here, however long the work of one takes."""

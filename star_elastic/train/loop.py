@@ -26,7 +26,7 @@ from torch import nn
 
 from star_elastic.cost.count import CostModel
 from star_elastic.data.sources import Source
-from star_elastic.errors import CheckpointError, StarElasticError, not_finite
+from star_elastic.errors import CheckpointError, not_finite
 from star_elastic.models.elastic import ElasticModel
 from star_elastic.nesting.gate import expected_widths
 from star_elastic.progress import Progress, Silent
@@ -37,9 +37,9 @@ from star_elastic.router.router import Decision, Router, Temperature, seed_for
 from star_elastic.train.config import RunConfig
 from star_elastic.train.distributed import World, multiplies_bf16
 from star_elastic.train.losses import linear_cross_entropy, linear_kl
-from star_elastic.train.packing import PackedBatch
+from star_elastic.train.reader import WindowReader
 from star_elastic.train.stages import Curriculum
-from star_elastic.train.windows import WindowReader
+from star_elastic.train.windows import PackedBatch
 from star_elastic.train.workers import Learner, Workers
 
 
@@ -135,6 +135,10 @@ class Trainer:
         """Router temperature of the current step."""
         return self.config.router.annealing.at(self.step)
 
+    def _decision(self, name: str, temperature: Temperature) -> Decision:
+        """The router's decision for a size, without noise."""
+        return self.router.decide(self.router.one_hot(self.names.index(name)), temperature)
+
     def decide(self, name: str, router: Router, group: int) -> Decision:
         """A router's noisy decision for a size in a group of this step's windows."""
         key = (self.config.seed, self.step, group, name)
@@ -142,30 +146,19 @@ class Trainer:
         budget = router.one_hot(self.names.index(name))
         return router.decide(budget, self.temperature(), noise_key=key, hard=hard)
 
-    def commit(self) -> dict[str, Commitment]:
+    def commit(self) -> None:
         """Fixes the widths of every size (called once, at `commit_step`), and says where the budget
         has chosen them. The first rank searches for all. Raises BudgetError, on all ranks, if a
         cost cannot be counted."""
-        fixed: dict[str, Commitment] = {}
-        problem: StarElasticError | None = None
-        if self.world.is_first:
-            try:
-                for number, name in enumerate(self.names):
-                    vector = self.router.one_hot(number)
-                    decision = self.router.decide(vector, ASKED)
-                    fixed[name] = commit(decision, self.budgets[name], self.cost, self.router.grid)
-            except StarElasticError as error:
-                problem = error
-        fixed, problem = self.world.agree((fixed, problem))
-        if problem is not None:
-            raise problem
-        self.committed = fixed
+        grid = self.router.grid
+        self.committed = self.world.from_first(lambda: {
+            name: commit(self._decision(name, ASKED), self.budgets[name], self.cost, grid)
+            for name in self.names
+        })  # fmt: skip
         self.router.requires_grad_(False)
-        for name in self.names:
-            line = origin_line(name, fixed[name], self.cost.axis_map.full, self.step)
-            if line:
+        for name, fixed in self.committed.items():
+            if line := origin_line(name, fixed, self.cost.axis_map.full, self.step):
                 self.progress.say(line)
-        return fixed
 
     def train_step(self) -> StepReport:
         """One optimiser step over the sizes of this step.
@@ -178,8 +171,7 @@ class Trainer:
             self.commit()
         position = self.curriculum.at(self.step)
         read = self.reader.read(position)
-        batch, counted = read.batch, read.num_predicted
-        if not counted:
+        if not read.num_predicted:
             raise CheckpointError(
                 f"no window of step {self.step} has a token to learn from; start another run in "
                 "another directory, with a longer context or without rows whose prompts fill it"
@@ -189,14 +181,11 @@ class Trainer:
         self.optimizer.param_groups[0]["lr"] = rate
         self.optimizer.zero_grad(set_to_none=True)
         self.router_optimizer.zero_grad(set_to_none=True)
-        groups = list(enumerate(batch.split(self.config.stages[position.stage].groups)))
-        parts = [self._jobs(groups, w) for w in range(len(self.workers.learners))]
+        jobs = self._jobs(read.batch, self.config.stages[position.stage].groups)
         results = self.workers.map(
-            lambda learner, jobs: self._learn(learner, jobs, counted), [p for p in parts if p]
+            lambda learner, own: self._learn(learner, own, read.num_predicted), jobs
         )
-        report = StepReport(self.step, position.stage, read.num_tokens, 0, rate)
-        report.rows_cut, report.rows_dropped = read.rows_cut, read.rows_dropped
-        report.rows_skipped = read.rows_skipped
+        report = StepReport(self.step, position.stage, read.num_tokens, 0, rate, **read.rows)
         self._collect(report, results)
         if not self.committed:
             self._report_router(report)
@@ -207,8 +196,8 @@ class Trainer:
         self.optimizer.step()
         self.router_optimizer.step()
         if not self.committed:  # a decision that is not finite would be found a step too late
-            for number in range(len(self.names)):
-                self.router.decide(self.router.one_hot(number), self.temperature())
+            for name in self.names:
+                self._decision(name, self.temperature())
         self.is_sound = True
         self.step += 1
         self.tokens += read.num_tokens
@@ -225,17 +214,14 @@ class Trainer:
                 f"the gradients of {name} are {float(norm)} at step {self.step}; {UNSTABLE}"
             )
 
-    def _jobs(self, groups: Sequence[Job], worker: int) -> list[Job]:
-        """A worker's windows of every group, in micro-batches."""
-        jobs = []
-        for group, windows in groups:
-            parts = windows.split(len(self.workers.learners))
-            if worker < len(parts):
-                part = parts[worker]
-                size = self.config.engine.windows_at_once(part.input_ids.shape[1])
-                count = -(-len(part.input_ids) // size)
-                jobs += [(group, micro) for micro in part.split(count)]
-        return jobs
+    def _jobs(self, batch: PackedBatch, num_groups: int) -> list[list[Job]]:
+        """Every worker's windows of every group, in micro-batches; of workers that have any."""
+        size = self.config.engine.windows_at_once(batch.input_ids.shape[1])
+        jobs: list[list[Job]] = [[] for _ in self.workers.learners]
+        for group, windows in enumerate(batch.split(num_groups)):
+            for own, part in zip(jobs, windows.split(len(jobs)), strict=False):
+                own += [(group, micro) for micro in part.split(-(-len(part.input_ids) // size))]
+        return [own for own in jobs if own]
 
     def _learn(
         self, learner: Learner, jobs: Sequence[Job], counted: int
@@ -246,7 +232,7 @@ class Trainer:
         tokens = dict.fromkeys(self.names, 0)
         for group, batch in jobs:
             batch = batch.to(self.world.device)
-            share = batch.num_predicted / max(counted, 1)
+            share = batch.num_predicted / counted
             divergence = self._teach(learner, batch)
             for name, weight in self.curriculum.sizes(
                 self.step, group, self.names, self.config.seed
@@ -261,7 +247,7 @@ class Trainer:
                 with self._autocast():
                     states, head = learner.student.hidden_states(size, **batch.inputs)
                     total = divergence(states[batch.predicts], head)
-                loss = total / max(counted, 1) + self.config.router.weight * share * pull
+                loss = total / counted + self.config.router.weight * share * pull
                 # Ranks average their gradients: each must count for all of them.
                 (self.world.size * weight * loss).backward()
                 kd[name] += total.item()
@@ -302,12 +288,9 @@ class Trainer:
 
     @torch.no_grad()
     def _report_router(self, report: StepReport) -> None:
-        for number, name in enumerate(self.names):
-            if name not in report.kd:
-                continue
-            decision = self.router.decide(self.router.one_hot(number), self.temperature())
-            loss = budget_loss(decision, self.budgets[name], self.cost)
-            report.budget[name] = float(loss)
+        for name in (name for name in self.names if name in report.kd):
+            decision = self._decision(name, self.temperature())
+            report.budget[name] = float(budget_loss(decision, self.budgets[name], self.cost))
             expected = expected_widths(decision.mixtures, self.student.axis_map)
             report.expected[name] = {
                 axis: round(_mean(expected[axis]), 1) for axis in decision.mixtures

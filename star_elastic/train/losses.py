@@ -14,7 +14,8 @@ Shapes: N tokens, C of them in a chunk, V vocabulary, H width of the student, G 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,6 +27,13 @@ GPU_SHARE = 64
 """On a GPU a chunk may take one part in so many of its memory: few tokens would leave it idle."""
 BLOCK = 4096
 """Mixed-precision products go by blocks of this many rows or columns of the vocabulary."""
+
+Work = Sequence[torch.Tensor]
+Compare = Callable[[slice, torch.Tensor, Work, bool], torch.Tensor]
+"""(chunk, the student's log-probabilities (C, V), buffers of the same shape, whether a gradient is
+wanted) -> the loss of each row (C,). Log-probabilities are overwritten by the gradient of the
+summed loss with respect to the logits, if it is wanted."""
+Run = Callable[..., tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]]
 
 
 def default_chunk_bytes(device: torch.device) -> int:
@@ -61,8 +69,21 @@ def linear_kl(
     reach the student's rows and weight, which may be a strided view. Beside them, at most
     `chunk_bytes` (default: `default_chunk_bytes`; but at least one token's logits) are in use.
     """
-    teacher = _Teacher(Head(teacher_NG, teacher_weight_VG))
-    return _chunked_loss(student_NH, student_weight_VH, teacher, chunk_bytes)
+    teacher = Head(teacher_NG, teacher_weight_VG)
+    assert len(teacher_weight_VG) == len(student_weight_VH), "teacher and student share ids"
+    assert len(teacher_NG) == len(student_NH), (len(teacher_NG), len(student_NH))
+
+    def compare(chunk: slice, log_q_CV: torch.Tensor, work: Work, gradient: bool) -> torch.Tensor:
+        log_p_CV, p_CV = work
+        teacher.log_probs(chunk, log_p_CV, p_CV)
+        torch.exp(log_p_CV, out=p_CV)
+        losses_C = log_p_CV.sub_(log_q_CV).mul_(p_CV).sum(-1)
+        if gradient:  # q - p
+            log_q_CV.exp_().sub_(p_CV)
+        return losses_C
+
+    run = partial(_run, compare, 2, teacher.precision, chunk_bytes)
+    return _loss(student_NH, student_weight_VH, run)
 
 
 def linear_cross_entropy(
@@ -77,7 +98,17 @@ def linear_cross_entropy(
     It is the divergence from a teacher that is sure of these ids. Precision and memory as in
     `linear_kl`.
     """
-    return _chunked_loss(student_NH, student_weight_VH, _Labels(labels_N), chunk_bytes)
+    assert len(labels_N) == len(student_NH), (len(labels_N), len(student_NH))
+
+    def compare(chunk: slice, log_q_CV: torch.Tensor, work: Work, gradient: bool) -> torch.Tensor:
+        labels_C1 = labels_N[chunk, None]
+        losses_C = -log_q_CV.gather(1, labels_C1).squeeze(1)
+        if gradient:  # q, less 1 at the label
+            log_q_CV.exp_().scatter_add_(1, labels_C1, log_q_CV.new_full(labels_C1.shape, -1.0))
+        return losses_C
+
+    run = partial(_run, compare, 1, torch.float32, chunk_bytes)
+    return _loss(student_NH, student_weight_VH, run)
 
 
 class Head:
@@ -123,70 +154,11 @@ class Head:
         torch.log_softmax(work_CV, -1, out=out_CV)
 
 
-class _Teacher:
-    """What a student is compared with, chunk by chunk: a teacher. The gradient is q - p."""
-
-    num_work = 2
-    """Buffers of a chunk's logits (C, V) that `compare` needs beside the student's."""
-
-    def __init__(self, head: Head):
-        self.head = head
-        self.precision = head.precision
-
-    def __len__(self) -> int:
-        return len(self.head.rows_NH)
-
-    def compare(
-        self, chunk: slice, log_q_CV: torch.Tensor, work: Sequence[torch.Tensor], *, gradient: bool
-    ) -> torch.Tensor:
-        """Loss of each row (C,), given the student's log-probabilities. With `gradient`, these
-        are overwritten by the gradient of the summed loss with respect to the logits."""
-        log_p_CV, p_CV = work
-        assert len(self.head.weight_VH) == log_q_CV.shape[1], "teacher and student share ids"
-        self.head.log_probs(chunk, log_p_CV, p_CV)
-        torch.exp(log_p_CV, out=p_CV)
-        losses_C = log_p_CV.sub_(log_q_CV).mul_(p_CV).sum(-1)
-        if gradient:
-            log_q_CV.exp_().sub_(p_CV)
-        return losses_C
-
-
-class _Labels:
-    """The same for ids that are known. The gradient is q, less 1 at the id."""
-
-    num_work = 1
-    precision = torch.float32
-
-    def __init__(self, labels_N: torch.Tensor):
-        self.labels_N = labels_N
-
-    def __len__(self) -> int:
-        return len(self.labels_N)
-
-    def compare(
-        self, chunk: slice, log_q_CV: torch.Tensor, work: Sequence[torch.Tensor], *, gradient: bool
-    ) -> torch.Tensor:
-        """As `_Teacher.compare`."""
-        labels_C1 = self.labels_N[chunk, None]
-        losses_C = -log_q_CV.gather(1, labels_C1).squeeze(1)
-        if gradient:
-            log_q_CV.exp_().scatter_add_(1, labels_C1, log_q_CV.new_full(labels_C1.shape, -1.0))
-        return losses_C
-
-
-def _chunked_loss(
-    student_NH: torch.Tensor,
-    weight_VH: torch.Tensor,
-    target: _Teacher | _Labels,
-    chunk_bytes: int | None,
-) -> torch.Tensor:
-    assert len(student_NH) == len(target), (len(student_NH), len(target))
-    if chunk_bytes is None:
-        chunk_bytes = default_chunk_bytes(student_NH.device)
+def _loss(student_NH: torch.Tensor, weight_VH: torch.Tensor, run: Run) -> torch.Tensor:
     if torch.is_grad_enabled() and (student_NH.requires_grad or weight_VH.requires_grad):
-        loss: Any = _ChunkedLoss.apply(student_NH, weight_VH, target, chunk_bytes)
+        loss: Any = _ChunkedLoss.apply(student_NH, weight_VH, run)
         return loss
-    return _run(Head(student_NH, weight_VH), target, chunk_bytes, (False, False))[0]
+    return run(Head(student_NH, weight_VH), (False, False))[0]
 
 
 class _ChunkedLoss(torch.autograd.Function):
@@ -194,9 +166,8 @@ class _ChunkedLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> torch.Tensor:
-        student_NH, weight_VH, target, chunk_bytes = inputs
-        head = Head(student_NH, weight_VH)
-        loss, *gradients = _run(head, target, chunk_bytes, ctx.needs_input_grad[:2])
+        student_NH, weight_VH, run = inputs
+        loss, *gradients = run(Head(student_NH, weight_VH), ctx.needs_input_grad[:2])
         wanted = zip(gradients, (student_NH, weight_VH), strict=True)
         ctx.save_for_backward(*(None if g is None else g.to(like.dtype) for g, like in wanted))
         return loss
@@ -206,29 +177,34 @@ class _ChunkedLoss(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Any) -> tuple[torch.Tensor | None, ...]:
         # Not in place: with retain_graph the gradients are asked for again.
         (scale,) = grad_outputs
-        return *(None if g is None else g * scale for g in ctx.saved_tensors), None, None
+        return *(None if g is None else g * scale for g in ctx.saved_tensors), None
 
 
 def _run(
-    student: Head, target: _Teacher | _Labels, chunk_bytes: int, wanted: Sequence[bool]
+    compare: Compare,
+    num_work: int,
+    precision: torch.dtype,
+    chunk_bytes: int | None,
+    student: Head,
+    wanted: Sequence[bool],
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-    """The summed loss, and the gradients of rows and weight (in fp32 or better) if wanted."""
+    """The summed loss, and the gradients of rows and weight (in fp32 or better) if wanted.
+    `compare` needs `num_work` buffers of a chunk's logits beside the student's."""
     rows_NH, weight_VH = student.rows_NH, student.weight_VH
-    precision = torch.promote_types(student.precision, target.precision)
+    precision = torch.promote_types(student.precision, precision)
     options = {"dtype": precision, "device": rows_NH.device}
     grad_rows_NH = torch.zeros(rows_NH.shape, **options) if wanted[0] else None
     grad_weight_VH = torch.zeros(weight_VH.shape, **options) if wanted[1] else None
     losses_N = torch.empty(len(rows_NH), **options)
-    num_buffers = 1 + target.num_work
-    row_bytes = num_buffers * len(weight_VH) * precision.itemsize
-    parts = chunks(len(rows_NH), row_bytes, chunk_bytes)
+    row_bytes = (1 + num_work) * len(weight_VH) * precision.itemsize
+    parts = chunks(len(rows_NH), row_bytes, chunk_bytes or default_chunk_bytes(rows_NH.device))
     longest = parts[0].stop if parts else 0
     with torch.no_grad(), torch.autocast(rows_NH.device.type, enabled=False):
-        buffers = torch.empty(num_buffers, longest, len(weight_VH), **options)
+        buffers = torch.empty(1 + num_work, longest, len(weight_VH), **options)
         for chunk in parts:
             log_q_CV, *work = buffers[:, : chunk.stop - chunk.start]
             student.log_probs(chunk, log_q_CV, work[0])
-            losses_N[chunk] = target.compare(chunk, log_q_CV, work, gradient=any(wanted))
+            losses_N[chunk] = compare(chunk, log_q_CV, work, any(wanted))
             if grad_rows_NH is not None:
                 _add_product(grad_rows_NH[chunk], log_q_CV, weight_VH)
             if grad_weight_VH is not None:

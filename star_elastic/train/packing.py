@@ -1,104 +1,65 @@
 """Packed windows: the batches of a stage, as a function of its seed and step alone.
 
-A step reads `batch_size` windows of `context` tokens, one from each lane (`lanes.py`). A document
-of n ids is fed as its first n - 1: the last id is what the last position predicts, so that stopping
-is learned and no position is spent on what nothing follows.
+A step reads `batch_size` windows of `context` tokens, one from each *lane*. A lane packs a stream
+of documents of its own, so that a rank reads only the lanes it trains and the data do not depend
+on how many ranks, workers or micro-batches there are. Documents are not split over windows (longer
+ones are cut to the context); a lane holds a few in hand, places the oldest first and closes its
+window with those that fill it best. Sources mix by weight in tokens: a lane's next document comes
+from the source that has fallen most behind.
 
-Shapes: B windows (lanes), T tokens of the context.
+A document of n ids is fed as its first n - 1: the last id is what the last position predicts, so
+that stopping is learned and no position is spent on what nothing follows.
 """
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
-from star_elastic.data.sources import Source
-from star_elastic.errors import CheckpointError
+from star_elastic.data.sources import ShuffledEpochs, Source, epochs_key
+from star_elastic.errors import CheckpointError, RowError
+from star_elastic.progress import Silent
 from star_elastic.strict import MOST_ROWS, MOST_TOKENS, require, require_within
-from star_elastic.train.lanes import COUNTS, Deal, Lane
+from star_elastic.train.row_check import require_lessons
+from star_elastic.train.windows import PackedBatch, Placed
 
 FORMAT = 2
 """Of saved positions. In format 1 the last position of a document predicted nothing."""
 LOOKAHEAD = 16
 """Documents that a lane holds in hand: the demo's rows then leave 1.4 % of their windows empty (3 %
 with 8 in hand; 8 % if the first that fits were taken)."""
+COUNTS = ("dropped", "cut", "skipped")
+"""What is counted: documents left out because nothing in them counts in the loss, documents cut to
+the context, and rows left out because they cannot be read."""
 
 
-class Placed(NamedTuple):
-    """A document in a row of a packed batch: positions [start, start + length) of the row hold
-    the first `length` tokens of row `row` of source number `source`."""
+class _Held(NamedTuple):
+    """A document that a lane has read and not yet placed, cut to the context: its ids and the one
+    after them, so that every position that is fed knows its next id."""
 
     source: int
     row: int
-    start: int
-    length: int
-
-
-@dataclass(frozen=True, slots=True)
-class PackedBatch:
-    """Windows full of documents. All tensors are (B, T).
-
-    `input_ids` int64. `targets` int64 are the ids that come next; `predicts` bool marks the
-    positions where they count in the loss (elsewhere targets may be anything). `position_ids` int64
-    start at 0 in every document, from which transformers makes a block-diagonal causal mask when it
-    gets neither attention mask nor cache. `seq_idx` int32 is the number of the document in its row,
-    which Mamba layers need. What is left of a row is padding, which is like a document that nothing
-    is learned from. `documents` tells which documents each row holds.
-    """
-
-    input_ids: torch.Tensor
-    position_ids: torch.Tensor
-    seq_idx: torch.Tensor
-    predicts: torch.Tensor
-    targets: torch.Tensor
-    documents: tuple[tuple[Placed, ...], ...]
+    ids: np.ndarray
+    first: int
+    is_cut: bool
 
     @property
-    def num_tokens(self) -> int:
-        """Real tokens, without padding."""
-        return sum(placed.length for row in self.documents for placed in row)
-
-    @property
-    def num_predicted(self) -> int:
-        """Positions that count in the loss."""
-        return int(self.predicts.sum())
-
-    @property
-    def inputs(self) -> dict[str, Any]:
-        """What a model's forward takes; those without Mamba layers ignore `seq_idx`."""
-        names = ("input_ids", "position_ids", "seq_idx")
-        return {name: getattr(self, name) for name in names}
-
-    def rows(self, start: int, stop: int) -> PackedBatch:
-        """Windows [start, stop), as views."""
-        return PackedBatch(*(getattr(self, field.name)[start:stop] for field in fields(self)))
-
-    def split(self, count: int) -> list[PackedBatch]:
-        """At most `count` parts of about equally many windows, in order."""
-        size = len(self.documents)
-        count = min(count, size)
-        ends = [size * number // count for number in range(count + 1)]
-        return [self.rows(*pair) for pair in itertools.pairwise(ends)]
-
-    def to(self, device: torch.device | str) -> PackedBatch:
-        """The same with its tensors on a device."""
-        *tensors, documents = (getattr(self, field.name) for field in fields(self))
-        moved = (tensor.to(device, non_blocking=True) for tensor in tensors)
-        return PackedBatch(*moved, documents=documents)
+    def length(self) -> int:
+        """Tokens that are fed."""
+        return len(self.ids) - 1
 
 
 class PackedStream:
     """The packed windows of one stage.
 
     `weights` are shares of the tokens, in any unit; `stage` and `seed` are part of the key of every
-    shuffle. Documents without a token to learn from are left out, and so are rows that cannot be
-    read, if their source skips these; both are counted. Raises ConfigError for values that cannot
-    be packed.
+    shuffle. Each epoch's shuffle of a source is dealt out to the lanes in turn, so that every row
+    comes once per epoch; documents without a token to learn from are left out, and so are rows that
+    cannot be read, if their source skips these. Raises ConfigError for values that cannot be
+    packed.
     """
 
     def __init__(
@@ -125,10 +86,17 @@ class PackedStream:
             require(len(source) > 0, f"{source.name} has no rows; name files that hold some")
         require_within("context", context, 2, MOST_TOKENS)
         require_within("batch_size", batch_size, 1, MOST_ROWS)
-        shares = tuple(weight / sum(weights) for weight in weights)
-        self._deal = Deal(tuple(sources), shares, context, batch_size, seed, stage, lookahead)
-        self._head_starts = self._deal.head_starts()
-        self._lanes: dict[int, Lane] = {}
+        self.sources, self.context, self.stage = tuple(sources), context, stage
+        self.batch_size, self.seed, self.lookahead = batch_size, seed, lookahead
+        self.weights = tuple(weight / sum(weights) for weight in weights)
+        self.orders = [
+            ShuffledEpochs(len(source), epochs_key(seed, stage, number))
+            for number, source in enumerate(sources)
+        ]
+        self.first_skipped = ""
+        """What is wrong with the first bad row that was left out."""
+        self._head_starts = self._deal_head_starts()
+        self._lanes: dict[int, _Lane] = {}
         self._saved: dict[int, Any] = {}  # states of lanes that nobody has asked for yet
 
     def batch(self, step: int, lanes: Sequence[int] | None = None) -> PackedBatch:
@@ -137,10 +105,9 @@ class PackedStream:
         Raises RowError if a row cannot be read and CheckpointError if a source teaches nothing; the
         lanes are then somewhere inside the step, and of no more use.
         """
-        count, context = self._deal.batch_size, self._deal.context
-        lanes = range(count) if lanes is None else lanes
-        assert lanes and min(lanes) >= 0 and max(lanes) < count, (lanes, count)
-        shape, pad_id = (len(lanes), context), self._deal.sources[0].pad_id
+        lanes = range(self.batch_size) if lanes is None else lanes
+        assert lanes and min(lanes) >= 0 and max(lanes) < self.batch_size, (lanes, self.batch_size)
+        shape, pad_id = (len(lanes), self.context), self.sources[0].pad_id
         input_ids = np.full(shape, pad_id, dtype=np.int64)
         position_ids = np.zeros(shape, dtype=np.int64)
         seq_idx = np.zeros(shape, dtype=np.int32)
@@ -160,7 +127,7 @@ class PackedStream:
                 predicts[place, start + held.first : stop] = True
                 row.append(Placed(held.source, held.row, start, stop - start))
                 start = stop
-            position_ids[place, start:] = np.arange(context - start)
+            position_ids[place, start:] = np.arange(self.context - start)
             seq_idx[place, start:] = len(row)
             documents.append(tuple(row))
         arrays = (input_ids, position_ids, seq_idx, predicts, targets)
@@ -172,18 +139,13 @@ class PackedStream:
         lanes = self._lanes.values()
         return {name: sum(lane.counts[name] for lane in lanes) for name in COUNTS}
 
-    @property
-    def first_skipped(self) -> str:
-        """What is wrong with the first bad row that was left out."""
-        return self._deal.first_skipped
-
     def state(self) -> dict[str, Any]:
         """Where the lanes in use stand, as plain JSON data. States of ranks with lanes of their own
         become one with `merge_states`."""
         lanes = self._saved | {number: lane.state() for number, lane in self._lanes.items()}
         return {
             "format": FORMAT,
-            "made_with": self._deal.made_with(),
+            "made_with": self._made_with(),
             "lanes": {str(number): lanes[number] for number in sorted(lanes)},
         }
 
@@ -199,13 +161,13 @@ class PackedStream:
                     f"the saved position in the data has format {state['format']!r}, not {FORMAT}, "
                     "of a version that read rows otherwise; start another run in another directory"
                 )
-            for name, value in self._deal.made_with().items():
+            for name, value in self._made_with().items():
                 if made_with[name] != value:
                     raise CheckpointError(
                         f"the saved position in the data has {name}={made_with[name]!r} and this "
                         f"run {value!r}; resume with what the run began with"
                     )
-            sizes = [len(source) for source in self._deal.sources]
+            sizes = [len(source) for source in self.sources]
             saved = {int(number): _check_lane(lane, sizes) for number, lane in lanes.items()}
         except (KeyError, IndexError, TypeError, ValueError, AttributeError):
             raise CheckpointError(
@@ -213,12 +175,132 @@ class PackedStream:
             ) from None
         self._lanes, self._saved = {}, saved
 
-    def _lane(self, number: int) -> Lane:
+    def _made_with(self) -> dict[str, Any]:
+        """What the windows depend on, as plain data."""
+        names = ("seed", "stage", "context", "batch_size", "lookahead")
+        values = {name: getattr(self, name) for name in names}
+        rows = [len(source) for source in self.sources]
+        return {**values, "weights": list(self.weights), "rows": rows}
+
+    def _deal_head_starts(self) -> list[tuple[float, ...]]:
+        """Tokens that each source is behind by when a lane begins, so that lanes do not all begin
+        with the same source: lane n begins as if it had read n whole windows."""
+        behind = [0.0] * len(self.sources)
+        starts = []
+        for _ in range(self.batch_size):
+            starts.append(tuple(behind))
+            chosen = behind.index(max(behind))
+            behind = [b + self.context * w for b, w in zip(behind, self.weights, strict=True)]
+            behind[chosen] -= self.context
+        return starts
+
+    def _lane(self, number: int) -> _Lane:
         if number not in self._lanes:
-            self._lanes[number] = Lane(self._deal, number, self._head_starts[number])
+            self._lanes[number] = _Lane(self, number, self._head_starts[number])
             if number in self._saved:
                 self._lanes[number].load(self._saved.pop(number))
         return self._lanes[number]
+
+
+class _Lane:
+    """A lane's place in every source, and the documents it holds in hand."""
+
+    def __init__(self, stream: PackedStream, number: int, head_start: Sequence[float]):
+        self._stream, self._number, self._head_start = stream, number, head_start
+        self._held: list[_Held] = []
+        self.step = 0
+        self.rows = [0] * len(stream.sources)
+        self.tokens = [0] * len(stream.sources)
+        self.counts: dict[str, int] = dict.fromkeys(COUNTS, 0)
+
+    def window(self) -> list[_Held]:
+        """The documents of the next window: the oldest in hand, as long as there is room for all,
+        then those that fill what is left best."""
+        placed: list[_Held] = []
+        room = self._stream.context
+        while True:
+            while len(self._held) < self._stream.lookahead:
+                self._held.append(self._read())
+            lengths = [held.length for held in self._held]
+            if placed and sum(lengths) > room:
+                break
+            placed.append(self._held.pop(0))
+            room -= lengths[0]
+        chosen = _fill(lengths, room)
+        placed += [self._held[number] for number in chosen]
+        self._held = [held for number, held in enumerate(self._held) if number not in chosen]
+        self.step += 1
+        return placed
+
+    def _read(self) -> _Held:
+        """The next document with something to learn, of the source that is most behind. Raises
+        CheckpointError if the source has none, RowError for a bad row unless it skips these."""
+        stream, total = self._stream, sum(self.tokens)
+        shares = zip(stream.weights, self.tokens, self._head_start, strict=True)
+        behind = [weight * total - tokens + start for weight, tokens, start in shares]
+        source = behind.index(max(behind))
+        misses = 0
+        while True:
+            place = self._number + self.rows[source] * stream.batch_size
+            self.rows[source] += 1
+            held = self._take(source, stream.orders[source].row(place))
+            if held is not None:
+                self.tokens[source] += held.length
+                self.counts["cut"] += held.is_cut
+                return held
+            misses += 1
+            if misses == len(stream.sources[source]):  # others may be some other lane's
+                require_lessons([stream.sources[source]], {stream.stage: stream.context}, Silent())
+
+    def _take(self, number: int, row: int) -> _Held | None:
+        """A row's document, or None if it is left out, which is counted, or held out."""
+        stream, source = self._stream, self._stream.sources[number]
+        if source.is_held_out(row):
+            return None
+        try:
+            document = source.document(row)
+        except RowError as error:
+            if not source.skips_bad_rows:
+                raise
+            stream.first_skipped = stream.first_skipped or str(error)
+            self.counts["skipped"] += 1
+            return None
+        if not document.teaches(stream.context):
+            self.counts["dropped"] += 1
+            return None
+        ids = np.asarray(document.ids[: stream.context + 1], dtype=np.int32)
+        return _Held(number, row, ids, document.first, len(ids) < len(document.ids))
+
+    def state(self) -> dict[str, Any]:
+        """Plain data; of the documents in hand only where they are."""
+        return {
+            "step": self.step,
+            "rows": list(self.rows),
+            "tokens": list(self.tokens),
+            **self.counts,
+            "held": [[held.source, held.row] for held in self._held],
+        }
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Goes on where `state` stands. Rows in hand are read anew: one that has been corrected may
+        have become another, or nothing."""
+        self.step = state["step"]
+        self.rows, self.tokens = list(state["rows"]), list(state["tokens"])
+        self.counts = {name: state[name] for name in COUNTS}
+        found = (self._take(source, row) for source, row in state["held"])
+        self._held = [held for held in found if held is not None]
+
+
+def _fill(lengths: Sequence[int], room: int) -> tuple[int, ...]:
+    """Which of the lengths add up to the most that fits; the first such set, in order."""
+    ways: dict[int, tuple[int, ...]] = {0: ()}
+    for number, length in enumerate(lengths):
+        if room in ways:
+            break
+        for total, way in list(ways.items()):
+            if total + length <= room:
+                ways.setdefault(total + length, (*way, number))
+    return ways[max(ways)]
 
 
 def merge_states(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

@@ -51,12 +51,11 @@ def save_state(trainer: Trainer, run: Path) -> None:
 
     def write() -> None:
         _save_tensors(trainer, temporary)
-        if world.is_first:
-            write_json(temporary / PROGRESS, _progress(trainer, positions))
 
     def settle() -> None:
-        if world.is_first:  # before the state that it replaces goes
-            flush(temporary)
+        if world.is_first:
+            write_json(temporary / PROGRESS, _progress(trainer, positions))
+            flush(temporary)  # before the state that it replaces goes
 
     for part in (prepare, write, settle):  # all ranks write, or none does
         problem = ""

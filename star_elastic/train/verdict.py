@@ -10,7 +10,7 @@ import itertools
 import os
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -59,10 +59,6 @@ class Sample:
     prompt: str
     reference: str
     sizes: Mapping[str, str]
-
-    def to_json(self) -> dict[str, Any]:
-        """As plain data."""
-        return {"prompt": self.prompt, "reference": self.reference, "sizes": dict(self.sizes)}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -117,7 +113,7 @@ class Verdict:
             "held_out_rows": self.rows,
             "tokens": self.tokens,
             "sizes": {name: size.to_json() for name, size in self.sizes.items()},
-            "sample": self.sample.to_json(),
+            "sample": asdict(self.sample),
             "remarks": list(self.remarks()),
             "next": self.next_command,
         }
@@ -141,32 +137,30 @@ def judge_run(
     `elastic` also tells how the parent was sorted, so that the same widths are cut from the parent
     as it was. One model is in memory at a time. Raises CheckpointError for what cannot be loaded.
     """
-    judge = _Judge(held_out, load_tokenizer(parent), progress)
     family, judged = _Family(elastic), _Family(quantised or elastic)
     cut = {n: s.widths for n, s in family.sizes.items() if not family.is_full(s)}
     if not family.orders:  # whoever made the family did not say
         cut = {}
-    judge.begin(1 + len(cut) + len(family.sizes))
+    judge = _Judge(held_out, load_tokenizer(parent), progress, 1 + len(cut) + len(family.sizes))
     model, config = load_parent(parent, device=device)
     reference, going_on = judge.read(model).apart(), judge.go_on(model)
     untrained: dict[str, Divergence] = {}
     if cut:
         sort_in_place(model, family.axis_map, family.orders, family.basis)
         for name, widths in cut.items():
-            submodel = build_submodel(model, config, widths)
-            untrained[name] = judge.compare(reference, judge.read(submodel))
+            reading = judge.read(build_submodel(model, config, widths))
+            untrained[name] = compare(reference, reading, held_out)
     del model
-    sizes: dict[str, SizeVerdict] = {}
-    said: dict[str, str] = {}
-    for name, size, submodel in judged.models(device):
-        sizes[name] = SizeVerdict(
-            trained=judge.compare(reference, judge.read(submodel)),
-            untrained=untrained.get(name),
-            widths_from=size.widths_from,
-            is_full=quantised is None and judged.is_full(size),
-        )
-        said[name] = judge.go_on(submodel)
-    return judge.verdict(judged, "its parent", sizes, going_on, said)
+    known = {
+        name: {
+            "untrained": untrained.get(name),
+            "widths_from": size.widths_from,
+            "is_full": quantised is None and judged.is_full(size),
+        }
+        for name, size in judged.sizes.items()
+    }
+    references = dict.fromkeys(judged.sizes, reference)
+    return judge.verdict(judged, device, "its parent", references, going_on, known)
 
 
 def judge_quantised(
@@ -179,20 +173,14 @@ def judge_quantised(
 ) -> Verdict:
     """The sizes of a quantised family, each against the same size before. Raises CheckpointError
     for what cannot be loaded."""
-    judge = _Judge(held_out, load_tokenizer(elastic), progress)
     family, judged = _Family(elastic), _Family(quantised)
-    judge.begin(2 * len(family.sizes))
+    judge = _Judge(held_out, load_tokenizer(elastic), progress, 2 * len(family.sizes))
     before: dict[str, Reading] = {}
     going_on = ""
-    for name, _, submodel in family.models(device):
+    for name, submodel in family.models(device):
         before[name] = judge.read(submodel)
         going_on = going_on or judge.go_on(submodel)
-    sizes: dict[str, SizeVerdict] = {}
-    said: dict[str, str] = {}
-    for name, _, submodel in judged.models(device):
-        sizes[name] = SizeVerdict(trained=judge.compare(before[name], judge.read(submodel)))
-        said[name] = judge.go_on(submodel)
-    return judge.verdict(judged, "itself unquantised", sizes, going_on, said)
+    return judge.verdict(judged, device, "itself unquantised", before, going_on, {})
 
 
 def free_name(folder: Path, name: str) -> Path:
@@ -213,51 +201,53 @@ class _Family(ElasticCheckpoint):
         """Whether a size has all of the parent's units."""
         return size.widths == self.axis_map.full
 
-    def models(self, device: str) -> Iterator[tuple[str, Size, PreTrainedModel]]:
+    def models(self, device: str) -> Iterator[tuple[str, PreTrainedModel]]:
         """The model of every size in turn, over one copy of the weights."""
         whole, config = load_parent(self.path, device=device)
         for name, size in self.sizes.items():
             if self.is_full(size):
-                yield name, size, whole
+                yield name, whole
                 continue
             scales = self.input_scales(name)
-            yield name, size, build_submodel(whole, config, size.widths, input_scales=scales)
+            yield name, build_submodel(whole, config, size.widths, input_scales=scales)
+
+    def next_command(self) -> str:
+        """What to do with the smallest size."""
+        smallest = list(self.sizes)[-1]
+        folder = free_name(self.path.parent, smallest)
+        words = ["slice", str(self.path), "--size", smallest, "--out", str(folder)]
+        if self.manifest.per_layer:  # which no plain checkpoint can hold
+            words = ["generate", str(self.path), "--size", smallest, "..."]
+        return shlex.join(["star-elastic", *words])
 
 
 class _Judge:
-    """Reads models on the same held-out documents, and lets them go on from the same prompt."""
+    """Reads so many models on the same held-out documents, and lets them go on from the same
+    prompt: what stands before the answer of a document, or the first half of a text."""
 
     def __init__(
-        self, held_out: Sequence[Document], tokenizer: PreTrainedTokenizerBase, progress: Progress
+        self,
+        held_out: Sequence[Document],
+        tokenizer: PreTrainedTokenizerBase,
+        progress: Progress,
+        num_models: int,
     ):
         assert held_out, "there is nothing to judge on"
         self.documents, self.tokenizer, self.progress = held_out, tokenizer, progress
         self._done = 0
-
-    def begin(self, num_models: int) -> None:
-        """So many models will be read."""
-        self.progress.stage("judge", num_models * len(self.documents))
+        document = next((d for d in held_out if d.first > 0), held_out[0])
+        half = min(PROMPT_TOKENS, max(len(document.ids) // 2, 1))
+        self.prompt = document.ids[: document.first + 1 if document.first > 0 else half]
+        progress.stage("judge", num_models * len(held_out))
 
     def read(self, model: PreTrainedModel) -> Reading:
         """What a model makes of the documents."""
-        return read(model, self.documents, self._advance)
 
-    def _advance(self) -> None:
-        self._done += 1
-        self.progress.advance(self._done)
+        def advance() -> None:
+            self._done += 1
+            self.progress.advance(self._done)
 
-    def compare(self, reference: Reading, reading: Reading) -> Divergence:
-        """How far one reading is from another."""
-        return compare(reference, reading, self.documents)
-
-    @property
-    def prompt(self) -> list[int]:
-        """What stands before the answer of a document, or the first half of a text."""
-        with_prompt = (d for d in self.documents if d.first > 0)
-        document = next(with_prompt, self.documents[0])
-        if document.first > 0:
-            return document.ids[: document.first + 1]
-        return document.ids[: min(PROMPT_TOKENS, max(len(document.ids) // 2, 1))]
+        return read(model, self.documents, advance)
 
     def go_on(self, model: PreTrainedModel) -> str:
         """How a model goes on from the prompt."""
@@ -268,25 +258,26 @@ class _Judge:
     def verdict(
         self,
         judged: _Family,
+        device: str,
         reference: str,
-        sizes: Mapping[str, SizeVerdict],
+        references: Mapping[str, Reading],
         going_on: str,
-        said: Mapping[str, str],
+        known: Mapping[str, Mapping[str, Any]],
     ) -> Verdict:
-        """Everything that was found."""
-        smallest = list(sizes)[-1]
-        folder = free_name(judged.path.parent, smallest)
-        words = ["slice", str(judged.path), "--size", smallest, "--out", str(folder)]
-        if judged.manifest.per_layer:  # which no plain checkpoint can hold
-            words = ["generate", str(judged.path), "--size", smallest, "..."]
-        command = shlex.join(["star-elastic", *words])
+        """Every size of a family beside its own of some `references`, called `reference`, which
+        goes on so; with what else is `known` of the sizes."""
+        sizes: dict[str, SizeVerdict] = {}
+        said: dict[str, str] = {}
+        for name, submodel in judged.models(device):
+            found = compare(references[name], self.read(submodel), self.documents)
+            sizes[name] = SizeVerdict(trained=found, **known.get(name, {}))
+            said[name] = self.go_on(submodel)
+        prompt = str(self.tokenizer.decode(self.prompt))
         return Verdict(
             elastic=judged.path,
             reference=reference,
             rows=len(self.documents),
             sizes=sizes,
-            sample=Sample(
-                prompt=str(self.tokenizer.decode(self.prompt)), reference=going_on, sizes=said
-            ),
-            next_command=command,
+            sample=Sample(prompt=prompt, reference=going_on, sizes=said),
+            next_command=judged.next_command(),
         )

@@ -1,94 +1,75 @@
-"""The windows that a rank trains with, step after step and stage after stage."""
+"""Packed windows: rows of exactly so many tokens, filled with whole documents that stay apart.
+
+Shapes: B windows, T tokens of the context.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+import itertools
+from dataclasses import dataclass, fields
+from typing import Any, NamedTuple
 
-from star_elastic.data.sources import Source
-from star_elastic.errors import CheckpointError
-from star_elastic.train.config import RunConfig
-from star_elastic.train.distributed import World
-from star_elastic.train.packing import PackedBatch, PackedStream, merge_states
-from star_elastic.train.stages import Position
+import torch
+
+
+class Placed(NamedTuple):
+    """A document in a row of a packed batch: positions [start, start + length) of the row hold
+    the first `length` tokens of row `row` of source number `source`."""
+
+    source: int
+    row: int
+    start: int
+    length: int
 
 
 @dataclass(frozen=True, slots=True)
-class Windows:
-    """A rank's windows of a step, group after group. Counted over all ranks: tokens of the step,
-    those that count in the loss; and rows of this stage so far, see `PackedStream.counts`."""
+class PackedBatch:
+    """Windows full of documents. All tensors are (B, T).
 
-    batch: PackedBatch
-    num_tokens: int
-    num_predicted: int
-    rows_dropped: int
-    rows_cut: int
-    rows_skipped: int
-
-
-class WindowReader:
-    """Reads a rank's share of every group of a step's windows.
-
-    `position`: where the data stand after the steps that are finished, as plain JSON data.
+    `input_ids` int64. `targets` int64 are the ids that come next; `predicts` bool marks the
+    positions where they count in the loss (elsewhere targets may be anything). `position_ids` int64
+    start at 0 in every document, from which transformers makes a block-diagonal causal mask when it
+    gets neither attention mask nor cache. `seq_idx` int32 is the number of the document in its row,
+    which Mamba layers need. What is left of a row is padding, which is like a document that nothing
+    is learned from. `documents` tells which documents each row holds.
     """
 
-    def __init__(self, config: RunConfig, sources: Sequence[Source], world: World):
-        self._config, self._sources, self._world = config, sources, world
-        self._stage, self._stream = -1, None
-        self.position: dict[str, Any] = {}
-
-    def read(self, at: Position) -> Windows:
-        """The windows of a step, which follows the one before.
-
-        Raises on every rank what goes wrong on one: RowError for a row that cannot be read.
-        """
-        stream = self._stream_of(at.stage)
-        batch, problem = None, None
-        try:
-            batch = stream.batch(at.step, lanes=self._lanes(at.stage))
-        except CheckpointError as error:
-            problem = error
-        own = [batch.num_tokens, batch.num_predicted] if batch else [0, 0]
-        own += [*stream.counts().values(), batch is None]
-        *counts, failed = map(int, self._world.sum(own))
-        if failed:
-            raise next(e for e in self._world.gather(problem) if e is not None)
-        assert batch is not None
-        return Windows(batch, *counts)
-
-    def finish(self) -> None:
-        """The step that was read last is done: a state that is saved now goes on behind it."""
-        self.position = {"stage": self._stage, "stream": self._stream_of(self._stage).state()}
-
-    def load(self, positions: Sequence[Mapping[str, Any]]) -> None:
-        """Goes on where the ranks that saved their positions stood; there may be others now."""
-        if all(positions):
-            stream = self._stream_of(positions[0]["stage"])
-            stream.load(merge_states([position["stream"] for position in positions]))
-            self.finish()
+    input_ids: torch.Tensor
+    position_ids: torch.Tensor
+    seq_idx: torch.Tensor
+    predicts: torch.Tensor
+    targets: torch.Tensor
+    documents: tuple[tuple[Placed, ...], ...]
 
     @property
-    def first_skipped(self) -> str:
-        """What is wrong with the first bad row that this rank has left out in this stage."""
-        return self._stream.first_skipped if self._stream else ""
+    def num_tokens(self) -> int:
+        """Real tokens, without padding."""
+        return sum(placed.length for row in self.documents for placed in row)
 
-    def _lanes(self, stage: int) -> list[int]:
-        config, world = self._config.stages[stage], self._world
-        of_group = config.batch_size // config.groups
-        own = of_group // world.size
-        return [
-            group * of_group + world.rank * own + lane
-            for group in range(config.groups)
-            for lane in range(own)
-        ]
+    @property
+    def num_predicted(self) -> int:
+        """Positions that count in the loss."""
+        return int(self.predicts.sum())
 
-    def _stream_of(self, stage: int) -> PackedStream:
-        if self._stream is None or self._stage != stage:
-            config = self._config.stages[stage]
-            weights = [source.weight for source in self._config.data]
-            self._stage, self._stream = stage, PackedStream(
-                self._sources, weights, context=config.context, batch_size=config.batch_size,
-                seed=self._config.seed, stage=stage,
-            )  # fmt: skip
-        return self._stream
+    @property
+    def inputs(self) -> dict[str, Any]:
+        """What a model's forward takes; those without Mamba layers ignore `seq_idx`."""
+        names = ("input_ids", "position_ids", "seq_idx")
+        return {name: getattr(self, name) for name in names}
+
+    def rows(self, start: int, stop: int) -> PackedBatch:
+        """Windows [start, stop), as views."""
+        return PackedBatch(*(getattr(self, field.name)[start:stop] for field in fields(self)))
+
+    def split(self, count: int) -> list[PackedBatch]:
+        """At most `count` parts of about equally many windows, in order."""
+        size = len(self.documents)
+        count = min(count, size)
+        ends = [size * number // count for number in range(count + 1)]
+        return [self.rows(*pair) for pair in itertools.pairwise(ends)]
+
+    def to(self, device: torch.device | str) -> PackedBatch:
+        """The same with its tensors on a device."""
+        *tensors, documents = (getattr(self, field.name) for field in fields(self))
+        moved = (tensor.to(device, non_blocking=True) for tensor in tensors)
+        return PackedBatch(*moved, documents=documents)
