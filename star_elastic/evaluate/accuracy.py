@@ -18,7 +18,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from transformers import PreTrainedModel
 
-from star_elastic.architectures import family_of
+from star_elastic.architectures import ModelConfig
 from star_elastic.axes import AxisMap
 from star_elastic.axes.widths import Widths
 from star_elastic.cost.count import Cost, CostModel, Workload
@@ -154,8 +154,7 @@ class SizeCost:
         dtype_bytes = models[size].dtype.itemsize
         if isinstance(models, ElasticFamily):
             return cls(models.axis_map, models.manifest.size(size).widths, dtype_bytes)
-        config = models[size].config.to_dict()
-        axis_map = family_of(config).axis_map(config)
+        axis_map = ModelConfig(models[size].config.to_dict()).axis_map
         return cls(axis_map, axis_map.full, dtype_bytes)
 
     def count_flops(self, start: int, num_tokens: int, *, at_once: bool) -> float:

@@ -22,7 +22,7 @@ import torch
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
-from star_elastic.architectures import family_of
+from star_elastic.architectures import ModelConfig
 from star_elastic.architectures.config_file import Config
 from star_elastic.axes import LAYERS
 from star_elastic.axes.widths import Widths
@@ -98,16 +98,15 @@ class Bench:
     """Builds models of one config at any widths and visits them in shuffled rounds."""
 
     def __init__(self, config: Config, setting: Setting):
-        self.config, self.setting = config, setting
-        self.family = family_of(config)
-        self.axis_map = self.family.axis_map(config)
+        self.config, self.setting = ModelConfig.of(config), setting
+        self.axis_map = self.config.axis_map
         self.kinds = layer_kinds(self.axis_map)
         self.kept = self._kept_layers()
         self._generator = torch.Generator(setting.device).manual_seed(setting.seed)
         self._filler: dict[tuple[int, ...], torch.Tensor] = {}
         # The largest model comes first: the others cut their weights from its memory.
         full = self.widths(self.axis_map.full)
-        self._first = build_skeleton(self.family.config_at(config, full))
+        self._first = build_skeleton(self.config.at(full))
         self._weights = self._random(sum(map(_aligned, self._first.parameters())))
         self._fill(self._first)
 

@@ -9,8 +9,7 @@ from typing import Any
 
 import torch
 
-from star_elastic.architectures import family_of, read_config
-from star_elastic.architectures.config_file import Config
+from star_elastic.architectures import ModelConfig, read_config
 from star_elastic.axes import AxisMap
 from star_elastic.axes.widths import parse_widths
 from star_elastic.checkpoints.companions import LATENCY
@@ -41,7 +40,7 @@ class RunSpec:
     """What a run config means for its parent: the parent's table, grid, costs, budgets as fractions
     of them, widths that are given, and the dtypes that the parent's tensors are stored in."""
 
-    model_config: Config
+    model_config: ModelConfig
     axis_map: AxisMap
     grid: Grid
     cost: CostModel
@@ -72,7 +71,7 @@ def check(config: RunConfig, world_size: int = 1) -> RunSpec:
     Raises ConfigError, ShapeError, BudgetError or CheckpointError for whatever would go wrong.
     """
     model_config, axis_map, manifest, grid = read_parent(config)
-    stored = StoredModel(Path(config.parent), axis_map, family_of(model_config))
+    stored = StoredModel(Path(config.parent), axis_map, model_config.architecture)
     stored.require_whole()
     require_loadable(Path(config.parent), model_config)
     if config.calibration.basis == "principal":
@@ -136,7 +135,7 @@ def _require_shared(config: RunConfig, world_size: int) -> None:
         )
 
 
-def read_parent(config: RunConfig) -> tuple[Config, AxisMap, Manifest | None, Grid]:
+def read_parent(config: RunConfig) -> tuple[ModelConfig, AxisMap, Manifest | None, Grid]:
     """The parent's config and table, the family that the run trains on from, if any, and the grid
     of widths to choose from. Raises ConfigError, ShapeError or CheckpointError."""
     for key in ("parent", "family"):
@@ -147,7 +146,7 @@ def read_parent(config: RunConfig) -> tuple[Config, AxisMap, Manifest | None, Gr
                 "hub is downloaded first: hf download NAME --local-dir DIRECTORY)"
             )
     model_config = read_config(config.parent)
-    axis_map = family_of(model_config).axis_map(model_config)
+    axis_map = model_config.axis_map
     if model_config.get(CONFIG_KEY):
         raise ConfigError(f"{config.parent} is quantised; train on the checkpoint it was made from")
     manifest = _family(config, axis_map) if config.family else None
@@ -174,7 +173,7 @@ def require_covered(table: LatencyTable, grid: Grid) -> None:
                 )
 
 
-def beyond_positions(config: RunConfig, model_config: Config) -> list[str]:
+def beyond_positions(config: RunConfig, model_config: ModelConfig) -> list[str]:
     """A line for every length of text in the config that is beyond the positions that the parent
     was made for. It runs there (positions are rotary or come from Mamba layers), but untrained, and
     no text as long as that is ever generated."""
