@@ -100,8 +100,8 @@ def test_unreadable_configs_are_refused(tmp_path, text, reason):
 @pytest.mark.parametrize(
     ("kind", "change", "reason"),
     [
-        ("dense", {"model_type": "gpt2"}, "model_type='gpt2' has no family table; supported: "),
-        ("dense", {"model_type": None}, "model_type=None has no family table"),
+        ("dense", {"model_type": "gpt2"}, "model_type='gpt2' is not served; supported: "),
+        ("dense", {"model_type": None}, "model_type=None is not served"),
         ("dense", {"hidden_size": "12"}, "hidden_size='12' is not a positive integer"),
         ("dense", {"hidden_size": 0}, "hidden_size=0 is not a positive integer"),
         ("dense", {"hybrid_override_pattern": "MX"}, "layer type 'X' is unknown; use M, mamba"),

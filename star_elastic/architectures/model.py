@@ -27,7 +27,7 @@ def architecture_of(config: Mapping[str, Any]) -> Architecture:
     model_type = config.get("model_type")
     if not isinstance(model_type, str) or model_type not in ARCHITECTURES:
         raise ConfigError(
-            f"model_type={reprlib.repr(model_type)} has no family table; supported: "
+            f"model_type={reprlib.repr(model_type)} is not served; supported: "
             f"{', '.join(ARCHITECTURES)}"
         )
     return ARCHITECTURES[model_type]
