@@ -14,7 +14,7 @@ import star_elastic
 from star_elastic.cost.count import CostModel
 from star_elastic.errors import BudgetError, CheckpointError, ConfigError
 from star_elastic.generate.decode import BatchDecoder, choose_tokens, pads_exactly
-from star_elastic.generate.engine import Generator
+from star_elastic.generate.engine import Generator, Options
 from star_elastic.generate.phases import (
     ANSWERING,
     TAG,
@@ -23,7 +23,7 @@ from star_elastic.generate.phases import (
     Sampling,
     think_and_answer,
 )
-from star_elastic.generate.prompts import FoundTag, ThinkingTags
+from star_elastic.generate.prompts import Tag, ThinkingTags
 from tests.thinking import make_sequence
 from tests.tiny_family import (
     ALWAYS_THINKS,
@@ -124,10 +124,13 @@ def test_options_of_generate_are_all_heard(family, monkeypatch):
     asked = {
         "think": "small", "answer": "large", "thinking_budget": 7, "grace": 3,
         "max_new_tokens": 9, "switch": "project", "stop": ("x",), "temperature": 0.5,
-        "top_p": 0.9, "seed": 4, "batch_size": 2, "batch_tokens": 77,
+        "top_p": 0.9, "seed": 4, "batch_size": 2, "batch_tokens": 77, "compare": True,
     }  # fmt: skip
-    options = inspect.signature(family.generate).parameters
-    assert {*asked, "prompts"} == set(options), "an option of generate is left out here"
+    options = dict(inspect.signature(family.generate).parameters)
+    options |= inspect.signature(family.generator._start).parameters
+    others = {"prompts", "plan", "streams", "options"}
+    assert {*asked, *others} == set(options), "an option of generate is left out here"
+    assert {*inspect.get_annotations(Options)} < {*asked}
     assert all(value != options[name].default for name, value in asked.items())
     plans, make_plan = [], family.plan
 
@@ -403,7 +406,7 @@ def test_closing_tag_of_several_tokens_is_found():
     tags = ThinkingTags(tokenizer, END)
     ids = tags.encode("12</think>")
     assert len(ids) == 10
-    assert tags.find(ids, opening=False) == FoundTag(opens=False, num_tokens=8)
+    assert tags.find(ids, opening=False) == Tag("</think>", opens=False, start=2, stop=10)
     assert tags.find(ids[:-1], opening=False) is None
     assert tags.find([], opening=False) is None
     plan = think_and_answer("s", "s", max_new_tokens=40)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from star_elastic.cli import main
 from star_elastic.cli.generate import print_stream
 from star_elastic.errors import ConfigError
-from star_elastic.generate.engine import BatchLimits, Generator
+from star_elastic.generate.engine import Generator, fitting
 from star_elastic.generate.phases import Token, think_and_answer
 from star_elastic.generate.prompts import ThinkingTags
 from tests.thinking import (
@@ -222,7 +222,7 @@ def test_batches_hold_so_many_sequences_and_tokens(lengths, size, tokens, room):
     ]
     waiting, batches = list(rows), []
     while waiting:
-        batches.append(BatchLimits(size, tokens).admit(waiting, []))
+        batches.append(fitting(waiting, [], size, tokens))
         waiting = [row for row in waiting if row not in batches[-1]]
     assert sorted(r.index for batch in batches for r in batch) == list(range(len(rows)))
     for number, batch in enumerate(batches):

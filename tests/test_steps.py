@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import star_elastic
-from star_elastic.generate import sizes, steps
+from star_elastic.generate import engine, steps
 from star_elastic.generate.decode import BatchDecoder
 from star_elastic.generate.steps import MAX_CAPTURED, StepPool, pool_for
 from tests.tiny_family import PROMPTS
@@ -116,9 +116,9 @@ def test_generations_are_the_same(family, switch, monkeypatch):
     expected = family.generate(PROMPTS, think="small", answer="large", **options)
     made = []
     monkeypatch.setattr(
-        sizes, "pool_for", lambda model: made.append(StepPool(model, 1)) or made[-1]
+        engine, "pool_for", lambda model: made.append(StepPool(model, 1)) or made[-1]
     )
-    monkeypatch.setattr(family.generator, "_pools", {})
+    monkeypatch.delitem(vars(family), "generator")
     results = family.generate(PROMPTS, think="small", answer="large", **options)
     assert [r.token_ids for r in results] == [r.token_ids for r in expected]
     assert all(pool._steps.kept for pool in made)

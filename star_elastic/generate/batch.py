@@ -11,7 +11,7 @@ from collections.abc import Sequence as ListOf
 
 from star_elastic.generate.caches import Convert
 from star_elastic.generate.decode import BatchDecoder, choose_tokens, entropies
-from star_elastic.generate.phases import How
+from star_elastic.generate.phases import Handed, How, Read
 from star_elastic.generate.sequence import Sequence
 
 
@@ -44,7 +44,12 @@ class Batch:
     def _admit(self, sequence: Sequence, num_known: int, how: How) -> None:
         compares = sequence.request.compares and how == "hand-over"
         divergence = self._divergence(sequence) if compares else None
-        sequence.note_taken_up(num_known, how, divergence)
+        num_read = len(sequence.ids) - num_known
+        sequence.stretch.prefill_tokens += num_read
+        sequence.stretch.handed.append(
+            Handed(self.size, len(sequence.ids), num_read, how, divergence)
+        )
+        sequence.reads.append(Read(self.size, num_known, num_read, at_once=True))
         self.sequences.append(sequence)
 
     def _divergence(self, sequence: Sequence) -> float:
@@ -58,7 +63,7 @@ class Batch:
     def read(self) -> None:
         """Reads the next token of every sequence."""
         for sequence in self.sequences:
-            sequence.note_step()
+            sequence.stretch.decode_steps += 1
         lengths = self._decoder.lengths
         self._decoder.step([s.ids[n] for s, n in zip(self.sequences, lengths, strict=True)])
 
@@ -90,7 +95,12 @@ class Batch:
         num_bytes, lengths = self._decoder.num_bytes // len(self.sequences), self._decoder.lengths
         for row in set(range(len(self.sequences))) - set(staying):
             sequence = self.sequences[row]
-            sequence.note_cache_bytes(num_bytes)
+            start = sequence.reads[-1].start + sequence.reads[-1].tokens
+            if lengths[row] > start:
+                num_steps = lengths[row] - start
+                sequence.reads.append(Read(self.size, start, num_steps, at_once=False))
+            kept = sum(cache.num_bytes for cache, _ in sequence.caches.values())
+            sequence.cache_bytes = max(sequence.cache_bytes, num_bytes + kept)
             if sequence.is_done or sequence.plan.switch == "reprefill":
                 continue
             if sequence.plan.switch == "hand-over":

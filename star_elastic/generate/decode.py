@@ -97,7 +97,7 @@ class BatchDecoder:
         self.settle()
         if self._steps is None or not self.lengths:
             return None
-        static = self._steps.fetch(self._cache, len(self.lengths), self._columns + 1)
+        static = self._steps.fetch(len(self.lengths), self._columns + 1)
         if static is not None:
             static.load(self._cache, self.lengths, self.settle)
             self._cache, self._static = DynamicCache(config=self.model.config), static

@@ -1,24 +1,28 @@
 """Generation with several sizes of one model: an engine for requests that come and go, and loops
-over it for prompts that are there from the start."""
+over it for prompts that are all there."""
 
 from __future__ import annotations
 
+import math
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from collections.abc import Sequence as ListOf
-from dataclasses import dataclass, replace
+from functools import cache
 from typing import TypedDict, Unpack, cast
 
 import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from star_elastic.errors import ConfigError
+from star_elastic.errors import BudgetError, ConfigError
 from star_elastic.generate.batch import Batch
-from star_elastic.generate.decode import pads_exactly
+from star_elastic.generate.caches import Convert
+from star_elastic.generate.decode import BatchDecoder, pads_exactly
 from star_elastic.generate.phases import Generation, Plan, Sampling, Token
-from star_elastic.generate.prompts import Prompt
+from star_elastic.generate.prompts import EncodedPrompt, Prompt, ThinkingTags
 from star_elastic.generate.sequence import Request, Sequence
-from star_elastic.generate.sizes import Sizes
+from star_elastic.generate.steps import pool_for
+from star_elastic.models.tokenizer import end_of_turn
 
 DEFAULT_BATCH_SIZE = 64
 DEFAULT_BATCH_TOKENS = 65_536
@@ -28,55 +32,33 @@ Event = Token | Generation
 """A new token, or the result of a sequence that is done."""
 
 
-@dataclass(frozen=True, slots=True)
-class BatchLimits:
-    """How many sequences may run together: so many, and no more than hold so many tokens. Raises
-    ConfigError."""
-
-    size: int = DEFAULT_BATCH_SIZE
-    tokens: int = DEFAULT_BATCH_TOKENS
-
-    def __post_init__(self) -> None:
-        defaults = {"batch_size": DEFAULT_BATCH_SIZE, "batch_tokens": DEFAULT_BATCH_TOKENS}
-        for (name, default), value in zip(defaults.items(), (self.size, self.tokens), strict=True):
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ConfigError(
-                    f"{name}={value!r} is not a whole number of 1 or more; use {default}"
-                )
-
-    def admit(self, waiting: Iterable[Sequence], running: Iterable[Sequence]) -> list[Sequence]:
-        """Those that may come to the running ones, from the shortest prompt on. One is never too
-        long to run alone."""
-        rows = [s.num_prompt + s.plan.max_new_tokens for s in running]
-        admitted: list[Sequence] = []
-        for sequence in sorted(waiting, key=lambda sequence: sequence.num_prompt):
-            # Rows of a batch are padded to the longest.
-            rows.append(sequence.num_prompt + sequence.plan.max_new_tokens)
-            if len(rows) > 1 and (len(rows) > self.size or len(rows) * max(rows) > self.tokens):
-                break
-            admitted.append(sequence)
-        return admitted
-
-
 class Engine:
     """Runs requests that come and go, each with its own plan, sampling and seed.
 
-    The life of a request: `add` checks it against the models that its plan names and lets it wait.
-    A `step` admits what waits as soon as there is room (`BatchLimits`); it is a `Sequence` now, at
-    the first phase of its plan, which names the size that is to write its next token. One size
-    works at a time: it reads the sequences that stand at it, and from then on every step writes one
-    token of each and reads it. Where a phase ends, by a tag, a line or its budget, the next one may
-    name another size; then the batch releases the sequence, and what the size remembers of it is
-    dropped, kept or handed over, as the plan's `switch` says. When a size has no sequence left, the
-    one at which most of them stand goes on. The step that ends the turn of the model tells the
-    result, and all that was held for the request is freed. `cancel` frees it at any time.
+    The life of a request: `add` checks it against the models that its plan names, and it waits. A
+    `step` admits what waits if there is room: `batch_size` sequences at once, and no more than
+    `batch_tokens` hold, each padded to the longest. A request is a `Sequence` now, at the first
+    phase of its plan, and the phase names the size that is to write its next token. One size works
+    at a time: it reads the sequences that stand at it, and from then on each step writes one token
+    of every one. A phase ends by a tag, a line or its budget, and the next may name another size;
+    then the batch releases the sequence, and what the size remembers of it is dropped, kept or
+    handed over, as the plan's `switch` says. When a size has no sequence left, the one at which
+    most of them stand goes on. The step that ends the model's turn returns the result, and nothing
+    is held for the request any more; `cancel` brings that about at any time.
 
-    A sequence draws from its own seed, and rows of a batch do not see each other; so its tokens are
+    A sequence draws by its own seed, and rows of a batch do not see each other. So its tokens are
     the same whatever runs beside it and whenever it comes, as far as rounding goes.
     """
 
-    def __init__(self, sizes: Sizes, limits: BatchLimits = BatchLimits()):
-        self._sizes, self._limits = sizes, limits
+    def __init__(
+        self,
+        generator: Generator,
+        batch_size: int = DEFAULT_BATCH_SIZE,
+        batch_tokens: int = DEFAULT_BATCH_TOKENS,
+    ):
+        _require_count("batch_size", batch_size, DEFAULT_BATCH_SIZE)
+        _require_count("batch_tokens", batch_tokens, DEFAULT_BATCH_TOKENS)
+        self._generator, self._batch_size, self._batch_tokens = generator, batch_size, batch_tokens
         self._waiting: dict[int, Sequence] = {}
         self._running: dict[int, Sequence] = {}
         self._batch: Batch | None = None
@@ -89,11 +71,11 @@ class Engine:
         return not self._waiting and not self._running
 
     def add(self, request: Request) -> int:
-        """Takes a request; returns its number, the first being 0. Raises what `Sizes.open` does."""
-        sequence = self._sizes.open(request, self._num_added)
-        if not all(pads_exactly(self._sizes.model(size)) for size in request.plan.sizes):
-            self._limits = replace(self._limits, size=1)
-        self._waiting[self._num_added] = sequence
+        """Takes a request; returns its number, from 0 on. Raises what `Generator.open` does."""
+        sequence = self._generator.open(request, self._num_added)
+        if not all(pads_exactly(self._generator.model(size)) for size in request.plan.sizes):
+            self._batch_size = 1
+        self._waiting[sequence.index] = sequence
         self._num_added += 1
         return sequence.index
 
@@ -121,7 +103,9 @@ class Engine:
             self._batch.read()
         else:
             coming = list(self._running.values())
-            self._batch = self._sizes.batch(Counter(s.size for s in coming).most_common(1)[0][0])
+            self._batch = self._generator.batch(
+                Counter(s.size for s in coming).most_common(1)[0][0]
+            )
         self._batch.admit([s for s in coming if s.size == self._batch.size])
         self._batch.write()
         self._batch.release()
@@ -134,13 +118,14 @@ class Engine:
         """The sequences that come in now.
 
         Newcomers join those that run while there is room for all, and while no sequence waits for
-        another size than the one at work: that would never be done if they went on coming. Else
+        another size than the one at work: that would wait for ever if they went on coming. Else
         they come in when nothing runs, prompts of like length together, which need little padding.
         """
         num_working = 0 if self._batch is None else len(self._batch.sequences)
         if self._running and (self._is_full or num_working < len(self._running)):
             return []
-        admitted = self._limits.admit(self._waiting.values(), self._running.values())
+        waiting, running = self._waiting.values(), self._running.values()
+        admitted = fitting(waiting, running, self._batch_size, self._batch_tokens)
         for sequence in admitted:
             self._running[sequence.index] = self._waiting.pop(sequence.index)
         self._is_full = bool(self._waiting)
@@ -160,8 +145,28 @@ class Engine:
             yield from self.step()
 
 
+def fitting(
+    waiting: Iterable[Sequence], running: Iterable[Sequence], size: int, tokens: int
+) -> list[Sequence]:
+    """Those that may come to the running ones, from the shortest prompt on, so that there are at
+    most `size` and all rows have room in `tokens`. One is never too long to run alone."""
+    rows = [s.num_prompt + s.plan.max_new_tokens for s in running]
+    found: list[Sequence] = []
+    for sequence in sorted(waiting, key=lambda sequence: sequence.num_prompt):
+        rows.append(sequence.num_prompt + sequence.plan.max_new_tokens)
+        if len(rows) > 1 and (len(rows) > size or len(rows) * max(rows) > tokens):
+            break
+        found.append(sequence)
+    return found
+
+
+def _require_count(name: str, value: object, default: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ConfigError(f"{name}={value!r} is not a whole number of 1 or more; use {default}")
+
+
 class Options(TypedDict, total=False):
-    """How the prompts of one call are run; what is left out is as in `Generator._start`."""
+    """How the prompts of one call are run; `Generator._start` has what is left out."""
 
     temperature: float
     top_p: float
@@ -171,12 +176,14 @@ class Options(TypedDict, total=False):
     compare: bool
 
 
-class Generator(Sizes):
-    """Sizes with loops over an engine, for prompts that are all there and have one plan.
+class Generator:
+    """Models of several sizes that share a tokenizer, and loops over an engine for prompts that are
+    all there and share a plan.
 
-    Prompts are batched with others of like length: at most `batch_size` at once, and no more than
-    have room in `batch_tokens`, each with the longest prompt among them and all its new tokens (one
-    prompt is never too long for a batch of its own).
+    `models` may build its models on access. `end_of_thinking` is the text injected when a budget
+    is used up. `hand_over` says, by the names of two sizes, how the cache of one becomes that of
+    the other; models that are not of one family have none. The models' own
+    `max_position_embeddings` bounds prompt and new tokens.
 
     At temperature 0 the likeliest token is taken; otherwise prompt number i draws from a generator
     of its own, seeded by (seed, i), so that batching changes no draw. `compare` measures how far
@@ -184,6 +191,88 @@ class Generator(Sizes):
     Raises ConfigError for unknown sizes and unreadable prompts, BudgetError for tokens that do not
     fit, before any work starts.
     """
+
+    def __init__(
+        self,
+        models: Mapping[str, PreTrainedModel],
+        tokenizer: PreTrainedTokenizerBase,
+        end_of_thinking: str,
+        hand_over: Callable[[str, str], Convert] | None = None,
+    ):
+        self.models, self.tokenizer = models, tokenizer
+        self.tags = ThinkingTags(tokenizer, end_of_thinking)
+        self._hand_over = hand_over and cache(hand_over)
+        self._pool = cache(lambda size: pool_for(self.model(size)))
+
+    def model(self, size: str) -> PreTrainedModel:
+        """The model of a size. Raises ConfigError naming the sizes there are."""
+        if size not in self.models:
+            raise ConfigError(
+                f"size {size!r} is not in this family; it has {', '.join(self.models)}"
+            )
+        return self.models[size]
+
+    def batch(self, size: str) -> Batch:
+        """An empty batch of a size."""
+        return Batch(size, BatchDecoder(self.model(size), self._pool(size)), self.hand_over)
+
+    def hand_over(self, giver: str, taker: str) -> Convert:
+        """How the cache of one size becomes that of another. Raises ConfigError if it cannot."""
+        if self._hand_over is None:
+            raise ConfigError(
+                "these models are not sizes of one family, whose caches could be handed over; "
+                "use switch='reprefill' or 'catch-up'"
+            )
+        return self._hand_over(giver, taker)
+
+    def encode(self, prompt: Prompt | EncodedPrompt, plan: Plan) -> EncodedPrompt:
+        """A prompt as token ids, with an open trace if the plan has one. Raises ConfigError."""
+        if isinstance(prompt, EncodedPrompt):
+            return prompt
+        return self.tags.encode_prompt(prompt, thinking=bool(plan.trace))
+
+    def open(self, request: Request, index: int = 0) -> Sequence:
+        """A request as a sequence at the start of its first phase, before any work.
+
+        Raises ConfigError for unknown sizes, prompts that cannot be read and caches that cannot be
+        handed over, BudgetError for tokens that do not fit.
+        """
+        plan, prompt = request.plan, self.encode(request.prompt, request.plan)
+        models = [self.model(size) for size in plan.sizes]
+        if plan.switch == "hand-over":
+            for pair in plan.changes:
+                self.hand_over(*pair)
+        is_split = len(plan.sizes) > 1 or any(phase.budget is not None for phase in plan.trace)
+        if plan.trace and not prompt.in_thinking and is_split:
+            raise ConfigError(
+                f"the prompt does not open {self.tags.open}, so there is no thinking to give "
+                "a budget or a size of its own; use one size and no budget, or open the tag"
+            )
+        sequence = Sequence(request, prompt, self.tags, end_of_turn(self.tokenizer, models), index)
+        if sequence.writers:  # an end of thinking, where the prompt opens what nobody asks for
+            plan.require_room(len(sequence.writers))
+        context = _context(models)
+        room = context - sequence.num_prompt
+        if room > 0:  # or else no plan fits, and that is what to say
+            plan.require_room(self.tags.max_closing if plan.thinking_budget else 0, room)
+        if plan.max_new_tokens > room:
+            advice = f"use max_new_tokens={room} or less" if room > 0 else "shorten the prompt"
+            raise BudgetError(
+                f"a prompt of {sequence.num_prompt} tokens and max_new_tokens="
+                f"{plan.max_new_tokens} exceed the model's context of {context}; {advice}"
+            )
+        self._require_embedded([*prompt.ids, *self.tags.encode(self.tags.end_of_thinking)], models)
+        return sequence
+
+    def _require_embedded(self, ids: Iterable[int], models: Iterable[PreTrainedModel]) -> None:
+        """Raises ConfigError for a token of the tokenizer that the models have no embedding for."""
+        num_rows, largest = min(model.config.vocab_size for model in models), max(ids)
+        if largest >= num_rows:
+            token = self.tokenizer.convert_ids_to_tokens(largest)
+            raise ConfigError(
+                f"the prompt holds the token {token!r} with id {largest}, but the model has "
+                f"{num_rows} embedding rows; resize the parent's embeddings, or leave the token out"
+            )
 
     def generate(
         self, prompts: Prompt | ListOf[Prompt], plan: Plan, **options: Unpack[Options]
@@ -216,24 +305,31 @@ class Generator(Sizes):
         compare: bool = False,
     ) -> Engine:
         """An engine with a request for every prompt, numbered alike."""
-        engine = Engine(self, BatchLimits(batch_size, batch_tokens))
+        engine = Engine(self, batch_size, batch_tokens)
         sampling = Sampling(temperature, top_p)
-        encoded = [
-            self.tags.encode_prompt(prompt, thinking=bool(plan.trace))
-            for prompt in _listed(prompts)
-        ]
+        encoded = [self.encode(prompt, plan) for prompt in _listed(prompts)]
         requests = [
-            Request(
-                prompt=prompt, plan=plan, sampling=sampling, seed=f"{seed}/{number}",
-                streams=streams, compares=compare,
-            )
+            Request(prompt, plan, sampling, f"{seed}/{number}", streams=streams, compares=compare)
             for number, prompt in enumerate(encoded)
-        ]  # fmt: skip
+        ]
         lengths = [len(prompt.ids) for prompt in encoded]
         self.open(requests[lengths.index(max(lengths))])  # what is advised for the longest fits all
         for request in requests:
             engine.add(request)
         return engine
+
+
+def _context(models: Iterable[PreTrainedModel]) -> float:
+    """Tokens of the longest text that all models have positions for; infinite if none has any."""
+    contexts: list[int | None] = []
+    for model in models:
+        contexts.append(getattr(model.config, "max_position_embeddings", None))
+        scaling = getattr(model.config, "rope_parameters", None) or {}
+        if scaling.get("rope_type") == "longrope":
+            # Beyond, it turns every key of a batch otherwise, and caches keep keys as they were:
+            # tokens would depend on their neighbours, and would not be those of the whole text.
+            contexts.append(scaling.get("original_max_position_embeddings"))
+    return min((c for c in contexts if c), default=math.inf)
 
 
 def _listed(prompts: Prompt | ListOf[Prompt]) -> list[Prompt]:

@@ -17,7 +17,7 @@ from star_elastic.checkpoints.manifest import Size
 from star_elastic.cost.count import Cost, CostModel, Workload
 from star_elastic.errors import ConfigError
 from star_elastic.generate.caches import HandOver
-from star_elastic.generate.engine import DEFAULT_BATCH_SIZE, DEFAULT_BATCH_TOKENS, Generator
+from star_elastic.generate.engine import Generator, Options
 from star_elastic.generate.phases import (
     DEFAULT_GRACE,
     DEFAULT_MAX_NEW_TOKENS,
@@ -118,7 +118,11 @@ class ElasticFamily(Mapping[str, PreTrainedModel]):
     @cached_property
     def generator(self) -> Generator:
         """Its sizes and tokenizer, for plans of one's own, streams and engines."""
-        return Generator(self, self.tokenizer, self.table.end_of_thinking, self._hand_over)
+
+        def hand_over(giver: str, taker: str) -> HandOver:
+            return HandOver(self.axis_map, self.sizes[giver].widths, self.sizes[taker].widths)
+
+        return Generator(self, self.tokenizer, self.table.end_of_thinking, hand_over)
 
     def plan(
         self,
@@ -127,11 +131,8 @@ class ElasticFamily(Mapping[str, PreTrainedModel]):
         **options: Unpack[PlanOptions],
     ) -> Plan:
         """A plan to think and answer, see `think_and_answer`. A size that is not named is the one
-        that is; if none is, the largest does both. Raises ConfigError for unknown sizes."""
+        that is; if none is, the largest does both."""
         largest = next(iter(self.sizes))
-        for size in (think, answer):
-            if isinstance(size, str):
-                self.generator.model(size)
         return think_and_answer(think or answer or largest, answer or think or largest, **options)
 
     def generate(
@@ -145,30 +146,18 @@ class ElasticFamily(Mapping[str, PreTrainedModel]):
         max_new_tokens: int = DEFAULT_MAX_NEW_TOKENS,
         switch: Switch = "reprefill",
         stop: Sequence[str] = (),
-        temperature: float = 0.0,
-        top_p: float = 1.0,
-        seed: int = 0,
-        batch_size: int = DEFAULT_BATCH_SIZE,
-        batch_tokens: int = DEFAULT_BATCH_TOKENS,
+        **options: Unpack[Options],
     ) -> list[Generation]:
         """Thinks with one size and answers with another; one result per prompt.
 
-        See `plan` for the sizes and budgets, `Generator` for sampling and batches. `generator`
-        takes plans of any phases, and streams tokens.
+        See `plan` for the sizes and budgets, `Generator` for the options: sampling and batches.
+        `generator` takes plans of any phases, and streams tokens.
         """
         plan = self.plan(
             think, answer, thinking_budget=thinking_budget, grace=grace,
             max_new_tokens=max_new_tokens, switch=switch, stop=stop,
         )  # fmt: skip
-        return self.generator.generate(
-            prompts, plan, temperature=temperature, top_p=top_p, seed=seed,
-            batch_size=batch_size, batch_tokens=batch_tokens,
-        )  # fmt: skip
-
-    def _hand_over(self, giver: str, taker: str) -> HandOver:
-        """How the cache of one size becomes that of another."""
-        widths = [self.manifest.size(size).widths for size in (giver, taker)]
-        return HandOver(self.axis_map, *widths)
+        return self.generator.generate(prompts, plan, **options)
 
 
 def load(

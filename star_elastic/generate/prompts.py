@@ -42,15 +42,26 @@ class EncodedPrompt:
     in_thinking: bool
     has_tags: bool
 
+    def __post_init__(self) -> None:
+        if not self.ids:
+            raise ConfigError("the prompt has no tokens; give it some text")
+
 
 @dataclass(frozen=True, slots=True)
-class FoundTag:
-    """A tag that the last of some tokens completes: whether it opens a trace, how many of them hold
-    it, and the text that the last one adds behind it."""
+class Tag:
+    """A tag among some tokens, in the places from `start` to `stop`.
 
+    `after`: the text that its last token adds behind it. `recalled`: how many tokens before that
+    had been taken for the answer, and are none: the tag's own, and of a trace that had gone on.
+    """
+
+    text: str
     opens: bool
-    num_tokens: int
+    start: int
+    stop: int
     after: str = ""
+    is_injected: bool = False
+    recalled: int = 0
 
 
 class ThinkingTags:
@@ -114,27 +125,22 @@ class ThinkingTags:
         """The most tokens that a tag can be split into: no token holds less than a byte."""
         return max(len(tag.encode()) for tag in (self.open, self.close))
 
-    def find(self, ids: Sequence[int], before: str = "", *, opening: bool) -> FoundTag | None:
+    def find(self, ids: Sequence[int], before: str = "", *, opening: bool) -> Tag | None:
         """The tag that the last of the ids completes, if it does; only with `opening` may it be one
         that opens. `before` is text in front of them."""
         tags = (self.close, self.open) if opening else (self.close,)
         for tag in tags:
             if ids and ids[-1] == self._token_of[tag]:
-                return FoundTag(tag == self.open, 1)
+                return Tag(tag, tag == self.open, len(ids) - 1, len(ids))
         spelled = [tag for tag in tags if self.is_spelled(tag)]
-        if not spelled or not ids:
-            return None
-        text = before + self.decode(ids)
+        text = before + self.decode(ids) if spelled else ""
         found = [(text.find(tag), tag) for tag in spelled if tag in text]
         if not found:
             return None
         place, tag = min(found)
-        for num in range(1, len(ids)):
-            if tag in self.decode(ids[-num:]):
-                break
-        else:
-            num = len(ids)
-        return FoundTag(tag == self.open, num, text[place + len(tag) :])
+        starts = range(len(ids) - 1, 0, -1)
+        start = next((start for start in starts if tag in self.decode(ids[start:])), 0)
+        return Tag(tag, tag == self.open, start, len(ids), text[place + len(tag) :])
 
     def closing_ids(self, before: Sequence[int]) -> list[int]:
         """What to inject after `before`: a line end that is there already is not doubled."""
@@ -162,7 +168,7 @@ class ThinkingTags:
                 raise ConfigError("the prompt is empty; give it some text")
             if not has_template:
                 ends = [prompt.rstrip().endswith(tag) for tag in (self.open, self.close)]
-                return _prompt(self._text_ids(prompt), ends[0], has_tags=any(ends))
+                return EncodedPrompt(self._text_ids(prompt), ends[0], any(ends))
             prompt = [{"role": "user", "content": prompt}]
         require_messages(prompt)
         if not has_template:
@@ -179,7 +185,7 @@ class ThinkingTags:
             if text != without.text:
                 text += f"{self.open}\n"
                 is_open = True
-        return _prompt(self.encode(text), is_open, has_tags=has_tags or is_open)
+        return EncodedPrompt(tuple(self.encode(text)), is_open, has_tags or is_open)
 
     def _is_open(self, opening: str) -> bool:
         """Whether an opened turn stands inside a trace. A tag that another part of the conversation
@@ -188,18 +194,12 @@ class ThinkingTags:
         has_marks = set(self.encode(rest)) & set(self.tokenizer.all_special_ids)
         return bool(tag) and self.close not in rest and not has_marks
 
-    def _text_ids(self, text: str) -> list[int]:
+    def _text_ids(self, text: str) -> tuple[int, ...]:
         """A text with what the tokenizer puts before one, unless it begins with that itself; what
         is put behind one is left out, because the text goes on."""
         ids, front = self.encode(text), self._front
-        return ids if ids[: len(front)] == front else front + ids
+        return tuple(ids if ids[: len(front)] == front else front + ids)
 
     @cached_property
     def _front(self) -> list[int]:
         return Encoder(self.tokenizer).front
-
-
-def _prompt(ids: list[int], is_open: bool, *, has_tags: bool) -> EncodedPrompt:
-    if not ids:
-        raise ConfigError("the prompt has no tokens; give it some text")
-    return EncodedPrompt(tuple(ids), is_open, has_tags)

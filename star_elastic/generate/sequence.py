@@ -12,7 +12,7 @@ import hashlib
 from collections import Counter
 from collections.abc import Iterator
 from collections.abc import Sequence as ListOf
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -27,7 +27,6 @@ from star_elastic.generate.phases import (
     Ended,
     Generation,
     Handed,
-    How,
     Part,
     Phase,
     PhaseResult,
@@ -36,11 +35,11 @@ from star_elastic.generate.phases import (
     Sampling,
     Token,
 )
-from star_elastic.generate.prompts import EncodedPrompt, FoundTag, Prompt, ThinkingTags
-from star_elastic.generate.text import Tag, TextStream, join, parts_of, texts_of
+from star_elastic.generate.prompts import EncodedPrompt, Prompt, Tag, ThinkingTags
+from star_elastic.generate.text import TextStream, join, parts_of, texts_of
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class Request:
     """A prompt and what is asked for it.
 
@@ -54,8 +53,8 @@ class Request:
     plan: Plan
     sampling: Sampling = GREEDY
     seed: str = "0"
-    streams: bool = True
-    compares: bool = False
+    streams: bool = field(default=True, kw_only=True)
+    compares: bool = field(default=False, kw_only=True)
 
 
 @dataclass(slots=True)
@@ -64,11 +63,20 @@ class Stretch:
 
     phase: int
     start: int
-    prefilled: int = 0
-    steps: int = 0
+    prefill_tokens: int = 0
+    decode_steps: int = 0
     seconds: float = 0.0
     ended: Ended | None = None
     handed: list[Handed] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class Bound:
+    """A budget of tokens, with `grace` more to finish the line at hand, and what is spent of it."""
+
+    budget: int | None
+    grace: int
+    spent: int = 0
 
 
 @dataclass(slots=True, eq=False)
@@ -86,6 +94,8 @@ class Sequence:
     spelling: ThinkingTags
     end_of_turn: frozenset[int]
     index: int = 0
+    plan: Plan = field(init=False)
+    num_prompt: int = field(init=False)
     ids: list[int] = field(init=False)
     generator: torch.Generator = field(init=False)
     phase: int = 0
@@ -100,33 +110,21 @@ class Sequence:
     _stretches: list[Stretch] = field(default_factory=list)
     _last_of_trace: int = -1
     """Number of the phase that ends with the trace."""
-    _num_in_phase: int = 0
-    """Tokens that the phase at hand has written outside of a trace that was opened in it."""
-    _trace_start: int = 0
-    _trace_budget: int | None = None
-    """First token and budget of what may end the trace: its last phase, or one that is reopened."""
+    _bound: Bound = field(init=False)
+    _set_aside: Bound | None = None
+    """What ends the phase at hand or a trace that is reopened in it; then the first waits."""
+    _stream: TextStream = field(init=False)
     _num_told: int = 0
-    _text: TextStream | None = None
-    _is_injected: bool | None = None
-    """The stream of texts, and whether its last token was injected."""
 
     def __post_init__(self) -> None:
-        self.ids, self._last_of_trace = list(self.prompt.ids), len(self.plan.trace) - 1
+        self.plan, self.ids = self.request.plan, list(self.prompt.ids)
+        self.num_prompt, self._stream = len(self.ids), self._new_stream()
         digest = hashlib.sha256(self.request.seed.encode()).digest()
         self.generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big"))
+        self._last_of_trace = len(self.plan.trace) - 1
         self._enter(0 if self.prompt.in_thinking else len(self.plan.trace))
         if self.prompt.in_thinking and not self.plan.trace:
             self._close_thinking()
-
-    @property
-    def plan(self) -> Plan:
-        """The phases it goes through."""
-        return self.request.plan
-
-    @property
-    def num_prompt(self) -> int:
-        """Tokens of the prompt."""
-        return len(self.prompt.ids)
 
     @property
     def now(self) -> Phase:
@@ -159,96 +157,57 @@ class Sequence:
             self.size = policy.large
         return self.size == policy.large
 
-    def _enter(self, phase: int) -> None:
-        """Begins a phase."""
-        self.phase, self._num_in_phase = phase, 0
-        self.size = self.now.sizes[0]
-        self.is_thinking = phase <= self._last_of_trace
-        if phase == self._last_of_trace:
-            self._trace_start, self._trace_budget = len(self.writers), self.now.budget
-        self._stretches.append(Stretch(phase, len(self.writers)))
-
-    @property
-    def _is_reopened(self) -> bool:
-        """Whether the trace is open in a phase that comes after it."""
-        return self.is_thinking and self.phase > self._last_of_trace
-
-    # What is read
-
-    def note_taken_up(self, known: int, how: How, divergence: float | None = None) -> None:
-        """Takes down that the size at hand knows `known` tokens and reads the others at once."""
-        unread = len(self.ids) - known
-        self.stretch.prefilled += unread
-        self.stretch.handed.append(Handed(self.size, len(self.ids), unread, how, divergence))
-        self.reads.append(Read(self.size, known, unread, at_once=True))
-
-    def note_step(self) -> None:
-        """Takes down that the size at hand reads its next token."""
-        self.stretch.steps += 1
-        last = self.reads[-1]
-        if last.at_once:
-            self.reads.append(Read(self.size, last.start + last.tokens, 1, at_once=False))
-        else:
-            self.reads[-1] = Read(self.size, last.start, last.tokens + 1, at_once=False)
-
-    def note_cache_bytes(self, num_bytes: int) -> None:
-        """Takes down what its caches take, with so much where it is being worked on."""
-        kept = sum(cache.num_bytes for cache, _ in self.caches.values())
-        self.cache_bytes = max(self.cache_bytes, num_bytes + kept)
-
-    # What is written
-
-    def _close_thinking(self) -> None:
-        """Injects the end of thinking."""
-        closing = self.spelling.closing_ids(self.ids)
-        start = len(self.writers)
-        self.ids += closing
-        self.writers += [None] * len(closing)
-        self.tags.append(Tag(False, start, len(self.writers), is_injected=True))
-        self.is_thinking = False
+    # What is written, and how phases end
 
     def accept(self, token: int) -> None:
         """Takes the model's next token, or ends the phase instead."""
-        found = self._find_tag(token)
-        if not found and self.is_thinking and (cut := self._cut_trace()):
-            # A trace that its model closes right where the budget would cut it has ended naturally.
-            # So the token after the last affordable one is looked at before it is thrown away.
-            self._cut_off(cut)
+        tag = self._find_tag(token)
+        # A trace that its model closes right where the budget would cut it has ended naturally. So
+        # the token after the last affordable one is looked at before it is thrown away.
+        if not tag and (cut := self._cut_trace()):
+            self._close_thinking()
+            self._leave_trace(cut)
         else:
-            self._write(token)
-            if found:
-                self._take_tag(found)
+            self.ids.append(token)
+            self.writers.append(self.size)
+            self._bound.spent += 1
+            ends_line, policy = self.spelling.ends_line(token), self.now.size
+            if isinstance(policy, ByDifficulty) and ends_line:
+                self.size = policy.small
+            if tag:
+                self._take_tag(tag)
             elif token in self.end_of_turn:
-                self._finish("stopped" if self.is_thinking else "natural")
+                self._end("stopped" if self.is_thinking else "natural")
             elif self._has_stop_string():
-                self._finish("stop_string")
-            elif not self._is_reopened and self.phase != self._last_of_trace:
-                self._end_phase(token)
+                self._end("stop_string")
+            elif self._set_aside is None and self.phase != self._last_of_trace:
+                is_over = ends_line and self.now.until == "line"
+                if how := "natural" if is_over else self._cut():
+                    self._end(how, then=self.phase + 1)
         if not self.is_done and len(self.writers) >= self.plan.max_new_tokens:
-            self._finish("length")
+            self._end("length")
 
-    def _write(self, token: int) -> None:
-        self.ids.append(token)
-        self.writers.append(self.size)
-        self._num_in_phase += not self._is_reopened
-        policy = self.now.size
-        if isinstance(policy, ByDifficulty) and self.spelling.ends_line(token):
-            self.size = policy.small
-
-    def _end_phase(self, token: int) -> None:
-        """Ends the phase at hand with this token if a line or its budget does."""
-        phase = self.now
-        if phase.until == "line" and self.spelling.ends_line(token):
-            self._end("natural", then=self.phase + 1)
-        elif cut := self._cut(self._num_in_phase, phase.budget, phase.grace):
-            self._end(cut, then=self.phase + 1)
-
-    def _cut(self, written: int, budget: int | None, grace: int) -> Ended | None:
-        if budget is None or written < budget:
+    def _cut(self) -> Ended | None:
+        """How the budget at hand ends at this place, if it does."""
+        bound = self._bound
+        if bound.budget is None or bound.spent < bound.budget:
             return None
         if self.spelling.ends_line(self.ids[-1]):
             return "cut_at_newline"
-        return "cut" if written >= budget + grace else None
+        return "cut" if bound.spent >= bound.budget + bound.grace else None
+
+    def _cut_trace(self) -> Ended | None:
+        """How its budget ends the trace at this place, if it does."""
+        if not self.is_thinking or self.phase < self._last_of_trace:
+            return None
+        if self._set_aside and self._bound.budget is not None and self._room_in_trace <= 0:
+            return "cut"
+        return self._cut()
+
+    @property
+    def _room_in_trace(self) -> int:
+        """How many tokens fit before an end of thinking that is injected."""
+        return self.plan.max_new_tokens - len(self.writers) - self.spelling.max_closing
 
     def _has_stop_string(self) -> bool:
         """Whether the text since the last tag has just come to a stop string."""
@@ -260,19 +219,25 @@ class Sequence:
         text = before + self.spelling.decode(ids)
         return any(stop in text for stop in stops)
 
-    def _end(self, how: Ended, *, then: int) -> None:
-        self.stretch.ended = how
-        if then < len(self.plan.phases):
-            self._enter(then)
-        else:
-            self.is_done = True
+    def _enter(self, phase: int) -> None:
+        """Begins a phase."""
+        self.phase = phase
+        self.size = self.now.sizes[0]
+        self.is_thinking = phase <= self._last_of_trace
+        self._bound = Bound(self.now.budget, self.now.grace)
+        self._stretches.append(Stretch(phase, len(self.writers)))
 
-    def _finish(self, how: Ended) -> None:
-        self._end(how, then=len(self.plan.phases))
+    def _end(self, how: Ended, *, then: int | None = None) -> None:
+        """Ends the phase at hand; `then` is the number of the next, if there is one."""
+        self.stretch.ended = how
+        if then is None or then == len(self.plan.phases):
+            self.is_done = True
+        else:
+            self._enter(then)
 
     # Tags, and the trace between them
 
-    def _find_tag(self, token: int) -> FoundTag | None:
+    def _find_tag(self, token: int) -> Tag | None:
         """The tag that this token completes: in a trace one that closes it, else any."""
         if not self.is_thinking and not self.prompt.has_tags:
             return None
@@ -282,78 +247,67 @@ class Sequence:
     def _since_tag(self, most: int) -> tuple[str, list[int]]:
         """The last tokens behind the last tag, at most so many; and the text before them that the
         last token of the tag holds, if none is left out."""
-        first = self._first_since_tag
+        first = self.num_prompt + self._num_before
         begin = max(first, len(self.ids) - most)
         before = self.tags[-1].after if self.tags and begin == first else ""
         return before, self.ids[begin:]
 
     @property
-    def _first_since_tag(self) -> int:
-        """Where in `ids` what follows the last tag begins."""
-        return self.num_prompt + (self.tags[-1].stop if self.tags else 0)
+    def _num_before(self) -> int:
+        """New tokens up to the last tag."""
+        return self.tags[-1].stop if self.tags else 0
 
-    def _take_tag(self, found: FoundTag) -> None:
+    def _take_tag(self, found: Tag) -> None:
         """Does what a tag says that the model has just written."""
         stop = len(self.writers)
-        start = stop - found.num_tokens
-        if not self._is_reopened:
-            self._num_in_phase = max(self._num_in_phase - found.num_tokens, 0)
+        start = stop - (found.stop - found.start)
+        self._bound.spent = max(self._bound.spent - (stop - start), 0)
         # A closing tag in the answer says that all since the last tag was still the trace.
-        taken_back = start if found.opens else self._first_since_tag - self.num_prompt
-        recalled = 0 if self.is_thinking else stop - 1 - taken_back
-        self.tags.append(Tag(found.opens, start, stop, after=found.after, recalled=recalled))
+        told = stop - 1 - (start if found.opens else self._num_before)
+        recalled = 0 if self.is_thinking else told
+        self.tags.append(replace(found, start=start, stop=stop, recalled=recalled))
         if found.opens:
             self._reopen()
-        elif self.phase <= self._last_of_trace:
-            self._end("natural", then=self._last_of_trace + 1)
         else:
-            self.is_thinking = False
-            self._part("natural")
+            self._leave_trace("natural")
+
+    def _close_thinking(self) -> None:
+        """Injects the end of thinking."""
+        closing, start = self.spelling.closing_ids(self.ids), len(self.writers)
+        self.ids += closing
+        self.writers += [None] * len(closing)
+        text = self.spelling.decode(closing)
+        self.tags.append(Tag(text, False, start, len(self.writers), is_injected=True))
+        self.is_thinking = False
+
+    def _leave_trace(self, how: Ended) -> None:
+        """Goes on behind an end of thinking."""
+        self.is_thinking = False
+        if self._set_aside is not None:
+            self._bound, self._set_aside = self._set_aside, None
+        if self.phase <= self._last_of_trace:
+            self._end(how, then=self._last_of_trace + 1)
+        else:
+            self._part(how)
 
     def _reopen(self) -> None:
         """Opens the trace again: bounded by what is left of its budget, or closed at once."""
         if sum(tag.opens for tag in self.tags) > MAX_REOPENED:
-            self._finish("reopened")
+            self._end("reopened")
             return
         self._part("reopened")
         self.is_thinking = True
-        budget = self.plan.thinking_budget
-        if budget is not None:
-            budget -= self._count_thought()
-        self._trace_start, self._trace_budget = len(self.writers), budget
+        budget, trace = self.plan.thinking_budget, self.plan.trace
+        if budget is not None:  # it has to bear the trace from its last phase on
+            starts = [s.start for s in self._stretches if s.phase == self._last_of_trace]
+            budget -= self.parts()[min(starts, default=0) :].count(THINKING)
+        self._set_aside = self._bound
+        self._bound = Bound(budget, trace[-1].grace if trace else 0)
         if budget is not None and self._room_in_trace < 0:
-            self._finish("length")
+            self._end("length")
         elif budget is not None and budget <= 0:
-            self._cut_off("cut")
-
-    def _count_thought(self) -> int:
-        """Tokens of the trace that its budget has to bear: from its last phase on."""
-        starts = [s.start for s in self._stretches if s.phase == self._last_of_trace]
-        return self.parts()[min(starts, default=0) :].count(THINKING)
-
-    def _cut_trace(self) -> Ended | None:
-        """How its budget ends the trace at this place, if it does."""
-        if self.phase < self._last_of_trace:
-            return None
-        budget, trace = self._trace_budget, self.plan.trace
-        if budget is not None and self._is_reopened and self._room_in_trace <= 0:
-            return "cut"
-        grace = trace[-1].grace if trace else 0
-        return self._cut(len(self.writers) - self._trace_start, budget, grace)
-
-    @property
-    def _room_in_trace(self) -> int:
-        """How many tokens fit before an end of thinking that is injected."""
-        return self.plan.max_new_tokens - len(self.writers) - self.spelling.max_closing
-
-    def _cut_off(self, how: Ended) -> None:
-        """Ends the trace where its budget is used up."""
-        in_phase = not self._is_reopened
-        self._close_thinking()
-        if in_phase:
-            self._end(how, then=self.phase + 1)
-        else:
-            self._part(how)
+            self._close_thinking()
+            self._leave_trace("cut")
 
     def _part(self, how: Ended) -> None:
         """Begins another part of the phase at hand, unless it has none yet."""
@@ -367,46 +321,38 @@ class Sequence:
 
     # What is told
 
+    def _new_stream(self) -> TextStream:
+        """For the text of the new tokens."""
+        names = (self.spelling.open, self.spelling.close) if self.prompt.has_tags else ()
+        spelled = [name for name in names if self.spelling.is_spelled(name)]
+        return TextStream(self.spelling.decode, self.plan.stop, spelled)
+
     def new_tokens(self) -> Iterator[Token]:
         """The tokens since the last call, as a stream tells them; to be called after every
         `accept`, because what a token belongs to is told as it is known then."""
         for place in range(self._num_told, len(self.writers)):
-            yield self._token(place)
+            size, token = self.writers[place], self.ids[self.num_prompt + place]
+            last = self.tags[-2:]  # the model's own, and one that is injected at once
+            own = next((tag for tag in last if tag.stop == place + 1 and not tag.is_injected), None)
+            ids = [] if token in self.end_of_turn else [token]
+            text = self._stream.push(ids, own.text if own else "", is_injected=size is None)
+            if self.is_done and place == len(self.writers) - 1:
+                text += self._stream.flush()
+            yield Token(
+                index=self.index,
+                id=token,
+                text=text,
+                size=size,
+                phase=THINKING if self.is_thinking or place < self._num_before else ANSWERING,
+                recalled=own.recalled if own else 0,
+            )
         self._num_told = len(self.writers)
-
-    def _token(self, place: int) -> Token:
-        text, size, spelling = "", self.writers[place], self.spelling
-        if self._text is None or self._is_injected != (size is None):
-            # What is injected is a text of its own, in which nothing is looked for.
-            text, self._is_injected = self._text.flush() if self._text else "", size is None
-            names = (spelling.open, spelling.close) if self.prompt.has_tags else ()
-            marks = (self.plan.stop, [name for name in names if spelling.is_spelled(name)])
-            self._text = TextStream(spelling.decode, *((), ()) if self._is_injected else marks)
-        last = self.tags[-2:]  # the model's own, and one that is injected at once
-        own = next((tag for tag in last if tag.stop == place + 1 and not tag.is_injected), None)
-        name = "" if own is None else spelling.open if own.opens else spelling.close
-        token = self.ids[self.num_prompt + place]
-        if token not in self.end_of_turn:
-            text += self._text.push([token], name)
-        if self.is_done and place == len(self.writers) - 1:
-            text += self._text.flush()
-        thinks = self.is_thinking or (self.tags and place < self.tags[-1].stop)
-        return Token(
-            index=self.index,
-            id=token,
-            text=text,
-            size=size,
-            phase=THINKING if thinks else ANSWERING,
-            recalled=own.recalled if own else 0,
-        )
 
     def result(self) -> Generation:
         """The finished sequence."""
         new, parts = self.ids[self.num_prompt :], self.parts()
         spoken = new[:-1] if new and new[-1] in self.end_of_turn else new
-        texts = texts_of(
-            spoken, self.tags, self.spelling, self.plan.stop, is_thinking=self.is_thinking
-        )
+        texts = texts_of(spoken, self.tags, self._new_stream(), is_thinking=self.is_thinking)
         return Generation(
             text="".join(text for _, text in texts),
             thinking=join(texts, THINKING),
@@ -438,7 +384,7 @@ class Sequence:
                 by_size={size: count for size, count in by_size.items() if size is not None},
                 seconds=stretch.seconds,
                 ended=stretch.ended,
-                prefill_tokens=stretch.prefilled,
-                decode_steps=stretch.steps,
+                prefill_tokens=stretch.prefill_tokens,
+                decode_steps=stretch.decode_steps,
                 handed=tuple(stretch.handed),
             )

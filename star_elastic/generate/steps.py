@@ -17,7 +17,7 @@ import torch
 from transformers import DynamicCache, PreTrainedModel, StaticCache
 
 from star_elastic.errors import reason
-from star_elastic.generate.caches import ATTENTION, MAMBA, LayerState, join, layers_of
+from star_elastic.generate.caches import ATTENTION, join, layers_of
 from star_elastic.models.native import fits
 from star_elastic.quant.formats import E4M3
 from star_elastic.recent import Recent
@@ -35,36 +35,22 @@ WARM_UPS = 2
 class StaticStep:
     """One token for each of up to `rows` rows, with up to `columns` tokens of context.
 
-    Rows beyond those in use are computed and not looked at; columns beyond are masked. `like` is
-    any cache of the model, for the shapes of its states.
+    Rows beyond those in use are computed and not looked at; columns beyond are masked.
     """
 
     @torch.inference_mode()
-    def __init__(self, model: PreTrainedModel, like: DynamicCache, rows: int, columns: int):
+    def __init__(self, model: PreTrainedModel, rows: int, columns: int):
         self.model, self.rows, self.columns = model, rows, columns
         device = model.device
         self._cache = StaticCache(config=model.config, max_cache_len=columns)
-        for number, states in enumerate(layers_of(like)):
-            if states is not None:
-                self._allocate(number, states)
         self._ids_B1 = torch.zeros(rows, 1, dtype=torch.long, device=device)
         self._places_B1 = torch.zeros(rows, 1, dtype=torch.long, device=device)
         self._column = torch.zeros(1, dtype=torch.long, device=device)
         self._mask_B11T = torch.zeros(rows, 1, 1, columns, dtype=torch.bool, device=device)
         self._logits_BV = torch.zeros(rows, model.config.vocab_size, device=device)
         self._settle: weakref.WeakMethod[Callable[[], None]] | None = None
+        self._run()  # the first one makes the states
         self._graph = self._capture() if device.type == "cuda" else None
-
-    def _allocate(self, number: int, states: LayerState) -> None:
-        first, second = (
-            s.new_zeros(self.rows, *s.shape[1:]) for s in (states.first, states.second)
-        )
-        if states.kind == MAMBA:
-            self._cache.update_conv_state(first, number)
-            self._cache.update_recurrent_state(second, number)
-        else:  # one column tells the shape
-            attention: Any = self._cache.layers[number]
-            attention.lazy_initialization(first[:, :, :1], second[:, :, :1])
 
     def _capture(self) -> torch.cuda.CUDAGraph:
         """Records the step; what it does to the states meanwhile is overwritten by `load`."""
@@ -104,12 +90,7 @@ class StaticStep:
         self._places_B1 += 1
 
     @torch.inference_mode()
-    def load(
-        self,
-        cache: DynamicCache,
-        lengths: Sequence[int],
-        settle: Callable[[], None],
-    ) -> None:
+    def load(self, cache: DynamicCache, lengths: Sequence[int], settle: Callable[[], None]) -> None:
         """Takes up rows of these lengths from a cache, padded on the left.
 
         `settle` is a method that takes them back, called when another decoder needs the memory.
@@ -169,7 +150,7 @@ class StepPool:
         self._asked: Counter[tuple[int, int]] = Counter()
         self._steps: Recent[tuple[int, int], StaticStep] = Recent(MAX_CAPTURED)
 
-    def fetch(self, cache: DynamicCache, rows: int, columns: int) -> StaticStep | None:
+    def fetch(self, rows: int, columns: int) -> StaticStep | None:
         """A step with room for so many rows and columns; None while it is not worth capturing."""
         shape = _power_of_two(rows), max(_power_of_two(columns), MIN_COLUMNS)
         if shape not in self._steps.kept:
@@ -177,7 +158,7 @@ class StepPool:
             if self._fails or self._asked[shape] < self._patience:
                 return None
         try:
-            return self._steps.fetch(shape, lambda: StaticStep(self.model, cache, *shape))
+            return self._steps.fetch(shape, lambda: StaticStep(self.model, *shape))
         except RuntimeError as error:
             self._fails = True
             logger.warning("decode steps are not captured, which is slower: %s", reason(error))

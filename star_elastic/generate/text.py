@@ -1,33 +1,16 @@
-"""The text of new tokens: cut at its tags when all are there, or piece by piece as they come.
+"""The text of new tokens: piece by piece as they come, or cut at its tags when all are there.
 
-Tokens that are injected and those that a model writes are decoded apart, so that both ways give one
-text.
+Both are one stream of text, fed with one token at a time or with many, so that both give one text.
+Tokens that are injected and those that a model writes are decoded apart.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from itertools import repeat
 
 from star_elastic.generate.phases import ANSWERING, TAG, THINKING, Part
-from star_elastic.generate.prompts import ThinkingTags
-
-
-@dataclass(frozen=True, slots=True)
-class Tag:
-    """A tag among the new tokens, in the places from `start` to `stop`.
-
-    `after`: the text that its last token adds behind it. `recalled`: how many tokens before that
-    had been taken for the answer, and are none: the tag's own, and of a trace that had gone on.
-    """
-
-    opens: bool
-    start: int
-    stop: int
-    is_injected: bool = False
-    after: str = ""
-    recalled: int = 0
+from star_elastic.generate.prompts import Tag
 
 
 def parts_of(tags: Sequence[Tag], num_tokens: int, *, is_thinking: bool) -> list[Part]:
@@ -48,27 +31,20 @@ def _before(tag: Tag) -> Part:
 
 
 def texts_of(
-    ids: Sequence[int],
-    tags: Sequence[Tag],
-    spelling: ThinkingTags,
-    stops: Sequence[str],
-    *,
-    is_thinking: bool,
+    ids: Sequence[int], tags: Sequence[Tag], stream: TextStream, *, is_thinking: bool
 ) -> list[tuple[Part, str]]:
-    """The text of new tokens, cut at the tags: what stands before the first, the tag, and so on."""
+    """The text of new tokens, cut at the tags: what stands before the first, the tag, and so on.
+    `stream` is to be a new one."""
     found: list[tuple[Part, str]] = []
-    place, stream = 0, TextStream(spelling.decode, stops)
+    place, text = 0, ""
     for tag in tags:
         if tag.is_injected:
-            before = stream.push(ids[place : tag.start]) + stream.flush()
-            name, stream = (
-                spelling.decode(ids[tag.start : tag.stop]),
-                TextStream(spelling.decode, stops),
-            )
+            text = stream.push(ids[place : tag.start])
+            text += stream.push(ids[tag.start : tag.stop], is_injected=True)
         else:
-            name = spelling.open if tag.opens else spelling.close
-            before = stream.push(ids[place : tag.stop], name).removesuffix(name)
-        found += [(_before(tag), before), (TAG, name)]
+            text = stream.push(ids[place : tag.stop], tag.text)
+        found.append((_before(tag), text.removesuffix(tag.text)))
+        found.append((TAG, tag.text))
         place = tag.stop
     rest = stream.push(ids[place:]) + stream.flush()
     return [*found, (THINKING if is_thinking else ANSWERING, rest)]
@@ -89,7 +65,7 @@ class TextStream:
     """
 
     WINDOW = 8
-    """Tokens that are decoded anew with each new one: decoders look at what comes before."""
+    """Tokens that are decoded anew with new ones: decoders look at what comes before."""
 
     def __init__(
         self,
@@ -103,33 +79,39 @@ class TextStream:
         self._ids: list[int] = []
         self._known = ""
         self._held = ""
-        self._stopped = False
+        self._is_stopped = self._is_injected = False
 
-    def push(self, ids: Sequence[int], tag: str = "") -> str:
+    def push(self, ids: Sequence[int], tag: str = "", *, is_injected: bool = False) -> str:
         """The text that is certain now; `tag` is the text of one that the last id completes."""
+        before = ""
+        if is_injected != self._is_injected:
+            # What is injected is a text of its own, in which nothing is looked for.
+            before, self._is_injected = self.flush(), is_injected
+            self._ids, self._known = [], ""
         self._ids += ids
         text = self._decode(self._ids)
-        if self._stopped or (text.endswith("\ufffd") and not tag):
-            return ""
+        if self._is_stopped or (text.endswith("\ufffd") and not tag):
+            return before
         self._held += text[len(self._known) :]
         self._ids = self._ids[-self.WINDOW :]
         self._known = self._decode(self._ids)
         if tag:
-            before, _, self._held = self._held.rpartition(tag)
-            return before + tag
-        return self._release(self._starts)
+            own, _, self._held = self._held.rpartition(tag)
+            return before + own + tag
+        return before + self._release(self._starts)
 
     def flush(self) -> str:
         """What is left at the end."""
-        if not self._stopped:
+        if not self._is_stopped:
             self._held += self._decode(self._ids)[len(self._known) :]
         return self._release(())
 
     def _release(self, starts: Sequence[str]) -> str:
         """What is held up to a stop string, or else up to what may be the start of something."""
-        found = [self._held.find(stop) for stop in self._stops if stop in self._held]
+        stops, starts = ((), ()) if self._is_injected else (self._stops, starts)
+        found = [self._held.find(stop) for stop in stops if stop in self._held]
         if found:
-            certain, self._stopped, self._held = self._held[: min(found)], True, ""
+            certain, self._held, self._is_stopped = self._held[: min(found)], "", True
             return certain
         num_held = max((len(s) for s in starts if self._held.endswith(s)), default=0)
         certain = self._held[: len(self._held) - num_held]

@@ -1,0 +1,186 @@
+"""The engine: whoever comes, goes or is cancelled, a request has the tokens that it has alone."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from star_elastic.errors import BudgetError, ConfigError
+from star_elastic.generate.engine import Engine
+from star_elastic.generate.phases import (
+    ByDifficulty,
+    Generation,
+    Phase,
+    Plan,
+    Sampling,
+    Token,
+    think_and_answer,
+)
+from star_elastic.generate.sequence import Request
+from tests.thinking import PLAIN, table_generator
+from tests.tiny_family import PROMPTS
+
+TURNS = (
+    Phase(size="large", until="budget", budget=4, grace=0),
+    Phase(size="small", until="end_of_thinking", budget=6, grace=2),
+    Phase(size="large", until="line", budget=5, grace=0),
+    Phase(size="small"),
+)
+UNSURE = ByDifficulty(small="small", large="large", threshold=1.0371)
+PLANS = (
+    think_and_answer("small", "large", thinking_budget=5, grace=3, max_new_tokens=18),
+    think_and_answer("small", "small", max_new_tokens=15),
+    think_and_answer("large", "large", thinking_budget=0, max_new_tokens=12),
+    think_and_answer(UNSURE, "large", max_new_tokens=20, switch="catch-up"),
+    Plan(TURNS, 30, "catch-up"),
+    Plan(TURNS, 30, "reprefill"),
+)
+requests = st.builds(
+    Request,
+    st.sampled_from(PROMPTS),
+    st.sampled_from(PLANS),
+    st.sampled_from([Sampling(), Sampling(0.8), Sampling(1.3, 0.9)]),
+    st.sampled_from(["3/0", "3/1"]),
+)
+
+
+@pytest.fixture(scope="module")
+def alone(family):
+    """The result of a request that an engine runs by itself."""
+    known: dict[Request, Generation] = {}
+
+    def run(request: Request) -> Generation:
+        if request not in known:
+            engine = Engine(family.generator)
+            engine.add(request)
+            *_, (_, known[request]) = engine.run()
+        return known[request]
+
+    return run
+
+
+@given(
+    asked=st.lists(requests, min_size=2, max_size=6),
+    waits=st.lists(st.integers(0, 9), min_size=6, max_size=6),
+    cancelled=st.dictionaries(st.integers(0, 5), st.integers(0, 12), max_size=3),
+    batch_size=st.sampled_from([1, 2, 64]),
+)
+@settings(max_examples=10)
+def test_whoever_comes_and_goes_changes_nobody_elses_tokens(
+    family, alone, asked, waits, cancelled, batch_size
+):
+    """Requests are added `waits` steps after one another, and some are `cancelled` so many steps
+    after they came; the others have the tokens, texts and accounts that they have alone."""
+    engine = Engine(family.generator, batch_size)
+    results: dict[int, Generation] = {}
+    told: dict[int, list[Token]] = {}
+    due, ages = list(zip(asked, waits, strict=False)), {}
+    while due or not engine.is_idle:
+        while due and due[0][1] <= 0:
+            number = engine.add(due.pop(0)[0])
+            ages[number], told[number] = 0, []
+        due[:1] = [(request, wait - 1) for request, wait in due[:1]]
+        for number, age in ages.items():
+            if cancelled.get(number) == age:
+                engine.cancel(number)
+        for number, event in engine.step():
+            assert number not in results
+            assert cancelled.get(number, 99) > ages[number], "a cancelled request goes on"
+            if isinstance(event, Generation):
+                results[number] = event
+            else:
+                told[number].append(event)
+        ages = {number: age + 1 for number, age in ages.items()}
+        assert len(engine._running) <= batch_size
+    kept = [n for n in ages if n in results]
+    assert all(n in cancelled for n in ages if n not in results)
+    for number in kept:
+        result, expected = results[number], alone(asked[number])
+        assert result.token_ids == expected.token_ids
+        assert result.token_sizes == expected.token_sizes
+        assert result.reads == expected.reads
+        assert tuple(token.id for token in told[number]) == result.token_ids
+        assert "".join(token.text for token in told[number]) == result.text
+        assert {token.index for token in told[number]} <= {number}
+    assert not engine._waiting and not engine._running, "something is held for nobody"
+    assert engine._batch is None or not engine._batch._decoder.num_bytes
+
+
+def test_cancelling_frees_rows_and_caches_at_once(family):
+    """Of a request that waits, of one at work, and of one whose turn is another size's."""
+    engine = Engine(family.generator, batch_size=3)
+    slow = think_and_answer("small", "small", max_new_tokens=40)
+    turn = Phase(size="small", until="budget", budget=1, grace=0)
+    both = Plan((turn, TURNS[0], turn, *TURNS[1:]), 40, "catch-up")
+    for prompt, plan in zip(PROMPTS, (both, slow, slow, slow), strict=False):
+        engine.add(Request(prompt, plan))
+    engine.step()
+    batch = engine._batch
+    (waiting,), (working, *others) = engine._waiting, [s.index for s in batch.sequences]
+    (parted,) = engine._running.keys() - {working, *others}
+    assert engine._running[parted].caches, "nothing is kept for its next turn"
+    engine.cancel(waiting)
+    engine.cancel(parted)
+    assert list(engine._running) == [working, *others] and not engine._waiting
+    held = batch._decoder.num_bytes
+    engine.cancel(working)
+    assert 0 < batch._decoder.num_bytes < held and len(batch._decoder) == len(others)
+    engine.cancel(working)  # once more, and one that never was
+    engine.cancel(99)
+    for number in others:
+        engine.cancel(number)
+    assert engine.is_idle and engine.step() == []
+    assert batch._decoder.num_bytes == len(batch._decoder) == 0
+
+
+def test_no_size_waits_for_ever():
+    """However many requests for one size come, one for another gets its turn."""
+    generator = table_generator({"\n": "a", "a": "b", "b": "c", "c": "a"}, PLAIN)
+    engine = Engine(generator)
+    plan = {size: think_and_answer(size, size, max_new_tokens=5) for size in ("small", "large")}
+    engine.add(Request("q", plan["small"], streams=False))
+    other = None
+    for number in range(40):
+        engine.add(Request("q", plan["small"], streams=False))
+        if number == 3:
+            other = engine.add(Request("q", plan["large"], streams=False))
+        if other in (index for index, _ in engine.step()):
+            return
+    raise AssertionError("the large size never gets its turn")
+
+
+def test_newcomers_join_those_that_run():
+    generator = table_generator({"\n": "a", "a": "b", "b": "c", "c": "a"}, PLAIN)
+    engine = Engine(generator, batch_size=3)
+    plan = think_and_answer("small", "small", max_new_tokens=6)
+    engine.add(Request("q", plan))
+    seen = [[index for index, event in engine.step() if isinstance(event, Token)]]
+    engine.add(Request("longer", plan))
+    seen += [[i for i, event in engine.step() if isinstance(event, Token)] for _ in range(2)]
+    assert seen == [[0], [0, 1], [0, 1]]
+    engine.add(Request("q", plan))
+    engine.add(Request("q", plan))  # no room: it comes in when nothing runs
+    rest = [[i for i, event in engine.step() if isinstance(event, Token)] for _ in range(13)]
+    assert rest[:3] == [[0, 1, 2]] * 3
+    assert all((3 in both[1]) <= (set(both[1]) == {3}) for both in pairwise(rest))
+    assert engine.is_idle
+
+
+def test_a_request_that_cannot_be_done_is_refused_and_nothing_is_held(family):
+    engine = Engine(family.generator)
+    plan = think_and_answer("small", "large", thinking_budget=5, max_new_tokens=60)
+    for request, error in (
+        (Request(" ", plan), ConfigError),
+        (Request("1" * 400, plan), BudgetError),
+        (Request("1", think_and_answer("huge", "huge")), ConfigError),
+    ):
+        with pytest.raises(error):
+            engine.add(request)
+    assert engine.is_idle
+    assert engine.add(Request("1", plan)) == 0
+    for options in ({"batch_size": 0}, {"batch_tokens": True}):
+        with pytest.raises(ConfigError, match=f"{next(iter(options))}="):
+            Engine(family.generator, **options)
