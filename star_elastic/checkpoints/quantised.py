@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,8 +31,6 @@ from star_elastic.errors import CheckpointError
 from star_elastic.quant.formats import Quantised, dequantise
 from star_elastic.quant.scheme import Scheme
 
-Progress = Callable[[int, int], None]
-"""Called with (bytes written so far, bytes in all)."""
 Values = Mapping[str, torch.Tensor]
 
 

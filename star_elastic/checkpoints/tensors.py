@@ -140,6 +140,10 @@ class CheckpointReader:
             return self._handle(self._files[name]).get_tensor(name)
 
 
+Progress = Callable[[int, int], None]
+"""Called with (bytes written so far, bytes in all)."""
+
+
 @dataclass(frozen=True, slots=True)
 class Planned:
     """A tensor that will be written: known by name, shape and dtype before its values exist."""
@@ -162,14 +166,23 @@ def write_tensors(
     value_of: Callable[[str], torch.Tensor],
     *,
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
-    on_tensor: Callable[[Planned], None] | None = None,
+    progress: Progress | None = None,
 ) -> None:
     """Writes a safetensors model one tensor at a time, in shards with an index if it is large.
 
-    The header needs only shapes and dtypes, so one tensor is in memory at a time. Raises
-    CheckpointError for values that are not finite, which no model computes with, and AssertionError
-    if one does not have its planned shape and dtype.
+    The header needs only shapes and dtypes, so one tensor is in memory at a time. `progress` is
+    told after each. Raises CheckpointError for values that are not finite, which no model computes
+    with, and AssertionError if one does not have its planned shape and dtype.
     """
+    plan = list(plan)
+    total, written = sum(entry.num_bytes for entry in plan), 0
+
+    def on_tensor(entry: Planned) -> None:
+        nonlocal written
+        written += entry.num_bytes
+        if progress:
+            progress(written, total)
+
     shards: list[list[Planned]] = [[]]
     filled = 0
     for entry in plan:
@@ -185,7 +198,6 @@ def write_tensors(
         _write_shard(directory / name, shard, value_of, on_tensor)
         weight_map.update({entry.name: name for entry in shard})
     if count > 1:
-        total = sum(entry.num_bytes for shard in shards for entry in shard)
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         write_json(directory / INDEX_NAME, index)
 
@@ -215,8 +227,7 @@ def _write_shard(file: Path, shard: list[Planned], value_of, on_tensor) -> None:
                     "they come from"
                 )
             stream.write(value.reshape(-1).view(torch.uint8).numpy().data)
-            if on_tensor:
-                on_tensor(entry)
+            on_tensor(entry)
 
 
 def is_finite(tensor: torch.Tensor) -> bool:

@@ -13,7 +13,6 @@ import torch
 
 from star_elastic.architectures import read_config
 from star_elastic.axes import Piece, TensorSpec
-from star_elastic.checkpoints.companions import copy_companions
 from star_elastic.checkpoints.layouts import (
     CODES,
     COMPRESSED_TENSORS,
@@ -24,17 +23,17 @@ from star_elastic.checkpoints.layouts import (
     stored_dtype,
     stored_parts,
 )
-from star_elastic.checkpoints.quantised import Progress, Values
+from star_elastic.checkpoints.quantised import Values
 from star_elastic.checkpoints.stored import StoredModel
 from star_elastic.checkpoints.tensors import (
     DEFAULT_SHARD_BYTES,
     Planned,
+    Progress,
     is_finite,
-    write_tensors,
 )
+from star_elastic.checkpoints.write import write_checkpoint
 from star_elastic.checkpoints.written_config import written_config
 from star_elastic.errors import CheckpointError, ConfigError
-from star_elastic.files.writing import new_directory, write_json
 from star_elastic.quant.formats import Quantised, largest_of, quantise
 from star_elastic.quant.scheme import Scheme, partners
 
@@ -154,21 +153,8 @@ def quantise_checkpoint(
             f"({len(lacking)} such); calibrate it on data"
         )
     plan = list(writer.plan())
-    total, written = sum(planned.num_bytes for planned in plan), 0
-
-    def on_tensor(planned: Planned) -> None:
-        nonlocal written
-        written += planned.num_bytes
-        if progress:
-            progress(written, total)
-
     whole = written_config(config.at(axis_map.full), axis_map, source.dtype, scheme)
-    with new_directory(out) as directory:
-        copy_companions(path, directory)
-        write_json(directory / "config.json", {**whole, CONFIG_KEY: config_entry(axis_map, scheme)})
-        write_tensors(
-            directory, plan, writer.value_of,
-            max_shard_bytes=max_shard_bytes, on_tensor=on_tensor,
-        )  # fmt: skip
-        if finish:
-            finish(directory)
+    write_checkpoint(
+        out, {**whole, CONFIG_KEY: config_entry(axis_map, scheme)}, path, plan, writer.value_of,
+        max_shard_bytes=max_shard_bytes, progress=progress, finish=finish,
+    )  # fmt: skip

@@ -6,7 +6,7 @@ memory. The pieces of a tensor that is stacked in memory (experts) are renumbere
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -17,7 +17,6 @@ from star_elastic.architectures import Architecture, ModelConfig, read_config
 from star_elastic.architectures.config_file import Config
 from star_elastic.axes import AxisMap, Piece, TensorSpec, size_of
 from star_elastic.axes.widths import Width
-from star_elastic.checkpoints.companions import copy_companions
 from star_elastic.checkpoints.layouts import (
     COMPRESSED_TENSORS,
     CONFIG_KEY,
@@ -32,10 +31,11 @@ from star_elastic.checkpoints.layouts import (
 )
 from star_elastic.checkpoints.quantised import stored_input_scales
 from star_elastic.checkpoints.stored import StoredModel, most_common_dtype
-from star_elastic.checkpoints.tensors import DEFAULT_SHARD_BYTES, Planned, write_tensors
+from star_elastic.checkpoints.tensors import DEFAULT_SHARD_BYTES, Planned, Progress
+from star_elastic.checkpoints.write import write_checkpoint
 from star_elastic.checkpoints.written_config import require_readable, written_config
 from star_elastic.errors import ConfigError
-from star_elastic.files.writing import new_directory, write_json
+from star_elastic.files.writing import write_json
 from star_elastic.models.skeleton import build_skeleton
 from star_elastic.nesting.slice import (
     Orders,
@@ -45,9 +45,6 @@ from star_elastic.nesting.slice import (
     slice_tensor,
     sort_tensor,
 )
-
-Progress = Callable[[int, int], None]
-"""Called with (bytes written so far, bytes in all)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,19 +85,6 @@ def _jobs(
             yield _Job(planned, name, convert(spec, old))
 
 
-def _counter(plan: Sequence[Planned], progress: Progress | None) -> Callable[[Planned], None]:
-    """Tells of the bytes that are written, tensor by tensor."""
-    total, written = sum(planned.num_bytes for planned in plan), 0
-
-    def on_tensor(planned: Planned) -> None:
-        nonlocal written
-        written += planned.num_bytes
-        if progress:
-            progress(written, total)
-
-    return on_tensor
-
-
 def _write(
     source: StoredModel,
     jobs: list[_Job],
@@ -116,18 +100,10 @@ def _write(
         job = by_name[name]
         return job.convert(source.reader.read(job.source))
 
-    with new_directory(out) as directory:
-        copy_companions(source.reader.path, directory)
-        write_json(directory / "config.json", config)
-        write_tensors(
-            directory,
-            [job.planned for job in jobs],
-            value_of,
-            max_shard_bytes=max_shard_bytes,
-            on_tensor=_counter([job.planned for job in jobs], progress),
-        )
-        if finish:
-            finish(directory)
+    write_checkpoint(
+        out, config, source.reader.path, [job.planned for job in jobs], value_of,
+        max_shard_bytes=max_shard_bytes, progress=progress, finish=finish,
+    )  # fmt: skip
 
 
 def slice_checkpoint(
@@ -299,9 +275,4 @@ def save_model(
     written = written_config(
         config.at(axis_map.full), axis_map, most_common_dtype(dtypes, axis_map), None
     )
-    with new_directory(out) as directory:
-        copy_companions(extras, directory)
-        write_json(directory / "config.json", written)
-        write_tensors(directory, plan, value_of, on_tensor=_counter(plan, progress))
-        if finish:
-            finish(directory)
+    write_checkpoint(out, written, extras, plan, value_of, progress=progress, finish=finish)
