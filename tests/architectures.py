@@ -9,7 +9,7 @@ that a slice keeps in `oracle/naive.py`, and nothing else.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from hypothesis import strategies as st
@@ -269,6 +269,16 @@ LLAMA_FIXED = {
     "intermediate_size": 7,
     "tie_word_embeddings": True,
 }
+DECODER_TRAINED = Trained(
+    config={
+        "model_type": "llama", "num_hidden_layers": 2, "hidden_size": 48,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16,
+        "intermediate_size": 96, "rms_norm_eps": 1e-5, "tie_word_embeddings": False,
+        "max_position_embeddings": 512,
+    },
+    choices={"hidden": (48, 32), "ffn": (96, 80, 64, 48, 32), "heads": (4, 2)},
+    active=0.6,
+)  # fmt: skip
 LLAMA = Architecture(
     configs=llamas,
     fixed=LLAMA_FIXED,
@@ -289,16 +299,7 @@ LLAMA = Architecture(
         cut={"hidden": 16, "ffn": 16, "heads": 2},
         seed=2,
     ),
-    trained=Trained(
-        config={
-            "model_type": "llama", "num_hidden_layers": 2, "hidden_size": 48,
-            "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16,
-            "intermediate_size": 96, "rms_norm_eps": 1e-5, "tie_word_embeddings": False,
-            "max_position_embeddings": 512,
-        },
-        choices={"hidden": (48, 32), "ffn": (96, 80, 64, 48, 32), "heads": (4, 2)},
-        active=0.6,
-    ),
+    trained=DECODER_TRAINED,
 )  # fmt: skip
 
 
@@ -354,15 +355,8 @@ QWEN3 = Architecture(
         cut={"hidden": 16, "ffn": 16, "heads": 2},
         seed=11,
     ),
-    trained=Trained(
-        config={
-            "model_type": "qwen3", "num_hidden_layers": 2, "hidden_size": 48,
-            "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16,
-            "intermediate_size": 96, "rms_norm_eps": 1e-5, "tie_word_embeddings": False,
-            "max_position_embeddings": 512,
-        },
-        choices={"hidden": (48, 32), "ffn": (96, 80, 64, 48, 32), "heads": (4, 2)},
-        active=0.6,
+    trained=replace(
+        DECODER_TRAINED, config={**DECODER_TRAINED.config, "model_type": "qwen3"}
     ),
 )  # fmt: skip
 
