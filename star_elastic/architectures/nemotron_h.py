@@ -32,8 +32,6 @@ LETTERS = {
 }  # fmt: skip
 LEGACY_NAMES = {"M": "mamba", "*": "attention", "E": "moe", "-": "mlp"}
 PATTERN = "hybrid_override_pattern"
-PATTERNS = ("layers_block_type", "layer_types", PATTERN)
-"""Fields that name the layers; the first that says anything counts."""
 OTHER_NAMES = {
     "mamba_n_groups": "n_groups", "mamba_d_conv": "conv_kernel", "mamba_expand": "expand",
     "mamba_dt_min": "time_step_min", "mamba_dt_max": "time_step_max",
@@ -62,7 +60,7 @@ class NemotronH(Architecture):
     ignored = ("mtp.",)
 
     def normalise(self, config: Config) -> Config:
-        """See `Architecture.normalise`. Layers are named by the pattern of letters alone. Raises
+        """See `Architecture.normalise`. Layers are read by the pattern of letters. Raises
         ConfigError for a field that stands there twice with two values."""
         named = {key: value for key, value in config.items() if key not in OTHER_NAMES}
         for key, name in OTHER_NAMES.items():
@@ -73,8 +71,8 @@ class NemotronH(Architecture):
                 )
         if named.get("num_key_value_heads", 0) is None:
             named["num_key_value_heads"] = named.get("num_attention_heads", 32)
-        pattern = layer_pattern(config)
-        return {k: v for k, v in named.items() if k not in PATTERNS} | {PATTERN: pattern}
+        named.pop("layer_types", None)
+        return named | {PATTERN: layer_pattern(config)}
 
     def decoder(self, config: Config) -> Decoder:
         """See `Architecture.decoder`."""
