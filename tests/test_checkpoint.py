@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from star_elastic.axes.widths import Widths
 from star_elastic.checkpoints.companions import copy_companions
 from star_elastic.checkpoints.manifest import (
-    FILE_NAME,
+    MANIFEST,
     Manifest,
     Size,
     load_manifest,
@@ -99,7 +99,7 @@ def test_shards_of_any_size_reload_equal(kind, parent, saved, tmp_path, max_shar
 def test_what_lies_beside_the_weights_comes_along(saved, tmp_path):
     for name in ("tokenizer.json", "README.md", "modeling_custom.py", "old.bin", ".hidden"):
         (saved / name).write_text("{}")
-    write_json(saved / FILE_NAME, {})
+    write_json(saved / MANIFEST, {})
     save_tensors(saved / "router.safetensors", {"w": torch.ones(1)})
     (saved / "folder").mkdir()
     slice_checkpoint(saved, {}, tmp_path / "slice")
@@ -511,7 +511,7 @@ def with_size(content: dict, widths: dict) -> dict:
 def test_a_damaged_manifest_is_refused(tmp_path, change, kind, reason):
     parent = make_parent(fixed_config("dense"), 0, torch.float32)
     save_manifest(manifest_of(parent, ROWS["dense"].cut), tmp_path)
-    file = tmp_path / FILE_NAME
+    file = tmp_path / MANIFEST
     changed = change(json.loads(file.read_text()))
     if changed is None:
         file.unlink()

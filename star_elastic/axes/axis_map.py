@@ -237,7 +237,8 @@ class AxisMap:
         )
 
     def seen_by(self, layer: int | None, widths: Mapping) -> dict[str, Any]:
-        """One width for each axis that a layer sees (None: what stands outside the layers)."""
+        """One width for each axis that a layer sees (None: what stands outside the layers); or
+        one of whatever else is given for each axis, or for each layer that has it (mixtures)."""
         return {
             name: self.width(widths, name, layer)
             for name, value in widths.items()

@@ -48,6 +48,11 @@ POINTERS = ("auto_map", "custom_pipelines", "processor_class", "_name_or_path", 
 """Keys of config files that point to code, processors or folders, which do not travel."""
 
 
+def is_elastic(path: Path) -> bool:
+    """Whether a folder holds a family. Raises CheckpointError for one that cannot be looked at."""
+    return is_folder(path) and has_file(path / MANIFEST)
+
+
 def reading_files(source: Path) -> list[Path]:
     """The files of a checkpoint that decide how it reads text: tokenizer and chat templates."""
     names = names_in(source) if is_folder(source) else []
@@ -77,14 +82,14 @@ def copy_companions(source: Path, target: Path) -> None:
     require_reading_files(source)
     for name in names:
         if _matches(name, TRAVELS) and is_file(source / name):
-            _copy(source / name, target / name)
+            copy_file(source / name, target / name)
     cards = [name for name in names if name.lower() == CARD]
     if cards and PARENT_CARD not in names:
-        _copy(source / cards[0], target / PARENT_CARD)
+        copy_file(source / cards[0], target / PARENT_CARD)
     if is_folder(source / TEMPLATES):
         (target / TEMPLATES).mkdir()
         for file in sorted((source / TEMPLATES).glob("*.jinja")):
-            _copy(file, target / TEMPLATES / file.name)
+            copy_file(file, target / TEMPLATES / file.name)
     if (target / TOKENIZER_CONFIG).is_file():
         _clean_tokenizer_config(target, source / TOKENIZER_CONFIG)
 
@@ -94,7 +99,8 @@ def without_pointers(config: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in config.items() if key not in POINTERS}
 
 
-def _copy(source: Path, target: Path) -> None:
+def copy_file(source: Path, target: Path) -> None:
+    """Copies what a file holds. Raises CheckpointError if it cannot be read or written."""
     with library_boundary(f"{source} cannot be copied", "make it readable and make room"):
         shutil.copyfile(source, target)
 

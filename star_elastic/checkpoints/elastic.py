@@ -8,7 +8,6 @@ family (training, quantising) writes it here, and whoever reads one reads it her
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import cached_property
@@ -18,7 +17,14 @@ import torch
 
 from star_elastic.architectures import ModelConfig, read_config
 from star_elastic.axes import AxisMap
-from star_elastic.checkpoints.companions import BASIS, INPUT_SCALES, LATENCY, ORDERS, ROUTER
+from star_elastic.checkpoints.companions import (
+    BASIS,
+    INPUT_SCALES,
+    LATENCY,
+    ORDERS,
+    ROUTER,
+    copy_file,
+)
 from star_elastic.checkpoints.layouts import CONFIG_KEY
 from star_elastic.checkpoints.manifest import Manifest, load_manifest, save_manifest
 from star_elastic.checkpoints.tensors import load_tensors, save_tensors
@@ -135,7 +141,7 @@ def write_family_files(
     if router is not None:
         save_tensors(directory / ROUTER, router)
     if latency is not None:
-        shutil.copyfile(latency, directory / LATENCY)
+        copy_file(latency, directory / LATENCY)
     if orders:
         save_tensors(directory / ORDERS, dict(orders))
     if basis is not None:
@@ -160,5 +166,5 @@ def rewrite_family_files(
     dtype it was measured in."""
     for name in CARRIED:
         if has_file(source.path / name):
-            shutil.copyfile(source.path / name, directory / name)
+            copy_file(source.path / name, directory / name)
     write_family_files(directory, manifest, input_scales=input_scales)

@@ -14,7 +14,7 @@ from typing import Any
 
 from star_elastic.axes import AxisMap
 from star_elastic.axes.widths import Widths
-from star_elastic.checkpoints.companions import MANIFEST as FILE_NAME
+from star_elastic.checkpoints.companions import MANIFEST
 from star_elastic.cost.count import METRICS, CostModel
 from star_elastic.errors import CheckpointError, ConfigError, ShapeError, library_boundary
 from star_elastic.files.paths import has_file, is_file
@@ -113,7 +113,7 @@ def save_manifest(manifest: Manifest, directory: Path) -> None:
     content = {"format_version": FORMAT_VERSION, **asdict(manifest)}
     content["choices"] = {axis: list(grid) for axis, grid in manifest.choices.items()}
     content["sizes"] = {name: size.to_json() for name, size in manifest.sizes.items()}
-    write_json(directory / FILE_NAME, content)
+    write_json(directory / MANIFEST, content)
 
 
 def load_manifest(directory: str | Path, axis_map: AxisMap) -> Manifest:
@@ -122,14 +122,14 @@ def load_manifest(directory: str | Path, axis_map: AxisMap) -> Manifest:
     Raises CheckpointError if the file is missing, damaged or of another format version, or if a
     size does not fit the model.
     """
-    file = Path(directory) / FILE_NAME
+    file = Path(directory) / MANIFEST
     if is_file(directory):
         raise CheckpointError(
             f"{directory} is a file; name the checkpoint directory that it lies in"
         )
     if not has_file(file):
         raise CheckpointError(
-            f"{directory} holds no {FILE_NAME}, so it is not an elastic checkpoint; make one with "
+            f"{directory} holds no {MANIFEST}, so it is not an elastic checkpoint; make one with "
             "star-elastic train (a slice is an ordinary one, which transformers loads)"
         )
     content = read_json(file)

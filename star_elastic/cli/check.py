@@ -3,10 +3,9 @@
 from dataclasses import asdict
 from pathlib import Path
 
-from star_elastic.checkpoints.companions import MANIFEST
+from star_elastic.checkpoints.companions import is_elastic
 from star_elastic.cli.options import AsJson, Model
 from star_elastic.cli.terminal import show
-from star_elastic.files.paths import has_file, is_folder
 from star_elastic.tables import Table
 
 
@@ -19,7 +18,7 @@ def check(checkpoint: Model, as_json: AsJson = False) -> None:
     from star_elastic.models.load import require_checkpoint
 
     require_checkpoint(checkpoint)
-    if is_folder(checkpoint) and has_file(checkpoint / MANIFEST):
+    if is_elastic(checkpoint):
         _require_family(checkpoint)
     verdicts = check_engines(checkpoint)
     content = {"checkpoint": str(checkpoint), "engines": [asdict(v) for v in verdicts]}

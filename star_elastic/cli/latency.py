@@ -11,7 +11,8 @@ from typer import Argument, Option
 from star_elastic.architectures import ModelConfig
 from star_elastic.axes import LAYERS
 from star_elastic.bundled import find_model
-from star_elastic.checkpoints.manifest import FILE_NAME, load_manifest
+from star_elastic.checkpoints.companions import is_elastic
+from star_elastic.checkpoints.manifest import load_manifest
 from star_elastic.cli.bars import progress_bars
 from star_elastic.cli.count import read_countable
 from star_elastic.cli.options import AsJson, Device, Dtype
@@ -20,7 +21,6 @@ from star_elastic.cli.terminal import show
 from star_elastic.cost.count import Workload
 from star_elastic.cost.latency import save_table
 from star_elastic.errors import ConfigError
-from star_elastic.files.paths import has_file, is_folder
 from star_elastic.files.writing import require_writable, write_json
 from star_elastic.strict import MOST_ROWS, MOST_TOKENS
 from star_elastic.tables import Table
@@ -78,7 +78,7 @@ def latency(
         model, choices, workload = _of_run(run)
     assert model is not None
     config = read_countable(model)
-    if run is None and is_folder(model) and has_file(model / FILE_NAME):
+    if run is None and is_elastic(model):
         choices = load_manifest(model, config.axis_map).choices
     setting = Setting(
         phase=phase, batch=(batch or [workload.batch])[0], seconds=seconds,

@@ -12,7 +12,7 @@ from pathlib import Path
 from star_elastic.architectures import read_config
 from star_elastic.architectures.config_file import Config
 from star_elastic.axes import AxisMap
-from star_elastic.checkpoints.companions import MANIFEST
+from star_elastic.checkpoints.companions import is_elastic
 from star_elastic.checkpoints.layouts import (
     MODELOPT_FILE,
     read_scheme,
@@ -50,7 +50,7 @@ def check_engines(path: str | Path) -> list[Verdict]:
     scheme = scheme_of_modelopt(path, axis_map) if is_modelopt else read_scheme(config, axis_map)
     verdicts = [_star_elastic(is_modelopt), _transformers(config, axis_map, scheme, is_modelopt)]
     verdicts += [_vllm(axis_map, scheme), _llama_cpp(scheme)]
-    if has_file(path / MANIFEST):
+    if is_elastic(path):
         first, *others = verdicts
         verdicts = [first, *(_of_family(verdict) for verdict in others)]
     return [*verdicts, *_arithmetic(scheme)]

@@ -28,7 +28,6 @@ from star_elastic.nesting.gate import (
     Mixture,
     Mixtures,
     gate_parameter,
-    mixtures_of,
     norm_buffers,
     presence_gate,
     widest_slice,
@@ -75,7 +74,7 @@ class _Part(nn.Module):
             for spec in self.rows.tensors
         }
         if call.mixtures is not None:
-            self._gate(sliced, mixtures_of(self.layer, self.axis_map, call.mixtures), widths)
+            self._gate(sliced, self.axis_map.seen_by(self.layer, call.mixtures), widths)
         elif self.fake is not None:
             for spec in self.rows.tensors:
                 name = self.prefix + spec.name
@@ -178,7 +177,7 @@ class ElasticBlock(_Part):
             return functional_call(
                 self.skeleton(widths, gated=False), tensors, (x_BTD,), dict(inputs)
             )
-        mixtures = mixtures_of(self.layer, self.axis_map, call.mixtures)
+        mixtures = self.axis_map.seen_by(self.layer, call.mixtures)
         for moe in self.rows.moe:
             tensors |= self._routing_gates(moe, mixtures, widths, x_BTD)
         skeleton = self.skeleton(widths, gated=True)

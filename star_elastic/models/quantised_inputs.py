@@ -66,11 +66,6 @@ class QuantisedInputs:
     scales: Mapping[str, torch.Tensor]
     weight_scales: Mapping[str, torch.Tensor] | None = None
 
-    @property
-    def holds_codes(self) -> bool:
-        """Whether weights in memory are codes."""
-        return self.weight_scales is not None
-
     def install(self, model: PreTrainedModel, axis_map: AxisMap) -> None:
         """Lets every quantised layer of a model work so; its submodels will, too."""
         here = self.to(model.device)
@@ -85,7 +80,8 @@ class QuantisedInputs:
         elif not spec.is_stacked:
             layer = quantised_linear(model, spec.name.removesuffix(".weight"))
             product = Fp8Product(self.weight_scales[spec.name], scale)
-            layer.product = product.in_order(getattr(layer, "rows", None))
+            rows = layer.rows if isinstance(layer, NestedLinear) else None
+            layer.product = product.in_order(rows)
         elif spec.name.endswith("up_proj"):
             path = spec.name.rpartition(".")[0]
             down = f"{path}.down_proj"

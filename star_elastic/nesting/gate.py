@@ -60,11 +60,6 @@ Mixtures = Mapping[str, Mixture | tuple[Mixture, ...]]
 """One mixture per axis, or one per layer that has the axis, as in `Widths`."""
 
 
-def mixtures_of(layer: int | None, axis_map: AxisMap, mixtures: Mixtures) -> dict[str, Mixture]:
-    """The mixtures that a layer sees (None: what stands outside the layers), by axis."""
-    return axis_map.seen_by(layer, mixtures)
-
-
 def widest_slice(mixtures: Mixtures, axis_map: AxisMap, negligible: float = NEGLIGIBLE) -> Widths:
     """The smallest slice that holds every choice with weight; other axes at full width."""
     widest: dict[str, Width] = {

@@ -37,17 +37,21 @@ from star_elastic.train.state import has_state
 
 @dataclass(frozen=True, slots=True)
 class RunSpec:
-    """What a run config means for its parent: the parent's table, grid, costs, budgets as fractions
-    of them, widths that are given, and the dtypes that the parent's tensors are stored in."""
+    """What a run config means for its parent: the parent's config and table, grid, costs, budgets
+    as fractions of them, widths that are given, and the dtypes that its tensors are stored in."""
 
     model_config: ModelConfig
-    axis_map: AxisMap
     grid: Grid
     cost: CostModel
     budgets: Mapping[str, Mapping[str, float]]
     fixed: Mapping[str, Commitment]
     dtypes: Mapping[str, torch.dtype]
     scheme: Scheme | None = None
+
+    @property
+    def axis_map(self) -> AxisMap:
+        """The parent's table."""
+        return self.model_config.axis_map
 
     @property
     def dtype(self) -> torch.dtype:
@@ -70,7 +74,8 @@ def check(config: RunConfig, world_size: int = 1) -> RunSpec:
 
     Raises ConfigError, ShapeError, BudgetError or CheckpointError for whatever would go wrong.
     """
-    model_config, axis_map, manifest, grid = read_parent(config)
+    model_config, manifest, grid = read_parent(config)
+    axis_map = model_config.axis_map
     stored = StoredModel(Path(config.parent), axis_map, model_config.architecture)
     stored.require_whole()
     require_loadable(Path(config.parent), model_config)
@@ -98,7 +103,7 @@ def check(config: RunConfig, world_size: int = 1) -> RunSpec:
     for name, own in budgets.items() if not fixed else ():
         (check_budgets if grid.is_ranked else check_reach)(name, own, cost, grid)
     _require_shared(config, world_size)
-    return RunSpec(model_config, axis_map, grid, cost, budgets, fixed, stored.dtypes, scheme)
+    return RunSpec(model_config, grid, cost, budgets, fixed, stored.dtypes, scheme)
 
 
 def _shares(config: RunConfig, cost: CostModel) -> dict[str, dict[str, float]]:
@@ -135,8 +140,8 @@ def _require_shared(config: RunConfig, world_size: int) -> None:
         )
 
 
-def read_parent(config: RunConfig) -> tuple[ModelConfig, AxisMap, Manifest | None, Grid]:
-    """The parent's config and table, the family that the run trains on from, if any, and the grid
+def read_parent(config: RunConfig) -> tuple[ModelConfig, Manifest | None, Grid]:
+    """The parent's config, the family that the run trains on from, if any, and the grid
     of widths to choose from. Raises ConfigError, ShapeError or CheckpointError."""
     for key in ("parent", "family"):
         path = getattr(config, key)
@@ -154,7 +159,7 @@ def read_parent(config: RunConfig) -> tuple[ModelConfig, AxisMap, Manifest | Non
     choices = dict(asked.choices) or default_choices(axis_map)
     depth = manifest.depth if manifest else ()
     grid = make_grid(choices, axis_map, per_layer=asked.per_layer, depth=depth)
-    return model_config, axis_map, manifest, grid
+    return model_config, manifest, grid
 
 
 def require_covered(table: LatencyTable, grid: Grid) -> None:
