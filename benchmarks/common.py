@@ -92,8 +92,8 @@ def decode(model: PreTrainedModel, batch: int, steps: int) -> Callable[[], None]
     @torch.inference_mode()
     def run() -> None:
         cache = DynamicCache(config=model.config)
-        model(input_ids=ids, past_key_values=cache, use_cache=True)
+        model(input_ids=ids, cache=cache, use_cache=True)
         for _ in range(steps):
-            model(input_ids=ids[:, :1], past_key_values=cache, use_cache=True)
+            model(input_ids=ids[:, :1], cache=cache, use_cache=True)
 
     return run

@@ -310,7 +310,7 @@ def prefill(model: PreTrainedModel, tokens: int, repeats: int) -> Callable[[], N
     def run() -> None:
         for _ in range(repeats):
             cache = DynamicCache(config=model.config)
-            model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            model(input_ids=ids, cache=cache, use_cache=True, logits_to_keep=1)
 
     return run
 

@@ -151,7 +151,7 @@ def back_and_forth(large: PreTrainedModel, small: PreTrainedModel, options) -> d
             cache, start = DynamicCache(config=model.config), 0
             for end in ends[which::2]:
                 model(
-                    input_ids=torch.tensor([ids[start:end]]), past_key_values=cache,
+                    input_ids=torch.tensor([ids[start:end]]), cache=cache,
                     use_cache=True, logits_to_keep=1,
                 )  # fmt: skip
                 start = end

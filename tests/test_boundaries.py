@@ -77,7 +77,7 @@ def use(path: Path) -> None:
               if name in axis_map.axes}  # fmt: skip
     with torch.no_grad():
         past: Any = model(input_ids=ids, use_cache=True)
-        model(input_ids=ids[:, :1], past_key_values=past.past_key_values, use_cache=True)
+        model(input_ids=ids[:, :1], cache=past.cache, use_cache=True)
         build_submodel(model, config, narrow)(input_ids=ids, use_cache=False)
     out = path.parent / "slice"
     shutil.rmtree(out, ignore_errors=True)

@@ -103,7 +103,7 @@ def test_counted_state_is_the_cache_after_a_prefill(kind, dtype, data):
     widths = parent.axis_map.complete(data.draw(some_widths(parent.axis_map)))
     submodel = build_submodel(parent.model, parent.config, widths).to(dtype)
     with torch.no_grad():
-        cache = submodel(input_ids=parent.ids, use_cache=True).past_key_values
+        cache = submodel(input_ids=parent.ids, use_cache=True).cache
     held = 0
     for layer in cache.layers:
         tensors = [getattr(layer, name, None) for name in ("keys", "values")]

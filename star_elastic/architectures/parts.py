@@ -187,7 +187,7 @@ class Experts:
         router = f"{path}.gate"
         correction = f"{router}.e_score_correction_bias"
         tensors = [
-            tensor("routers", f"{router}.weight", experts, hidden),
+            tensor("routers", f"{router}.weight", experts, hidden, keep_fp32=True),
             tensor("routers", correction, experts, is_buffer=True, keep_fp32=True),
             stack("up_proj", neurons, inner),
             stack("down_proj", inner, neurons, gate_dim=2),

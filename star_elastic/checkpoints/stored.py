@@ -130,7 +130,7 @@ class StoredModel:
     def tensor(self, spec: TensorSpec, dtype: torch.dtype) -> torch.Tensor:
         """One tensor in the dtype that a model of `dtype` has it in."""
         names = [self.name_of(spec, piece) for piece in spec.pieces]
-        wanted = torch.float32 if spec.keep_fp32 else dtype
+        wanted = torch.float32 if spec.keep_fp32 and dtype.itemsize < 4 else dtype
         mapped = None
         if {self.reader.dtype(name) for name in names} == {wanted}:
             mapped = self._map(spec, names) if spec.is_stacked else self.reader.read(names[0])

@@ -1,6 +1,6 @@
 """Which engines and GPUs run a checkpoint, and why not: what is known of them, as rules.
 
-Known as of transformers 5.23, compressed-tensors 0.20, vLLM 0.32 and llama.cpp's converter of 2026;
+Known as of transformers 5.24, compressed-tensors 0.20, vLLM 0.32 and llama.cpp's converter of 2026;
 nothing is run here, but the tests run transformers on every kind that it is said to run.
 """
 

@@ -135,7 +135,7 @@ class BatchDecoder:
             input_ids=ids_BT.to(self.device),
             attention_mask=(places_BT >= 0).long().to(self.device) if padded else None,
             position_ids=places_BT[:, -ids_BT.shape[1] :].clamp(min=0).to(self.device),
-            past_key_values=cache,
+            cache=cache,
             use_cache=True,
             logits_to_keep=1,
         )

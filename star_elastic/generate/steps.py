@@ -81,7 +81,7 @@ class StaticStep:
             input_ids=self._ids_B1,
             attention_mask=masks,
             position_ids=self._places_B1,
-            past_key_values=self._cache,
+            cache=self._cache,
             use_cache=True,
             logits_to_keep=1,
         )

@@ -159,10 +159,10 @@ def continue_greedily(
     unread, cache = list(ids), None
     while len(found) < count:
         text = torch.tensor([unread], device=model.device)
-        output: Any = model(input_ids=text, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        output: Any = model(input_ids=text, cache=cache, use_cache=True, logits_to_keep=1)
         token = int(output.logits[0, -1].argmax())
         if token in ends:
             break
         found.append(token)
-        unread, cache = [token], output.past_key_values
+        unread, cache = [token], output.cache
     return found

@@ -235,7 +235,7 @@ class ClockedModel:
         """A cache after one token; `_rewind` gives it the whole context."""
         cache = DynamicCache(config=self.model.config)
         ids = self.bench.ids(self.model.config.vocab_size, 1)
-        self.model(input_ids=ids, past_key_values=cache, use_cache=True)
+        self.model(input_ids=ids, cache=cache, use_cache=True)
         self._rewind(cache)
         return cache
 
@@ -273,7 +273,7 @@ class ClockedModel:
         if self._cuda:
             torch.cuda.synchronize()
         self._mark()
-        self.model(input_ids=ids, past_key_values=self._cache, use_cache=True, logits_to_keep=1)
+        self.model(input_ids=ids, cache=self._cache, use_cache=True, logits_to_keep=1)
         self._mark()
         if self._cuda:
             torch.cuda.synchronize()

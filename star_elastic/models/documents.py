@@ -74,17 +74,17 @@ class DocumentMamba2Mixer(NemotronHMamba2Mixer):
     def forward(
         self,
         hidden_states: torch.Tensor,
-        cache_params: Any = None,
+        cache: Any = None,
         attention_mask: torch.Tensor | None = None,
         seq_idx: torch.Tensor | None = None,
         **kwargs,
     ) -> torch.Tensor:
         """Hidden states (B, T, hidden) to the same shape and dtype."""
         fused = hidden_states.is_cuda and has_fused_kernels()
-        if seq_idx is None or cache_params is not None or fused:
+        if seq_idx is None or cache is not None or fused:
             if seq_idx is not None:
                 kwargs["seq_idx"] = seq_idx
-            return super().forward(hidden_states, cache_params, attention_mask, **kwargs)
+            return super().forward(hidden_states, cache, attention_mask, **kwargs)
         assert seq_idx.shape == hidden_states.shape[:2], (seq_idx.shape, hidden_states.shape)
         dtype = hidden_states.dtype
         hidden_states = _without_padding(hidden_states, attention_mask)

@@ -247,14 +247,14 @@ def save_model(
     """Writes a model in memory as a checkpoint in the family's on-disk layout.
 
     `extras` is the directory whose tokenizer and templates are copied along. `dtype`: of all
-    tensors, or of each by name; those that the table keeps in fp32 stay so. config.json names the
+    tensors, or of each by name; buffers stay in fp32. config.json names the
     dtype that most elements have. `progress` is told bytes.
     """
     config = ModelConfig.of(config)
     axis_map = config.axis_map
     dtypes = {
         spec.name: torch.float32
-        if spec.keep_fp32
+        if spec.is_buffer
         else dtype
         if isinstance(dtype, torch.dtype)
         else dtype[spec.name]

@@ -99,9 +99,7 @@ def test_decoding_with_a_cache_equals_computing_anew(kind, case, data):
         output = submodel(input_ids=ids[:, :start], use_cache=True)
         cached = [output.logits]
         for token in ids[:, start:].split(1, dim=1):
-            output = submodel(
-                input_ids=token, past_key_values=output.past_key_values, use_cache=True
-            )
+            output = submodel(input_ids=token, cache=output.cache, use_cache=True)
             cached.append(output.logits)
     assert_equal(torch.cat(cached, dim=1), expected, what="cached")
 
