@@ -130,6 +130,9 @@ def test_what_lies_here_by_that_name_comes_first(tmp_path):
     (tmp_path / "bundled").mkdir()
     assert "bundled holds no config.json" in refusal("sizes", "bundled", cwd=tmp_path)
     assert bundled.find_model("elsewhere") == Path("elsewhere")
+    for name in bundled.NAMES:
+        assert bundled.name_of(bundled.find_model(name)) == name
+    assert bundled.name_of(Path("/else/where")) == "/else/where"
 
 
 def test_the_card_says_what_was_measured():

@@ -46,8 +46,9 @@ class TensorSpec:
     axis gate multiplies the parameter while the router learns (the inputs of a projection that
     writes the residual stream). `routed` marks weights of which a token uses only `top_k` experts
     along dimension 0. `lookup` is an embedding table, read one row per token. Buffers count in
-    bytes, not in parameters. `keep_fp32` tensors are fp32 in a model of any smaller dtype. `coded` tensors hold codes or scales of a format, in dtypes of their
-    own. `layer` is the number of its layer in the view of a whole model.
+    bytes, not in parameters. `keep_fp32` tensors are fp32 in a model of any smaller dtype. `coded`
+    tensors hold codes or scales of a format, in dtypes of their own. `layer` is the number of its
+    layer in the view of a whole model.
     """
 
     name: str

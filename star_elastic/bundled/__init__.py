@@ -22,3 +22,8 @@ def find_model(path: str | Path, folder: str | Path = "") -> Path:
     where nothing of that name is there."""
     given = Path(folder, path)
     return given if os.path.lexists(given) else NAMES.get(str(path), given)
+
+
+def name_of(path: str | Path) -> str:
+    """What a user calls a model: a path, or the name of one that came with the package."""
+    return next((name for name, own in NAMES.items() if own == Path(path)), str(path))

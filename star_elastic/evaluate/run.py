@@ -20,6 +20,7 @@ import numpy as np
 
 import star_elastic
 from star_elastic.axes.widths import Widths
+from star_elastic.bundled import name_of
 from star_elastic.errors import ConfigError, Interrupted
 from star_elastic.evaluate import difficulty, problems
 from star_elastic.evaluate.accuracy import SizeCost, Trial, solve
@@ -332,7 +333,7 @@ class _Run:
         return {
             "format_version": FORMAT_VERSION,
             "package_version": star_elastic.__version__,
-            "elastic": str(self.family.path),
+            "elastic": name_of(self.family.path),
             "command": command,
             "machine": describe_machine(self.family.parent.dtype, settings.device),
             "settings": self.kept.settings,

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 import star_elastic
+from star_elastic.bundled import name_of
 from star_elastic.checkpoints.companions import LATENCY
 from star_elastic.checkpoints.elastic import ElasticCheckpoint, write_family_files
 from star_elastic.checkpoints.manifest import Manifest, Size
@@ -107,7 +108,7 @@ def _manifest(inputs: RunInputs, trainer: Trainer) -> Manifest:
         per_layer=tuple(trainer.router.grid.per_layer),
         depth=trainer.router.grid.depth,
         provenance={
-            "parent": Path(config.parent).name,
+            "parent": Path(name_of(config.parent)).name,
             "data": [Path(file).name for source in config.data for file in source.files],
             "seed": config.seed,
             "steps": trainer.step,
