@@ -8,6 +8,13 @@ from star_elastic.cli.terminal import show
 from star_elastic.cost.count import CostModel
 from star_elastic.tables import Table
 
+ORIGINS = {
+    "data": "the router learned them",
+    "budget": "the router had learned too little, the budget decides most of them",
+    "config": "the run config names them",
+}
+"""What decided the widths of a size, in words."""
+
 
 def sizes(elastic: Elastic, as_json: AsJson = False) -> None:
     """The sizes of an elastic checkpoint: widths, budgets, exact cost."""
@@ -34,7 +41,9 @@ def sizes(elastic: Elastic, as_json: AsJson = False) -> None:
             *(width_text(widths[axis]) for axis in axes), size.widths_from,
         ])  # fmt: skip
     table = Table(str(elastic), ["size", "active", "total", *axes, "widths from"], rows)
-    show(as_json, {"family": manifest.family, "sizes": content}, table)
+    found = {size.widths_from for size in manifest.sizes.values()}
+    told = [f"widths from {name}: {meaning}" for name, meaning in ORIGINS.items() if name in found]
+    show(as_json, {"family": manifest.family, "sizes": content}, table, *told)
 
 
 def width_text(width: int | tuple[int, ...]) -> str:

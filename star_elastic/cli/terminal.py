@@ -50,7 +50,7 @@ def print_table(
 ) -> None:
     """A table on stdout; the first `text` columns are text, the others numbers."""
     # As texts of rich's own: a path with brackets is no markup.
-    table = RichTable(title=Text(title), title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+    table = RichTable(box=SIMPLE_HEAD, pad_edge=False)
     for number, column in enumerate(columns):
         table.add_column(Text(column), justify="left" if number < text else "right", no_wrap=True)
     for row in rows:
@@ -59,6 +59,8 @@ def print_table(
     # A number cut short would be worse than a long line.
     unlimited = console.options.update(max_width=1000)
     console.width = max(console.width, console.measure(table, options=unlimited).maximum)
+    # By itself: the title of a table is broken where the table ends.
+    console.print(Text(title), soft_wrap=True)
     console.print(table)
 
 

@@ -31,7 +31,7 @@ from star_elastic.router.commit import Commitment
 from star_elastic.router.grid import Grid, default_choices, make_grid, rank_grid
 from star_elastic.router.reach import check_budgets, check_reach
 from star_elastic.strict import require
-from star_elastic.train.config import RunConfig
+from star_elastic.train.config import CalibrationConfig, RunConfig
 from star_elastic.train.state import has_state
 
 
@@ -185,7 +185,9 @@ def beyond_positions(config: RunConfig, model_config: ModelConfig) -> list[str]:
     made: Any = transformers_config(model_config)  # which knows the default of its model type
     most = getattr(made, "max_position_embeddings", None)
     lengths = {f"stages[{n}].context": stage.context for n, stage in enumerate(config.stages)}
-    lengths["calibration.context"] = config.calibration.context
+    ranking = config.calibration.context
+    given = "the default " if ranking == CalibrationConfig().context else ""
+    lengths[f"{given}calibration.context"] = ranking
     return [
         f"{name}={length:,} is beyond the {most:,} positions of the parent, which was not trained "
         "on longer texts; lower it"
