@@ -29,7 +29,7 @@ from common import now
 from switching import read, resume, take_over
 from transformers import PreTrainedModel
 
-from star_elastic.architectures import family_of
+from star_elastic.architectures import architecture_of
 from star_elastic.axes import AxisMap
 from star_elastic.axes.widths import Widths
 from star_elastic.cli.terminal import at_the_command_line, command_line, print_table
@@ -119,8 +119,8 @@ class Bench:
     ):
         torch.manual_seed(0)
         self.config, self.device, self.options = dict(config), device, options
-        self.family = family_of(self.config)
-        self.axis_map: AxisMap = self.family.axis_map(self.config)
+        self.architecture = architecture_of(self.config)
+        self.axis_map: AxisMap = self.architecture.axis_map(self.config)
         self.widths: dict[str, Widths] = {
             name: self.axis_map.complete(dict(own)) for name, own in sizes.items()
         }
@@ -337,7 +337,7 @@ class Bench:
 
     def _random_model(self, widths: Widths) -> PreTrainedModel:
         """A model of a size with random BF16 weights of its own."""
-        model: Any = build_skeleton(self.family.config_at(self.config, widths))
+        model: Any = build_skeleton(self.architecture.config_at(self.config, widths))
         model = model.to(torch.bfloat16).to_empty(device=self.device)
         with torch.no_grad():
             for name, value in [*model.named_parameters(), *model.named_buffers()]:

@@ -28,7 +28,7 @@ from common import TINY, build_model
 from training_cost import HUNDRED
 
 from star_elastic import bundled
-from star_elastic.architectures import family_of
+from star_elastic.architectures import architecture_of
 from star_elastic.cli.bars import progress_bars
 from star_elastic.cli.terminal import at_the_command_line, command_line
 from star_elastic.cost.count import CostModel
@@ -87,7 +87,7 @@ def write_parent(path: Path, config: dict[str, Any]) -> int:
     model = build_model(config)
     state = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     save_model(state, config, bundled.PARENT, path, dtype=torch.float32)
-    axis_map = family_of(config).axis_map(config)
+    axis_map = architecture_of(config).axis_map(config)
     return CostModel(axis_map).full.total
 
 

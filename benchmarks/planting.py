@@ -15,7 +15,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from star_elastic import bundled
-from star_elastic.architectures import family_of
+from star_elastic.architectures import architecture_of
 from star_elastic.axes import AxisMap, TensorSpec, axis_keys
 from star_elastic.importance.orders import orders_from_scores
 from star_elastic.models.submodel import sort_in_place
@@ -109,7 +109,7 @@ def write_planted_parent(
     tokenizer = load_tokenizer(bundled.PARENT)
     whole = {**config, "vocab_size": len(tokenizer), "eos_token_id": tokenizer.eos_token_id}
     model = random_parent(whole, seed)
-    axis_map = family_of(whole).axis_map(whole)
+    axis_map = architecture_of(whole).axis_map(whole)
     plant_dead_half(model, axis_map, axis)
     scatter_units(model, axis_map, seed)
     state = {**dict(model.named_parameters()), **dict(model.named_buffers())}

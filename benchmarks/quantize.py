@@ -25,7 +25,7 @@ import torch
 from common import build_model
 from resident import HYBRID, MB, STATELESS, TINY, make_checkpoints
 
-from star_elastic.architectures import family_of, read_config
+from star_elastic.architectures import architecture_of, read_config
 from star_elastic.checkpoints.manifest import load_manifest
 from star_elastic.cli.terminal import at_the_command_line, command_line, print_table
 from star_elastic.files.writing import write_json
@@ -80,7 +80,7 @@ def work(format_name: str, folder: Path) -> dict[str, Any]:
     """Quantises (unless it is the unquantised checkpoint) and cuts the small size."""
     source = folder / "elastic"
     config = read_config(source)
-    axis_map = family_of(config).axis_map(config)
+    axis_map = architecture_of(config).axis_map(config)
     widths = load_manifest(source, axis_map).size("small").widths
     build_model(TINY["nemotron_h"])  # imports are done from here on
     found: dict[str, Any] = {}

@@ -26,7 +26,7 @@ import torch
 from common import LARGE, TINY, build_model, medians_in_turn, widths_at
 from transformers import PreTrainedModel
 
-from star_elastic.architectures import family_of
+from star_elastic.architectures import architecture_of
 from star_elastic.axes import AxisMap
 from star_elastic.axes.widths import Widths
 from star_elastic.checkpoints.written_config import GROUPED_MULTIPLE
@@ -129,7 +129,7 @@ def stand_ins(
 ) -> tuple[dict[str, PreTrainedModel], dict[str, float]]:
     """A model of random weights for every size, with its share of the active parameters."""
     parent = build_model(config)
-    axis_map = family_of(dict(config)).axis_map(dict(config))
+    axis_map = architecture_of(dict(config)).axis_map(dict(config))
     count = CostModel(axis_map).count
     whole = count(axis_map.full).active
     most = max(size["active"] for size in sizes.values())

@@ -33,7 +33,7 @@ import torch
 from common import build_model, decode, in_turn, widths_at
 from transformers import DynamicCache, PreTrainedModel
 
-from star_elastic.architectures import family_of
+from star_elastic.architectures import architecture_of
 from star_elastic.checkpoints.manifest import Manifest, Size, load_manifest, save_manifest
 from star_elastic.cli.terminal import at_the_command_line, command_line, print_table
 from star_elastic.cost.count import CostModel
@@ -134,13 +134,13 @@ def grows(row: dict) -> bool:
 
 def make_checkpoints(folder: Path, config: Mapping[str, Any], axes: tuple[str, ...]) -> dict:
     """Writes an elastic checkpoint of random weights and the slices of its sizes."""
-    axis_map = family_of(dict(config)).axis_map(dict(config))
+    axis_map = architecture_of(dict(config)).axis_map(dict(config))
     sizes = {name: Size(widths_at(axis_map, share, axes)) for name, share in SHARES.items()}
     model = build_model(config)
     state = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     (folder / "none").mkdir()
     save_model(state, dict(config), folder / "none", folder / "elastic", dtype=torch.float32)
-    save_manifest(Manifest(axis_map.family, {}, sizes), folder / "elastic")
+    save_manifest(Manifest(axis_map.model_type, {}, sizes), folder / "elastic")
     for name, size in sizes.items():
         slice_checkpoint(folder / "elastic", size.widths, folder / name)
     files = (folder / "elastic").glob("*.safetensors")
@@ -170,7 +170,7 @@ def hold(holder: str, folder: Path, wait: bool) -> dict:
         parent, config = load_parent(folder / "elastic")
         held = {"parent": parent}
         if holder == "gathered":
-            manifest = load_manifest(folder / "elastic", family_of(config).axis_map(config))
+            manifest = load_manifest(folder / "elastic", architecture_of(config).axis_map(config))
             for name, size in manifest.sizes.items():
                 held[name] = build_submodel(parent, config, size.widths)
     loaded, peak = memory(), peak_bytes() - floor

@@ -14,7 +14,7 @@ from typing import Any
 
 from hypothesis import strategies as st
 
-from star_elastic.architectures import family_of
+from star_elastic.architectures import architecture_of
 from star_elastic.axes import AxisMap
 from tests.oracle.naive import Keeps, llama_keeps, nemotron_h_keeps
 
@@ -83,7 +83,7 @@ class Architecture:
     @property
     def axis_map(self) -> AxisMap:
         """The table of `fixed`."""
-        return family_of(self.fixed).axis_map(self.fixed)
+        return architecture_of(self.fixed).axis_map(self.fixed)
 
     @property
     def axes(self) -> tuple[str, ...]:

@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from star_elastic.architectures import family_of, read_config
+from star_elastic.architectures import architecture_of, read_config
 from star_elastic.checkpoints.manifest import Manifest, Size, save_manifest
 from star_elastic.checkpoints.tensors import SINGLE_NAME
 from tests.tiny_family import WIDTHS, make_config, make_model, make_tokenizer
@@ -52,7 +52,7 @@ def make_elastic(plain: Path, out: Path, widths: Mapping[str, int] | None = None
     """The family of sizes large and small that a plain checkpoint becomes without training."""
     shutil.copytree(plain, out)
     config = read_config(out)
-    axis_map = family_of(config).axis_map(config)
+    axis_map = architecture_of(config).axis_map(config)
     small = axis_map.complete(widths or WIDTHS[config["model_type"]])
     sizes = {"large": Size(axis_map.full), "small": Size(small)}
     save_manifest(Manifest(config["model_type"], {}, sizes), out)

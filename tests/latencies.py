@@ -33,7 +33,7 @@ def made_up(
 
     kinds = layer_kinds(axis_map)
     return LatencyTable(
-        family=axis_map.family,
+        family=axis_map.model_type,
         full={name: axis.size for name, axis in axis_map.axes.items()},
         layers=kinds,
         digest=layout_digest(axis_map),

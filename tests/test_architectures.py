@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from star_elastic.architectures import ARCHITECTURES, family_of
+from star_elastic.architectures import ARCHITECTURES, architecture_of
 from star_elastic.axes import LAYERS
 from tests.architectures import LIVELY, ROWS
 
@@ -23,7 +23,7 @@ def test_a_row_fits_its_table(kind):
     ranked = {name for name, axis in row.axis_map.axes.items() if axis.ranked}
     assert set(row.cut) == ranked and set(row.fields) >= ranked
     for config, cut in ((row.fixed, row.cut), (row.wide, row.wide_cut)):
-        table = family_of(config).axis_map(config)
+        table = architecture_of(config).axis_map(config)
         widths = table.complete(cut)
         assert all(widths[name] < table.axes[name].size for name in cut)
 

@@ -19,7 +19,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoConfig
 
-from star_elastic.architectures import family_of, read_config
+from star_elastic.architectures import architecture_of, read_config
 from star_elastic.checkpoints.tensors import SINGLE_NAME, CheckpointReader
 from star_elastic.cli import main
 from star_elastic.cost.count import CostModel
@@ -69,7 +69,7 @@ def fuzzed(request, tmp_path_factory) -> tuple[Path, dict[str, Any], list[str]]:
 def use(path: Path) -> None:
     """What commands do with a checkpoint: count, load, run, decode, cut in memory and on disk."""
     config = read_config(path)
-    axis_map = family_of(config).axis_map(config)
+    axis_map = architecture_of(config).axis_map(config)
     assert CostModel(axis_map).full.total > 0
     model, _ = load_parent(path)
     ids = torch.arange(6).view(2, 3)
@@ -181,7 +181,7 @@ def test_harmless_oddities_of_a_config_work(copied):
 def test_absurd_sizes_are_refused_before_they_are_made(kind, change, said):
     config = {**fixed_config(kind), **change}
     with bounded_memory(), pytest.raises(ConfigError) as caught:
-        family_of(config).axis_map(config)
+        architecture_of(config).axis_map(config)
     assert said in str(caught.value) and len(str(caught.value)) < 300
 
 
@@ -199,7 +199,7 @@ def bounded_memory(most: int = 2**23) -> Iterator[None]:
 def test_tables_are_cut_without_listing_rows():
     """A vocabulary of millions is one segment."""
     config = {**fixed_config("llama"), "vocab_size": 2**24, "intermediate_size": 2**22}
-    axis_map = family_of(config).axis_map(config)
+    axis_map = architecture_of(config).axis_map(config)
     with bounded_memory():
         smaller = axis_map.at({"ffn": 2**21})
     assert smaller.axes["ffn"].size == 2**21
@@ -350,7 +350,7 @@ def test_keys_that_only_caches_obey_are_refused_everywhere(copied, change):
 
 def count_of(path: Path) -> int:
     config = read_config(path)
-    axis_map = family_of(config).axis_map(config)
+    axis_map = architecture_of(config).axis_map(config)
     return CostModel(axis_map).full.total
 
 

@@ -435,7 +435,7 @@ def manifest_of(parent: Parent, widths: dict) -> Manifest:
     cost = CostModel(parent.axis_map).count(small)
     known = {"total": cost.total, "active": cost.active, "budget_miss": 0.1}
     return Manifest(
-        family=parent.axis_map.family,
+        family=parent.axis_map.model_type,
         choices={"hidden": (12, 8), "ffn": (7, 4)},
         sizes={
             "large": Size(parent.axis_map.full, {"active": 1.0}),

@@ -16,7 +16,7 @@ import pytest
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from star_elastic import bundled
-from star_elastic.architectures import family_of, read_config
+from star_elastic.architectures import architecture_of, read_config
 from star_elastic.axes.widths import parse_widths
 from star_elastic.checkpoints.manifest import Manifest, Size, save_manifest
 from star_elastic.cli import main
@@ -222,7 +222,7 @@ def test_long_recipes_have_a_smoke_form(command, tmp_path):
 def test_plans_are_replayed_by_a_larger_model(tmp_path):
     family, out = tmp_path / "family", tmp_path / "out"
     shallow_parent(family)
-    axis_map = family_of(read_config(family)).axis_map(read_config(family))
+    axis_map = architecture_of(read_config(family)).axis_map(read_config(family))
     widths = {"large": axis_map.full, "small": axis_map.complete({"hidden": 128})}
     sizes = {name: Size(own) for name, own in widths.items()}
     save_manifest(Manifest("nemotron_h", {}, sizes), family)

@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 
 import star_elastic
 from star_elastic import bundled, demo
-from star_elastic.architectures import family_of, read_config
+from star_elastic.architectures import architecture_of, read_config
 from star_elastic.checkpoints.elastic import ElasticCheckpoint
 from star_elastic.checkpoints.manifest import load_manifest, save_manifest
 from star_elastic.checkpoints.tensors import save_tensors
@@ -107,7 +107,7 @@ def question(writer) -> str:
 )  # fmt: skip
 def test_count(told, printed):
     model = bundled.PARENT
-    axis_map = family_of(read_config(model)).axis_map(read_config(model))
+    axis_map = architecture_of(read_config(model)).axis_map(read_config(model))
     options = {"context": 100, "batch": 3, "dtype_bytes": 4, "ssm_dtype_bytes": 8}
     flags = [x for k, v in options.items() for x in (f"--{k.replace('_', '-')}", v)]
     result = told("count", model, "--widths", "hidden=96", *flags)
@@ -154,7 +154,7 @@ def test_rank(run_folder, tmp_path, told, printed, monkeypatch):
         *data, "--out", out, "--samples", 5, "--context", 20, "--batch-size", 2
     )  # fmt: skip
     assert [len(batch) for batch in seen] == [2, 2, 1] and max(map(max, seen)) == 20
-    table = family_of(read_config(parent)).axis_map(read_config(parent))
+    table = architecture_of(read_config(parent)).axis_map(read_config(parent))
     scores, info = load_scores(out, table)
     assert (info.num_samples, info.source) == (5, "rows.jsonl")
     assert result == {
@@ -252,7 +252,7 @@ def test_latency_for_a_run(run_folder, tmp_path, told):
     config = config_in(run_folder, "measured", **load)
     out = tmp_path / "table.json"
     told("latency", "--for", run_folder / "measured.toml", "--out", out, "--seconds", 0)
-    axis_map = family_of(parent := read_config(config.parent)).axis_map(parent)
+    axis_map = architecture_of(parent := read_config(config.parent)).axis_map(parent)
     require_covered(load_table(out, axis_map), make_grid(config.choices, axis_map))
     table = json.loads(out.read_text())
     assert (table["batch"], table["context"]) == (3, 9)
@@ -461,7 +461,7 @@ def test_quantize(blocks, run_folder, tmp_path, told, printed):
 def test_check_reads_what_a_family_has_beside_its_weights(blocks, tmp_path, capsys, name, content):
     """Whatever file it is, one that is cut off or another model's is told by its name."""
     family = shutil.copytree(blocks, tmp_path / "family")
-    axis_map = family_of(config := read_config(family)).axis_map(config)
+    axis_map = architecture_of(config := read_config(family)).axis_map(config)
     save_tensors(family / "orders.safetensors", random_orders(axis_map, 0))
     save_tensors(family / "basis.safetensors", {"hidden": torch.eye(48)})
     manifest = load_manifest(family, axis_map)

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from star_elastic.architectures import family_of
+from star_elastic.architectures import architecture_of
 from star_elastic.axes import AxisMap
 from star_elastic.axes.widths import Widths
 from star_elastic.checkpoints.tensors import CheckpointReader
@@ -50,7 +50,7 @@ NANO_30B = {
 
 
 def table(config: dict) -> AxisMap:
-    return family_of(config).axis_map(config)
+    return architecture_of(config).axis_map(config)
 
 
 @pytest.mark.parametrize("kind", ROWS)
@@ -62,7 +62,7 @@ def test_counted_is_built(kind, data):
     axis_map = table(config)
     widths = axis_map.complete(data.draw(some_widths(axis_map)))
     cost = CostModel(axis_map).count(widths)
-    model = build_skeleton(family_of(config).config_at(config, widths))
+    model = build_skeleton(architecture_of(config).config_at(config, widths))
     total = sum(parameter.numel() for parameter in model.parameters())
     active = total
     for name, parameter in model.named_parameters():

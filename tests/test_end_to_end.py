@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import star_elastic
 from star_elastic import bundled
-from star_elastic.architectures import family_of
+from star_elastic.architectures import architecture_of
 from star_elastic.axes import AxisMap, axis_keys
 from star_elastic.axes.widths import Widths
 from star_elastic.cost.count import CostModel, Workload
@@ -140,7 +140,7 @@ def road(request, tmp_path_factory) -> Road:
     config = {**row.trained.config, **case.changes, "vocab_size": len(tokenizer)}
     config["dtype"] = str(case.dtype).removeprefix("torch.")
     model = random_model(config)
-    axis_map = family_of(config).axis_map(config)
+    axis_map = architecture_of(config).axis_map(config)
     axis = "expert_ffn" if "expert_ffn" in axis_map.axes else "ffn"
     size = axis_map.axes[axis].size
     generator = torch.Generator().manual_seed(4)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from star_elastic.architectures import family_of, read_config
+from star_elastic.architectures import architecture_of, read_config
 from star_elastic.export.engines import Verdict, check_engines
 from star_elastic.models.calibration import calibrate_inputs
 from star_elastic.models.load import load_parent
@@ -51,7 +51,7 @@ def parents(tmp_path_factory):
 def quantised(path: Path, name: str, keep: tuple[str, ...], out: Path) -> Path:
     """A checkpoint with its weights in a format, and inputs calibrated on a few tokens."""
     config = read_config(path)
-    axis_map = family_of(config).axis_map(config)
+    axis_map = architecture_of(config).axis_map(config)
     scheme = make_scheme(axis_map, name, keep)
     scales = {}
     if scheme.format.is_calibrated:

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import star_elastic
-from star_elastic.architectures import family_of, read_config
+from star_elastic.architectures import architecture_of, read_config
 from star_elastic.axes.widths import Widths
 from star_elastic.checkpoints.manifest import Manifest, Size, save_manifest
 from star_elastic.cli import main
@@ -56,7 +56,7 @@ def make_family(path, template, sizes=("large", "small")):
         model.lm_head.weight[opening] = 0.9 * model.lm_head.weight[closing]
     model.save_pretrained(path)
     tokenizer.save_pretrained(path)
-    axis_map = family_of(read_config(path)).axis_map(read_config(path))
+    axis_map = architecture_of(read_config(path)).axis_map(read_config(path))
     widths = {"large": axis_map.full, "small": axis_map.complete(Widths(WIDTHS["llama"]))}
     known = {name: Size(widths[name.split()[0]]) for name in sizes}
     save_manifest(Manifest("llama", {}, known), path)

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, NemotronHConfig
 
 from star_elastic import bundled
-from star_elastic.architectures import family_of
+from star_elastic.architectures import architecture_of
 from star_elastic.cost.count import CostModel, Workload
 from star_elastic.errors import CheckpointError, ConfigError
 from star_elastic.evaluate.accuracy import Evaluation, Trial, evaluate_plan, solve, summarise
@@ -181,7 +181,7 @@ def test_cost_is_counted_token_by_token(generator, problems, think, answer):
 def count_at(generator, size: str, context: int):
     """The package's exact counts of a model at its own widths."""
     config = generator.models[size].config.to_dict()
-    table = family_of(config).axis_map(config)
+    table = architecture_of(config).axis_map(config)
     return CostModel(table, Workload(context=context)).count(table.full)
 
 

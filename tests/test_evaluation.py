@@ -13,7 +13,7 @@ import torch
 
 import star_elastic
 from star_elastic import bundled
-from star_elastic.architectures import family_of, read_config
+from star_elastic.architectures import architecture_of, read_config
 from star_elastic.axes.widths import Widths
 from star_elastic.checkpoints.manifest import Manifest, Size, save_manifest
 from star_elastic.cli import main
@@ -48,7 +48,7 @@ def elastic(tmp_path_factory):
     tokenizer = make_tokenizer()
     make_model(make_config("llama", len(tokenizer))).save_pretrained(path)
     tokenizer.save_pretrained(path)
-    axis_map = family_of(read_config(path)).axis_map(read_config(path))
+    axis_map = architecture_of(read_config(path)).axis_map(read_config(path))
     small = axis_map.complete(Widths(WIDTHS["llama"]))
     save_manifest(Manifest("llama", {}, {LARGE: Size(axis_map.full), SMALL: Size(small)}), path)
     return path
@@ -218,7 +218,7 @@ def test_a_family_that_knows_the_bundled_tasks_needs_no_data(tmp_path):
     tokenizer = load_tokenizer(bundled.PARENT)
     make_model(make_config("llama", len(tokenizer))).save_pretrained(path)
     tokenizer.save_pretrained(path)
-    axis_map = family_of(read_config(path)).axis_map(read_config(path))
+    axis_map = architecture_of(read_config(path)).axis_map(read_config(path))
     save_manifest(Manifest("llama", {}, {"only": Size(axis_map.full)}), path)
     settings = Settings(num_validation=1, num_test=2, budgets=(0, None), max_new_tokens=20)
     result = evaluate_family(path, settings, tmp_path / "out")

@@ -1,4 +1,4 @@
-"""Family tables: what they read from a config, what they write, and what they refuse."""
+"""Axis maps: what they read from a config, what they write, and what they refuse."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import re
 import pytest
 from transformers import AutoConfig
 
-from star_elastic.architectures import ARCHITECTURES, family_of, read_config
+from star_elastic.architectures import ARCHITECTURES, architecture_of, read_config
 from star_elastic.architectures.nemotron_h import OTHER_NAMES
 from star_elastic.axes import AxisMap
 from star_elastic.axes.widths import Widths, default_step, parse_widths
@@ -23,7 +23,7 @@ BARE_HYBRID = AutoConfig.for_model("nemotron_h").to_dict()
 
 
 def table(config: dict) -> AxisMap:
-    return family_of(config).axis_map(config)
+    return architecture_of(config).axis_map(config)
 
 
 # Reading configs
@@ -193,7 +193,7 @@ def test_head_size_is_written_out_or_it_would_follow_the_hidden_size():
 @pytest.mark.parametrize("kind", ROWS)
 def test_every_other_field_is_carried_over(kind):
     config = {**fixed_config(kind), "initializer_range": 0.5, "of_a_later_version": [1]}
-    written = family_of(config).config_at(config, {})
+    written = architecture_of(config).config_at(config, {})
     kept = {"hybrid_override_pattern", "layers_block_type"}
     for field, value in config.items():
         assert field in kept or written[field] == value, field
@@ -234,7 +234,7 @@ def test_impossible_widths_are_refused(kind, widths, reason):
 @pytest.mark.parametrize("kind", ["moe", "llama"])
 def test_widths_that_differ_between_layers_are_not_exported(kind):
     config = fixed_config(kind)
-    family = family_of(config)
+    family = architecture_of(config)
     axis = "expert_ffn" if kind == "moe" else "ffn"
     reason = f"{axis} differs between layers, which {family.model_type}'s config.json cannot expr"
     mixed, alike = {axis: (3, 4)}, {axis: (4, 4)}

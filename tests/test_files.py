@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from star_elastic.architectures import family_of, read_config
+from star_elastic.architectures import architecture_of, read_config
 from star_elastic.checkpoints.companions import LATENCY, copy_companions
 from star_elastic.checkpoints.elastic import CARRIED, ElasticCheckpoint, rewrite_family_files
 from star_elastic.checkpoints.manifest import Manifest
@@ -271,8 +271,8 @@ def test_the_dtype_is_that_of_the_file_whatever_the_config_says(plain, tmp_path,
     edit_json(parent / "config.json", **named)
     model, config = load_parent(parent)
     assert model.dtype == torch.float32  # as asked for
-    axis_map = family_of(config).axis_map(config)
-    assert StoredModel(parent, axis_map, family_of(config)).dtype == stored
+    axis_map = architecture_of(config).axis_map(config)
+    assert StoredModel(parent, axis_map, architecture_of(config)).dtype == stored
     elastic = make_elastic(parent, tmp_path / "elastic")
     slice_checkpoint(elastic, {"ffn": 16}, tmp_path / "slice")
     sort_checkpoint(parent, {}, tmp_path / "sorted")
@@ -348,7 +348,7 @@ def test_a_table_measured_before_quantisation_tells_shares_but_no_times(trained,
     """The router's shares of time are those of the table that it was trained with."""
     family = shutil.copytree(trained.elastic, tmp_path / "family")
     config = read_config(family)
-    save_table(made_up(family_of(config).axis_map(config)), family / LATENCY)
+    save_table(made_up(architecture_of(config).axis_map(config)), family / LATENCY)
     manifest = json.loads((family / "elastic.json").read_text())
     for size, share in (("large", 1.0), ("small", 0.1)):
         manifest["sizes"][size]["budgets"] = {"ms": share}
@@ -396,7 +396,7 @@ def test_names_and_boxes_are_those_that_transformers_saves(kind, tmp_path):
             start += value.numel()
     assert start < 2**24  # so far are integers exact in fp32
     parent.model.save_pretrained(tmp_path / "theirs")
-    source = StoredModel(tmp_path / "theirs", parent.axis_map, parent.family)
+    source = StoredModel(tmp_path / "theirs", parent.axis_map, parent.architecture)
     source.require_whole()
     for name, value in source.state(torch.float32).items():
         assert torch.equal(value, parent.state[name]), name

@@ -18,7 +18,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from star_elastic.architectures import family_of
+from star_elastic.architectures import architecture_of
 from star_elastic.axes import Axis, AxisMap, Block, axis_keys
 from star_elastic.cost.count import CostModel
 from star_elastic.data.sources import Batch
@@ -207,7 +207,7 @@ class Naive:
     def scores(self, samples: list[torch.Tensor]) -> dict[str, torch.Tensor]:
         for ids in samples:
             self.samples.append({})
-            self.llama(ids) if self.parent.axis_map.family == "llama" else self.hybrid(ids)
+            self.llama(ids) if self.parent.axis_map.model_type == "llama" else self.hybrid(ids)
         found: dict[str, list[float]] = {}
         for place in self.samples[0]:
             columns = [list(zip(*sample[place], strict=True)) for sample in self.samples]
@@ -360,7 +360,7 @@ def test_scores_of_a_submodel_use_the_sliced_table(parent: Parent) -> None:
     widths["hidden"] = parent.axis_map.axes["hidden"].size // 2
     complete = parent.axis_map.complete(widths)
     sliced = parent.axis_map.at(complete)
-    own = parent.family.axis_map(parent.family.config_at(parent.config, complete))
+    own = parent.architecture.axis_map(parent.architecture.config_at(parent.config, complete))
     assert sliced.probes == own.probes
     submodel = build_submodel(parent.model, parent.config, complete)
     with precision(torch.float64):
@@ -567,7 +567,7 @@ SMOLLM2 = {
 def test_the_committed_result_counts_as_the_table_does() -> None:
     report = json.loads((ROOT / "results" / "smollm2_cuts.json").read_text())
     assert "recipes/smollm2/rank_and_cut.py --work WORK" in report["command"]
-    axis_map = family_of(SMOLLM2).axis_map(SMOLLM2)
+    axis_map = architecture_of(SMOLLM2).axis_map(SMOLLM2)
     full = CostModel(axis_map).full.total
     assert report["parent"]["parameters"] == full
     assert len(report["cuts"]) > 20

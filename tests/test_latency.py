@@ -11,7 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from star_elastic.architectures import family_of
+from star_elastic.architectures import architecture_of
 from star_elastic.axes import LAYERS, AxisMap
 from star_elastic.axes.widths import Widths
 from star_elastic.cost.amounts import UNITS, Amount, parse_budget
@@ -34,7 +34,7 @@ from tests.laws.parents import legal_widths
 
 def axis_map_of(kind: str) -> AxisMap:
     config = fixed_config(kind)
-    return family_of(config).axis_map(config)
+    return architecture_of(config).axis_map(config)
 
 
 # Grids
@@ -192,7 +192,7 @@ def test_tables_of_other_models_and_damaged_ones_are_refused(tmp_path):
     }
     for problem, other in others.items():
         with pytest.raises(CheckpointError, match=problem) as raised:
-            load_table(file, family_of(other).axis_map(other))
+            load_table(file, architecture_of(other).axis_map(other))
         assert "\n" not in str(raised.value) and "star-elastic latency" in str(raised.value)
     with pytest.raises(CheckpointError, match="does not exist"):
         load_table(tmp_path / "none.json", axis_map)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from star_elastic.architectures import family_of
+from star_elastic.architectures import architecture_of
 from star_elastic.cli import main
 from star_elastic.cost.count import CostModel, Workload
 from star_elastic.errors import ConfigError
@@ -58,7 +58,7 @@ def test_only_the_last_token_of_a_prompt_goes_through_the_head(family, size):
 def test_a_tied_embedding_is_the_head():
     config = fixed_config("llama")
     for tied in (True, False):
-        table = family_of(config).axis_map({**config, "tie_word_embeddings": tied})
+        table = architecture_of(config).axis_map({**config, "tie_word_embeddings": tied})
         cost = CostModel(table).count(table.full)
         assert cost.head_flops == 2 * config["vocab_size"] * config["hidden_size"]
 
@@ -67,7 +67,7 @@ def test_a_tied_embedding_is_the_head():
 def test_the_ssm_state_has_a_dtype_of_its_own(kind):
     """2 bytes an element save half of its memory and nothing else."""
     config = fixed_config(kind)
-    table = family_of(config).axis_map(config)
+    table = architecture_of(config).axis_map(config)
     num_mamba = len(table.axes["ssm_heads"].layers)
     state = config["mamba_num_heads"] * config["mamba_head_dim"] * config["ssm_state_size"]
     bytes_of = {
@@ -101,7 +101,7 @@ def test_count_tells_both_kinds_of_token_and_the_state(tmp_path, capsys):
     options = ["count", str(file), "--context", "16", "--batch", "2", "--ssm-dtype-bytes", "2"]
     main([*options, "--json"])
     counted = json.loads(capsys.readouterr().out)
-    table = family_of(config).axis_map(config)
+    table = architecture_of(config).axis_map(config)
     cost = CostModel(table, Workload(16, 2, 2, 2)).count(table.full)
     names = ("state_bytes", "weight_bytes", "flops_per_token", "prefill_flops_per_token", "total")
     assert {name: counted[name] for name in names} == {n: getattr(cost, n) for n in names}

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 import star_elastic
-from star_elastic.architectures import family_of, read_config
+from star_elastic.architectures import architecture_of, read_config
 from star_elastic.checkpoints.companions import INPUT_SCALES
 from star_elastic.checkpoints.elastic import ElasticCheckpoint
 from star_elastic.checkpoints.layouts import read_scheme
@@ -139,7 +139,7 @@ def test_a_size_that_cannot_be_quantised_is_named(trained, tmp_path):
 def test_the_checkpoint_has_the_largest_scales_of_any_size(elastic):
     """The largest size need not have the largest inputs."""
     config = read_config(elastic)
-    axis_map = family_of(config).axis_map(config)
+    axis_map = architecture_of(config).axis_map(config)
     scheme = make_scheme(axis_map, "fp8")
     first, second, *others = scheme.quantised(axis_map)
     one, two, three = (torch.tensor([value]) for value in (1.0, 2.0, 3.0))
@@ -232,7 +232,7 @@ def test_check_tells_who_runs_what(elastic, nvfp4, tmp_path):
 
 def test_parts_are_kept_by_name(elastic):
     config = read_config(elastic)
-    axis_map = family_of(config).axis_map(config)
+    axis_map = architecture_of(config).axis_map(config)
     every = make_scheme(axis_map, "fp8").quantised(axis_map)
     kept = make_scheme(axis_map, "fp8", ["attention", BEFORE_ATTENTION]).quantised(axis_map)
     gone = {every[name].part for name in every.keys() - kept.keys()}
@@ -245,7 +245,7 @@ def test_parts_are_kept_by_name(elastic):
 def test_of_all_mamba_layers_the_last_before_attention_is_kept():
     config = fixed_config("moe")
     assert config["hybrid_override_pattern"] == "MEM*E"
-    axis_map = family_of(config).axis_map(config)
+    axis_map = architecture_of(config).axis_map(config)
     kept = make_scheme(axis_map, "fp8", [BEFORE_ATTENTION]).kept
     assert {axis_map.tensors[name].layer for name in kept} == {2}
 
@@ -402,7 +402,7 @@ def test_other_quantisations_are_refused(nvfp4, tmp_path):
     (path / "config.json").write_text(json.dumps(config))
     with pytest.raises(ConfigError, match="quantised in a way that star-elastic does not read"):
         load_parent(path)
-    axis_map = family_of(config).axis_map(config)
+    axis_map = architecture_of(config).axis_map(config)
     assert read_scheme({}, axis_map) is None
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import star_elastic
-from star_elastic.architectures import family_of, read_config
+from star_elastic.architectures import architecture_of, read_config
 from star_elastic.checkpoints.tensors import CheckpointReader, load_tensors
 from star_elastic.errors import CheckpointError, ConfigError, Interrupted, ShapeError
 from star_elastic.models.fake_quantisation import FILE_NAME, FakeQuantisation
@@ -70,7 +70,7 @@ def quantised(folder, family, name, format="nvfp4", small=0.6, **replacements):
 @pytest.mark.parametrize("format", ["fp8", "fp8-channel", "nvfp4"])
 def test_weights_are_rounded_to_what_is_stored_before_they_are_quantised(blocks, format):
     """Codes are written of the stored bf16 weights, so they are what has to be trained with."""
-    axis_map = family_of(read_config(blocks)).axis_map(read_config(blocks))
+    axis_map = architecture_of(read_config(blocks)).axis_map(read_config(blocks))
     scheme = make_scheme(axis_map, format)
     weights = load_parent(blocks)[0].state_dict()
     fake = FakeQuantisation.of(weights, axis_map, scheme, {})

@@ -55,7 +55,9 @@ def save_family(folder: Path, parent: Parent, sizes) -> Path:
     complete = {name: parent.axis_map.complete(widths) for name, widths in sizes.items()}
     cost = CostModel(parent.axis_map)
     named = sorted(complete, key=lambda name: -cost.count(complete[name]).total)
-    manifest = Manifest(parent.axis_map.family, {}, {name: Size(complete[name]) for name in named})
+    manifest = Manifest(
+        parent.axis_map.model_type, {}, {name: Size(complete[name]) for name in named}
+    )
     save_manifest(manifest, path)
     return path
 

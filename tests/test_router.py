@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from benchmarks import planting
-from star_elastic.architectures import family_of, read_config
+from star_elastic.architectures import architecture_of, read_config
 from star_elastic.checkpoints.elastic import ElasticCheckpoint
 from star_elastic.cost.amounts import show_amount
 from star_elastic.cost.count import CostModel, Workload
@@ -224,7 +224,7 @@ def test_budgets_out_of_reach_are_refused_with_the_range():
 
 def test_a_budget_between_sizes_is_counted_for_the_workload_of_the_run(trained, tmp_path):
     family = shutil.copytree(trained.elastic, tmp_path / "family")
-    axis_map = family_of(read_config(family)).axis_map(read_config(family))
+    axis_map = architecture_of(read_config(family)).axis_map(read_config(family))
     content = json.loads((family / "elastic.json").read_text())
     content["provenance"]["workload"] = {"context": 64, "batch": 4}
     for size, share in (("large", 1.0), ("small", 0.6)):

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from star_elastic.architectures import family_of
+from star_elastic.architectures import architecture_of
 from star_elastic.cli import main
 from star_elastic.cost.amounts import parse_budget
 from star_elastic.cost.count import CostModel
@@ -105,7 +105,7 @@ def test_the_commented_config_fits_any_llama():
     assert round(stage.num_steps, -3) == 12_000 and stage.warmup_steps == 60
     assert round(config.router.commit_at * stage.num_steps, -2) == 2_400
     for shape in LLAMAS.values():
-        axis_map = family_of(shape).axis_map(shape)
+        axis_map = architecture_of(shape).axis_map(shape)
         grid, cost = make_grid(default_choices(axis_map), axis_map), CostModel(axis_map)
         assert set(grid.choices) == {"hidden", "ffn"}
         for name, budgets in config.sizes.items():

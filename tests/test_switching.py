@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import star_elastic
-from star_elastic.architectures import family_of, read_config
+from star_elastic.architectures import architecture_of, read_config
 from star_elastic.checkpoints.manifest import Manifest, Size, save_manifest
 from star_elastic.cost.count import Workload
 from star_elastic.errors import BudgetError, ConfigError
@@ -275,7 +275,7 @@ def test_a_hand_over_that_cannot_be_is_refused_before_any_work(tmp_path):
     config = make_config("nemotron_h", len(tokenizer))
     make_model(config).save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
-    table = family_of(read_config(tmp_path)).axis_map(read_config(tmp_path))
+    table = architecture_of(read_config(tmp_path)).axis_map(read_config(tmp_path))
     shallow = table.complete({"layers": (1, 1, 1, 0)})
     save_manifest(
         Manifest("nemotron_h", {}, {"large": Size(table.full), "small": Size(shallow)}), tmp_path
@@ -293,7 +293,7 @@ def test_heads_are_mapped_by_the_axis_map():
     """A wide size's states, handed to a narrow one, are the slices; back, the rest is empty."""
     tokenizer = make_tokenizer()
     config = make_config("nemotron_h", len(tokenizer))
-    table = family_of(config.to_dict()).axis_map(config.to_dict())
+    table = architecture_of(config.to_dict()).axis_map(config.to_dict())
     narrow = table.complete({"ssm_heads": 2})
     decoder = BatchDecoder(make_model(config))
     with torch.no_grad():

@@ -11,7 +11,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from star_elastic.architectures import family_of, read_config
+from star_elastic.architectures import architecture_of, read_config
 from star_elastic.checkpoints.tensors import SINGLE_NAME, load_tensors
 from star_elastic.cli import main
 from star_elastic.cli.bars import Lines, OnTerminal, progress_bars
@@ -119,7 +119,7 @@ def test_train_prints_one_object_and_lines(run_folder, capfd):
 def test_a_table_that_does_not_cover_the_choices_is_refused(run_folder):
     """Before work: its times would go on beyond what was measured, or stand still."""
     parent = read_config(run_folder / "parent")
-    axis_map = family_of(parent).axis_map(parent)
+    axis_map = architecture_of(parent).axis_map(parent)
     ms = {"active = 0.7": "ms = 0.9", "[sizes.large]": 'latency = "of-parent.json"\n[sizes.large]'}
     save_table(made_up(axis_map), run_folder / "of-parent.json")
     config = config_in(run_folder, "uncovered", **ms)

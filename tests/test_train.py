@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from star_elastic.architectures import family_of, read_config
+from star_elastic.architectures import architecture_of, read_config
 from star_elastic.checkpoints.manifest import load_manifest
 from star_elastic.checkpoints.tensors import load_tensors
 from star_elastic.cli.terminal import at_the_command_line
@@ -358,7 +358,7 @@ def test_budgets_that_depth_cannot_meet_are_refused(run_folder, metric, budget, 
 def test_budgets_in_milliseconds_come_from_the_table(run_folder):
     """Here a made-up one, in which widths surely make a difference; it stays with the family."""
     config = read_config(run_folder / "parent")
-    axis_map = family_of(config).axis_map(config)
+    axis_map = architecture_of(config).axis_map(config)
     choices = config_in(run_folder, "ms").choices
     save_table(made_up(axis_map, choices=choices), run_folder / "made-up.json")
     changes = {
@@ -382,7 +382,7 @@ def test_budgets_in_milliseconds_come_from_the_table(run_folder):
 def test_a_run_that_goes_on_counts_with_the_table_that_it_began_with(run_folder):
     """Whatever has been measured since."""
     model_config = read_config(run_folder / "parent")
-    axis_map = family_of(model_config).axis_map(model_config)
+    axis_map = architecture_of(model_config).axis_map(model_config)
     choices = config_in(run_folder, "own-ms").choices
     first, later = (made_up(axis_map, seed, choices=choices) for seed in (0, 1))
     save_table(first, run_folder / "own-table.json")
@@ -667,7 +667,7 @@ def test_a_gradient_that_is_not_finite_changes_no_weight(run_folder):
 
 def test_default_choices_halve_every_axis_but_those_the_papers_keep():
     config = {**TINY, "vocab_size": 64}
-    grid = default_choices(family_of(config).axis_map(config))
+    grid = default_choices(architecture_of(config).axis_map(config))
     assert grid["hidden"] == (48, 40, 32, 24) and grid["ssm_heads"] == (8, 6, 4)
     assert grid["experts"] == (8, 7, 6, 5, 4)
     assert not {"heads", "layers", "top_k"} & set(grid)

@@ -8,7 +8,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import star_elastic
-from star_elastic.architectures import family_of, read_config
+from star_elastic.architectures import architecture_of, read_config
 from star_elastic.axes.widths import Widths
 from star_elastic.checkpoints.manifest import Manifest, Size, save_manifest
 from star_elastic.generate.phases import Generation, Plan
@@ -78,7 +78,7 @@ def make_checkpoint(path, model_type: str, **changes):
     tokenizer = make_tokenizer()
     make_model(make_config(model_type, len(tokenizer), **changes)).save_pretrained(path)
     tokenizer.save_pretrained(path)
-    axis_map = family_of(read_config(path)).axis_map(read_config(path))
+    axis_map = architecture_of(read_config(path)).axis_map(read_config(path))
     small = axis_map.complete(Widths(WIDTHS[model_type]))
     save_manifest(
         Manifest(model_type, {}, {"large": Size(axis_map.full), "small": Size(small)}), path

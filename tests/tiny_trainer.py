@@ -12,7 +12,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from star_elastic import bundled
-from star_elastic.architectures import family_of
+from star_elastic.architectures import architecture_of
 from star_elastic.cost.count import CostModel
 from star_elastic.data.source_config import SourceConfig
 from star_elastic.data.sources import Source
@@ -105,7 +105,7 @@ def make_trainer(
     config = {**CONFIGS[kind], **fields}
     kinds: dict[str, Any] = {"experts_implementation": experts} if experts else {}
     parent, original = (make_model(config, **kinds) for _ in range(2))
-    axis_map = family_of(config).axis_map(config)
+    axis_map = architecture_of(config).axis_map(config)
     quantised = None
     if fake:
         state = {**dict(parent.named_parameters()), **dict(parent.named_buffers())}

@@ -140,7 +140,7 @@ def measure(
         def evaluate() -> dict[str, tuple[float, float]]:
             models = {PARENT: teacher}
             models |= {c.name: build_submodel(parent, config, c.widths) for c in cuts}
-            generator = Generator(models, tokenizer, elastic.family.end_of_thinking)
+            generator = Generator(models, tokenizer, elastic.architecture.end_of_thinking)
             bars.stage("evaluate", len(models))
             apart = divergences_from_parent(generator, list(models), problems[::5])
             found = {}

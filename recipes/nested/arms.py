@@ -114,7 +114,10 @@ class Lab:
         self.tokenizer = load_tokenizer(self.parent)
         self.source = Source([rows], self.tokenizer, "answers")
         self.elastic_teacher = ElasticModel(self.teacher, self.config)
-        self.family, self.axis_map = self.elastic_teacher.family, self.elastic_teacher.axis_map
+        self.architecture, self.axis_map = (
+            self.elastic_teacher.architecture,
+            self.elastic_teacher.axis_map,
+        )
         self.cost = CostModel(self.axis_map)
         # Problems and training rows are apart by a hash of the problem, whatever the seed.
         self.problems = sample_problems(TASKS, "test", problems_per_task, seed)
@@ -156,7 +159,7 @@ class Lab:
 
     def random_student(self, widths: Widths) -> ElasticModel:
         """A model of a size's shape with random weights."""
-        config = self.family.config_at(self.config, widths)
+        config = self.architecture.config_at(self.config, widths)
         fields = {k: v for k, v in config.items() if k != "model_type"}
         with torch.random.fork_rng():
             torch.manual_seed(self.seed)
@@ -249,7 +252,7 @@ class Lab:
         models: dict[str, Any] = {PARENT: self.teacher}
         for name, fixed in trainer.committed.items():
             models[name] = build_submodel(student.parent, student.model_config, fixed.widths)
-        return Generator(models, self.tokenizer, self.family.end_of_thinking)
+        return Generator(models, self.tokenizer, self.architecture.end_of_thinking)
 
 
 # What the recipes' command lines share

@@ -30,7 +30,7 @@ import torch
 from prepare import SEPARATOR, prepare_tiny
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from star_elastic.architectures import family_of
+from star_elastic.architectures import architecture_of
 from star_elastic.architectures.config_file import Config
 from star_elastic.axes import AxisMap
 from star_elastic.axes.widths import Widths
@@ -104,7 +104,7 @@ def main() -> int:
         prepare_tiny(run.work)
     started = time.perf_counter()
     parent, config = load_parent(run.work / "parent")
-    axis_map = family_of(config).axis_map(config)
+    axis_map = architecture_of(config).axis_map(config)
     calibration = read_windows(run, "calibration", run.calibration_tokens)
     evaluation = read_windows(run, "evaluation", run.evaluation_tokens)
 

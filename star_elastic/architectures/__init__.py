@@ -13,7 +13,6 @@ from star_elastic.architectures.model import (
     read_config,
 )
 
-family_of = architecture_of
 __all__ = [
-    "ARCHITECTURES", "Architecture", "ModelConfig", "architecture_of", "family_of", "read_config",
+    "ARCHITECTURES", "Architecture", "ModelConfig", "architecture_of", "read_config",
 ]  # fmt: skip

@@ -103,7 +103,7 @@ class Architecture(ABC):
         blocks = {parts: Block.sum(part.rows(hidden) for part in parts) for parts in decoder.layers}
         path = "model.layers"
         axis_map = AxisMap(
-            family=self.model_type,
+            model_type=self.model_type,
             axes=_axes(decoder),
             before=self._on_disk(Block(tensors=(lookup,))),
             blocks=tuple(blocks[parts] for parts in decoder.layers),
@@ -155,7 +155,7 @@ def homogeneous(widths: Mapping[str, Any], axis_map: AxisMap) -> dict[str, Any]:
         if axis != LAYERS and width != nearest[axis] and set(width) != {nearest[axis]}:
             kept = {name: value for name, value in nearest.items() if name != LAYERS}
             raise ShapeError(
-                f"{axis} differs between layers, which {axis_map.family}'s config.json cannot "
+                f"{axis} differs between layers, which {axis_map.model_type}'s config.json cannot "
                 f"express; the nearest widths that it can: {Widths(kept)}"
             )
     return {axis: width for axis, width in nearest.items() if axis != LAYERS}

@@ -66,7 +66,7 @@ class AxisMap:
     `probes`, `work`, `moe_layers` and `mixers`.
     """
 
-    family: str
+    model_type: str
     axes: Mapping[str, Axis]
     before: Block
     blocks: tuple[Block, ...]
@@ -140,7 +140,7 @@ class AxisMap:
         for name in widths:
             if name not in self.axes:
                 raise ShapeError(
-                    f"axis {name!r} does not exist in this {self.family} model; "
+                    f"axis {name!r} does not exist in this {self.model_type} model; "
                     f"use {', '.join(self.axes)}"
                 )
         for name, axis in self.axes.items():
@@ -170,7 +170,7 @@ class AxisMap:
                 if first % second:
                     raise ShapeError(
                         f"{name}={first} is not a multiple of {divisor}={second}, which the "
-                        f"{self.family} config requires; "
+                        f"{self.model_type} config requires; "
                         f"use {name}={max(first // second, 1) * second}"
                     )
         return done

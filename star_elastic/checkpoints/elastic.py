@@ -119,7 +119,8 @@ class ElasticCheckpoint:
             yield
         except ShapeError as error:
             raise CheckpointError(
-                f"{file} does not fit this {self.axis_map.family} model ({error}); restore the file"
+                f"{file} does not fit this {self.axis_map.model_type} model ({error}); restore "
+                "the file"
             ) from None
 
 

@@ -138,10 +138,10 @@ def load_manifest(directory: str | Path, axis_map: AxisMap) -> Manifest:
             manifest = _parse(content, axis_map, file)
         except ConfigError as error:
             raise CheckpointError(f"{file} is damaged ({error}); restore the file") from None
-    if manifest.family != axis_map.family or not manifest.sizes:
+    if manifest.family != axis_map.model_type or not manifest.sizes:
         raise CheckpointError(
             f"{file} describes {len(manifest.sizes)} sizes of a {manifest.family} model, but "
-            f"config.json is {axis_map.family}; restore the matching pair"
+            f"config.json is {axis_map.model_type}; restore the matching pair"
         )
     return manifest
 

@@ -30,16 +30,16 @@ ROWS_AT_ONCE = 4096
 class StoredModel:
     """A checkpoint read through the axis map: names resolved, shapes checked."""
 
-    def __init__(self, path: Path, axis_map: AxisMap, family: Architecture):
+    def __init__(self, path: Path, axis_map: AxisMap, architecture: Architecture):
         self.reader = CheckpointReader(path)
         self.axis_map = axis_map
-        self._family = family
+        self._architecture = architecture
 
     def _stored_name(self, piece: Piece) -> str:
         """The name that the file has for a piece, whoever wrote it."""
-        own, name = self._family.disk_prefix, piece.name
+        own, name = self._architecture.disk_prefix, piece.name
         if name.startswith(own):
-            others = (other + name.removeprefix(own) for other in self._family.other_prefixes)
+            others = (other + name.removeprefix(own) for other in self._architecture.other_prefixes)
             return next((other for other in others if other in self.reader.names), name)
         return name
 
@@ -47,7 +47,7 @@ class StoredModel:
         """The stored name of a piece, checked against the shape of the table."""
         name = self._stored_name(piece)
         expected = self.axis_map.shape(spec.on_disk(piece), self.axis_map.full)
-        if name not in self.reader.names and name in self._family.copies:
+        if name not in self.reader.names and name in self._architecture.copies:
             raise CheckpointError(
                 f"{self.reader.path} lacks the tensor {name}; set tie_word_embeddings=true in "
                 "config.json if its model has none of its own, else restore the file"
@@ -79,19 +79,20 @@ class StoredModel:
         unknown = [
             name
             for name in sorted(self.reader.names - known)
-            if not any(part in name for part in self._family.ignored) and not self._is_copy(name)
+            if not any(part in name for part in self._architecture.ignored)
+            and not self._is_copy(name)
         ]
         if unknown:
             raise CheckpointError(
                 f"{self.reader.path} holds the tensor {unknown[0]} ({len(unknown)} such), which "
-                f"the {self.axis_map.family} table does not know and which would be lost; remove "
-                "it from the file, or use another model"
+                f"the {self.axis_map.model_type} table does not know and which would be lost; "
+                "remove it from the file, or use another model"
             )
 
     def _is_copy(self, name: str) -> bool:
         """Whether a tensor repeats another one. Raises CheckpointError if it should but does not:
         transformers would load it as a tensor of its own."""
-        original = self._family.copies.get(name)
+        original = self._architecture.copies.get(name)
         if original is None or original not in self.axis_map.tensors:
             return False
         reader = self.reader

@@ -44,8 +44,8 @@ def count(
     rows = [[part, f"{size:,}", f"{size / cost.total:.1%}"] for part, size in parts.items()]
     show(
         as_json,
-        {"family": axis_map.family, "widths": dict(chosen), **counts, "parts": parts},
-        Table(f"{axis_map.family}  {chosen}", ["part", "parameters", "share"], rows),
+        {"family": axis_map.model_type, "widths": dict(chosen), **counts, "parts": parts},
+        Table(f"{axis_map.model_type}  {chosen}", ["part", "parameters", "share"], rows),
         f"total   {cost.total:,}\nactive  {cost.active:,}",
         f"weights {cost.weight_bytes:,} bytes",
         f"states  {cost.state_bytes:,} bytes at context {context:,} x batch {batch:,}",

@@ -195,8 +195,8 @@ class LatencyTable:
 
     def mismatch(self, axis_map: AxisMap) -> str:
         """What tells the model of this table from the one of `axis_map`; empty if nothing does."""
-        if self.family != axis_map.family:
-            return f"it was measured on a {self.family} model, this one is {axis_map.family}"
+        if self.family != axis_map.model_type:
+            return f"it was measured on a {self.family} model, this one is {axis_map.model_type}"
         if dict(self.full) != dict(axis_map.full):
             theirs = ",".join(f"{axis}={width}" for axis, width in self.full.items())
             return f"it was measured at the widths {theirs}, this model has {axis_map.full}"

@@ -33,7 +33,7 @@ def save_scores(file: str | Path, scores: Scores, axis_map: AxisMap, info: Score
     _check_complete(scores, axis_map, "the set")
     metadata = {
         "format": FORMAT,
-        "family": axis_map.family,
+        "family": axis_map.model_type,
         "num_samples": str(info.num_samples),
         "num_tokens": str(info.num_tokens),
         "source": info.source,
@@ -55,10 +55,10 @@ def load_scores(file: str | Path, axis_map: AxisMap) -> tuple[dict[str, torch.Te
         raise CheckpointError(
             f"{file} holds no importance scores; make some with star-elastic rank"
         )
-    if metadata.get("family") != axis_map.family:
+    if metadata.get("family") != axis_map.model_type:
         raise CheckpointError(
             f"{file} holds scores of a {metadata.get('family')} model, this one is "
-            f"{axis_map.family}; rank the model that is to be sorted"
+            f"{axis_map.model_type}; rank the model that is to be sorted"
         )
     _check_complete(scores, axis_map, str(file))
     with library_boundary(f"{file} has damaged metadata", "restore the file"):

@@ -23,7 +23,7 @@ def check_scores(scores: Scores, axis_map: AxisMap) -> None:
     for key, score in scores.items():
         if key not in keys:
             raise CheckpointError(
-                f"score {key!r} belongs to no axis of this {axis_map.family} model; rank the "
+                f"score {key!r} belongs to no axis of this {axis_map.model_type} model; rank the "
                 "model that is to be sorted"
             )
         size = axis_map.axes[keys[key][0]].size

@@ -51,7 +51,7 @@ def measure(
 
     The grid spans the `choices` of the axes that have any (an elastic checkpoint's) and leaves
     others at full width; without choices every axis goes from half to full width. Raises
-    ConfigError for a config that no family serves.
+    ConfigError for a config that no architecture serves.
     """
     bench = Bench(config, setting)
     points = grid_points(bench.axis_map, choices)
@@ -85,7 +85,7 @@ def _table(bench: Bench, points: Points, models: Sequence[ClockedModel]) -> Late
     first = {kind: bench.kinds.index(kind) for kind in bench.kinds}
     shared = tuple(name for name in points if axis_map.axes[name].is_global)
     return LatencyTable(
-        family=axis_map.family,
+        family=axis_map.model_type,
         full={name: axis.size for name, axis in axis_map.axes.items()},
         layers=bench.kinds,
         digest=layout_digest(axis_map),

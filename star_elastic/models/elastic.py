@@ -270,7 +270,7 @@ class ElasticModel(_Part):
         super().__init__(axis_map, None, axis_map.outside)
         self.parent = parent
         self.model_config = config
-        self.family = config.architecture
+        self.architecture = config.architecture
         self.recompute = recompute
         self.fake = fake
         layers = self.axis_map.axes[LAYERS].layers

@@ -109,7 +109,7 @@ def _require_same_names(info: Mapping[str, Any], path: Path, axis_map: AxisMap) 
         if info[names]:
             raise CheckpointError(
                 f"{path} {problem} the tensor {min(info[names])} ({len(info[names])} such) of "
-                f"transformers' model, which the {axis_map.family} table does not know; use a "
+                f"transformers' model, which the {axis_map.model_type} table does not know; use a "
                 "parent without"
             )
 

@@ -26,7 +26,7 @@ def check_rotatable(axis_map: AxisMap) -> None:
         if norm.axis == HIDDEN and not norm.reader:
             raise ShapeError(
                 f"the weights of {norm.path} cannot be folded into a tied embedding, so this "
-                f"{axis_map.family} model keeps its own channels; use calibration.basis = "
+                f"{axis_map.model_type} model keeps its own channels; use calibration.basis = "
                 '"channels"'
             )
 

@@ -58,7 +58,9 @@ def check_orders(orders: Orders, axis_map: AxisMap) -> None:
     keys = axis_keys(axis_map)
     for key, order in orders.items():
         if key not in keys:
-            raise ShapeError(f"order {key!r} belongs to no axis of this {axis_map.family} model")
+            raise ShapeError(
+                f"order {key!r} belongs to no axis of this {axis_map.model_type} model"
+            )
         axis = axis_map.axes[keys[key][0]]
         if order.shape != (axis.size,) or not torch.equal(
             order.sort().values, torch.arange(axis.size)

@@ -56,9 +56,9 @@ class _Job:
     convert: Callable[[torch.Tensor], torch.Tensor]
 
 
-def _open(path: Path, axis_map: AxisMap, family: Architecture) -> StoredModel:
+def _open(path: Path, axis_map: AxisMap, architecture: Architecture) -> StoredModel:
     """A checkpoint whose every tensor will be written or is left behind on purpose."""
-    source = StoredModel(path, axis_map, family)
+    source = StoredModel(path, axis_map, architecture)
     source.require_whole()
     return source
 

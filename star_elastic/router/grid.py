@@ -105,7 +105,7 @@ def check_choices(choices: Mapping[str, tuple[int, ...]], axis_map: AxisMap) -> 
     for name, grid in choices.items():
         if name not in axis_map.axes:
             raise ShapeError(
-                f"choices.{name}: no such axis in this {axis_map.family} model; "
+                f"choices.{name}: no such axis in this {axis_map.model_type} model; "
                 f"use {', '.join(axis_map.axes)}"
             )
         axis = axis_map.axes[name]

@@ -102,7 +102,7 @@ def _manifest(inputs: RunInputs, trainer: Trainer) -> Manifest:
             fixed.data_free_steps, fixed.widths_from,
         )  # fmt: skip
     return Manifest(
-        family=trainer.student.family.model_type,
+        family=trainer.student.axis_map.model_type,
         choices=spec.grid.choices,
         sizes=sizes,
         per_layer=tuple(trainer.router.grid.per_layer),

@@ -1,4 +1,4 @@
-"""Tiny random parents of every family, and what can be asked of them.
+"""Tiny random parents of every architecture, and what can be asked of them.
 
 A parent is small enough that all of its sizes run in milliseconds, and random enough that nothing
 is zero, symmetric or equal by accident: norm weights, biases, epsilons, decay rates and the
@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from torch.overrides import TorchFunctionMode
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from star_elastic.architectures import Architecture, family_of
+from star_elastic.architectures import Architecture, architecture_of
 from star_elastic.axes import AxisMap, TensorSpec, Widths
 from star_elastic.nesting.gate import Mixture
 from star_elastic.nesting.slice import axis_keys, slice_tensor
@@ -68,7 +68,7 @@ class Parent:
     seed: int
     config: dict[str, Any]
     model: PreTrainedModel
-    family: Architecture
+    architecture: Architecture
     axis_map: AxisMap
     ids: torch.Tensor
 
@@ -155,8 +155,9 @@ def make_parent(config: dict[str, Any], seed: int, dtype: torch.dtype) -> Parent
     model = build(config, dtype)
     randomise(model, generator)
     ids = torch.randint(config["vocab_size"], (2, 7), generator=generator)
-    family = family_of(config)
-    return Parent(seed, config, model, family, family.axis_map(config), ids)
+    architecture = architecture_of(config)
+    axis_map = architecture.axis_map(config)
+    return Parent(seed, config, model, architecture, axis_map, ids)
 
 
 @st.composite

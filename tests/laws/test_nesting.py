@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from star_elastic.architectures import family_of, read_config
+from star_elastic.architectures import architecture_of, read_config
 from star_elastic.axes import AxisMap, TensorSpec
 from star_elastic.checkpoints.tensors import CheckpointReader
 from star_elastic.models.elastic import ElasticModel
@@ -167,15 +167,15 @@ def narrower(axis_map: AxisMap, wide, other) -> tuple[dict, dict]:
 @examples(40)
 def test_slices_nest_and_tables_agree(kind, data):
     config = data.draw(configs(kind))
-    family = family_of(config)
-    axis_map = family.axis_map(config)
+    architecture = architecture_of(config)
+    axis_map = architecture.axis_map(config)
     wide = data.draw(some_widths(axis_map))
     middle = axis_map.at(wide)
-    assert family.axis_map(family.config_at(config, wide)) == middle
+    assert architecture.axis_map(architecture.config_at(config, wide)) == middle
     narrow, narrow_in_middle = narrower(axis_map, wide, data.draw(some_widths(axis_map)))
     direct, inner = axis_map.complete(narrow), middle.complete(narrow_in_middle)
-    twice_cut = family.config_at(family.config_at(config, wide), narrow_in_middle)
-    assert family.axis_map(twice_cut) == axis_map.at(narrow)
+    twice_cut = architecture.config_at(architecture.config_at(config, wide), narrow_in_middle)
+    assert architecture.axis_map(twice_cut) == axis_map.at(narrow)
     names, inner_names = axis_map.names_at(wide), middle.names_at(inner)
     assert {n: inner_names[m] for n, m in names.items() if m in inner_names} == (
         axis_map.names_at(narrow)
@@ -201,7 +201,9 @@ def test_slices_nest_on_disk(kind, data):
         slice_checkpoint(source, narrow, root / "direct")
         slice_checkpoint(source, wide, root / "wide")
         slice_checkpoint(root / "wide", narrow_in_wide, root / "nested")
-        tables = [parent.family.axis_map(read_config(root / name)) for name in ("direct", "nested")]
+        tables = [
+            parent.architecture.axis_map(read_config(root / name)) for name in ("direct", "nested")
+        ]
         assert tables[0] == tables[1]
         direct, nested = (CheckpointReader(root / name) for name in ("direct", "nested"))
         assert direct.names == nested.names

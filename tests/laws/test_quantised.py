@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from star_elastic.architectures import family_of, read_config
+from star_elastic.architectures import architecture_of, read_config
 from star_elastic.checkpoints.layouts import (
     CODES,
     COMPRESSED_TENSORS,
@@ -131,10 +131,10 @@ def test_a_quantised_checkpoint_is_cut_without_dequantising(name, data):
             assert_equal(
                 theirs(input_ids=parent.ids).logits, ours(input_ids=parent.ids).logits, what=name
             )
-        small = family_of(small_config).axis_map(read_config(cut))
+        small = architecture_of(small_config).axis_map(read_config(cut))
         small_scheme = read_scheme(small_config, small)
         assert small_scheme == scheme.at(axis_map, widths)
-        stored = StoredModel(cut, stored_map(small, small_scheme), family_of(small_config))
+        stored = StoredModel(cut, stored_map(small, small_scheme), architecture_of(small_config))
         names = axis_map.names_at(widths)
         for spec in scheme.quantised(axis_map).values():
             if spec.name in names:
@@ -145,7 +145,7 @@ def test_a_quantised_checkpoint_is_cut_without_dequantising(name, data):
                     largest = torch.stack([largest_of(w, scheme.format) for w in fused]).amax(0)
                 dense = dequantise(quantise(parent.state[spec.name], scheme.format, largest))
                 assert_equal(dequantise(kept), sliced(dense, spec, axis_map, widths))
-        StoredModel(cut, stored_map(small, small_scheme), family_of(config)).require_whole()
+        StoredModel(cut, stored_map(small, small_scheme), architecture_of(config)).require_whole()
         assert CheckpointReader(cut).names
 
 
@@ -191,7 +191,7 @@ def test_what_blocks_do_not_fit_stays_as_it_is():
         "n_routed_experts": 4, "moe_intermediate_size": 24,
         "moe_shared_expert_intermediate_size": 32,
     }  # fmt: skip
-    axis_map = family_of(config).axis_map(config)
+    axis_map = architecture_of(config).axis_map(config)
     kept = make_scheme(axis_map, "nvfp4").kept
     # 2 heads of 4 channels in a group, and 24 neurons, are not whole blocks of 16 columns.
     assert kept == {

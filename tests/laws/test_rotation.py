@@ -10,7 +10,7 @@ import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from star_elastic.architectures import family_of
+from star_elastic.architectures import architecture_of
 from star_elastic.errors import ConfigError, ShapeError
 from star_elastic.importance.basis import principal_basis
 from star_elastic.models.submodel import build_submodel, sort_in_place
@@ -81,7 +81,7 @@ def test_slice_of_a_rotated_parent_is_an_ordinary_checkpoint(kind, data, seed):
 def test_every_norm_of_the_stream_has_readers():
     for kind in ROWS:
         config = {**fixed_config(kind), "tie_word_embeddings": False}
-        axis_map = family_of(config).axis_map(config)
+        axis_map = architecture_of(config).axis_map(config)
         for norm in axis_map.norms:
             assert (norm.axis == "hidden") == bool(norm.reader)
             assert not norm.reader or readers(axis_map, norm.reader), norm
@@ -149,7 +149,7 @@ def test_what_cannot_be_rotated_is_refused():
     tied = fixed_config("llama")
     assert tied["tie_word_embeddings"]
     with pytest.raises(ShapeError, match=r"tied embedding.*use calibration\.basis = .channels."):
-        check_rotatable(family_of(tied).axis_map(tied))
+        check_rotatable(architecture_of(tied).axis_map(tied))
     parent = make_parent(fixed_config("dense"), 0, torch.float64)
     size = parent.axis_map.axes["hidden"].size
     for wrong in (2 * torch.eye(size), torch.eye(size + 1)):

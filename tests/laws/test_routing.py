@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from transformers.models.nemotron_h.configuration_nemotron_h import NemotronHConfig
 from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHTopkRouter
 
-from star_elastic.architectures import family_of
+from star_elastic.architectures import architecture_of
 from star_elastic.models.elastic import ElasticModel
 from star_elastic.models.modules import ElasticSigmoidRouter
 from star_elastic.nesting.gate import Mixture
@@ -68,7 +68,7 @@ def test_open_gates_route_as_transformers_does(pair, seed):
 @torch.no_grad()
 def test_closed_experts_are_never_selected(data, pair, seed):
     _, ours, config = pair
-    axis_map = family_of(config).axis_map(config)
+    axis_map = architecture_of(config).axis_map(config)
     axis = axis_map.axes["experts"]
     width = data.draw(st.sampled_from(legal_widths(axis_map, "experts")))
     mixture = Mixture((axis.size, width), torch.tensor([float(width == axis.size), 1.0]))
@@ -162,6 +162,6 @@ def test_lowest_width_keeps_enough_experts_in_the_selected_groups():
         "topk_group": 2,
         "num_experts_per_tok": 6,
     }
-    assert family_of(config).axis_map(config).axes["experts"].minimum == 12
+    assert architecture_of(config).axis_map(config).axes["experts"].minimum == 12
     config["num_experts_per_tok"] = 1
-    assert family_of(config).axis_map(config).axes["experts"].minimum == 8
+    assert architecture_of(config).axis_map(config).axes["experts"].minimum == 8

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from star_elastic.architectures import family_of
+from star_elastic.architectures import architecture_of
 from star_elastic.errors import ShapeError
 from star_elastic.nesting.slice import check_orders, orders_of, sort_state, sort_tensor
 from star_elastic.rewrite.stream import sort_checkpoint
@@ -103,4 +103,4 @@ def test_moving_heads_between_groups_would_be_visible():
 def test_wrong_orders_are_refused(key, order, reason):
     config = fixed_config("dense")
     with pytest.raises(ShapeError, match=reason):
-        check_orders({key: order}, family_of(config).axis_map(config))
+        check_orders({key: order}, architecture_of(config).axis_map(config))
