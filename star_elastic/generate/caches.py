@@ -78,7 +78,7 @@ def _states(layer: Any) -> LayerState | None:
 
 def take_row(cache: DynamicCache, row: int, length: int) -> RowCache:
     """A copy of a row that has read `length` tokens."""
-    place = slice(row, row + 1), slice(-length, None)
+    place = slice(row, row + 1), slice(-length, None)  # padding is on the left
     views = (states and states.cut(*place) for states in layers_of(cache))
     return RowCache(
         tuple(v and LayerState(v.kind, v.first.clone(), v.second.clone()) for v in views)
@@ -154,6 +154,7 @@ class HandOver:
 
     def _move(self, name: str, layer: int, state: torch.Tensor) -> torch.Tensor:
         """A state (channels, columns) at the other size's widths."""
+        # By way of the parent's width, the only one in which elements of both sizes have one place.
         spec, axis_map = self._specs[layer, name], self._axis_map
         whole = state.new_zeros(axis_map.shape(spec, axis_map.full)[0], state.shape[1])
         start = 0

@@ -73,6 +73,7 @@ class Engine:
     def add(self, request: Request) -> int:
         """Takes a request; returns its number, from 0 on. Raises what `Generator.open` does."""
         sequence = self._generator.open(request, self._num_added)
+        # Where padding would change what a row reads, rows cannot share a batch.
         if not all(pads_exactly(self._generator.model(size)) for size in request.plan.sizes):
             self._batch_size = 1
         self._waiting[sequence.index] = sequence
@@ -102,6 +103,8 @@ class Engine:
         if self._batch is not None and self._batch.sequences:
             self._batch.read()
         else:
+            # The size at work has nobody left. Go where most of them stand: every change of size
+            # costs the others a wait, and few rows at a time waste the reading of the weights.
             coming = list(self._running.values())
             self._batch = self._generator.batch(
                 Counter(s.size for s in coming).most_common(1)[0][0]
@@ -110,6 +113,7 @@ class Engine:
         self._batch.write()
         self._batch.release()
         elapsed = time.perf_counter() - begin
+        # Every running sequence has waited for this step, also those that it did not move.
         for stretch in stretches:
             stretch.seconds += elapsed
         return list(self._events())

@@ -329,6 +329,8 @@ class ElasticModel(_Part):
         """The model around the layers, in which callers stand for the layers themselves."""
         axis_map = self.axis_map
         outside = {"hidden": call.widths["hidden"], LAYERS: call.widths[LAYERS]}
+        # This config is of the part outside the layers only, but its class checks it as a whole:
+        # the fewest heads divide any hidden width that the real number of heads divides.
         for first, divisor in axis_map.multiples:
             if first == "hidden":
                 outside[divisor] = axis_map.axes[divisor].minimum

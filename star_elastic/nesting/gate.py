@@ -43,6 +43,8 @@ class Mixture:
         """Gates (width,) of the first `width` units, the staircase repeated in each group."""
         band = torch.arange(width // num_groups, device=self.probs.device)
         ends = torch.tensor([c // num_groups for c in self.choices], device=self.probs.device)
+        # Row i is 1 as far as choice i reaches; weighted by the probabilities, the rows add up to
+        # the staircase.
         covers = (ends[:, None] > band).to(self.probs.dtype)
         return (self.probs @ covers).repeat(num_groups)
 
@@ -52,6 +54,8 @@ class Mixture:
         With r_i = min(w_i, width) / width: sum p_i r_i and sum p_i sqrt(r_i). A norm over `width`
         channels of which only w_i are non-zero then equals the norm of w_i channels exactly.
         """
+        # Over `width` channels the mean square is r times that over w of them. With r * eps beside
+        # it, the norm divides by sqrt(r) times what the smaller norm divides by.
         ratios = self.probs.new_tensor([min(c, width) / width for c in self.choices])
         return self.probs @ ratios, self.probs @ ratios.sqrt()
 

@@ -78,6 +78,8 @@ def layout_of(dim: Dim) -> Layout | None:
         unit, groups = segment.unit, segment.num_groups
         length = segment.num_units * unit
         if segment.axis:
+            # Element e of rank r in group g lies at (g, r, e), each group as a whole, in natural
+            # order, and at (r, g, e) in nested order: only the strides differ.
             natural, nested = (depth * unit, unit, 1), (unit, stride, 1)
             moves.append(((groups, depth, unit), (natural, start), (nested, next_ranked)))
             next_ranked += groups * unit

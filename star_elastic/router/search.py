@@ -86,7 +86,8 @@ class _Counted:
         """Rows, best first: budgets met, then the highest score; or else the nearest to them."""
         met = self.misses <= AIM
         order = torch.arange(len(self.misses))
-        # Sorted by the least important key first; sorts are stable.
+        # Sorted by the least important key first; sorts are stable. Among equals, fewer places at
+        # which the router is overruled are better.
         for key in (self.misses, self.moves, torch.where(met, -self.scores, self.misses), ~met):
             order = order[key[order].to(torch.float64).argsort(stable=True)]
         return order[:count].tolist()
@@ -170,6 +171,8 @@ class _Search:
         singly = [(change,) for change in changes]
         beam = self.count(seeds).beam()
         for _ in range(2 * len(allowed)):
+            # One place alone seldom keeps a budget that is met: what one place saves another must
+            # spend. Pairs do both at once, but are many, so they are tried last.
             for moves in (singly, pairs):
                 rows = beam.positions[: max(ROUND // max(len(moves), 1), 1)]
                 moved = torch.cat([rows, *(_change(rows, move) for move in moves)])

@@ -151,6 +151,7 @@ class Trainer:
         has chosen them. The first rank searches for all. Raises BudgetError, on all ranks, if a
         cost cannot be counted."""
         grid = self.router.grid
+        # One rank's answer for all: rounding that differs between machines could tip a search.
         self.committed = self.world.from_first(lambda: {
             name: commit(self._decision(name, ASKED), self.budgets[name], self.cost, grid)
             for name in self.names
@@ -247,6 +248,7 @@ class Trainer:
                 with self._autocast():
                     states, head = learner.student.hidden_states(size, **batch.inputs)
                     total = divergence(states[batch.predicts], head)
+                # The budget has no tokens to be averaged over: every micro-batch takes its share.
                 loss = total / counted + self.config.router.weight * share * pull
                 # Ranks average their gradients: each must count for all of them.
                 (self.world.size * weight * loss).backward()
