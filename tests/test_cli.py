@@ -21,6 +21,7 @@ from star_elastic.axes.widths import parse_widths
 from star_elastic.checkpoints.manifest import Manifest, Size, save_manifest
 from star_elastic.cli import main
 from star_elastic.cli.commands import program
+from star_elastic.cli.terminal import LONGEST_ERROR
 from star_elastic.demo import shallow_parent
 from star_elastic.errors import ConfigError
 from star_elastic.evaluate.run import Settings, evaluate_family
@@ -356,3 +357,15 @@ def test_a_value_that_is_empty_is_not_taken_for_none(command, option, capsys):
         main([command, option, ""])
     assert ended.value.code == 2
     assert capsys.readouterr().err.startswith(f"error: {option} is empty; give it a value")
+
+
+def test_an_error_line_has_an_end(tmp_path):
+    """However long what a file holds is: what is wrong and what to do can still be read."""
+    shutil.copy(bundled.FAMILY / "config.json", tmp_path)
+    family = json.loads((bundled.FAMILY / "elastic.json").read_text(encoding="utf-8"))
+    family["sizes"]["small"]["widths"]["experts"] = "a" * 100_000
+    (tmp_path / "elastic.json").write_text(json.dumps(family), encoding="utf-8")
+    line = refusal("sizes", tmp_path)
+    assert len(line) < LONGEST_ERROR + 100
+    assert "is damaged (sizes.small.widths: experts='aaa" in line
+    assert "a ... a" in line and line.endswith("restore the file\n")

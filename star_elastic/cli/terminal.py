@@ -68,6 +68,11 @@ LOST = (errno.ENOSPC, errno.EPIPE, errno.EIO, errno.EBADF, errno.EDQUOT)
 """What an output says that takes nothing more."""
 
 
+LONGEST_ERROR = 4_000
+"""Characters of an error line, about: room for two long paths. What is longer keeps its two ends,
+what is wrong and what to do."""
+
+
 def run_program(program: Any, arguments: Sequence[str] | None) -> None:
     """Runs what typer made of an app. A mistake in the arguments is a ConfigError, not a box."""
     try:
@@ -103,7 +108,8 @@ def at_the_command_line() -> Iterator[None]:
     except StarElasticError as error:
         if os.environ.get("STAR_ELASTIC_TRACEBACK"):
             raise
-        said, code = f"error: {printable(str(error), sys.maxsize)}", 2  # a path may hold a line end
+        # A path may hold a line end, and a damaged file a value of any length.
+        said, code = f"error: {printable(str(error), LONGEST_ERROR)}", 2
     except (Interrupted, KeyboardInterrupt) as error:  # the second has no words
         said, code = (str(error) or "stopped") if is_first_rank() else "", 1
     except OSError as error:
