@@ -19,7 +19,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoConfig
 
-from star_elastic.architectures import architecture_of, read_config
+from star_elastic.architectures import ModelConfig, architecture_of, read_config
 from star_elastic.checkpoints.tensors import SINGLE_NAME, CheckpointReader
 from star_elastic.cli import main
 from star_elastic.cost.count import CostModel
@@ -346,6 +346,14 @@ def test_keys_that_only_caches_obey_are_refused_everywhere(copied, change):
     for refused in (load_parent, read_whole_slice, count_of):
         with pytest.raises(ConfigError, match=f"{key}.*config.json"):
             refused(copied)
+
+
+@pytest.mark.parametrize("window", [{}, {"sliding_window": 4}])
+def test_windows_that_layers_do_obey_are_not_told_to_be_removed(window):
+    """Without them the model would be another one. The default is a window, too."""
+    config = {**fixed_config("qwen3"), "use_sliding_window": True, **window}
+    with pytest.raises(ConfigError, match="use_sliding_window=true .*; use a parent whose layers"):
+        _ = ModelConfig(config).axis_map
 
 
 def count_of(path: Path) -> int:

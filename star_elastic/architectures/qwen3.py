@@ -11,9 +11,11 @@ from star_elastic.architectures.config_file import (
     get_int,
     get_optional_int,
     require_multiple,
+    told,
 )
 from star_elastic.architectures.parts import Attention
 from star_elastic.architectures.pre_norm import PreNorm
+from star_elastic.errors import ConfigError
 
 
 class Qwen3(PreNorm):
@@ -24,9 +26,14 @@ class Qwen3(PreNorm):
     intermediate_size = 22016
 
     def normalise(self, config: Config) -> Config:
-        """See `Architecture.normalise`. A window that is switched off says nothing."""
-        if get_bool(config, "use_sliding_window", False):
-            return config
+        """See `Architecture.normalise`. A window that is switched off says nothing. Raises
+        ConfigError for one that is on."""
+        window = config.get("sliding_window", 4096)
+        if get_bool(config, "use_sliding_window", False) and window is not None:
+            raise ConfigError(
+                f"use_sliding_window=true with {told('sliding_window', window)}: layers that see a "
+                "part of the text are not served; use a parent whose layers all see the whole text"
+            )
         return {key: value for key, value in config.items() if key != "sliding_window"}
 
     def attention(self, config: Config, hidden: int) -> Attention:
