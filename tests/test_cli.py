@@ -369,3 +369,22 @@ def test_an_error_line_has_an_end(tmp_path):
     assert len(line) < LONGEST_ERROR + 100
     assert "is damaged (sizes.small.widths: experts='aaa" in line
     assert "a ... a" in line and line.endswith("restore the file\n")
+
+
+@pytest.mark.parametrize("own", [None, "ACTIVE"])
+def test_threads_wait_without_spinning_unless_told_otherwise(own, monkeypatch):
+    """They would be fifty times as slow beside another busy process; torch reads it when loaded."""
+    code = (
+        "import os, sys; from star_elastic.cli.terminal import at_the_command_line\n"
+        "with at_the_command_line(): print(os.environ['OMP_WAIT_POLICY'], 'torch' in sys.modules)"
+    )
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    if own:
+        monkeypatch.setenv("OMP_WAIT_POLICY", own)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == f"{own or 'PASSIVE'} False\n"
+
+
+def test_a_mistake_in_an_option_names_the_help_of_its_command():
+    assert refusal("generate", "bundled", "--size").endswith("see star-elastic generate --help\n")
+    assert refusal("generat").endswith("see star-elastic --help\n")

@@ -82,7 +82,9 @@ def run_program(program: Any, arguments: Sequence[str] | None) -> None:
         if not said:  # no arguments: the help was printed
             raise SystemExit(error.exit_code) from None
         context = getattr(error, "ctx", None)
-        path = context.command_path if context else "star-elastic"
+        # Some of typer's errors do not know their command.
+        command = [word for word in (arguments or sys.argv[1:])[:1] if not word.startswith("-")]
+        path = context.command_path if context else " ".join(["star-elastic", *command])
         raise ConfigError(f"{said.rstrip('.')}; see {path} --help") from None
     if isinstance(code, int) and code:
         raise SystemExit(code)
@@ -95,6 +97,9 @@ def at_the_command_line() -> Iterator[None]:
     # Progress is ours to draw; which kernels are missing on this machine is no news to its owner.
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    # Read when torch is loaded. Threads that spin while they wait for one another lose a whole time
+    # slice where another process wants the core: a token then takes fifty times as long.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     if "transformers" in sys.modules:  # which read both when it was imported
         from transformers.utils import logging
 
