@@ -233,6 +233,26 @@ def test_batches_hold_so_many_sequences_and_tokens(lengths, size, tokens, room):
             assert len(batch) == size or (len(batch) + 1) * (longest + room) > tokens
 
 
+@given(
+    lengths=st.lists(st.integers(1, 50), min_size=1, max_size=8),
+    num_running=st.integers(1, 4),
+    size=st.integers(1, 8),
+    tokens=st.integers(1, 300),
+)
+def test_newcomers_leave_room_for_those_that_run(lengths, num_running, size, tokens):
+    plan = think_and_answer("s", "s", max_new_tokens=3)
+    tags = ThinkingTags(make_tokenizer(), CLOSING)
+    rows = [
+        make_sequence(plan, tags, ids=[5] * length, index=index)
+        for index, length in enumerate(lengths)
+    ]
+    running, waiting = rows[:num_running], rows[num_running:]
+    joined = fitting(waiting, running, size, tokens)
+    together = [*running, *joined]
+    held = len(together) * (max(row.num_prompt for row in together) + 3)
+    assert not joined or (len(together) <= size and held <= tokens)
+
+
 def test_long_prompts_do_not_run_together_and_results_keep_their_order():
     generator = table_generator({"\n": "a", "a": "b"}, PLAIN)
     prompts = ["long " * 20, "q", "longer " * 20, "r"]
