@@ -303,65 +303,102 @@ LLAMA = Architecture(
 )  # fmt: skip
 
 
-@st.composite
-def qwen3s(draw) -> Config:
-    """A config of qwen3, whose hidden size is no multiple of anything."""
-    kv_heads = draw(st.integers(1, 2))
-    return {
-        "model_type": "qwen3",
+def like_llama(
+    model_type: str, *, lively_seed: int, alone: tuple[str, ...] = (), **changes: Any
+) -> Architecture:
+    """A row of a model type whose tensors are laid out as Llama's.
+
+    `changes`: strategies of fields that differ from those that such a config draws; its `fixed`
+    config has their first values.
+    """
+
+    @st.composite
+    def draws(draw) -> Config:
+        kv_heads = draw(st.integers(1, 2))
+        return {
+            "model_type": model_type,
+            "num_hidden_layers": 2,
+            "vocab_size": 20,
+            "hidden_size": draw(st.integers(9, 14)),
+            "rms_norm_eps": draw(st.sampled_from([1e-5, 0.1])),
+            "num_attention_heads": kv_heads * draw(st.integers(2, 3)),
+            "num_key_value_heads": kv_heads,
+            "head_dim": draw(st.sampled_from([2, 4])),
+            "intermediate_size": draw(st.integers(5, 9)),
+            "tie_word_embeddings": draw(st.booleans()),
+            **{name: draw(st.sampled_from(values)) for name, values in changes.items()},
+        }
+
+    fixed = {
+        "model_type": model_type,
         "num_hidden_layers": 2,
         "vocab_size": 20,
-        "hidden_size": draw(st.integers(9, 14)),
-        "rms_norm_eps": draw(st.sampled_from([1e-5, 0.1])),
-        "num_attention_heads": kv_heads * draw(st.integers(2, 3)),
-        "num_key_value_heads": kv_heads,
-        "head_dim": draw(st.sampled_from([2, 4])),
-        "intermediate_size": draw(st.integers(5, 9)),
-        "tie_word_embeddings": draw(st.booleans()),
-        "attention_bias": draw(st.booleans()),
-        "sliding_window": draw(st.sampled_from([None, 4])),  # switched off: says nothing
+        "hidden_size": 13,
+        "rms_norm_eps": 1e-5,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 4,
+        "intermediate_size": 7,
+        "tie_word_embeddings": True,
+        **{name: values[0] for name, values in changes.items()},
     }
+    kept = ("use_sliding_window", "max_window_layers", "no_rope_layers")
+    windows = {name: fixed[name] for name in kept if name in fixed}
+    if fixed.get("sliding_window"):
+        windows["sliding_window"] = 16
+    own = {"model_type": model_type, "pad_token_id": None, **windows}
+    lively: Config = {"intermediate_size": 32, "num_hidden_layers": 2}
+    return replace(
+        LLAMA,
+        configs=draws,
+        fixed=fixed,
+        cut={"hidden": 8, "ffn": 4, "heads": 2},
+        bare={"model_type": model_type},
+        wide={
+            **fixed, "hidden_size": 96, "head_dim": 16, "intermediate_size": 48,
+            "tie_word_embeddings": False,
+        },
+        alone=alone,
+        lively=Lively(
+            config={**lively, **own}, cut={"hidden": 16, "ffn": 16, "heads": 2},
+            seed=lively_seed,
+        ),
+        trained=replace(
+            DECODER_TRAINED, config={**DECODER_TRAINED.config, **own}
+        ),
+    )  # fmt: skip
 
 
-QWEN3_FIXED = {
-    "model_type": "qwen3",
-    "num_hidden_layers": 2,
-    "vocab_size": 20,
-    "hidden_size": 13,
-    "rms_norm_eps": 1e-5,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 4,
-    "intermediate_size": 7,
-    "tie_word_embeddings": True,
-}
-QWEN3 = Architecture(
-    configs=qwen3s,
-    fixed=QWEN3_FIXED,
-    cut={"hidden": 8, "ffn": 4, "heads": 2},
-    fields=LLAMA.fields,
-    bare={"model_type": "qwen3"},
-    wide={
-        **QWEN3_FIXED, "hidden_size": 96, "head_dim": 16, "intermediate_size": 48,
-        "tie_word_embeddings": False,
-    },
-    wide_cut={"hidden": 48, "ffn": 32, "heads": 2},
-    keeps=llama_keeps,
-    alone=(),
-    kinds=("attention + mlp",),
-    embedding="model.embed_tokens.weight",
-    lively=Lively(
-        config={"model_type": "qwen3", "intermediate_size": 32, "num_hidden_layers": 2},
-        cut={"hidden": 16, "ffn": 16, "heads": 2},
-        seed=11,
-    ),
-    trained=replace(
-        DECODER_TRAINED, config={**DECODER_TRAINED.config, "model_type": "qwen3"}
-    ),
-)  # fmt: skip
+QWEN3 = like_llama(
+    "qwen3",
+    lively_seed=11,
+    attention_bias=[False, True],
+    sliding_window=[None, 4],  # switched off: says nothing
+)
+QWEN2 = like_llama(
+    "qwen2",
+    lively_seed=0,
+    use_sliding_window=[True, True, False],
+    sliding_window=[3, 2, 4],
+    max_window_layers=[1, 0],
+)
+MISTRAL = like_llama("mistral", lively_seed=0, sliding_window=[3, 2, None])
+SMOLLM3 = like_llama(
+    "smollm3",
+    lively_seed=0,
+    attention_bias=[False, True],
+    mlp_bias=[False, True],
+    no_rope_layers=[[1, 0], [0, 1], None],
+    pad_token_id=[None],  # its default is no row of so small a vocabulary
+    use_sliding_window=[True, True, False],
+    sliding_window=[3, 2],
+)
 
 
-ROWS: Mapping[str, Architecture] = {"dense": DENSE, "moe": MOE, "llama": LLAMA, "qwen3": QWEN3}
+ROWS: Mapping[str, Architecture] = {
+    "dense": DENSE, "moe": MOE, "llama": LLAMA, "mistral": MISTRAL, "qwen2": QWEN2, "qwen3": QWEN3,
+    "smollm3": SMOLLM3,
+}  # fmt: skip
 """Every kind of parent, by the name that tests have in their ids."""
 LIVELY = {row.model_type: row.lively for row in ROWS.values() if row.lively is not None}
 """One lively model for each model type."""

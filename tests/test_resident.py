@@ -442,7 +442,7 @@ def test_cache_compatibility(kind, tmp_path):
 def dtypes_of(model) -> dict[str, torch.dtype]:
     """Of every parameter, by its name in an ordinary model."""
     named = model.named_parameters()
-    return {name.replace("nested_weight", "weight"): value.dtype for name, value in named}
+    return {name.replace("nested_", ""): value.dtype for name, value in named}
 
 
 def is_mapped(tensor: torch.Tensor) -> bool:

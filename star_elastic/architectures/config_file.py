@@ -28,9 +28,9 @@ ATTENTION_KEYS: Mapping[str, tuple[Any, ...]] = MappingProxyType({
     "kv_sharing_modes": (), "is_causal": (True,), "number_of_conv_states": (1,),
     "text_config": (), "decoder": (), "generator": (), "text_encoder": (),
 })  # fmt: skip
-"""Keys of a config that no table knows, with their values that say nothing. transformers' caches
-and masks read them whatever the model type is, but the layers of our models do not: text that is
-generated with a cache would be another model's than the one that is trained and judged."""
+"""Keys of a config with their values that say nothing. transformers' caches and masks read them
+whatever the model type is, but layers only where it knows the key (`Architecture.attention_keys`):
+text that is generated with a cache would be another model's than the one that is trained."""
 FULL = ("full_attention", "attention")
 """How a config names a layer that sees the whole text."""
 NOT_BY_LAYER = re.compile(r"architectures|.*_token_ids?|.*_tokens|time_step_limit|mtp_.*")
@@ -38,11 +38,10 @@ NOT_BY_LAYER = re.compile(r"architectures|.*_token_ids?|.*_tokens|time_step_limi
 
 
 def read_json_config(path: str | Path) -> Config:
-    """The config of a checkpoint directory or config.json file.
+    """The config of a checkpoint directory or config.json file, as it stands there.
 
-    Keys that only caches and masks read (`ATTENTION_KEYS`) are left out where they are null. Raises
-    ConfigError if there is none, or if it cannot be read; for a name of the Hub it says how to get
-    the model here.
+    Raises ConfigError if there is none, or if it cannot be read; for a name of the Hub it says how
+    to get the model here.
     """
     path = Path(path)
     try:
@@ -69,7 +68,7 @@ def read_json_config(path: str | Path) -> Config:
         raise
     if not isinstance(config, dict):
         raise ConfigError(f"{file} is not a JSON object; it cannot be a model config")
-    return {k: v for k, v in config.items() if not (k in ATTENTION_KEYS and v is None)}
+    return config
 
 
 def is_hub_name(text: str) -> bool:
@@ -100,11 +99,14 @@ def told(key: str, value: Any) -> str:
     return f"{key}={reprlib.repr(value)}"
 
 
-def get_int(config: Config, key: str, default: int | None = None, *, most: int = LARGEST) -> int:
-    """An integer field of a config from 1 to `most`. Raises ConfigError naming the field."""
+def get_int(
+    config: Config, key: str, default: int | None = None, *, least: int = 1, most: int = LARGEST
+) -> int:
+    """An integer field of a config from `least` to `most`. Raises ConfigError naming the field."""
     value = config.get(key, default)
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ConfigError(f"{told(key, value)} is not a positive integer; correct config.json")
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        needed = "a positive integer" if least == 1 else f"an integer of {least} or more"
+        raise ConfigError(f"{told(key, value)} is not {needed}; correct config.json")
     if value > most:
         raise ConfigError(
             f"{told(key, value)} is more than the {most:,} that a model may have here; correct "
@@ -136,13 +138,25 @@ def get_bool(config: Config, key: str, default: bool) -> bool:
     return value
 
 
-def require_whole_attention(config: Config) -> None:
-    """Raises ConfigError for a key that would let caches or masks show layers a part of the text
-    only (`ATTENTION_KEYS`)."""
+def without_nulls(config: Config, known: Collection[str]) -> Config:
+    """A config without the keys that only caches and masks read (`ATTENTION_KEYS`) where they are
+    null; those that are `known` to the model stay: null is not what they default to."""
+    return {
+        key: value
+        for key, value in config.items()
+        if value is not None or key in known or key not in ATTENTION_KEYS
+    }
+
+
+def require_known_attention(config: Config, known: Collection[str]) -> None:
+    """Raises ConfigError for a key that would let caches or masks show layers another part of the
+    text than layers know (`ATTENTION_KEYS`); those that are `known` to the model may."""
     for key, harmless in ATTENTION_KEYS.items():
         value = config.get(key)
-        if value is not None and not any(
-            value == own and type(value) is type(own) for own in harmless
+        if (
+            key not in known
+            and value is not None
+            and not any(value == own and type(value) is type(own) for own in harmless)
         ):
             raise ConfigError(
                 f"{told(key, value)} is not known for model_type={config.get('model_type')}: "

@@ -17,7 +17,7 @@ from star_elastic.architectures.config_file import (
     MOST_PARAMETERS,
     Config,
     cut_by_layer,
-    require_whole_attention,
+    require_known_attention,
 )
 from star_elastic.architectures.parts import Norm, Part, tensor
 from star_elastic.axes import (
@@ -73,6 +73,8 @@ class Architecture(ABC):
     """Parts of the names of on-disk tensors that the model in memory does not have."""
     copies: Mapping[str, str] = MappingProxyType({})
     """On-disk tensors that a file may hold beside the one that they must equal (tied heads)."""
+    attention_keys: tuple[str, ...] = ()
+    """Keys of `ATTENTION_KEYS` that the model's own layers know."""
     multiples: tuple[tuple[str, str], ...] = ()
     """Pairs of axes of which the first must be a multiple of the second."""
 
@@ -93,7 +95,7 @@ class Architecture(ABC):
         """The axis map of the model of a config. Raises ConfigError on an invalid config."""
         config = self.normalise(config)
         decoder = self.decoder(config)
-        require_whole_attention(config)
+        require_known_attention(config, self.attention_keys)
         hidden = along("hidden", decoder.hidden)
         vocab = fixed(decoder.vocab)
         lookup = tensor(

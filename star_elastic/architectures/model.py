@@ -8,16 +8,20 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from star_elastic.architectures.config_file import Config, read_json_config
+from star_elastic.architectures.config_file import Config, read_json_config, without_nulls
 from star_elastic.architectures.decoder import Architecture
 from star_elastic.architectures.llama import Llama
+from star_elastic.architectures.mistral import Mistral
 from star_elastic.architectures.nemotron_h import NemotronH
+from star_elastic.architectures.qwen2 import Qwen2
 from star_elastic.architectures.qwen3 import Qwen3
+from star_elastic.architectures.smollm3 import SmolLM3
 from star_elastic.axes import AxisMap
 from star_elastic.errors import ConfigError
 
 ARCHITECTURES: dict[str, Architecture] = {
-    architecture.model_type: architecture for architecture in (NemotronH(), Llama(), Qwen3())
+    architecture.model_type: architecture
+    for architecture in (NemotronH(), Llama(), Mistral(), Qwen2(), Qwen3(), SmolLM3())
 }
 """Every model type that is served. To add one, write its file and name it here."""
 
@@ -63,4 +67,7 @@ class ModelConfig(dict[str, Any]):
 def read_config(path: str | Path) -> ModelConfig:
     """The config of a checkpoint directory or config.json file. Raises ConfigError if there is none
     or it cannot be read; for a name of the Hub it says how to get the model here."""
-    return ModelConfig(read_json_config(path))
+    config = read_json_config(path)
+    model_type = config.get("model_type")
+    served = ARCHITECTURES.get(model_type) if isinstance(model_type, str) else None
+    return ModelConfig(without_nulls(config, served.attention_keys if served else ()))

@@ -86,7 +86,9 @@ class Attention:
     """Grouped-query attention. Query heads are cut inside the group that reads one key-value head,
     so that every kept head goes on reading its own keys; key-value heads stay.
 
-    `head_norms`: the names of norms over each query and key head (`q_norm`, `k_norm`), if any.
+    `bias` of the query, key and value projections, `output_bias` of the one that writes the
+    residual stream. `head_norms`: the names of norms over each query and key head (`q_norm`,
+    `k_norm`), if any. `window`: tokens that a token sees, itself among them (None: all before it).
     """
 
     path: str
@@ -94,7 +96,9 @@ class Attention:
     kv_heads: int
     head_dim: int
     bias: bool = False
+    output_bias: bool = False
     head_norms: tuple[str, ...] = ()
+    window: int | None = None
 
     def rows(self, hidden: Dim) -> Block:
         """See `Part`."""
@@ -104,16 +108,20 @@ class Attention:
         tensors: list[TensorSpec] = []
         for name, out in (("q_proj", queries), ("k_proj", keys), ("v_proj", keys)):
             tensors += linear(part, f"{path}.{name}", out, hidden, bias=self.bias)
-        tensors += linear(part, f"{path}.o_proj", hidden, queries, bias=self.bias, gated=True)
+        tensors += linear(
+            part, f"{path}.o_proj", hidden, queries, bias=self.output_bias, gated=True
+        )
         tensors += [
             tensor("norms", f"{path}.{name}.weight", fixed(self.head_dim))
             for name in self.head_norms
         ]
+        # The next token is the last one that its window shows, so the cache holds one fewer.
+        held = self.window and self.window - 1
         return Block(
             tensors=tuple(tensors),
-            states=(StateSpec("key_value", (fixed(2), keys), per_token=True),),
+            states=(StateSpec("key_value", (fixed(2), keys), per_token=True, most=held),),
             probes=(Probe(f"{path}.o_proj", "input", (queries,), written=True),),
-            work=(WorkSpec((queries,), flops=4, per_context=True),),
+            work=(WorkSpec((queries,), flops=4, per_context=True, most=self.window),),
         )
 
     def axes(self) -> tuple[Axis, ...]:

@@ -1,8 +1,7 @@
-"""Decoders of Llama's shape: in every layer attention and a gated MLP, each behind a norm."""
+"""Decoders of Llama's shape: in each layer attention and a feed-forward network, behind norms."""
 
 from __future__ import annotations
 
-from abc import abstractmethod
 from types import MappingProxyType
 
 from star_elastic.architectures.config_file import (
@@ -11,14 +10,17 @@ from star_elastic.architectures.config_file import (
     get_bool,
     get_float,
     get_int,
+    get_optional_int,
     require_full_layers,
+    require_multiple,
 )
 from star_elastic.architectures.decoder import Architecture, Decoder
-from star_elastic.architectures.parts import Attention, Mlp, Norm
+from star_elastic.architectures.parts import Attention, Mlp, Norm, Part
+from star_elastic.architectures.windows import Windows
 
 
 class PreNorm(Architecture):
-    """What such model types share; each says its defaults, its attention and its MLP's biases.
+    """What such model types share; each says its defaults, and in what it differs.
 
     Names of fields and modules are those that transformers gives them all.
     """
@@ -32,38 +34,91 @@ class PreNorm(Architecture):
     intermediate_size: int
     hidden_size = 4096
     num_hidden_layers = 32
+    num_attention_heads = 32
+    num_key_value_heads: int | None
+    """None: as many as query heads, as where the config says null."""
     rms_norm_eps = 1e-6
+    tie_word_embeddings = False
+    head_norms: tuple[str, ...] = ()
 
-    @abstractmethod
-    def attention(self, config: Config, hidden: int) -> Attention:
-        """The attention of every layer, at `self_attn`. Raises ConfigError."""
+    def head_dim(self, config: Config) -> int:
+        """Elements of a head. Raises ConfigError."""
+        whole = self.hidden(config) // self.heads(config)
+        return get_optional_int(config, "head_dim") or get_int({"head_dim": whole}, "head_dim")
+
+    def biases(self, config: Config) -> tuple[bool, bool]:
+        """Whether the query, key and value projections have biases, and the output's. Raises
+        ConfigError."""
+        bias = get_bool(config, "attention_bias", False)
+        return bias, bias
 
     def mlp_bias(self, config: Config) -> bool:
-        """Whether the MLP's projections have biases."""
+        """Whether the MLP's projections have biases. Raises ConfigError."""
         return False
 
+    def windows(self, config: Config) -> Windows:
+        """The window of every layer. Raises ConfigError."""
+        num_layers = self.num_layers(config)
+        require_full_layers(config, num_layers)
+        return (None,) * num_layers
+
+    def num_layers(self, config: Config) -> int:
+        """Layers of the model. Raises ConfigError."""
+        return get_int(config, "num_hidden_layers", self.num_hidden_layers, most=MOST_LAYERS)
+
     def hidden(self, config: Config) -> int:
-        """Channels of the residual stream."""
+        """Channels of the residual stream. Raises ConfigError."""
         return get_int(config, "hidden_size", self.hidden_size)
+
+    def heads(self, config: Config) -> int:
+        """Query heads. Raises ConfigError."""
+        return get_int(config, "num_attention_heads", self.num_attention_heads)
+
+    def kv_heads(self, config: Config) -> int:
+        """Key-value heads. Raises ConfigError."""
+        stored = {"num_key_value_heads": self.num_key_value_heads, **config}
+        heads = self.heads(config)
+        kv_heads = get_optional_int(stored, "num_key_value_heads") or heads
+        require_multiple("num_attention_heads", heads, "num_key_value_heads", kv_heads)
+        return kv_heads
+
+    def attention(self, config: Config, window: int | None) -> Attention:
+        """The attention of a layer with that window. Raises ConfigError."""
+        bias, output_bias = self.biases(config)
+        return Attention(
+            path="self_attn", heads=self.heads(config), kv_heads=self.kv_heads(config),
+            head_dim=self.head_dim(config), bias=bias, output_bias=output_bias,
+            head_norms=self.head_norms, window=window,
+        )  # fmt: skip
+
+    def feed_forward(self, config: Config, layer: int) -> Part:
+        """The feed-forward network of a layer. Raises ConfigError."""
+        neurons = get_int(config, "intermediate_size", self.intermediate_size)
+        return Mlp(path="mlp", neurons=neurons, gated=True, bias=self.mlp_bias(config))
 
     def decoder(self, config: Config) -> Decoder:
         """See `Architecture.decoder`."""
-        num_layers = get_int(config, "num_hidden_layers", self.num_hidden_layers, most=MOST_LAYERS)
-        require_full_layers(config, num_layers)
-        hidden = self.hidden(config)
         eps = get_float(config, "rms_norm_eps", self.rms_norm_eps)
-        tied = get_bool(config, "tie_word_embeddings", False)
-        neurons = get_int(config, "intermediate_size", self.intermediate_size)
-        parts = (
-            self.attention(config, hidden),
-            Mlp(path="mlp", neurons=neurons, gated=True, bias=self.mlp_bias(config)),
+        tied = get_bool(config, "tie_word_embeddings", self.tie_word_embeddings)
+        norms = (
             Norm(path="input_layernorm", eps=eps, reader="self_attn"),
             Norm(path="post_attention_layernorm", eps=eps, reader="mlp"),
         )
+        layers = (
+            (self.attention(config, window), self.feed_forward(config, layer), *norms)
+            for layer, window in enumerate(self.windows(config))
+        )
         return Decoder(
-            hidden=hidden,
+            hidden=self.hidden(config),
             vocab=get_int(config, "vocab_size", self.vocab_size),
-            layers=(parts,) * num_layers,
+            layers=tuple(layers),
             final_norm=Norm(path="model.norm", eps=eps, reader="" if tied else "lm_head"),
             tied=tied,
         )
+
+    def written_out(self, config: Config, layers: tuple[int, ...]) -> Config:
+        """See `Architecture.written_out`: both would follow other fields, or may."""
+        return {
+            "num_key_value_heads": self.kv_heads(config),
+            "head_dim": self.head_dim(config),
+        }

@@ -113,28 +113,45 @@ class TensorSpec:
 class StateSpec:
     """A decoding state of one sequence (KV cache, SSM state, conv state), as dimensions.
 
-    `per_token` states grow by one copy per token of context. A state has the dtype of the model,
-    or with `own_dtype` one that engines choose by itself (the SSM state's, `Workload`).
+    `per_token` states grow by one copy per token of context, up to `most` copies (None: without
+    end). A state has the dtype of the model, or with `own_dtype` one that engines choose by itself
+    (the SSM state's, `Workload`).
     """
 
     name: str
     dims: tuple[Dim, ...]
     layer: int | None = None
     per_token: bool = False
+    most: int | None = None
     own_dtype: bool = False
+
+    def copies(self, context: int) -> int:
+        """How many copies a sequence of `context` tokens holds."""
+        return tokens_seen(context, self.most) if self.per_token else 1
 
 
 @dataclass(frozen=True, slots=True)
 class WorkSpec:
     """Arithmetic per token that is not a product with a parameter.
 
-    `flops` operations per element of `dims`; `per_context`: once per token of context (attention).
+    `flops` operations per element of `dims`; `per_context`: once per token of context (attention),
+    of the last `most` tokens (None: of all).
     """
 
     dims: tuple[Dim, ...]
     flops: int
     layer: int | None = None
     per_context: bool = False
+    most: int | None = None
+
+    def times(self, context: int) -> int:
+        """How often it is done for a token after `context` tokens."""
+        return tokens_seen(context, self.most) if self.per_context else 1
+
+
+def tokens_seen(context: int, most: int | None) -> int:
+    """Tokens of a context of which at most the last `most` count (None: all do)."""
+    return context if most is None else min(context, most)
 
 
 @dataclass(frozen=True, slots=True)

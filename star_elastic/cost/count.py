@@ -106,6 +106,7 @@ class CostModel:
 
     def _group(self, *, merge: bool) -> list[_Row]:
         rows: Counter = Counter()
+        load = self.workload
 
         def add(kind: str, dims, layer: int | None, scale: int = 1) -> None:
             rows[(kind, dims, None if merge else layer, scale)] += 1
@@ -113,12 +114,10 @@ class CostModel:
         for spec in self.axis_map.tensors.values():
             add(_kind(spec), spec.dims, spec.layer)
         for state in self.axis_map.states:
-            kind = "state_per_token" if state.per_token else "state"
-            load = self.workload
             num_bytes = load.ssm_dtype_bytes if state.own_dtype else load.dtype_bytes
-            add(kind, state.dims, state.layer, num_bytes)
+            add("state", state.dims, state.layer, num_bytes * state.copies(load.context))
         for work in self.axis_map.work:
-            add("context" if work.per_context else "work", work.dims, work.layer, work.flops)
+            add("work", work.dims, work.layer, work.flops * work.times(load.context))
         return [_Row(*key, count=count) for key, count in rows.items()]
 
     @cached_property
@@ -153,8 +152,8 @@ class CostModel:
             total=parameters + sums["routed"],
             active=parameters + sums["routed_active"],
             weight_bytes=(parameters + sums["routed"]) * load.dtype_bytes + sums["buffer"] * 4,
-            state_bytes=load.batch * (sums["state"] + sums["state_per_token"] * load.context),
-            flops_per_token=2 * used + sums["work"] + sums["context"] * load.context,
+            state_bytes=load.batch * sums["state"],
+            flops_per_token=2 * used + sums["work"],
             head_flops=2 * sums["head"],
             ms=self._milliseconds(widths, self.axis_map) if self._milliseconds else None,
         )

@@ -213,10 +213,11 @@ def _presence(widths: Mapping, axis_map: AxisMap, layer: int) -> Any:
 
 def _layout(block: Block) -> list:
     """What the tensors and states of a block look like."""
-    return [
+    rows: list = [
         [s.name, [[[g.num_units, g.unit, g.axis, g.num_groups] for g in dim] for dim in s.dims]]
         for s in (*block.tensors, *block.states)
     ]
+    return rows + [["most", state.most] for state in block.states if state.most is not None]
 
 
 def layer_kinds(axis_map: AxisMap) -> tuple[str, ...]:

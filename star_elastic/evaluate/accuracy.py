@@ -8,6 +8,7 @@ and the means over problems (`Evaluation`) are kept apart: plans are compared pr
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
 from collections import Counter, defaultdict
@@ -140,12 +141,20 @@ class SizeCost:
     """Exact counts of one model: operations at any context, weight bytes read per token."""
 
     def __init__(self, axis_map: AxisMap, widths: Widths, dtype_bytes: int):
-        self._counted: list[Cost] = [
-            CostModel(axis_map, Workload(context=context)).count(widths) for context in (0, 1)
-        ]
+        def count(context: int) -> Cost:
+            return CostModel(axis_map, Workload(context=context)).count(widths)
+
+        self._body = count(0)
+        # What a token of context costs falls where the windows of some layers end.
+        ends = sorted({work.most for work in axis_map.work if work.most is not None})
+        slopes = [count(end + 1).flops_per_token - count(end).flops_per_token for end in (0, *ends)]
+        falls = [before - after for before, after in itertools.pairwise(slopes)]
+        self._per_context: list[tuple[int | None, float]] = [
+            *zip(ends, falls, strict=True), (None, slopes[-1])
+        ]  # fmt: skip
         tables = (spec for spec in axis_map.tensors.values() if spec.lookup)
         lookups = sum(math.prod(axis_map.shape(spec, widths)) for spec in tables)
-        self.bytes_per_token = (self._counted[0].active - lookups) * dtype_bytes
+        self.bytes_per_token = (self._body.active - lookups) * dtype_bytes
 
     @classmethod
     def of(cls, models: Mapping[str, PreTrainedModel], size: str) -> SizeCost:
@@ -162,12 +171,17 @@ class SizeCost:
 
         Read one by one, every token goes through the LM head; read at once, only the last does.
         """
-        body = self._counted[0].prefill_flops_per_token
-        per_context = self._counted[1].prefill_flops_per_token - body
-        contexts = num_tokens * start + num_tokens * (num_tokens + 1) // 2
         num_predicted = min(num_tokens, 1) if at_once else num_tokens
-        head = num_predicted * self._counted[0].head_flops
-        return num_tokens * body + contexts * per_context + head
+        seen = sum(flops * _sum_seen(start, num_tokens, m) for m, flops in self._per_context)
+        body, head = self._body.prefill_flops_per_token, self._body.head_flops
+        return num_tokens * body + seen + num_predicted * head
+
+
+def _sum_seen(start: int, num_tokens: int, most: int | None) -> int:
+    """Sum of the tokens that each of some tokens sees, `start + 1` and more, at most `most`."""
+    growing = num_tokens if most is None else min(max(most - start, 0), num_tokens)
+    beyond = (num_tokens - growing) * (most or 0)
+    return growing * start + growing * (growing + 1) // 2 + beyond
 
 
 def evaluate_plan(

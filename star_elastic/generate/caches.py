@@ -2,7 +2,9 @@
 
 A size can go on with a sequence that it has left, or with what another size has read, only if one
 row of a batch's cache can be taken out and put beside other rows. A batch is padded on the left:
-row b of length n fills the last n columns of every attention layer. Mamba states have no columns.
+row b of length n fills the last n columns of every attention layer. A layer with a window of W
+tokens holds the last W - 1 columns only: the next token is the window's last. Mamba states have no
+columns.
 B rows, KV heads, T tokens, D channels, N heads, S state.
 """
 
@@ -85,8 +87,9 @@ def take_row(cache: DynamicCache, row: int, length: int) -> RowCache:
     )
 
 
-def join(batches: Sequence[Layers], config: PreTrainedConfig) -> DynamicCache:
-    """The rows of several batches as the cache of one, copied, and padded to the longest."""
+def join(batches: Sequence[Layers], config: PreTrainedConfig, columns: int) -> DynamicCache:
+    """The rows of several batches as the cache of one, copied, and padded to the longest, which has
+    read `columns` tokens."""
     joined = DynamicCache(config=config)
     for number, layers in enumerate(zip(*batches, strict=True)):
         known = [layer for layer in layers if layer is not None]
@@ -98,7 +101,14 @@ def join(batches: Sequence[Layers], config: PreTrainedConfig) -> DynamicCache:
             joined.update_recurrent_state(torch.cat(seconds), number)
         else:
             joined.update(_cat_padded(firsts), _cat_padded(seconds), number)
+            _set_columns(joined.layers[number], columns)
     return joined
+
+
+def _set_columns(layer: Any, columns: int) -> None:
+    """Tells a layer with a window, which holds less, how many tokens have been read."""
+    if layer.is_sliding:
+        layer.cumulative_length = columns
 
 
 def _cat_padded(states: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -118,6 +128,7 @@ def select_rows(cache: DynamicCache, rows: Sequence[int], columns: int) -> None:
                 attention: Any = layer
                 attention.keys = attention.keys[:, :, -columns:]
                 attention.values = attention.values[:, :, -columns:]
+                _set_columns(attention, columns)
 
 
 class HandOver:

@@ -65,7 +65,7 @@ class BatchDecoder:
         order = sorted(range(len(rows)), key=lambda row: len(rows[row][2]))
         for _, group in groupby(order, key=lambda row: len(rows[row][2])):
             caches, lengths, ids = zip(*(rows[row] for row in group), strict=True)
-            cache = join([cache.layers for cache in caches], self.model.config)
+            cache = join([cache.layers for cache in caches], self.model.config, max(lengths))
             read = [n + len(own) for n, own in zip(lengths, ids, strict=True)]
             self._read(cache, torch.tensor([list(own) for own in ids]), read)
         return order
@@ -75,11 +75,12 @@ class BatchDecoder:
         that are there."""
         logits_BV = self._forward(cache, ids_BT, lengths)
         self.settle()
+        all_lengths = [*self.lengths, *lengths]
         if self.lengths:
-            cache = join([layers_of(self._cache), layers_of(cache)], self.model.config)
+            batches = [layers_of(self._cache), layers_of(cache)]
+            cache = join(batches, self.model.config, max(all_lengths))
             logits_BV = torch.cat([self.logits_BV, logits_BV])
-        self._cache, self.logits_BV = cache, logits_BV
-        self.lengths = [*self.lengths, *lengths]
+        self._cache, self.logits_BV, self.lengths = cache, logits_BV, all_lengths
 
     def step(self, tokens: Ids) -> None:
         """Feeds one token to every row."""

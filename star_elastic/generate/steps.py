@@ -14,7 +14,13 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from transformers import DynamicCache, PreTrainedModel, StaticCache
+from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel, StaticCache
+from transformers.cache_utils import (
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    LinearAttentionLayer,
+    StaticLayer,
+)
 
 from star_elastic.errors import reason
 from star_elastic.generate.caches import ATTENTION, join, layers_of
@@ -30,6 +36,11 @@ MAX_CAPTURED = 4
 """Captured steps that a model keeps, each with memory for the caches of its rows."""
 MIN_COLUMNS = 256
 WARM_UPS = 2
+KINDS = {
+    DynamicLayer: "full_attention", DynamicSlidingWindowLayer: "sliding_attention",
+    LinearAttentionLayer: "linear_attention",
+}  # fmt: skip
+"""What masks of layers with such caches are called."""
 
 
 class StaticStep:
@@ -42,7 +53,7 @@ class StaticStep:
     def __init__(self, model: PreTrainedModel, rows: int, columns: int):
         self.model, self.rows, self.columns = model, rows, columns
         device = model.device
-        self._cache = StaticCache(config=model.config, max_cache_len=columns)
+        self._cache, self._window = _static_cache(model.config, columns)
         self._ids_B1 = torch.zeros(rows, 1, dtype=torch.long, device=device)
         self._places_B1 = torch.zeros(rows, 1, dtype=torch.long, device=device)
         self._column = torch.zeros(1, dtype=torch.long, device=device)
@@ -73,13 +84,9 @@ class StaticStep:
     def _run(self) -> None:
         """The step itself: everything it reads and writes stays at its address."""
         self._mask_B11T.index_fill_(3, self._column, True)
-        mask = self._mask_B11T
-        # A model with Mamba layers takes ready masks by kind of layer.
-        has_mamba = any(hasattr(layer, "recurrent_states") for layer in self._cache.layers)
-        masks = {"full_attention": mask, "linear_attention": None} if has_mamba else mask
         output = self.model(
             input_ids=self._ids_B1,
-            attention_mask=masks,
+            attention_mask=self._masks(),
             position_ids=self._places_B1,
             cache=self._cache,
             use_cache=True,
@@ -88,6 +95,19 @@ class StaticStep:
         self._logits_BV.copy_(output.logits[:, -1])
         self._column += 1
         self._places_B1 += 1
+
+    def _masks(self) -> torch.Tensor | dict[str, torch.Tensor | None]:
+        """Which columns the token sees: one mask (B, 1, 1, T), or by kind of layer where a model
+        has several kinds."""
+        masks: dict[str, torch.Tensor | None] = {"full_attention": self._mask_B11T}
+        if self._window is not None:
+            columns_T = torch.arange(self.columns, device=self._column.device)
+            inside_T = columns_T > self._column - self._window
+            masks["sliding_attention"] = self._mask_B11T & inside_T
+        kinds = set(_kinds(self.model.config))
+        if len(kinds) == 1 and (own := masks[kinds.pop()]) is not None:
+            return own
+        return masks | {"linear_attention": None}
 
     @torch.inference_mode()
     def load(self, cache: DynamicCache, lengths: Sequence[int], settle: Callable[[], None]) -> None:
@@ -105,7 +125,9 @@ class StaticStep:
         ):
             if given is None or own is None:
                 continue
-            target = own.cut(slice(rows), slice(columns))
+            # A layer with a window has the last columns only, and looks at no others.
+            held = given.first.shape[2] if given.kind == ATTENTION else columns
+            target = own.cut(slice(rows), slice(columns - held, columns))
             target.first.copy_(given.first)
             target.second.copy_(given.second)
             if given.kind == ATTENTION:
@@ -133,7 +155,29 @@ class StaticStep:
         """The rows in use as a cache of their own."""
         place = slice(rows), slice(columns)
         layers = tuple(own and own.cut(*place) for own in layers_of(self._cache))
-        return join([layers], self.model.config)
+        return join([layers], self.model.config, columns)
+
+
+def _kinds(config: PreTrainedConfig) -> list[str]:
+    """The kind of every layer that remembers something, as masks are named after them."""
+    return [
+        KINDS[type(layer)] for layer in DynamicCache(config=config).layers if type(layer) in KINDS
+    ]
+
+
+def _static_cache(config: PreTrainedConfig, columns: int) -> tuple[StaticCache, int | None]:
+    """A cache in which every attention layer keeps all columns, and the window of those that look
+    at the last ones only (None: all look at all of them). transformers' own layers with windows
+    move what they hold at every step and count in Python, which a graph would not replay."""
+    growing: list[Any] = DynamicCache(config=config).layers
+    windows = {layer.sliding_window for layer in growing if hasattr(layer, "sliding_window")}
+    assert len(windows) <= 1, windows
+    cache = StaticCache(config=config, max_cache_len=columns)
+    cache.layers = [
+        StaticLayer(columns) if hasattr(own, "sliding_window") else layer
+        for layer, own in zip(cache.layers, growing, strict=True)
+    ]
+    return cache, next(iter(windows), None)
 
 
 class StepPool:

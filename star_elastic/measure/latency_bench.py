@@ -242,8 +242,12 @@ class ClockedModel:
     def _rewind(self, cache: DynamicCache) -> None:
         """Every attention layer as after `context` tokens."""
         attention: list[Any] = [layer for layer in cache.layers if isinstance(layer, DynamicLayer)]
+        context = self.bench.setting.context
         for layer in attention:
-            shape = (*layer.keys.shape[:-2], self.bench.setting.context, layer.keys.shape[-1])
+            columns = context
+            if layer.is_sliding:
+                columns, layer.cumulative_length = min(context, layer.sliding_window - 1), context
+            shape = (*layer.keys.shape[:-2], columns, layer.keys.shape[-1])
             layer.keys = layer.values = self.bench.filler(shape)
 
     @torch.inference_mode()

@@ -54,9 +54,10 @@ def loss_of(parent: Parent, logits: torch.Tensor) -> torch.Tensor:
 
 
 def central_difference(value: Callable[[float], torch.Tensor]) -> float:
-    """d value(t) / dt at 0."""
+    """d value(t) / dt at 0, of the fourth order: norms over two elements bend much."""
     with torch.no_grad():
-        return ((value(STEP) - value(-STEP)) / (2 * STEP)).item()
+        near, far = (value(step) - value(-step) for step in (STEP, 2 * STEP))
+        return ((8 * near - far) / (12 * STEP)).item()
 
 
 @pytest.mark.parametrize(("kind", "case"), AXIS_CASES)
