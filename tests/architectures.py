@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from star_elastic.architectures import architecture_of
 from star_elastic.axes import AxisMap
-from tests.oracle.naive import Keeps, llama_keeps, nemotron_h_keeps
+from tests.oracle.naive import Keeps, llama_keeps, nemotron_h_keeps, qwen3_moe_keeps
 
 Config = dict[str, Any]
 
@@ -377,15 +377,15 @@ QWEN3 = like_llama(
 )
 QWEN2 = like_llama(
     "qwen2",
-    lively_seed=0,
+    lively_seed=2,
     use_sliding_window=[True, True, False],
     sliding_window=[3, 2, 4],
     max_window_layers=[1, 0],
 )
-MISTRAL = like_llama("mistral", lively_seed=0, sliding_window=[3, 2, None])
+MISTRAL = like_llama("mistral", lively_seed=4, sliding_window=[3, 2, None])
 SMOLLM3 = like_llama(
     "smollm3",
-    lively_seed=0,
+    lively_seed=11,
     attention_bias=[False, True],
     mlp_bias=[False, True],
     no_rope_layers=[[1, 0], [0, 1], None],
@@ -395,9 +395,63 @@ SMOLLM3 = like_llama(
 )
 
 
+# Decoders with experts
+
+
+@st.composite
+def qwen3_moes(draw) -> Config:
+    """A config of qwen3_moe: experts in all layers, or an MLP in the first."""
+    experts = draw(st.integers(3, 5))
+    return {
+        **draw(QWEN3.configs()),
+        "model_type": "qwen3_moe",
+        "num_experts": experts,
+        "num_experts_per_tok": draw(st.integers(1, experts - 1)),
+        "moe_intermediate_size": draw(st.integers(4, 7)),
+        "norm_topk_prob": draw(st.booleans()),
+        "mlp_only_layers": draw(st.sampled_from([[], [0]])),
+        "use_sliding_window": draw(st.booleans()),
+    }
+
+
+QWEN3_MOE_FIXED = {
+    **QWEN3.fixed, "model_type": "qwen3_moe", "num_experts": 4, "num_experts_per_tok": 2,
+    "moe_intermediate_size": 6, "norm_topk_prob": True, "mlp_only_layers": [0],
+}  # fmt: skip
+SMALL_MOE = {
+    "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "norm_topk_prob": True,
+}  # fmt: skip
+QWEN3_MOE = replace(
+    QWEN3,
+    configs=qwen3_moes,
+    fixed=QWEN3_MOE_FIXED,
+    cut={"hidden": 8, "ffn": 4, "heads": 2, "experts": 3, "expert_ffn": 4},
+    fields={**QWEN3.fields, "experts": "num_experts", "expert_ffn": "moe_intermediate_size"},
+    bare={"model_type": "qwen3_moe"},
+    wide={
+        **QWEN3_MOE_FIXED, "hidden_size": 96, "head_dim": 16, "intermediate_size": 48,
+        "moe_intermediate_size": 32, "tie_word_embeddings": False,
+    },
+    wide_cut={"hidden": 48, "ffn": 32, "heads": 2, "experts": 3, "expert_ffn": 16},
+    keeps=qwen3_moe_keeps,
+    alone=("experts", "expert_ffn", "top_k"),
+    kinds=("attention + mlp", "attention + routers + routed experts"),
+    lively=Lively(
+        config={**QWEN3.lively.config, **SMALL_MOE, "model_type": "qwen3_moe"},
+        cut={"hidden": 16, "experts": 3, "expert_ffn": 16, "heads": 2},
+        seed=2,
+    ),
+    trained=Trained(
+        config={**QWEN3.trained.config, **SMALL_MOE, "model_type": "qwen3_moe"},
+        choices={"hidden": (48, 32), "expert_ffn": (32, 16), "heads": (4, 2)},
+        active=0.6,
+    ),
+)  # fmt: skip
+
+
 ROWS: Mapping[str, Architecture] = {
     "dense": DENSE, "moe": MOE, "llama": LLAMA, "mistral": MISTRAL, "qwen2": QWEN2, "qwen3": QWEN3,
-    "smollm3": SMOLLM3,
+    "qwen3_moe": QWEN3_MOE, "smollm3": SMOLLM3,
 }  # fmt: skip
 """Every kind of parent, by the name that tests have in their ids."""
 LIVELY = {row.model_type: row.lively for row in ROWS.values() if row.lively is not None}

@@ -310,7 +310,9 @@ def test_weights_of_every_size_lie_inside_the_parents(kind, data):
 @pytest.mark.parametrize("kind", ROWS)
 def test_nothing_is_nested_where_no_size_cuts_in_groups(kind, tmp_path):
     parent = make_parent(fixed_config(kind), 3, torch.float32)
-    whole = ("hidden", "ffn", "expert_ffn")
+    whole = {"hidden", "ffn", "expert_ffn"}
+    if "gate_up_proj" in str(list(parent.axis_map.tensors)):  # whose halves are cut one by one
+        whole.remove("expert_ffn")
     widths = {name: width for name, width in ROWS[kind].cut.items() if name in whole}
     family = load_family(save_family(tmp_path, parent, {"full": {}, "small": widths}))
     assert not nested_names(family.parent)

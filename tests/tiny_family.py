@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import star_elastic
@@ -31,13 +31,14 @@ WIDTHS = {model_type: row.cut for model_type, row in LIVELY.items()}
 
 
 def make_tokenizer(template: str | None = TEMPLATE, *, tags: bool = True):
-    """One token per character and per tag: so few that every phase end occurs by chance."""
+    """One token per character and per tag: so few that every phase end occurs by chance. Bytes
+    without merges: for some model types transformers takes a tokenizer to be of that kind."""
     marks = ["<pad>", "<|im_start|>", "<|im_end|>", *(["<think>", "</think>"] if tags else [])]
-    vocab = {token: i for i, token in enumerate([*marks, *"\n 123456789+=?a</thinkuser>0"])}
-    vocab = {token: i for i, token in enumerate(dict.fromkeys(vocab))}
-    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="?"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
-    tokenizer.decoder = decoders.Fuse()
+    tokens = [*marks, "\u010a", "\u0120", *"123456789+=?a</thinkuser>0"]  # newline, space, ...
+    vocab = {token: i for i, token in enumerate(dict.fromkeys(tokens))}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[], unk_token="?"))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens(marks[:3])
     tokenizer.add_tokens(marks[3:])
     return PreTrainedTokenizerFast(
@@ -101,7 +102,7 @@ def family(tiny_checkpoint):
 TOKENIZER = make_tokenizer()
 TAGS = ThinkingTags(TOKENIZER, END)
 CLOSE = TOKENIZER.convert_tokens_to_ids("</think>")
-NEWLINE = TOKENIZER.convert_tokens_to_ids("\n")
+NEWLINE = TOKENIZER.convert_tokens_to_ids("\u010a")
 EOS = TOKENIZER.eos_token_id
 
 

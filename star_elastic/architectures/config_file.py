@@ -99,6 +99,19 @@ def told(key: str, value: Any) -> str:
     return f"{key}={reprlib.repr(value)}"
 
 
+def one_name(config: Config, other: str, name: str) -> Config:
+    """A config in which a field with two names has the second. Raises ConfigError for a field that
+    stands there twice with two values."""
+    named = {key: value for key, value in config.items() if key != other}
+    value = config.get(other)
+    if value is not None and named.setdefault(name, value) != value:
+        raise ConfigError(
+            f"{told(other, value)} and {told(name, named[name])} are one field of "
+            f"{config.get('model_type')} with two values; remove one of them from config.json"
+        )
+    return named
+
+
 def get_int(
     config: Config, key: str, default: int | None = None, *, least: int = 1, most: int = LARGEST
 ) -> int:

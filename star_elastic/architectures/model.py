@@ -15,14 +15,17 @@ from star_elastic.architectures.mistral import Mistral
 from star_elastic.architectures.nemotron_h import NemotronH
 from star_elastic.architectures.qwen2 import Qwen2
 from star_elastic.architectures.qwen3 import Qwen3
+from star_elastic.architectures.qwen3_moe import Qwen3Moe
 from star_elastic.architectures.smollm3 import SmolLM3
 from star_elastic.axes import AxisMap
 from star_elastic.errors import ConfigError
 
 ARCHITECTURES: dict[str, Architecture] = {
     architecture.model_type: architecture
-    for architecture in (NemotronH(), Llama(), Mistral(), Qwen2(), Qwen3(), SmolLM3())
-}
+    for architecture in (
+        NemotronH(), Llama(), Mistral(), Qwen2(), Qwen3(), Qwen3Moe(), SmolLM3(),
+    )
+}  # fmt: skip
 """Every model type that is served. To add one, write its file and name it here."""
 
 

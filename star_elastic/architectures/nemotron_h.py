@@ -16,12 +16,13 @@ from star_elastic.architectures.config_file import (
     get_float,
     get_int,
     get_optional_int,
+    one_name,
     require_multiple,
     told,
 )
 from star_elastic.architectures.decoder import Architecture, Decoder
 from star_elastic.architectures.parts import Attention, Experts, Mamba2, Mlp, Norm, Part
-from star_elastic.axes import RMS_FP32, TOP_K
+from star_elastic.axes import RMS_FP32, SIGMOID_GROUPS, TOP_K
 from star_elastic.errors import ConfigError
 
 LETTERS = {
@@ -62,13 +63,9 @@ class NemotronH(Architecture):
     def normalise(self, config: Config) -> Config:
         """See `Architecture.normalise`. Layers are read by the pattern of letters. Raises
         ConfigError for a field that stands there twice with two values."""
-        named = {key: value for key, value in config.items() if key not in OTHER_NAMES}
-        for key, name in OTHER_NAMES.items():
-            if config.get(key) is not None and named.setdefault(name, config[key]) != config[key]:
-                raise ConfigError(
-                    f"{told(key, config[key])} and {told(name, named[name])} are one field of "
-                    "nemotron_h with two values; remove one of them from config.json"
-                )
+        named = dict(config)
+        for other, name in OTHER_NAMES.items():
+            named = one_name(named, other, name)
         if named.get("num_key_value_heads", 0) is None:
             named["num_key_value_heads"] = named.get("num_attention_heads", 32)
         named.pop("layer_types", None)
@@ -169,7 +166,7 @@ def _experts(config: Config, bias: bool, num_layers: int) -> Experts:
         neurons=get_int(config, "moe_shared_expert_intermediate_size", 7688), bias=bias,
     )  # fmt: skip
     part = Experts(
-        path="mixer", shared=shared, bias=bias,
+        path="mixer", kind=SIGMOID_GROUPS, gated=False, shared=shared, latent_bias=bias,
         experts=get_int(config, "n_routed_experts", 8),
         neurons=get_int(config, "moe_intermediate_size", 7688),
         top_k=get_int(config, "num_experts_per_tok", 2),

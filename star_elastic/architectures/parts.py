@@ -14,6 +14,8 @@ from typing import Any, Protocol
 from star_elastic.axes import (
     GATED_GROUPS,
     RMS,
+    SIGMOID_GROUPS,
+    SOFTMAX,
     TOP_K,
     Axis,
     Block,
@@ -28,7 +30,6 @@ from star_elastic.axes import (
     TensorSpec,
     WorkSpec,
     along,
-    fewest_experts,
     fixed,
 )
 
@@ -162,64 +163,94 @@ class Mlp:
 
 @dataclass(frozen=True, kw_only=True)
 class Experts:
-    """A mixture of experts with a sigmoid router and a shared expert that every token uses.
+    """A mixture of experts with a router of some `kind`, and perhaps a `shared` expert that every
+    token uses.
 
     The experts' weights are stacked in memory, (experts, neurons, inputs), and lie apart on disk.
-    `groups`: groups of experts, of which a token chooses `selected_groups` first. `latent`: experts
-    read and write a narrower space of that width, which projections lead to and from.
+    `gated` experts have two matrices that read, [gate | up] in one stack. `groups`: groups of
+    experts, of which a token chooses `selected_groups` first. `latent`: experts read and write a
+    narrower space of that width, which projections (with a `latent_bias`) lead to and from.
     """
 
     path: str
     experts: int
     neurons: int
-    shared: Mlp
     top_k: int
-    groups: int
-    selected_groups: int
-    latent: int | None
-    bias: bool
+    kind: str = SOFTMAX
+    gated: bool = True
+    shared: Mlp | None = None
+    groups: int = 1
+    selected_groups: int = 1
+    latent: int | None = None
+    latent_bias: bool = False
+
+    @property
+    def moe(self) -> MoeSpec:
+        """Where the router and the stack are, seen from the layer."""
+        return MoeSpec(
+            f"{self.path}.gate", f"{self.path}.experts", self.selected_groups, kind=self.kind
+        )
 
     def rows(self, hidden: Dim) -> Block:
         """See `Part`."""
-        path, part = self.path, "routed experts"
-        experts = along("experts", self.experts, num_groups=self.groups)
-        neurons = along("expert_ffn", self.neurons)
         inner = fixed(self.latent) if self.latent else hidden
-
-        def stack(name: str, *dims: Dim, **options: Any) -> TensorSpec:
-            names = (f"{path}.experts.{i}.{name}.weight" for i in range(self.experts))
-            pieces = tuple(Piece(piece, i) for i, piece in enumerate(names))
-            dims = (experts, *dims)
-            return TensorSpec(f"{path}.experts.{name}", part, dims, pieces, routed=True, **options)
-
-        router = f"{path}.gate"
-        correction = f"{router}.e_score_correction_bias"
-        tensors = [
-            tensor("routers", f"{router}.weight", experts, hidden, keep_fp32=True),
-            tensor("routers", correction, experts, is_buffer=True, keep_fp32=True),
-            stack("up_proj", neurons, inner),
-            stack("down_proj", inner, neurons, gate_dim=2),
-        ]
-        if self.latent:
-            ends = (
-                linear(part, f"{path}.fc1_latent_proj", inner, hidden, bias=self.bias),
-                linear(part, f"{path}.fc2_latent_proj", hidden, inner, bias=self.bias),
-            )
-            # Weights first, as ever: the order in which files hold them.
-            tensors += [spec for specs in zip(*ends, strict=True) for spec in specs]
         own = Block(
-            tensors=tuple(tensors),
-            moe=(MoeSpec(router, f"{path}.experts", self.selected_groups),),
+            tensors=(*self.router(hidden), *self.stacks(inner), *self.ends(hidden, inner)),
+            moe=(self.moe,),
         )
-        return own + self.shared.rows(hidden)
+        return own if self.shared is None else own + self.shared.rows(hidden)
+
+    def router(self, hidden: Dim) -> tuple[TensorSpec, ...]:
+        """The router's own tensors."""
+        path, experts = self.moe.router_path, along("experts", self.experts, 1, self.groups)
+        exact = self.kind == SIGMOID_GROUPS
+        weight = tensor("routers", f"{path}.weight", experts, hidden, keep_fp32=exact)
+        if not exact:
+            return (weight,)
+        correction = f"{path}.e_score_correction_bias"
+        return weight, tensor("routers", correction, experts, is_buffer=True, keep_fp32=True)
+
+    def stacks(self, inner: Dim) -> tuple[TensorSpec, ...]:
+        """The stacks of matrices; `inner` is what experts read and write."""
+        neurons = along("expert_ffn", self.neurons)
+        if self.gated:
+            both = ("gate_proj", "up_proj")
+            into = self._stack("gate_up_proj", both, (*neurons, *neurons), inner)
+        else:
+            into = self._stack("up_proj", ("up_proj",), neurons, inner)
+        return into, self._stack("down_proj", ("down_proj",), inner, neurons, gate_dim=2)
+
+    def _stack(self, name: str, stored: tuple[str, ...], *dims: Dim, **options: Any) -> TensorSpec:
+        """A stack of matrices, each of them one or several tensors on disk."""
+        path = self.moe.experts_path
+        pieces = (
+            Piece(f"{path}.{number}.{own}.weight", number, half if len(stored) > 1 else None)
+            for number in range(self.experts)
+            for half, own in enumerate(stored)
+        )
+        dims = (along("experts", self.experts, 1, self.groups), *dims)
+        part = "routed experts"
+        return TensorSpec(f"{path}.{name}", part, dims, tuple(pieces), routed=True, **options)
+
+    def ends(self, hidden: Dim, inner: Dim) -> list[TensorSpec]:
+        """The projections to what experts read and from what they write, if they are there."""
+        if not self.latent:
+            return []
+        part, path, bias = "routed experts", self.path, self.latent_bias
+        ends = (
+            linear(part, f"{path}.fc1_latent_proj", inner, hidden, bias=bias),
+            linear(part, f"{path}.fc2_latent_proj", hidden, inner, bias=bias),
+        )
+        # Weights first, as ever: the order in which files hold them.
+        return [spec for specs in zip(*ends, strict=True) for spec in specs]
 
     def axes(self) -> tuple[Axis, ...]:
         """Experts, their neurons, those of the shared one, and how many experts a token uses."""
-        fewest = fewest_experts(self.top_k, self.selected_groups, self.groups, self.experts)
+        fewest = self.moe.fewest_experts(self.top_k, self.groups, self.experts)
         return (
             Axis("experts", self.experts, self.groups, minimum=fewest),
             Axis("expert_ffn", self.neurons),
-            *self.shared.axes(),
+            *(self.shared.axes() if self.shared else ()),
             Axis(TOP_K, self.top_k, ranked=False),
         )
 

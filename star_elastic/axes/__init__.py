@@ -1,6 +1,6 @@
 """The axis map: what every dimension of every tensor of a model is. Integers only."""
 
-from star_elastic.axes.axis_map import TOP_K, Axis, AxisMap, axis_keys, fewest_experts, order_key
+from star_elastic.axes.axis_map import TOP_K, Axis, AxisMap, axis_keys, order_key
 from star_elastic.axes.dims import Dim, Segment, along, fixed, size_of
 from star_elastic.axes.table import (
     GATED_GROUPS,
@@ -8,6 +8,7 @@ from star_elastic.axes.table import (
     RMS,
     RMS_FP32,
     SIGMOID_GROUPS,
+    SOFTMAX,
     Block,
     Laid,
     Mixer,
@@ -22,8 +23,9 @@ from star_elastic.axes.table import (
 from star_elastic.axes.widths import LAYERS, Width, Widths
 
 __all__ = [
-    "GATED_GROUPS", "LAYERS", "MAMBA2", "RMS", "RMS_FP32", "SIGMOID_GROUPS", "TOP_K", "Axis",
+    "GATED_GROUPS", "LAYERS", "MAMBA2", "RMS", "RMS_FP32", "SIGMOID_GROUPS", "SOFTMAX", "TOP_K",
+    "Axis",
     "AxisMap", "Block", "Dim", "Laid", "Mixer", "MoeSpec", "NormSpec", "Piece", "Probe", "Segment",
     "StateSpec", "TensorSpec", "Width", "Widths", "WorkSpec", "along", "axis_keys",
-    "fewest_experts", "fixed", "order_key", "size_of",
+    "fixed", "order_key", "size_of",
 ]  # fmt: skip

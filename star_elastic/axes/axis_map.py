@@ -338,21 +338,11 @@ class AxisMap:
         if "experts" in axes:
             axes["experts"] = replace(
                 axes["experts"],
-                minimum=fewest_experts(
-                    axes[TOP_K].size,
-                    self.moe_layers[0].selected_groups,
-                    axes["experts"].num_groups,
-                    axes["experts"].size,
+                minimum=self.moe_layers[0].fewest_experts(
+                    axes[TOP_K].size, axes["experts"].num_groups, axes["experts"].size
                 ),
             )
         return axes
-
-
-def fewest_experts(top_k: int, selected_groups: int, num_groups: int, size: int) -> int:
-    """At least `top_k` experts inside the selected routing groups, and 2 in each group, whose score
-    is the sum of its two best."""
-    per_group = max(-(-top_k // selected_groups), 2)
-    return min(per_group * num_groups, size)
 
 
 def _distinct(width: Width) -> list[int]:

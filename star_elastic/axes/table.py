@@ -20,6 +20,9 @@ cast back to the input's dtype, the second before it. Mamba-2's works on groups 
 takes a gate branch."""
 SIGMOID_GROUPS = "sigmoid with groups"
 """Kind of router: sigmoid scores, a correction bias, experts chosen inside the best groups."""
+SOFTMAX = "softmax"
+"""Kind of router: a softmax over all experts, of which the best are chosen; whether what is chosen
+is made to sum to 1 is the router's own matter."""
 MAMBA2 = "mamba2"
 """Kind of mixer whose state has to be kept from crossing documents."""
 
@@ -187,6 +190,15 @@ class MoeSpec:
     selected_groups: int = 1
     kind: str = SIGMOID_GROUPS
     layer: int | None = None
+
+    def fewest_experts(self, top_k: int, num_groups: int, size: int) -> int:
+        """Of `size` experts in `num_groups` routing groups, the fewest that can be routed to: as
+        many as a token uses inside the selected groups, and where groups are chosen two in each,
+        whose score is the sum of its two best."""
+        if self.kind == SOFTMAX:
+            return top_k
+        per_group = max(-(-top_k // self.selected_groups), 2)
+        return min(per_group * num_groups, size)
 
 
 @dataclass(frozen=True, slots=True)

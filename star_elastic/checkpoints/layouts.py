@@ -61,16 +61,17 @@ def stored_map(
 
 
 def stored_parts(spec: TensorSpec, format: Format, layout: str) -> dict[str, TensorSpec]:
-    """The stored tensors of one quantised weight, by what they hold."""
+    """The stored tensors of one quantised weight, by what they hold. Of halves that lie apart on
+    disk (gate and up), each has its own."""
     *stack, rows, columns = spec.dims
-    one = fixed(1)
+    one = fixed(1) * len({piece.segment for piece in spec.pieces})
     dims = {CODES: (rows, _shared(columns, 2) if format.packed else columns), GLOBAL: (one,)}
     dims[INPUT] = (one,)
     if format.block == (0, 0):
         dims[SCALES] = (one,)
     else:
         by_rows, by_columns = format.block
-        scale_columns = _shared(columns, by_columns) if by_columns else one
+        scale_columns = _shared(columns, by_columns) if by_columns else fixed(1)
         dims[SCALES] = (_shared(rows, by_rows), scale_columns)
     suffixes = SUFFIXES[layout, format.packed]
     kinds = [CODES, SCALES]
@@ -98,7 +99,9 @@ def cut_scales(
     """What is left at `widths`, as the weight's layer sees them, of values in the shape of its
     outermost scales."""
     kind = GLOBAL if scheme.format.has_global_scale else SCALES
-    part = stored_parts(spec, scheme.format, COMPRESSED_TENSORS)[kind]
+    # In memory halves share a scale, if there is one for all rows.
+    whole = replace(spec, pieces=tuple(replace(piece, segment=None) for piece in spec.pieces))
+    part = stored_parts(whole, scheme.format, COMPRESSED_TENSORS)[kind]
     return slice_tensor(values, part.dims, widths)
 
 
@@ -171,11 +174,7 @@ def ignored(axis_map: AxisMap, scheme: Scheme) -> list[str]:
     for name, spec in axis_map.tensors.items():
         if name in quantised or spec.lookup or spec.is_buffer or len(spec.dims) < 2:
             continue
-        if not spec.is_stacked:
-            paths.append(name.removesuffix(".weight"))
-        else:
-            stem, last = name.rsplit(".", 1)
-            paths += [f"{stem}.{piece.index}.{last}" for piece in spec.pieces]
+        paths += ignored_paths(spec)
     return paths
 
 
@@ -210,12 +209,13 @@ def read_scheme(config: Mapping[str, Any], axis_map: AxisMap) -> Scheme | None:
     raise refusal
 
 
-def ignored_paths(spec: TensorSpec) -> set[str]:
+def ignored_paths(spec: TensorSpec) -> list[str]:
     """The paths under which a weight would stand among those that are ignored."""
     if not spec.is_stacked:
-        return {spec.name.removesuffix(".weight")}
-    stem, last = spec.name.rsplit(".", 1)
-    return {f"{stem}.{piece.index}.{last}" for piece in spec.pieces}
+        return [spec.name.removesuffix(".weight")]
+    stem = spec.name.rpartition(".")[0]
+    names = (piece.name.removesuffix(".weight").rpartition(".")[2] for piece in spec.pieces)
+    return [f"{stem}.{p.index}.{name}" for p, name in zip(spec.pieces, names, strict=True)]
 
 
 def _agree(found: Mapping[str, Any], own: Mapping[str, Any]) -> bool:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from star_elastic.architectures import read_config
-from star_elastic.axes import AxisMap, TensorSpec
+from star_elastic.axes import AxisMap, Segment, TensorSpec
 from star_elastic.checkpoints.layouts import (
     CODES,
     COMPRESSED_TENSORS,
@@ -56,6 +56,15 @@ def read_weight(source: StoredModel, spec: TensorSpec, scheme: Scheme) -> Quanti
             raise CheckpointError(
                 f"{parts[kind].name} holds a scale that is not > 0; restore the file"
             )
+    for kind in (SCALES, GLOBAL):  # of halves that share a scale in memory
+        if kind in found and parts[kind].dims[-1] == (Segment(1), Segment(1)):
+            first, second = found[kind].split(1, -1)
+            if not torch.equal(first, second):
+                raise CheckpointError(
+                    f"{parts[kind].pieces[0].name} and {parts[kind].pieces[1].name} are not equal "
+                    "for every expert, which engines that fuse the two need; quantise it anew"
+                )
+            found[kind] = first
     global_scale = 1 / found[GLOBAL] if GLOBAL in found else None
     return Quantised(scheme.format, found[CODES], found[SCALES], global_scale)
 

@@ -24,13 +24,13 @@ from collections.abc import Callable, Iterable
 from functools import partial
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from star_elastic.axes import AxisMap, MoeSpec, Probe, axis_keys, order_key
 from star_elastic.errors import ConfigError, not_finite
+from star_elastic.nesting.experts import expert_states
 
 Batch = tuple[torch.Tensor, torch.Tensor]
 """Token ids and attention mask, both (B, T); samples are padded on the right."""
@@ -171,9 +171,8 @@ class _Recorder:
     ) -> None:
         """Recomputes each expert on its own tokens: the fused module shows none of its insides."""
         x_ND, index_NK, gate_NK = args
-        up_EFD, down_EDF = experts.get_parameter("up_proj"), experts.get_parameter("down_proj")
-        activation = experts.get_submodule("act_fn")
-        num_experts, num_neurons = up_EFD.shape[:2]
+        num_experts = self.axis_map.axes["experts"].size
+        num_neurons = self.axis_map.axes["expert_ffn"].size
         if moe not in self._experts:
             self._experts[moe] = _ExpertSums(num_experts, num_neurons, x_ND.device)
         sums = self._experts[moe]
@@ -184,9 +183,8 @@ class _Recorder:
             token_M, choice_M = torch.where((index_NK == expert) & mask_NK)
             if not len(token_M):
                 continue
-            h_MF = activation(F.linear(x_ND[token_M], up_EFD[expert]))
+            h_MF, output_MD = expert_states(experts, expert, x_ND[token_M])
             magnitude_BF.index_add_(0, token_M // length, h_MF.abs().double())
-            output_MD = F.linear(h_MF, down_EDF[expert])
             norm_M = torch.linalg.vector_norm(output_MD, dim=-1, dtype=torch.float64)
             sums.output_E[expert] += (gate_NK[token_M, choice_M].double() * norm_M).sum()
             sums.tokens_E[expert] += len(token_M)

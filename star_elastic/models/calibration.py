@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import nn
@@ -10,6 +11,7 @@ from torch.utils.hooks import RemovableHandle
 
 from star_elastic.axes import AxisMap, TensorSpec
 from star_elastic.errors import ConfigError
+from star_elastic.models.linear import ResidentExperts, resident_experts
 from star_elastic.quant.formats import E2M1_MAX, E4M3_MAX
 from star_elastic.quant.scheme import Scheme
 
@@ -45,13 +47,33 @@ class _Magnitudes:
         return self.largest.clamp(max=edge)
 
 
-def _watch(model: nn.Module, spec: TensorSpec, seen: _Magnitudes) -> RemovableHandle:
+class _Watched:
+    """Stands where gated experts tell what their second matrix reads, until it is removed."""
+
+    def __init__(self, experts: ResidentExperts, seen: _Magnitudes):
+        self._experts, self._seen = experts, seen
+        experts.down_reads = self
+
+    def __call__(self, values: torch.Tensor) -> torch.Tensor:
+        self._seen.add(values)
+        return values
+
+    def remove(self) -> None:
+        """Leaves the experts as they were."""
+        self._experts.down_reads = None
+
+
+def _watch(model: nn.Module, spec: TensorSpec, seen: _Magnitudes) -> RemovableHandle | _Watched:
     """Lets what a weight's layer reads be seen, by a hook that only reads. The second matrix of a
-    stack of experts reads what their activation function gives."""
+    stack of experts reads what their activation function gives, and of gated ones what the gate
+    leaves."""
     if not spec.is_stacked:
         path = spec.name.removesuffix(".weight")
     else:
         path, _, last = spec.name.rpartition(".")
+        experts: Any = model.get_submodule(path)
+        if last == "down_proj" and experts.has_gate:
+            return _Watched(resident_experts(model, path), seen)
         if last == "down_proj":
             activation = model.get_submodule(f"{path}.act_fn")
             return activation.register_forward_hook(lambda *call: seen.add(call[-1]))

@@ -222,8 +222,7 @@ class ElasticBlock(_Part):
                 skeleton.set_submodule(mixer.path, document_mixer(mixer, plain, self.layer))
             for moe in self.rows.moe:
                 plain = skeleton.get_submodule(moe.router_path)
-                around: Any = skeleton.get_submodule(moe.router_path.rpartition(".")[0])
-                router = training_router(moe, plain, around.config, gated=gated)
+                router = training_router(moe, plain, gated=gated)
                 skeleton.set_submodule(moe.router_path, router)
         if gated:
             self.install_norms(skeleton, widths)

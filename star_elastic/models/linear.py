@@ -6,6 +6,7 @@ N tokens, K experts of each, H channels.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -13,7 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from star_elastic.checkpoints.written_config import EAGER
 from star_elastic.models.native import Fp8Experts, Fp8Product
+from star_elastic.nesting.experts import expert_states
 from star_elastic.nesting.order import Layout, nest
 from star_elastic.quant.formats import Format, fake_activation, straight_through
 
@@ -121,13 +124,18 @@ class NestedLinear(nn.Module):
 class ResidentExperts(nn.Module):
     """What `resident_experts` puts before transformers' class of a stack of experts.
 
-    `nested_places` (E,): where each expert lies if the stack is in nested order; experts are asked
-    for, saved and loaded in natural order all the same. `reads` and `product` as in
-    `QuantisedLinear`; what the second matrix reads is known where the activation function gives it.
+    In nested order `order` tells how experts lie (`nested_places` (E,): where each of them does),
+    and `rows` how the rows [gate | up] do; experts are asked for, saved and loaded in natural order
+    all the same.
+    `reads` and `product` as in `QuantisedLinear`; `down_reads` for what the second matrix of gated
+    experts reads (without a gate it is what the activation function gives).
     """
 
     reads: KnownInput | None = None
+    down_reads: Callable[[torch.Tensor], torch.Tensor] | None = None
     product: Fp8Experts | None = None
+    order: Layout | None = None
+    rows: Layout | None = None
     nested_places: torch.Tensor | None
 
     def forward(
@@ -139,27 +147,66 @@ class ResidentExperts(nn.Module):
             hidden_NH = self.reads(hidden_NH)
         if self.product is not None:
             return self.product.forward(self, hidden_NH, chosen_NK, weights_NK)
+        own: Any = self
+        if own.has_gate and own.config._experts_implementation == EAGER:
+            return self._one_by_one(hidden_NH, chosen_NK, weights_NK)
         plain: Any = super()
         return plain.forward(hidden_NH, chosen_NK, weights_NK)
 
-    def number_anew(self, layout: Layout) -> None:
-        """Says that the stack is in nested order, and puts the scales of codes in it, too."""
-        self.nested_places = layout.order.argsort().to(next(self.parameters()).device)
+    def _one_by_one(
+        self, hidden_NH: torch.Tensor, chosen_NK: torch.Tensor, weights_NK: torch.Tensor
+    ) -> torch.Tensor:
+        """Expert by expert, as transformers does, but by `_apply_gate`, which some of its classes
+        pass by there."""
+        out_NH = torch.zeros_like(hidden_NH)
+        for number in chosen_NK.unique().tolist():
+            rank, token = torch.where(number == chosen_NK.T)
+            _, states = expert_states(self, number, hidden_NH[token])
+            out_NH.index_add_(0, token, (states * weights_NK[token, rank, None]).to(out_NH.dtype))
+        return out_NH
+
+    def _apply_gate(self, gate_up: torch.Tensor) -> torch.Tensor:
+        if self.rows is not None:
+            gate_up = self.rows.to_natural(gate_up)
+        plain: Any = super()
+        hidden = plain._apply_gate(gate_up)
+        return hidden if self.down_reads is None else self.down_reads(hidden)
+
+    def number_anew(self, order: Layout | None, rows: Layout | None) -> None:
+        """Says that the stack is in nested order, experts and rows [gate | up], and puts the scales
+        of codes in it, too."""
+        self.order, self.rows = order, rows
+        if order is not None:
+            self.nested_places = order.order.argsort().to(next(self.parameters()).device)
         if self.product is not None:
-            self.product = self.product.in_order(layout.order)
+            self.product = self.product.in_order(order, rows)
+
+    @property
+    def is_nested(self) -> bool:
+        """Whether anything is in nested order."""
+        return self.order is not None or self.rows is not None
+
+    def _places(self, name: str) -> list[torch.Tensor | None]:
+        """Where the elements of the first dimensions of a parameter lie."""
+        rows = self.rows if name.startswith("gate_up") else None
+        return [self.nested_places, rows and rows.order.argsort()]
 
     def _save_to_state_dict(self, destination, prefix, keep_vars) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        for name in self._parameters if self.nested_places is not None else ():
-            saved = destination[prefix + name]
-            destination[prefix + name] = saved.index_select(0, self.nested_places)
+        for name in self._parameters if self.is_nested else ():
+            for dim, places in enumerate(self._places(name)):
+                if places is not None:
+                    saved = destination[prefix + name]
+                    destination[prefix + name] = saved.index_select(dim, places.to(saved.device))
 
     def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
         state = dict(state_dict)
-        order = None if self.nested_places is None else self.nested_places.argsort()
-        for name in self._parameters if order is not None else ():
-            if prefix + name in state:
-                state[prefix + name] = state[prefix + name].index_select(0, order)
+        for name in self._parameters if self.is_nested else ():
+            for dim, places in enumerate(self._places(name)):
+                if places is not None and prefix + name in state:
+                    given = state[prefix + name]
+                    order = places.argsort().to(given.device)
+                    state[prefix + name] = given.index_select(dim, order)
         super()._load_from_state_dict(state, prefix, *args)
 
 

@@ -8,18 +8,19 @@ T tokens, D channels, G groups, E experts, K experts per token.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cache
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHTopkRouter
 
 from star_elastic.axes import (
     GATED_GROUPS,
     MAMBA2,
     RMS_FP32,
     SIGMOID_GROUPS,
+    SOFTMAX,
     Mixer,
     MoeSpec,
     NormSpec,
@@ -78,13 +79,28 @@ class ElasticGroupedRMSNorm(_GatedInputNorm):
         return self.weight * x_BTD.to(dtype)
 
 
-class Fp32Router(NemotronHTopkRouter):
-    """transformers' router, which casts its operands to fp32: autocast would cast them back, and
-    scores that differ by less than a bf16 can tell would choose other experts than in inference."""
+class Fp32Router(nn.Module):
+    """What `fp32_router` puts before a class of transformers that casts its operands to fp32:
+    autocast would cast them back, and scores that differ by less than a bf16 can tell would choose
+    other experts than in inference."""
 
     def forward(self, hidden_states: torch.Tensor):
+        plain: Any = super()
         with torch.autocast(hidden_states.device.type, enabled=False):
-            return super().forward(hidden_states)
+            return plain.forward(hidden_states)
+
+
+@cache
+def _fp32_kind(kind: type[nn.Module]) -> type[nn.Module]:
+    return type(f"Fp32{kind.__name__}", (Fp32Router, kind), {})
+
+
+def fp32_router(plain: nn.Module) -> nn.Module:
+    """A router of transformers that computes in fp32 under autocast, too; with its parameters."""
+    kind = _fp32_kind(type(plain))
+    router = kind.__new__(kind)
+    router.__dict__.update(plain.__dict__)
+    return router
 
 
 class ElasticSigmoidRouter(nn.Module):
@@ -137,6 +153,41 @@ class ElasticSigmoidRouter(nn.Module):
         return logits_TE, weights_TK * self.routed_scaling_factor, index_TK
 
 
+class ElasticSoftmaxRouter(nn.Module):
+    """A softmax router under soft gates of experts and of ranks (docs/paper_map.md).
+
+    Probabilities proportional to c * exp(logit), as if a closed expert (c = 0) were not there; the
+    weights of the best K are multiplied with the gates of their ranks, and where the router makes
+    weights sum to 1, they still do.
+    """
+
+    expert_gate: torch.Tensor
+    rank_gate: torch.Tensor
+
+    def __init__(self, router: Any):
+        super().__init__()
+        self.top_k, self.num_experts = router.top_k, router.num_experts
+        self.norm_topk_prob = getattr(router, "norm_topk_prob", True)
+        for name, value in router.named_parameters():
+            self.register_parameter(name, nn.Parameter(torch.empty_like(value)))
+        self.register_buffer("expert_gate", torch.ones(self.num_experts))
+        self.register_buffer("rank_gate", torch.ones(self.top_k))
+
+    def forward(self, hidden_states: torch.Tensor):
+        x_TD = hidden_states.reshape(-1, hidden_states.shape[-1])
+        logits_TE = F.linear(x_TD, self.weight, self._parameters.get("bias"))
+        scores_TE = logits_TE.float()
+        open_TE = scores_TE.masked_fill(self.expert_gate == 0, float("-inf"))
+        odds_TE = (scores_TE - open_TE.amax(-1, keepdim=True)).exp() * self.expert_gate
+        # A closed expert that is far ahead overflows; what it weighs is 0 all the same.
+        odds_TE = odds_TE.masked_fill(self.expert_gate == 0, 0)
+        weights_TK, index_TK = (odds_TE / odds_TE.sum(-1, keepdim=True)).topk(self.top_k, dim=-1)
+        weights_TK = weights_TK * self.rank_gate
+        if self.norm_topk_prob:
+            weights_TK = weights_TK / weights_TK.sum(-1, keepdim=True)
+        return logits_TE, weights_TK.to(logits_TE.dtype), index_TK
+
+
 def elastic_norm(norm: NormSpec, widths: Mapping[str, int]) -> nn.Module:
     """The norm that can be half open, of the kind that a row names, at `widths`."""
     ((segment,),) = norm.dims
@@ -146,10 +197,12 @@ def elastic_norm(norm: NormSpec, widths: Mapping[str, int]) -> nn.Module:
     return ElasticRMSNorm(size, norm.eps, fp32_weight=norm.kind == RMS_FP32)
 
 
-def training_router(moe: MoeSpec, plain: nn.Module, config: Any, *, gated: bool) -> nn.Module:
+def training_router(moe: MoeSpec, plain: nn.Module, *, gated: bool) -> nn.Module:
     """The router of training in place of transformers' own, `plain`: with gates or without."""
+    if moe.kind == SOFTMAX:
+        return ElasticSoftmaxRouter(plain) if gated else plain
     assert moe.kind == SIGMOID_GROUPS, moe
-    return ElasticSigmoidRouter(plain) if gated else Fp32Router(config)
+    return ElasticSigmoidRouter(plain) if gated else fp32_router(plain)
 
 
 def document_mixer(mixer: Mixer, plain: Any, layer: int) -> nn.Module:

@@ -90,18 +90,24 @@ def quantise_inputs(
 
 @dataclass
 class Fp8Experts:
-    """The products of a stack of experts without a gate: E4M3 weights (E, neurons, in) and
-    (E, in, neurons), scales (E, 1) or (E, out, 1) of each, and of the inputs of both."""
+    """The products of a stack of experts: E4M3 weights (E, neurons, in), or (E, 2 neurons, in) with
+    a gate, and (E, in, neurons), scales (E, 1) or (E, out, 1) of each, and of the inputs of both.
+    """
 
     up_scale: torch.Tensor
     down_scale: torch.Tensor
     up_input: torch.Tensor | None
     down_input: torch.Tensor | None
 
-    def in_order(self, order: torch.Tensor) -> Fp8Experts:
-        """The same for stacks whose experts are in another order (E,)."""
-        order = order.to(self.up_scale.device)
-        return replace(self, up_scale=self.up_scale[order], down_scale=self.down_scale[order])
+    def in_order(self, order: Layout | None, rows: Layout | None) -> Fp8Experts:
+        """The same for stacks whose experts, and rows [gate | up], are in nested order."""
+        up_scale, down_scale = self.up_scale, self.down_scale
+        if order is not None:
+            place = order.order.to(up_scale.device)
+            up_scale, down_scale = up_scale[place], down_scale[place]
+        if rows is not None and up_scale.dim() == 3:
+            up_scale = up_scale.index_select(1, rows.order.to(up_scale.device))
+        return replace(self, up_scale=up_scale, down_scale=down_scale)
 
     def forward(
         self,
@@ -114,7 +120,8 @@ class Fp8Experts:
         N tokens, K experts of each, H channels."""
         num_chosen = chosen_NK.shape[-1]
         order = chosen_NK.flatten().argsort(stable=True)
-        counts = torch.zeros(len(experts.up_proj), dtype=torch.int32, device=order.device)
+        into = experts.gate_up_proj if experts.has_gate else experts.up_proj
+        counts = torch.zeros(len(into), dtype=torch.int32, device=order.device)
         counts.scatter_add_(
             0, chosen_NK.flatten(), torch.ones_like(chosen_NK.flatten(), dtype=torch.int32)
         )
@@ -124,10 +131,10 @@ class Fp8Experts:
         scale = scale if self.up_input is not None else scale[token]
         dtype = hidden_NH.dtype
         up = grouped_product(
-            codes_NH.view(torch.uint8)[token].view(E4M3), scale, experts.up_proj, self.up_scale,
-            ends, dtype,
+            codes_NH.view(torch.uint8)[token].view(E4M3), scale, into, self.up_scale, ends, dtype
         )  # fmt: skip
-        codes, scale = quantise_inputs(experts.act_fn(up), self.down_input)
+        hidden = experts._apply_gate(up) if experts.has_gate else experts.act_fn(up)
+        codes, scale = quantise_inputs(hidden, self.down_input)
         down = grouped_product(codes, scale, experts.down_proj, self.down_scale, ends, dtype)
         down = down * weights_NK.flatten()[order][:, None]
         out = torch.empty_like(down).index_copy_(0, order, down)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import nn
@@ -44,12 +45,16 @@ def quantised_linear(model: nn.Module, path: str) -> QuantisedLinear | NestedLin
 
 def know_inputs(model: nn.Module, spec: TensorSpec, reads: KnownInput) -> None:
     """Makes what a weight's layer reads what its format knows of it. The second matrix of a stack
-    of experts reads what their activation function gives."""
+    of experts reads what their activation function gives, times the other half where they have a
+    gate."""
     if not spec.is_stacked:
         quantised_linear(model, spec.name.removesuffix(".weight")).reads = reads
         return
     path, _, last = spec.name.rpartition(".")
-    if last == "down_proj":
+    experts: Any = model.get_submodule(path)
+    if last == "down_proj" and experts.has_gate:
+        resident_experts(model, path).down_reads = reads
+    elif last == "down_proj":
         function = model.get_submodule(f"{path}.act_fn")
         model.set_submodule(f"{path}.act_fn", KnownActivation(function, reads))
     else:
@@ -87,9 +92,8 @@ class QuantisedInputs:
             down = f"{path}.down_proj"
             weights = self.weight_scales[spec.name], self.weight_scales[down]
             experts = resident_experts(model, path)
-            experts.product = Fp8Experts(*weights, scale, self.scales.get(down))
-            if experts.nested_places is not None:
-                experts.product = experts.product.in_order(experts.nested_places.argsort())
+            product = Fp8Experts(*weights, scale, self.scales.get(down))
+            experts.product = product.in_order(experts.order, experts.rows)
 
     def at(self, axis_map: AxisMap, widths: Widths) -> QuantisedInputs:
         """Those of the model that is cut from this one at `widths`."""

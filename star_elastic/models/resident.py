@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -42,11 +42,10 @@ def nest_in_place(parent: PreTrainedModel, axis_map: AxisMap, sizes: Iterable[Wi
             parent.set_submodule(path, nested.train(module.training))
     for path, specs in _expert_stacks(axis_map).items():
         if any(_is_scattered(spec, axis_map, sizes) for spec in specs):
-            layout = layout_of(specs[0].dims[0])
-            assert layout is not None, path
             for spec in specs:
-                _overwrite(parent.get_parameter(spec.name), (layout,))
-            resident_experts(parent, path).number_anew(layout)
+                layouts = [layout_of(dim) for dim in spec.dims]
+                _overwrite(parent.get_parameter(spec.name), layouts)
+            resident_experts(parent, path).number_anew(*_stack_layouts(specs))
 
 
 def nested_names(parent: PreTrainedModel) -> set[str]:
@@ -70,16 +69,23 @@ def share_nested(
         first, spec = next(iter(specs.items()))
         new_path = names[spec.name].removesuffix(f".{first}")
         here = axis_map.seen_by(spec.layer, widths)
-        layouts = [layout_of(cut(dim, here)) for dim in spec.dims]
+        cuts = [replace(s, dims=tuple(cut(dim, here) for dim in s.dims)) for s in specs.values()]
         if isinstance(module, NestedLinear):
-            linear = NestedLinear(views["weight"], views.get("bias"), layouts[0], layouts[1])
+            rows, columns = map(layout_of, cuts[0].dims)
+            linear = NestedLinear(views["weight"], views.get("bias"), rows, columns)
             submodel.set_submodule(new_path, linear)
             continue
         experts = submodel.get_submodule(new_path)
         for name, view in views.items():
             experts.register_parameter(name, view)
-        if layouts[0] is not None:
-            resident_experts(submodel, new_path).number_anew(layouts[0])
+        if any(layouts := _stack_layouts(cuts)):
+            resident_experts(submodel, new_path).number_anew(*layouts)
+
+
+def _stack_layouts(specs: Iterable[TensorSpec]) -> tuple[Layout | None, Layout | None]:
+    """The orders of the experts and of the rows [gate | up] of a stack's tensors."""
+    found = [[layout_of(dim) for dim in spec.dims] for spec in specs]
+    return found[0][0], next((rows for _, *inner in found for rows in inner if rows), None)
 
 
 def _nested_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
@@ -87,7 +93,7 @@ def _nested_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
     if isinstance(module, NestedLinear):
         own = module.named_parameters()
         return {name.removeprefix("nested_"): value for name, value in own}
-    is_nested = isinstance(module, ResidentExperts) and module.nested_places is not None
+    is_nested = isinstance(module, ResidentExperts) and module.is_nested
     return dict(module.named_parameters()) if is_nested else {}
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from star_elastic.architectures import read_config
-from star_elastic.axes import Piece, TensorSpec
+from star_elastic.axes import Piece, TensorSpec, size_of
 from star_elastic.checkpoints.layouts import (
     CODES,
     COMPRESSED_TENSORS,
@@ -107,17 +107,24 @@ class _Writer:
         those of all weights that engines fuse with it."""
         if spec.name in self._largest:
             largest = self._largest[spec.name]
-            return largest if piece.index is None else largest[piece.index]
+            if piece.index is not None:
+                largest = largest[piece.index]
+            if piece.segment is not None and len(largest) > 1:  # by rows, or blocks of rows
+                rows, half = size_of(spec.dims[1]), spec.box(piece)[-1]
+                assert isinstance(half, slice)
+                start, stop = (end * len(largest) // rows for end in (half.start, half.stop))
+                largest = largest[start:stop]
+            return largest
         if not self.scheme.format.has_one_scale:
             return None
         names = [name for name in partners(spec.name) if name in self.quantised]
         specs = [self.source.axis_map.tensors[name] for name in names]
-        together = [other.pieces[piece.index or 0] for other in specs]
-        for other, its_piece in zip(specs, together, strict=True):
+        together = [(own, p) for own in specs for p in own.pieces if p.index == piece.index]
+        for other, its_piece in together:
             if its_piece.name not in self._amax:
                 weight = self._read(other, its_piece)
                 self._amax[its_piece.name] = largest_of(weight, self.scheme.format)
-        return torch.stack([self._amax[p.name] for p in together]).amax(0)
+        return torch.stack([self._amax[p.name] for _, p in together]).amax(0)
 
 
 def quantise_checkpoint(

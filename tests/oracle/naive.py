@@ -122,6 +122,20 @@ def llama_keeps(name: str, c: Mapping[str, Any], w: Mapping[str, int]) -> list[l
     return by_suffix[longest_suffix(name, by_suffix)]
 
 
+def qwen3_moe_keeps(name: str, c: Mapping[str, Any], w: Mapping[str, int]) -> list[list[int]]:
+    """Kept elements of every dimension of a qwen3_moe parameter."""
+    hidden, experts = list(range(w["hidden"])), list(range(w["experts"]))
+    gate = list(range(w["expert_ffn"]))
+    by_suffix = {
+        "mlp.gate.weight": [experts, hidden],
+        "experts.gate_up_proj": [experts, gate + after(c["moe_intermediate_size"], gate), hidden],
+        "experts.down_proj": [experts, hidden, gate],
+    }
+    if not any(name.endswith(suffix) for suffix in by_suffix):
+        return llama_keeps(name, c, {"ffn": 0, **w})
+    return by_suffix[longest_suffix(name, by_suffix)]
+
+
 def longest_suffix(name: str, suffixes: Mapping[str, object]) -> str:
     """The longest of the suffixes that a name ends with."""
     return max((s for s in suffixes if name.endswith(s)), key=len)
