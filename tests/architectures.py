@@ -16,7 +16,15 @@ from hypothesis import strategies as st
 
 from star_elastic.architectures import architecture_of
 from star_elastic.axes import AxisMap
-from tests.oracle.naive import Keeps, llama_keeps, nemotron_h_keeps, qwen3_moe_keeps
+from tests.oracle.naive import (
+    Keeps,
+    Stores,
+    as_it_is,
+    gemma3_text_stores,
+    llama_keeps,
+    nemotron_h_keeps,
+    qwen3_moe_keeps,
+)
 
 Config = dict[str, Any]
 
@@ -57,7 +65,8 @@ class Architecture:
     FP8 codes, at `wide_cut`. `keeps` lists what a slice keeps, without our tables. `alone` are the
     axes whose laws run one by one on this kind of parent; on the others' they run all together.
     `kinds` are its kinds of layers as a latency table names them, `embedding` the table of
-    embeddings on disk; `scatters`: a size has vectors that are cut inside groups.
+    embeddings on disk; `scatters`: a size has vectors that are cut inside groups. `stores` says
+    what a slice holds of what it keeps, if that is another number.
     """
 
     configs: Callable[[], st.SearchStrategy[Config]]
@@ -72,6 +81,7 @@ class Architecture:
     kinds: tuple[str, ...]
     embedding: str
     scatters: bool = False
+    stores: Stores = as_it_is
     lively: Lively | None = None
     trained: Trained | None = field(default=None)
 
@@ -304,7 +314,11 @@ LLAMA = Architecture(
 
 
 def like_llama(
-    model_type: str, *, lively_seed: int, alone: tuple[str, ...] = (), **changes: Any
+    model_type: str,
+    *,
+    lively_seed: int,
+    kinds: tuple[str, ...] = ("attention + mlp",),
+    **changes: Any,
 ) -> Architecture:
     """A row of a model type whose tensors are laid out as Llama's.
 
@@ -342,7 +356,7 @@ def like_llama(
         "tie_word_embeddings": True,
         **{name: values[0] for name, values in changes.items()},
     }
-    kept = ("use_sliding_window", "max_window_layers", "no_rope_layers")
+    kept = ("use_sliding_window", "max_window_layers", "no_rope_layers", "layer_types")
     windows = {name: fixed[name] for name in kept if name in fixed}
     if fixed.get("sliding_window"):
         windows["sliding_window"] = 16
@@ -358,7 +372,8 @@ def like_llama(
             **fixed, "hidden_size": 96, "head_dim": 16, "intermediate_size": 48,
             "tie_word_embeddings": False,
         },
-        alone=alone,
+        alone=(),
+        kinds=kinds,
         lively=Lively(
             config={**lively, **own}, cut={"hidden": 16, "ffn": 16, "heads": 2},
             seed=lively_seed,
@@ -369,6 +384,7 @@ def like_llama(
     )  # fmt: skip
 
 
+WINDOWED = ("attention + mlp", "attention + mlp #2")
 QWEN3 = like_llama(
     "qwen3",
     lively_seed=11,
@@ -378,6 +394,7 @@ QWEN3 = like_llama(
 QWEN2 = like_llama(
     "qwen2",
     lively_seed=2,
+    kinds=WINDOWED,
     use_sliding_window=[True, True, False],
     sliding_window=[3, 2, 4],
     max_window_layers=[1, 0],
@@ -386,6 +403,7 @@ MISTRAL = like_llama("mistral", lively_seed=4, sliding_window=[3, 2, None])
 SMOLLM3 = like_llama(
     "smollm3",
     lively_seed=11,
+    kinds=WINDOWED,
     attention_bias=[False, True],
     mlp_bias=[False, True],
     no_rope_layers=[[1, 0], [0, 1], None],
@@ -393,6 +411,20 @@ SMOLLM3 = like_llama(
     use_sliding_window=[True, True, False],
     sliding_window=[3, 2],
 )
+
+
+GEMMA3_TEXT = like_llama(
+    "gemma3_text",
+    lively_seed=0,
+    kinds=WINDOWED,
+    hidden_size=[24, 48],
+    attention_bias=[False, True],
+    query_pre_attn_scalar=[4, 7],
+    layer_types=[["sliding_attention", "full_attention"], ["full_attention", "sliding_attention"]],
+    sliding_window=[3, 2],
+    pad_token_id=[None],  # whose row would get no gradient
+)
+GEMMA3_TEXT = replace(GEMMA3_TEXT, cut={**GEMMA3_TEXT.cut, "hidden": 16}, stores=gemma3_text_stores)
 
 
 # Decoders with experts
@@ -450,8 +482,8 @@ QWEN3_MOE = replace(
 
 
 ROWS: Mapping[str, Architecture] = {
-    "dense": DENSE, "moe": MOE, "llama": LLAMA, "mistral": MISTRAL, "qwen2": QWEN2, "qwen3": QWEN3,
-    "qwen3_moe": QWEN3_MOE, "smollm3": SMOLLM3,
+    "dense": DENSE, "moe": MOE, "gemma3_text": GEMMA3_TEXT, "llama": LLAMA, "mistral": MISTRAL,
+    "qwen2": QWEN2, "qwen3": QWEN3, "qwen3_moe": QWEN3_MOE, "smollm3": SMOLLM3,
 }  # fmt: skip
 """Every kind of parent, by the name that tests have in their ids."""
 LIVELY = {row.model_type: row.lively for row in ROWS.values() if row.lively is not None}

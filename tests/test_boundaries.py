@@ -17,7 +17,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import AutoConfig
+from transformers import AutoConfig, DynamicCache
 
 from star_elastic.architectures import ModelConfig, architecture_of, read_config
 from star_elastic.checkpoints.tensors import SINGLE_NAME, CheckpointReader
@@ -348,12 +348,53 @@ def test_keys_that_only_caches_obey_are_refused_everywhere(copied, change):
             refused(copied)
 
 
-@pytest.mark.parametrize("window", [{}, {"sliding_window": 4}])
-def test_windows_that_layers_do_obey_are_not_told_to_be_removed(window):
-    """Without them the model would be another one. The default is a window, too."""
-    config = {**fixed_config("qwen3"), "use_sliding_window": True, **window}
-    with pytest.raises(ConfigError, match="use_sliding_window=true .*; use a parent whose layers"):
-        _ = ModelConfig(config).axis_map
+@pytest.mark.parametrize(
+    ("kind", "change", "reason"),
+    [
+        ("mistral", {"layer_types": ["full_attention"] * 2}, "does not go with sliding_window=3"),
+        ("mistral", {"sliding_window": 1}, "sliding_window=1 is not an integer of 2 or more"),
+        ("mistral", {"sliding_window": "3"}, "sliding_window='3' is not an integer"),
+        ("qwen2", {"layer_types": ["full_attention"]}, "names 1 layers, num_hidden_layers=2"),
+        ("qwen2", {"layer_types": ["attention", 3]}, "is not a list of full_attention and slid"),
+        ("qwen2", {"layer_types": ["sliding_attention"] * 2, "sliding_window": None}, "no window"),
+        ("qwen2", {"max_window_layers": -1}, "max_window_layers=-1 is not an integer of 0 or"),
+        ("qwen3_moe", {"use_sliding_window": True, "layer_types": ["full_attention"] * 2,
+                       "sliding_window": 4}, "does not go with sliding_window=4"),
+        ("smollm3", {"no_rope_layers": [1]}, "is not a list with 1 .* for each of num_hidden_la"),
+    ],
+)  # fmt: skip
+def test_windows_that_contradict_the_layers_are_refused(kind, change, reason):
+    with pytest.raises(ConfigError, match=reason):
+        _ = ModelConfig({**fixed_config(kind), **change}).axis_map
+
+
+@pytest.mark.parametrize(
+    ("kind", "change", "windows"),
+    [
+        ("mistral", {}, (4096, 4096)),
+        ("mistral", {"sliding_window": None}, (None, None)),
+        ("qwen2", {"use_sliding_window": False, "sliding_window": 4}, (None, None)),
+        ("qwen2", {"use_sliding_window": True, "max_window_layers": 1}, (None, 4096)),
+        ("qwen2", {"use_sliding_window": True, "sliding_window": None}, (None, None)),
+        ("qwen2", {"use_sliding_window": True}, (None, None)),  # from layer 28 on
+        ("qwen3", {"use_sliding_window": True, "max_window_layers": 0}, (4096, 4096)),
+    ],
+)
+def test_windows_are_those_that_transformers_reads(kind, change, windows, tmp_path):
+    """Absent is not null; in a file, in a dictionary, and as transformers writes it once more."""
+    own = ("use_sliding_window", "sliding_window", "max_window_layers")
+    config = {k: v for k, v in fixed_config(kind).items() if k not in own} | change
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    fields = {name: value for name, value in config.items() if name != "model_type"}
+    made = AutoConfig.for_model(kind, **fields)
+    layers = DynamicCache(config=made).layers
+    assert tuple(getattr(layer, "sliding_window", None) for layer in layers) == windows
+    made.save_pretrained(tmp_path / "theirs")
+    for read in (config, read_config(tmp_path), read_config(tmp_path / "theirs")):
+        work = ModelConfig.of(read).axis_map.work
+        assert tuple(own.most for own in work) == windows
+        whole = ModelConfig.of(ModelConfig.of(read).at({}))
+        assert tuple(own.most for own in whole.axis_map.work) == windows
 
 
 def count_of(path: Path) -> int:

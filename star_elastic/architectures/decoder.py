@@ -26,6 +26,7 @@ from star_elastic.axes import (
     Axis,
     AxisMap,
     Block,
+    Follow,
     Widths,
     along,
     fixed,
@@ -44,7 +45,8 @@ class Decoder:
     """What the model of one config is composed of.
 
     `layers` are the parts of every layer. `final_norm` is read by the head. With `tied` embeddings
-    there is no head of its own.
+    there is no head of its own. `embed_scale` is the buffer that multiplies the embeddings by the
+    square root of the width, if the model does.
     """
 
     hidden: int
@@ -54,6 +56,7 @@ class Decoder:
     tied: bool = False
     embeddings: str = "model.embed_tokens"
     head: str = "lm_head"
+    embed_scale: str = ""
 
 
 class Architecture(ABC):
@@ -98,9 +101,12 @@ class Architecture(ABC):
         require_known_attention(config, self.attention_keys)
         hidden = along("hidden", decoder.hidden)
         vocab = fixed(decoder.vocab)
+        # A smaller model multiplies by a smaller root, so its embeddings are stored larger.
+        follows = Follow("hidden") if decoder.embed_scale else None
         lookup = tensor(
-            "embeddings", f"{decoder.embeddings}.weight", vocab, hidden, lookup=not decoder.tied
-        )
+            "embeddings", f"{decoder.embeddings}.weight", vocab, hidden, lookup=not decoder.tied,
+            follows=follows,
+        )  # fmt: skip
         head = () if decoder.tied else (tensor("head", f"{decoder.head}.weight", vocab, hidden),)
         blocks = {parts: Block.sum(part.rows(hidden) for part in parts) for parts in decoder.layers}
         path = "model.layers"
@@ -113,6 +119,7 @@ class Architecture(ABC):
             path=path,
             disk_path=self._disk_name(path),
             multiples=self.multiples,
+            constants=(decoder.embed_scale,) if decoder.embed_scale else (),
         )
         return require_size(axis_map)
 

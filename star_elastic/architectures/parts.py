@@ -20,6 +20,7 @@ from star_elastic.axes import (
     Axis,
     Block,
     Dim,
+    Follow,
     Mixer,
     MoeSpec,
     NormSpec,
@@ -62,20 +63,26 @@ def linear(
 
 @dataclass(frozen=True, kw_only=True)
 class Norm:
-    """A norm of the residual stream. `reader`: the module that reads it and nothing else."""
+    """A norm of the residual stream. `reader`: the module that reads it and nothing else; empty for
+    one that stands behind a block and `writes` the stream. `stored`: how its values follow a width.
+    """
 
     path: str
     eps: float
-    reader: str
+    reader: str = ""
     kind: str = RMS
+    writes: bool = False
+    stored: Follow | None = None
 
     def rows(self, hidden: Dim) -> Block:
         """See `Part`."""
-        return Block(
-            tensors=(tensor("norms", f"{self.path}.weight", hidden),),
-            norms=(NormSpec(self.path, (hidden,), self.eps, self.kind, reader=self.reader),),
-            probes=(Probe(self.path, "output", (hidden,)),),
+        norm = NormSpec(
+            self.path, (hidden,), self.eps, self.kind, reader=self.reader, writes=self.writes
         )
+        # What a block writes tells nothing of what the stream holds.
+        probes = () if self.writes else (Probe(self.path, "output", (hidden,)),)
+        weight = tensor("norms", f"{self.path}.weight", hidden, follows=self.stored)
+        return Block(tensors=(weight,), norms=(norm,), probes=probes)
 
     def axes(self) -> tuple[Axis, ...]:
         """None but the residual stream's own."""

@@ -17,6 +17,10 @@ from star_elastic.architectures.config_file import (
 from star_elastic.architectures.decoder import Architecture, Decoder
 from star_elastic.architectures.parts import Attention, Mlp, Norm, Part
 from star_elastic.architectures.windows import Windows
+from star_elastic.axes import RMS, RMS_PLUS_ONE, Follow
+
+PLUS = {RMS: 0.0, RMS_PLUS_ONE: 1.0}
+"""What norms of a kind add to their weights."""
 
 
 class PreNorm(Architecture):
@@ -40,6 +44,9 @@ class PreNorm(Architecture):
     rms_norm_eps = 1e-6
     tie_word_embeddings = False
     head_norms: tuple[str, ...] = ()
+    norm_kind = RMS
+    embed_scale = ""
+    """As in `Decoder`."""
 
     def head_dim(self, config: Config) -> int:
         """Elements of a head. Raises ConfigError."""
@@ -91,6 +98,14 @@ class PreNorm(Architecture):
             head_norms=self.head_norms, window=window,
         )  # fmt: skip
 
+    def norms(self, eps: float) -> tuple[Norm, ...]:
+        """The norms of the residual stream in a layer."""
+        kind = self.norm_kind
+        return (
+            Norm(path="input_layernorm", eps=eps, reader="self_attn", kind=kind),
+            Norm(path="post_attention_layernorm", eps=eps, reader="mlp", kind=kind),
+        )
+
     def feed_forward(self, config: Config, layer: int) -> Part:
         """The feed-forward network of a layer. Raises ConfigError."""
         neurons = get_int(config, "intermediate_size", self.intermediate_size)
@@ -100,10 +115,11 @@ class PreNorm(Architecture):
         """See `Architecture.decoder`."""
         eps = get_float(config, "rms_norm_eps", self.rms_norm_eps)
         tied = get_bool(config, "tie_word_embeddings", self.tie_word_embeddings)
-        norms = (
-            Norm(path="input_layernorm", eps=eps, reader="self_attn"),
-            Norm(path="post_attention_layernorm", eps=eps, reader="mlp"),
-        )
+        norms = self.norms(eps)
+        # A tied head reads embeddings that are stored larger.
+        stored = None
+        if self.embed_scale and tied:
+            stored = Follow("hidden", inverse=True, offset=PLUS[self.norm_kind])
         layers = (
             (self.attention(config, window), self.feed_forward(config, layer), *norms)
             for layer, window in enumerate(self.windows(config))
@@ -112,9 +128,13 @@ class PreNorm(Architecture):
             hidden=self.hidden(config),
             vocab=get_int(config, "vocab_size", self.vocab_size),
             layers=tuple(layers),
-            final_norm=Norm(path="model.norm", eps=eps, reader="" if tied else "lm_head"),
+            final_norm=Norm(
+                path="model.norm", eps=eps, reader="" if tied else "lm_head", kind=self.norm_kind,
+                stored=stored,
+            ),
             tied=tied,
-        )
+            embed_scale=self.embed_scale,
+        )  # fmt: skip
 
     def written_out(self, config: Config, layers: tuple[int, ...]) -> Config:
         """See `Architecture.written_out`: both would follow other fields, or may."""

@@ -7,9 +7,11 @@ from star_elastic.axes.table import (
     MAMBA2,
     RMS,
     RMS_FP32,
+    RMS_PLUS_ONE,
     SIGMOID_GROUPS,
     SOFTMAX,
     Block,
+    Follow,
     Laid,
     Mixer,
     MoeSpec,
@@ -23,9 +25,8 @@ from star_elastic.axes.table import (
 from star_elastic.axes.widths import LAYERS, Width, Widths
 
 __all__ = [
-    "GATED_GROUPS", "LAYERS", "MAMBA2", "RMS", "RMS_FP32", "SIGMOID_GROUPS", "SOFTMAX", "TOP_K",
-    "Axis",
-    "AxisMap", "Block", "Dim", "Laid", "Mixer", "MoeSpec", "NormSpec", "Piece", "Probe", "Segment",
-    "StateSpec", "TensorSpec", "Width", "Widths", "WorkSpec", "along", "axis_keys",
-    "fixed", "order_key", "size_of",
+    "GATED_GROUPS", "LAYERS", "MAMBA2", "RMS", "RMS_FP32", "RMS_PLUS_ONE", "SIGMOID_GROUPS",
+    "SOFTMAX", "TOP_K", "Axis", "AxisMap", "Block", "Dim", "Follow", "Laid", "Mixer", "MoeSpec",
+    "NormSpec", "Piece", "Probe", "Segment", "StateSpec", "TensorSpec", "Width", "Widths",
+    "WorkSpec", "along", "axis_keys", "fixed", "order_key", "size_of",
 ]  # fmt: skip

@@ -62,8 +62,9 @@ class AxisMap:
     `before`, `blocks` and `after` are what the model is made of. `path` is where the list of layers
     stands in the model in memory, `disk_path` where it stands on disk. `multiples` lists pairs of
     axes of which the first must be a multiple of the second, where a model's config class insists
-    on it. The rows of the whole model, with its full names, are `tensors`, `states`, `norms`,
-    `probes`, `work`, `moe_layers` and `mixers`.
+    on it. `constants` are buffers that no checkpoint holds, but that follow a width: in memory all
+    sizes have the parent's. The rows of the whole model, with its full names, are `tensors`,
+    `states`, `norms`, `probes`, `work`, `moe_layers` and `mixers`.
     """
 
     model_type: str
@@ -74,6 +75,7 @@ class AxisMap:
     path: str = "model.layers"
     disk_path: str = "model.layers"
     multiples: tuple[tuple[str, str], ...] = ()
+    constants: tuple[str, ...] = ()
 
     @cached_property
     def _whole(self) -> Block:

@@ -14,10 +14,11 @@ from typing import Any
 
 from star_elastic.axes.dims import Dim, cut, size_of
 
-RMS, RMS_FP32, GATED_GROUPS = "rms", "rms with an fp32 weight", "gated groups"
+RMS, RMS_FP32, RMS_PLUS_ONE = "rms", "rms with an fp32 weight", "rms with an fp32 weight, plus one"
+GATED_GROUPS = "gated groups"
 """Kinds of norm. All divide by the root mean square. Plain ones multiply with the weight after the
-cast back to the input's dtype, the second before it. Mamba-2's works on groups one by one, and
-takes a gate branch."""
+cast back to the input's dtype, the second before it, the third with 1 + weight. Mamba-2's works on
+groups one by one, and takes a gate branch."""
 SIGMOID_GROUPS = "sigmoid with groups"
 """Kind of router: sigmoid scores, a correction bias, experts chosen inside the best groups."""
 SOFTMAX = "softmax"
@@ -42,6 +43,23 @@ class Piece:
 
 
 @dataclass(frozen=True, slots=True)
+class Follow:
+    """How the stored values of a tensor follow the width of an axis, where a model multiplies by
+    the square root of its own width: at width w of W, with f = sqrt(W) / sqrt(w), a value v is
+    stored as (v + offset) f - offset, or `inverse` with 1 / f. In memory sizes share the parent's
+    values, and its root.
+    """
+
+    axis: str
+    inverse: bool = False
+    offset: float = 0.0
+
+    def factor(self, width: int, whole: int) -> float:
+        """f, or 1 / f."""
+        return (width / whole if self.inverse else whole / width) ** 0.5
+
+
+@dataclass(frozen=True, slots=True)
 class TensorSpec:
     """One parameter or buffer of the model in memory.
 
@@ -50,8 +68,8 @@ class TensorSpec:
     writes the residual stream). `routed` marks weights of which a token uses only `top_k` experts
     along dimension 0. `lookup` is an embedding table, read one row per token. Buffers count in
     bytes, not in parameters. `keep_fp32` tensors are fp32 in a model of any smaller dtype. `coded`
-    tensors hold codes or scales of a format, in dtypes of their own. `layer` is the number of its
-    layer in the view of a whole model.
+    tensors hold codes or scales of a format, in dtypes of their own. Stored values may `follow` a
+    width. `layer` is the number of its layer in the view of a whole model.
     """
 
     name: str
@@ -65,6 +83,7 @@ class TensorSpec:
     is_buffer: bool = False
     keep_fp32: bool = False
     coded: bool = False
+    follows: Follow | None = None
 
     def axis_of(self, dim: int) -> str | None:
         """The axis of a dimension that one axis cuts (None if it is fixed)."""
@@ -162,7 +181,8 @@ class NormSpec:
     """A norm over an elastic axis: where it sits, the layout of its channels, its epsilon and kind.
 
     `reader`: path of the module whose weights read the norm's output along their last dimension;
-    empty where they do more than that (a tied embedding).
+    empty where they do more than that (a tied embedding), or where the norm `writes` the residual
+    stream, behind a block.
     """
 
     path: str
@@ -171,6 +191,7 @@ class NormSpec:
     kind: str = RMS
     layer: int | None = None
     reader: str = ""
+    writes: bool = False
 
     @property
     def axis(self) -> str:

@@ -18,7 +18,8 @@ from torch import nn
 from star_elastic.axes import (
     GATED_GROUPS,
     MAMBA2,
-    RMS_FP32,
+    RMS,
+    RMS_PLUS_ONE,
     SIGMOID_GROUPS,
     SOFTMAX,
     Mixer,
@@ -46,18 +47,19 @@ class _GatedInputNorm(nn.Module):
 class ElasticRMSNorm(_GatedInputNorm):
     """RMSNorm over partly closed channels, equal to the narrow norm when gates are 0 or 1."""
 
-    def __init__(self, num_channels: int, eps: float, *, fp32_weight: bool):
+    def __init__(self, num_channels: int, eps: float, *, kind: str):
         super().__init__(num_channels, eps)
-        self.fp32_weight = fp32_weight
+        self.kind = kind
 
     def forward(self, x_BTD: torch.Tensor) -> torch.Tensor:
         dtype = x_BTD.dtype
         x_BTD = x_BTD.to(torch.float32) * self.input_gate
         mean_sq = x_BTD.pow(2).mean(-1, keepdim=True)
         x_BTD = x_BTD * torch.rsqrt(mean_sq + self.eps) * self.scale
-        if self.fp32_weight:
-            return (self.weight.to(torch.float32) * x_BTD).to(dtype)
-        return self.weight * x_BTD.to(dtype)
+        if self.kind == RMS:
+            return self.weight * x_BTD.to(dtype)
+        weight = self.weight.to(torch.float32)
+        return ((weight + 1 if self.kind == RMS_PLUS_ONE else weight) * x_BTD).to(dtype)
 
 
 class ElasticGroupedRMSNorm(_GatedInputNorm):
@@ -194,7 +196,7 @@ def elastic_norm(norm: NormSpec, widths: Mapping[str, int]) -> nn.Module:
     size = segment.length(widths)
     if norm.kind == GATED_GROUPS:
         return ElasticGroupedRMSNorm(size, norm.eps, num_groups=segment.num_groups)
-    return ElasticRMSNorm(size, norm.eps, fp32_weight=norm.kind == RMS_FP32)
+    return ElasticRMSNorm(size, norm.eps, kind=norm.kind)
 
 
 def training_router(moe: MoeSpec, plain: nn.Module, *, gated: bool) -> nn.Module:

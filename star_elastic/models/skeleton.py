@@ -104,8 +104,13 @@ def _build(
     with without_memory():
         model = AutoModelForCausalLM.from_config(made, **kernels, **dtype)
     for name, module in list(model.named_modules()):
-        if any(module._buffers[b].is_meta for b in module._non_persistent_buffers_set):
+        unknown = [b for b in module._non_persistent_buffers_set if module._buffers[b].is_meta]
+        if unknown and hasattr(module, "config"):  # tables of positions
             model.set_submodule(name, type(module)(config=made))
+        elif unknown:
+            for buffer in unknown:
+                module._buffers[buffer] = torch.empty_like(module._buffers[buffer], device="cpu")
+            model._init_weights(module)
     probe_positions(model)
     return model
 
@@ -116,9 +121,11 @@ def probe_positions(model: PreTrainedModel) -> None:
     config: Any = model.config
     positions = torch.tensor([[0, max(config.max_position_embeddings - 1, 0)]])
     for module in model.modules():
-        if module._non_persistent_buffers_set:
-            alike: Any = type(module)
-            alike(config=config)(torch.zeros(1, 1, 1), positions)
+        if module._non_persistent_buffers_set and hasattr(module, "config"):
+            alike: Any = type(module)(config=config)
+            for kind in getattr(alike, "layer_types", [None]):
+                given = {} if kind is None else {"layer_type": kind}
+                alike(torch.zeros(1, 1, 1), positions, **given)
 
 
 def build_block(

@@ -15,7 +15,7 @@ from transformers import (
 from star_elastic.architectures import ModelConfig
 from star_elastic.architectures.config_file import Config
 from star_elastic.axes import AxisMap
-from star_elastic.axes.widths import Width
+from star_elastic.axes.widths import Width, Widths
 from star_elastic.checkpoints.layouts import stored_map
 from star_elastic.models.quantised_inputs import INPUTS, QuantisedInputs
 from star_elastic.models.resident import nested_names, share_nested
@@ -23,7 +23,7 @@ from star_elastic.models.skeleton import (
     build_skeleton_at,
 )
 from star_elastic.nesting.rotate import rotate_state
-from star_elastic.nesting.slice import Orders, slice_state, sort_state
+from star_elastic.nesting.slice import Orders, follow, slice_state, sort_state
 
 
 def build_submodel(
@@ -40,7 +40,8 @@ def build_submodel(
     `input_scales`: of a quantised model, by the parent's weights, in place of the parent's. Raises
     ShapeError for widths the family cannot express.
     """
-    axis_map = ModelConfig.of(config).axis_map
+    parent_config = ModelConfig.of(config)
+    axis_map = parent_config.axis_map
     complete = axis_map.complete(widths)
     inputs: QuantisedInputs | None = getattr(parent, INPUTS, None)
     if inputs is not None:
@@ -58,10 +59,41 @@ def build_submodel(
             submodel.get_submodule(owner)._buffers[own] = buffer.to(parent.device)
     left = [name for name, value in submodel.named_parameters() if value.is_meta]
     assert not left, (left, missing)
+    for name in axis_map.constants:
+        owner, _, own = name.rpartition(".")
+        submodel.get_submodule(owner)._buffers[own] = parent.get_buffer(name)
+    _save_as_stored(submodel, axis_map, complete, parent_config.architecture.copies)
     submodel.generation_config = parent.generation_config
     if inputs is not None:
         inputs.at(axis_map, complete).install(submodel, axis_map.at(complete))
     return submodel.eval()
+
+
+def _save_as_stored(
+    submodel: PreTrainedModel, axis_map: AxisMap, widths: Widths, copies: Mapping[str, str]
+) -> None:
+    """Lets the state dict of a submodel hold what a checkpoint of its config does: a width that the
+    model makes a number of is its own there, while in memory it has its parent's number."""
+    names = axis_map.names_at(widths)
+    specs = {names[n]: axis_map.tensors[n] for n in names if axis_map.tensors[n].follows}
+    if not specs or widths == axis_map.full:
+        return
+
+    tied = {n: other for n, other in copies.items() if n not in names.values() and other in specs}
+
+    def stored(_module, state, *_) -> None:
+        for name, spec in specs.items():
+            state[name] = follow(state[name], spec, axis_map, widths)
+        for name, other in tied.items():
+            state[name] = state[other]
+
+    def loaded(_module, state, *_) -> None:
+        for name, spec in specs.items():
+            if name in state:
+                state[name] = follow(state[name], spec, axis_map, widths, back=True)
+
+    submodel.register_state_dict_post_hook(stored)
+    submodel.register_load_state_dict_pre_hook(loaded)
 
 
 def sort_in_place(

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 
 import torch
 
-from star_elastic.axes import AxisMap, TensorSpec
+from star_elastic.axes import RMS_PLUS_ONE, AxisMap, NormSpec, TensorSpec
 from star_elastic.errors import ShapeError
 
 HIDDEN = "hidden"
@@ -24,8 +24,11 @@ def check_rotatable(axis_map: AxisMap) -> None:
     """Raises ShapeError if a norm's weights cannot be folded into what reads the norm."""
     for norm in axis_map.norms:
         if norm.axis == HIDDEN and not norm.reader:
+            where = "a tied embedding"
+            if norm.writes:
+                where = "what reads them: they stand behind a block, in the stream's own channels"
             raise ShapeError(
-                f"the weights of {norm.path} cannot be folded into a tied embedding, so this "
+                f"the weights of {norm.path} cannot be folded into {where}, so this "
                 f"{axis_map.model_type} model keeps its own channels; use calibration.basis = "
                 '"channels"'
             )
@@ -66,16 +69,23 @@ def rotate_state(
     folded: dict[str, torch.Tensor] = {}
     norms = [norm for norm in axis_map.norms if norm.axis == HIDDEN]
     for norm in norms:
-        folded |= {s.name: state[f"{norm.path}.weight"] for s in readers(axis_map, norm.reader)}
+        weight = state[f"{norm.path}.weight"].double() + _one(norm)
+        folded |= {spec.name: weight for spec in readers(axis_map, norm.reader)}
     rotated = {}
     for name, spec in axis_map.tensors.items():
         value = state[name].double()
         if name in folded:
-            value = value * folded[name].double()
+            value = value * folded[name]
         for dim in range(len(spec.dims)):
             if spec.axis_of(dim) == HIDDEN:
                 value = (value.movedim(dim, -1) @ basis.to(value.device)).movedim(-1, dim)
         rotated[name] = value.to(state[name].dtype).contiguous()
     for norm in norms:
-        rotated[f"{norm.path}.weight"] = torch.ones_like(state[f"{norm.path}.weight"])
+        own = state[f"{norm.path}.weight"]
+        rotated[f"{norm.path}.weight"] = torch.full_like(own, 1 - _one(norm))
     return rotated
+
+
+def _one(norm: NormSpec) -> int:
+    """What a norm adds to its weights."""
+    return int(norm.kind == RMS_PLUS_ONE)

@@ -10,7 +10,7 @@ from collections.abc import Collection, Mapping
 
 import torch
 
-from star_elastic.axes import AxisMap, Dim, axis_keys, order_key
+from star_elastic.axes import AxisMap, Dim, TensorSpec, axis_keys, order_key
 from star_elastic.axes.dims import runs
 from star_elastic.axes.widths import Widths
 from star_elastic.errors import ShapeError
@@ -32,6 +32,24 @@ def slice_tensor(tensor: torch.Tensor, dims: tuple[Dim, ...], widths: Mapping) -
         if len(ranges) > 1:
             tensor = torch.cat([tensor.narrow(dim, lo, hi - lo) for lo, hi in ranges], dim)
     return tensor
+
+
+def follow(
+    tensor: torch.Tensor,
+    spec: TensorSpec,
+    axis_map: AxisMap,
+    widths: Mapping,
+    *,
+    back: bool = False,
+) -> torch.Tensor:
+    """A sliced tensor as a checkpoint of `widths` stores it (`TensorSpec.follows`), or `back` from
+    there; as it is where it follows nothing."""
+    own = spec.follows
+    if own is None or widths[own.axis] == axis_map.axes[own.axis].size:
+        return tensor
+    factor = own.factor(widths[own.axis], axis_map.axes[own.axis].size)
+    factor = 1 / factor if back else factor
+    return ((tensor.double() + own.offset) * factor - own.offset).to(tensor.dtype)
 
 
 def slice_state(

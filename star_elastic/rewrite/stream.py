@@ -41,6 +41,7 @@ from star_elastic.nesting.slice import (
     Orders,
     check_orders,
     dim_order,
+    follow,
     orders_of,
     slice_tensor,
     sort_tensor,
@@ -157,7 +158,7 @@ def slice_checkpoint(
         if spec.name in scales:
             return lambda _: scales[spec.name]
         dims, here = spec.on_disk(piece).dims, axis_map.seen_by(spec.layer, complete)
-        return lambda tensor: slice_tensor(tensor, dims, here)
+        return lambda tensor: follow(slice_tensor(tensor, dims, here), spec, axis_map, here)
 
     names = axis_map.names_at(complete)
     jobs = list(_jobs(source, smaller, names, kept, convert))

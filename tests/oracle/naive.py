@@ -136,6 +136,26 @@ def qwen3_moe_keeps(name: str, c: Mapping[str, Any], w: Mapping[str, int]) -> li
     return by_suffix[longest_suffix(name, by_suffix)]
 
 
+Stores = Callable[[str, torch.Tensor, Mapping[str, Any], Mapping[str, int]], torch.Tensor]
+"""A kept tensor as a slice stores it, by its name, the parent's config and widths."""
+
+
+def as_it_is(name: str, tensor: torch.Tensor, *_: object) -> torch.Tensor:
+    """A slice stores what it keeps."""
+    return tensor
+
+
+def gemma3_text_stores(
+    name: str, tensor: torch.Tensor, c: Mapping[str, Any], w: Mapping[str, int]
+) -> torch.Tensor:
+    """Embeddings for a model that multiplies them by a smaller root; what the tied head reads then
+    is made that much smaller, by a norm that multiplies with 1 + weight."""
+    more = (c["hidden_size"] / w["hidden"]) ** 0.5
+    if name.endswith(("embed_tokens.weight", "lm_head.weight")):
+        return tensor * more
+    return (1 + tensor) / more - 1 if name == "model.norm.weight" else tensor
+
+
 def longest_suffix(name: str, suffixes: Mapping[str, object]) -> str:
     """The longest of the suffixes that a name ends with."""
     return max((s for s in suffixes if name.endswith(s)), key=len)
