@@ -7,6 +7,7 @@ as the parent, plus this file: the axes with their choices and the named sizes w
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import Any
 from star_elastic.axes import AxisMap
 from star_elastic.axes.widths import Widths
 from star_elastic.checkpoints.companions import MANIFEST
-from star_elastic.cost.count import METRICS, CostModel
+from star_elastic.cost.count import METRICS, Cost, CostModel
 from star_elastic.errors import CheckpointError, ConfigError, ShapeError, library_boundary
 from star_elastic.files.paths import has_file, is_file
 from star_elastic.files.writing import read_json, write_json
@@ -24,7 +25,8 @@ from star_elastic.strict import read_value, require
 FORMAT_VERSION = 1
 COUNTED = ("total", "active")
 """Costs that follow from the widths alone."""
-
+LONGEST_NAME = 64
+"""Characters of a size's name, which names files."""
 
 SIZE_TYPES = {
     "widths": Mapping[str, Any], "argmax": Mapping[str, Any], "budgets": Mapping[str, float],
@@ -49,8 +51,8 @@ class Size:
     router) and `repair` the steps on the grid that led from there onto the budget (negative:
     narrower; one number for every layer on an axis where each decides for itself);
     `data_free_steps` is their number if more than one per place was needed, else 0. `widths_from`:
-    the `data`, the `budget` (the router had not learned what to cut) or the `config`; empty if it
-    is not known.
+    the `data`, the `budget` (the router had not learned what to cut), the `config`, or `adopt`
+    (whoever adopted the checkpoint); empty if it is not known.
     """
 
     widths: Widths
@@ -192,6 +194,28 @@ def _check_sizes(sizes: Mapping[str, Size], cost: CostModel) -> None:
                     f"says {told:,.0f}"
                 )
     require_order({name: size.budgets for name, size in sizes.items()})
+
+
+def require_size_name(name: str) -> None:
+    """Raises ConfigError for a name that no size may be given: it names files, and stands between
+    colons and commas in plans."""
+    require(
+        len(name) <= LONGEST_NAME and re.fullmatch(r"[A-Za-z0-9][\w.=-]*", name) is not None,
+        f"sizes has the name {name[: LONGEST_NAME + 1]!r}; use letters, digits, '.', '_', '=' and "
+        f"'-', at most {LONGEST_NAME}, and begin with a letter or a digit",
+    )
+
+
+def recorded(cost: Cost) -> dict[str, float]:
+    """What `elastic.json` tells of the cost of a size."""
+    return {
+        "total": cost.total,
+        "active": cost.active,
+        "weight_bytes": cost.weight_bytes,
+        "state_bytes": cost.state_bytes,
+        "flops_per_token": cost.flops_per_token,
+        **({} if cost.ms is None else {"ms": round(cost.ms, 6)}),
+    }
 
 
 def require_order(budgets: Mapping[str, Mapping[str, float]]) -> None:

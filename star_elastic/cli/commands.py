@@ -12,6 +12,7 @@ from typing import Any
 import typer
 from typer.core import TyperCommand
 
+from star_elastic.cli.adopt import adopt
 from star_elastic.cli.check import check
 from star_elastic.cli.config import config_reference
 from star_elastic.cli.count import count
@@ -53,7 +54,7 @@ app = typer.Typer(
 for name, command in {
     "demo": demo, "count": count, "rank": rank, "latency": latency, "train": train,
     "config": config_reference, "sizes": sizes, "slice": slice_size, "quantize": quantize,
-    "check": check, "generate": generate, "eval": evaluate, "report": report,
+    "adopt": adopt, "check": check, "generate": generate, "eval": evaluate, "report": report,
 }.items():  # fmt: skip
     app.command(name, cls=Command)(command)
 program = typer.main.get_command(app)

@@ -40,8 +40,8 @@ class Commitment:
     `argmax` is the trained router's own choice (None: there was no router) and `repair` how far
     each axis moved from there, in steps on the grid (negative: narrower; one number for every layer
     where each decides for itself). `data_free_steps` is the number of these steps if one or none
-    per place would not have done, else 0. `widths_from`: what decided, the `data`, the `budget`
-    or the `config`.
+    per place would not have done, else 0. `widths_from`: what decided, the `data`, the `budget`,
+    the `config`, or who adopted the family (`adopt`).
     """
 
     widths: Widths

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -98,6 +98,33 @@ def default_choices(axis_map: AxisMap) -> dict[str, tuple[int, ...]]:
         if len(widths) > 1:
             grid[name] = tuple(widths)
     return grid
+
+
+def grid_holding(sizes: Iterable[Widths], axis_map: AxisMap) -> Grid:
+    """The grid of the widths that some sizes and the parent have: on every axis that a size cuts,
+    with one width for all layers.
+
+    Left whole, although sizes cut them, are axes whose widths do not go together in every
+    combination (hidden channels and heads of llama), and layers that no ranking leaves.
+    """
+    sizes = list(sizes)
+    choices: dict[str, tuple[int, ...]] = {}
+    for name, axis in axis_map.axes.items():
+        found = {axis.size, *(int(own[name]) for own in sizes)} if name != LAYERS else ()
+        if len(found) > 1:
+            choices[name] = tuple(sorted(found, reverse=True))
+    for pair in axis_map.multiples:
+        first, second = (choices.get(name, (axis_map.axes[name].size,)) for name in pair)
+        if any(a % b for a in first for b in second):
+            for name in pair:
+                choices.pop(name, None)
+    layers = axis_map.axes[LAYERS].layers
+    kept = [set(axis_map.kept_layers(own)) for own in sizes]
+    depth = sorted(layers, key=lambda layer: -sum(layer in own for own in kept))
+    counts = sorted({len(layers), *map(len, kept)}, reverse=True)
+    if len(counts) == 1 or any(own != set(depth[: len(own)]) for own in kept):
+        return make_grid(choices, axis_map)
+    return make_grid({**choices, LAYERS: tuple(counts)}, axis_map, depth=depth)
 
 
 def check_choices(choices: Mapping[str, tuple[int, ...]], axis_map: AxisMap) -> None:

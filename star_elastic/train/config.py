@@ -8,7 +8,6 @@ is made from that (`reference.py`).
 from __future__ import annotations
 
 import os
-import re
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -17,6 +16,7 @@ from typing import Literal
 
 from star_elastic.architectures.config_file import is_hub_name, not_a_directory
 from star_elastic.bundled import find_model
+from star_elastic.checkpoints.manifest import require_size_name
 from star_elastic.cost.amounts import parse_budget
 from star_elastic.cost.count import METRICS, Workload
 from star_elastic.data.source_config import SourceConfig
@@ -40,8 +40,6 @@ MOST_THREADS = 2**10
 """Of a process."""
 MOST_BYTES = 16
 """Of a number."""
-LONGEST_NAME = 64
-"""Characters of a size's name, which names files."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -253,12 +251,7 @@ class RunConfig:
         require(bool(self.data), "data is empty; add [[data]] with files")
         require(bool(self.stages), "stages is empty; add [[stages]] with tokens")
         for name, budgets in self.sizes.items():
-            require(
-                len(name) <= LONGEST_NAME
-                and re.fullmatch(r"[A-Za-z0-9][\w.=-]*", name) is not None,
-                f"sizes has the name {name[: LONGEST_NAME + 1]!r}; use letters, digits, '.', '_', "
-                f"'=' and '-', at most {LONGEST_NAME}, and begin with a letter or a digit",
-            )
+            require_size_name(name)
             require(bool(budgets), f"sizes.{name} has no budget; add for example active = 0.5")
             for metric, amount in budgets.items():
                 require(

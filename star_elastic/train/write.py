@@ -10,7 +10,7 @@ import star_elastic
 from star_elastic.bundled import name_of
 from star_elastic.checkpoints.companions import LATENCY
 from star_elastic.checkpoints.elastic import ElasticCheckpoint, write_family_files
-from star_elastic.checkpoints.manifest import Manifest, Size
+from star_elastic.checkpoints.manifest import Manifest, Size, recorded
 from star_elastic.files.paths import has_file
 from star_elastic.progress import Progress, staged
 from star_elastic.rewrite.family import quantise_family
@@ -82,14 +82,8 @@ def _manifest(inputs: RunInputs, trainer: Trainer) -> Manifest:
     config, spec = inputs.config, inputs.spec
 
     def costs(fixed: Commitment) -> dict[str, float]:
-        counted = trainer.cost.count(fixed.widths)
         return {
-            "total": counted.total,
-            "active": counted.active,
-            "weight_bytes": counted.weight_bytes,
-            "state_bytes": counted.state_bytes,
-            "flops_per_token": counted.flops_per_token,
-            **({} if counted.ms is None else {"ms": round(counted.ms, 6)}),
+            **recorded(trainer.cost.count(fixed.widths)),
             "budget_miss": round(fixed.miss, 6),
             **({} if fixed.possible is None else {"least_miss": round(fixed.possible, 6)}),
         }
