@@ -279,6 +279,7 @@ def test_widths_that_say_nothing_or_two_things(widths, said):
     [
         ["slice", "--size", "small"], ["rank", "--data", "rows.jsonl"], ["latency"],
         ["latency", "--sizes"], ["quantize", "--format", "fp8", "--data", "rows.jsonl"], ["eval"],
+        ["adopt", "--size", "small:hidden=8"],
     ],
 )  # fmt: skip
 def test_a_place_that_takes_nothing_is_told_before_the_work(arguments, tmp_path):

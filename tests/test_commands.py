@@ -385,7 +385,32 @@ def test_slice(trained, tmp_path, told, printed):
         assert share == pytest.approx(0.8, rel=0.02), asked
 
 
-# quantize, check
+# adopt, quantize, check
+
+
+@hears("adopt", "model", "size", "out", "full", "data", "as_json")
+def test_adopt(blocks, run_folder, tmp_path, told, printed):
+    parent, sizes = run_folder / "parent", ["--size", "b:hidden=32", "--size", "a:expert_ffn=16"]
+    result = told("adopt", parent, *sizes, "--out", tmp_path / "told")
+    costs = told("sizes", tmp_path / "told")
+    assert result == {**costs, "out": str(tmp_path / "told"), "verdict": None}
+    full = told("count", parent)
+    assert list(costs["sizes"]) == ["full", "a", "b"]
+    for name, own in (("a", "expert_ffn=16"), ("b", "hidden=32")):
+        counted = told("count", parent, "--widths", own)
+        assert costs["sizes"][name]["active"] == counted["active"] < full["active"]
+        assert costs["sizes"][name]["widths"] == counted["widths"]
+    options = ["--full", "whole", "--data", run_folder / "rows.jsonl"]
+    text = printed("adopt", parent, *sizes, *options, "--out", tmp_path / "shown")
+    for name in ("whole", "a", "b"):
+        size = costs["sizes"][name if name != "whole" else "full"]
+        line = next(line for line in text.splitlines() if line.split()[:1] == [name])
+        assert f"{size['active']:,} ({size['active'] / full['active']:.1%})" in line
+        assert line.split()[-1] == "adopt"
+    verdict = json.loads((tmp_path / "shown" / "verdict.json").read_text())
+    for name, size in verdict["sizes"].items():
+        assert re.search(rf"^ *{name} +{size['kl']:.4f} ", text, re.M), name
+    assert f"{verdict['held_out_rows']} held-out rows" in text
 
 
 @hears(
@@ -685,8 +710,9 @@ def test_demo(tmp_path, told, printed, monkeypatch):
 @hears("quantize", "device")
 @hears("generate", "device")
 @hears("eval", "device")
+@hears("adopt", "device")
 @pytest.mark.parametrize(
-    "command", ["rank", "latency", "latency sizes", "quantize", "generate", "eval"]
+    "command", ["rank", "latency", "latency sizes", "quantize", "generate", "eval", "adopt"]
 )
 def test_a_device_that_is_not_here_is_refused(command, writer, run_folder, tmp_path, capsys):
     """Which shows that the one that is named is the one that is asked for."""
@@ -698,6 +724,7 @@ def test_a_device_that_is_not_here_is_refused(command, writer, run_folder, tmp_p
         "quantize": [writer, "--format", "fp8", "--data", rows, "--out", out],
         "generate": [writer, "1+1"],
         "eval": [writer, "--out", out],
+        "adopt": [run_folder / "parent", "--size", "a:hidden=32", "--data", rows, "--out", out],
     }[name]
     with pytest.raises(SystemExit) as ended:
         main([name, *map(str, arguments), "--device", "cuda:99"])

@@ -189,6 +189,7 @@ def commands(parent: Path, elastic: Path, tmp_path: Path) -> dict[str, tuple]:
     return {
         "rank": ("rank", parent, "--data", rows, "--out", tmp_path / "scores.safetensors"),
         "train": ("train", tmp_path / "run.toml"),
+        "adopt": ("adopt", parent, "--size", "small:ffn=16", "--out", out),
         "slice": ("slice", elastic, "--size", "small", "--out", out),
         "quantize": ("quantize", elastic, "--format", "fp8-channel", "--out", out),
         "generate": ("generate", elastic, "1+2"),

@@ -45,8 +45,8 @@ def adopt(
 ) -> None:
     """Makes a family of a checkpoint that was trained elastic elsewhere: no training, no sorting.
 
-    The weights stay as they are, byte for byte. A budget between the sizes (slice --budget) takes
-    a router, which only training makes.
+    Every tensor stays as it is. A budget between the sizes (slice --budget) takes a router, which
+    only training makes.
     """
     asked = parse_sizes(size)
     require_writable(out)

@@ -22,6 +22,7 @@ from star_elastic.checkpoints.written_config import require_readable
 from star_elastic.cost.count import CostModel
 from star_elastic.errors import ConfigError, ShapeError
 from star_elastic.files.writing import require_writable
+from star_elastic.models.load import require_checkpoint
 from star_elastic.models.skeleton import build_skeleton
 from star_elastic.progress import Progress, Silent, staged
 from star_elastic.rewrite.stream import slice_checkpoint
@@ -53,9 +54,9 @@ def adopt_checkpoint(
             f"{path} is a family already; cut widths of your own from it with star-elastic slice "
             "--widths, or adopt a copy of it without its elastic.json"
         )
-    config = read_config(path)
-    build_skeleton(config, file=path / "config.json")
+    require_checkpoint(path)
     require_readable(path)
+    config = read_config(path)
     for name in (full, *sizes):
         require_size_name(name)
     if full in sizes:

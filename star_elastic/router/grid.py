@@ -110,8 +110,8 @@ def grid_holding(sizes: Iterable[Widths], axis_map: AxisMap) -> Grid:
     sizes = list(sizes)
     choices: dict[str, tuple[int, ...]] = {}
     for name, axis in axis_map.axes.items():
-        found = {axis.size, *(int(own[name]) for own in sizes)} if name != LAYERS else ()
-        if len(found) > 1:
+        found = {axis.size} | {width for own in sizes if isinstance(width := own[name], int)}
+        if len(found) > 1 and name != LAYERS:
             choices[name] = tuple(sorted(found, reverse=True))
     for pair in axis_map.multiples:
         first, second = (choices.get(name, (axis_map.axes[name].size,)) for name in pair)
