@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import math
 import tempfile
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -14,12 +14,11 @@ from hypothesis import strategies as st
 from star_elastic.architectures import architecture_of
 from star_elastic.axes import AxisMap
 from star_elastic.axes.widths import Widths
-from star_elastic.checkpoints.tensors import CheckpointReader
 from star_elastic.cost.count import METRICS as ALL_METRICS
 from star_elastic.cost.count import CostModel, Workload, count_parts
 from star_elastic.errors import BudgetError
+from star_elastic.models.load import load_parent
 from star_elastic.models.skeleton import build_skeleton
-from star_elastic.models.submodel import build_submodel
 from star_elastic.rewrite.stream import save_model, slice_checkpoint
 from tests.architectures import ROWS, configs, fixed_config
 from tests.laws.parents import examples, legal_widths, parents, some_widths
@@ -78,42 +77,66 @@ def test_counted_is_built(kind, data):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bfloat16", "float32"])
 @given(data=st.data())
 @examples(6)
-def test_counted_bytes_are_stored_bytes(kind, dtype, data):
+def test_counted_bytes_are_those_of_the_loaded_model(kind, dtype, data):
+    """Every slice as it is loaded from disk, and its cache when a batch has been read up to the
+    context: parameters by dtype, buffers that no file holds, and every kind of state."""
     parent = data.draw(parents(kind, torch.float32))
-    widths = data.draw(some_widths(parent.axis_map))
+    widths = parent.axis_map.complete(data.draw(some_widths(parent.axis_map)))
+    batch, context = parent.ids.shape
+    load = Workload(context=context, batch=batch, dtype_bytes=dtype.itemsize)
+    memory = CostModel(parent.axis_map, load).memory(widths)
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         save_model(parent.state, parent.config, root, root / "parent", dtype=dtype)
         slice_checkpoint(root / "parent", widths, root / "slice")
-        reader = CheckpointReader(root / "slice")
-        stored = sum(
-            math.prod(reader.shape(name)) * reader.dtype(name).itemsize for name in reader.names
-        )
-    load = Workload(dtype_bytes=dtype.itemsize)
-    complete = parent.axis_map.complete(widths)
-    assert CostModel(parent.axis_map, load).count(complete).weight_bytes == stored
+        model, _ = load_parent(root / "slice", dtype)
+        held: Counter = Counter()
+        for name, parameter in model.named_parameters():
+            kept = name.endswith("gate.weight")  # routers
+            held["fp32" if kept else "own"] += parameter.nbytes
+        buffers = sum(buffer.nbytes for buffer in model.buffers())
+        assert (memory.weights, memory.fp32_weights) == (held["own"], held["fp32"])
+        assert memory.buffers == buffers
+        # As a program reads a long prompt: most at once, the rest token by token.
+        first, *rest = parent.ids.split([context - 2, 1, 1], dim=1)
+        with torch.no_grad():
+            cache = model(input_ids=first, use_cache=True).cache
+            for ids in rest:
+                cache = model(input_ids=ids, cache=cache, use_cache=True).cache
+        assert memory.state_bytes == cache_bytes(cache)
+    cost = CostModel(parent.axis_map, load).count(widths)
+    assert (memory.weight_bytes, memory.state_bytes) == (cost.weight_bytes, cost.state_bytes)
+    assert memory.total == cost.bytes
 
 
-@pytest.mark.parametrize("kind", ROWS)
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bfloat16", "float32"])
-@given(data=st.data())
-@examples(6)
-def test_counted_state_is_the_cache_after_a_prefill(kind, dtype, data):
-    parent = data.draw(parents(kind, torch.float32))
-    widths = parent.axis_map.complete(data.draw(some_widths(parent.axis_map)))
-    submodel = build_submodel(parent.model, parent.config, widths).to(dtype)
-    with torch.no_grad():
-        cache = submodel(input_ids=parent.ids, use_cache=True).cache
-    held = 0
+def cache_bytes(cache) -> int:
+    """Bytes of every tensor of numbers that a cache holds, whatever it calls them."""
+    seen: dict[int, torch.Tensor] = {}
+
+    def walk(value) -> None:
+        if isinstance(value, torch.Tensor) and value.is_floating_point():
+            seen[id(value)] = value
+        elif isinstance(value, (dict, list, tuple)):
+            for inner in value.values() if isinstance(value, dict) else value:
+                walk(inner)
+
     for layer in cache.layers:
-        tensors = [getattr(layer, name, None) for name in ("keys", "values")]
-        for name in ("conv_states", "recurrent_states"):
-            states = getattr(layer, name, None) or {}
-            tensors.extend(states.values() if isinstance(states, dict) else states)
-        held += sum(t.numel() * t.itemsize for t in tensors if isinstance(t, torch.Tensor))
-    batch, context = parent.ids.shape
-    load = Workload(context=context, batch=batch, dtype_bytes=dtype.itemsize)
-    assert CostModel(parent.axis_map, load).count(widths).state_bytes == held
+        walk(vars(layer))
+    return sum(value.nbytes for value in seen.values())
+
+
+@pytest.mark.parametrize("scaling", ["default", "linear", "dynamic", "yarn", "llama3"])
+def test_rotary_frequencies_are_counted(scaling):
+    more = {"linear": {"factor": 2.0}, "dynamic": {"factor": 2.0}, "yarn": {"factor": 2.0},
+            "llama3": {"factor": 2.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+                       "original_max_position_embeddings": 64}}  # fmt: skip
+    rope = {"rope_type": scaling, "rope_theta": 1e4, **more.get(scaling, {})}
+    for kind in ("llama", "qwen3"):
+        config = {**fixed_config(kind), "rope_parameters": rope, "max_position_embeddings": 128}
+        model = build_skeleton(config)
+        held = sum(buffer.nbytes for buffer in model.buffers())
+        axis_map = table(config)
+        assert CostModel(axis_map).memory(axis_map.full).buffers == held > 0
 
 
 @pytest.mark.parametrize("kind", ROWS)
@@ -216,8 +239,9 @@ def test_nemotron_3_nano_30b():
     assert (cost.total, cost.active) == (31_577_937_344, 3_580_073_408)
     model = build_skeleton(NANO_30B)
     assert sum(parameter.numel() for parameter in model.parameters()) == cost.total
-    # Two bytes a parameter, and the fp32 correction bias of 128 experts in 23 layers.
-    assert cost.weight_bytes == 2 * 31_577_937_344 + 4 * 128 * 23
+    # Two bytes a parameter, two more for the routers of 23 layers, which stay in fp32, as does the
+    # correction bias of their 128 experts.
+    assert cost.weight_bytes == 2 * 31_577_937_344 + 23 * 128 * (2 * 2688 + 4)
 
 
 def test_formulas_by_hand():

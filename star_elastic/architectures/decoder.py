@@ -26,6 +26,7 @@ from star_elastic.axes import (
     Axis,
     AxisMap,
     Block,
+    ConstantSpec,
     Follow,
     Widths,
     along,
@@ -45,8 +46,9 @@ class Decoder:
     """What the model of one config is composed of.
 
     `layers` are the parts of every layer. `final_norm` is read by the head. With `tied` embeddings
-    there is no head of its own. `embed_scale` is the buffer that multiplies the embeddings by the
-    square root of the width, if the model does.
+    there is no head of its own. `rotary` are the channels of a head that each of the model's rotary
+    embeddings turns. `embed_scale` is the buffer that multiplies the embeddings by the square root
+    of the width, if the model does.
     """
 
     hidden: int
@@ -54,6 +56,7 @@ class Decoder:
     layers: tuple[tuple[Part, ...], ...]
     final_norm: Norm
     tied: bool = False
+    rotary: tuple[int, ...] = ()
     embeddings: str = "model.embed_tokens"
     head: str = "lm_head"
     embed_scale: str = ""
@@ -108,18 +111,20 @@ class Architecture(ABC):
             follows=follows,
         )  # fmt: skip
         head = () if decoder.tied else (tensor("head", f"{decoder.head}.weight", vocab, hidden),)
+        # transformers keeps one frequency for two channels, and what it was before any scaling.
+        turned = (ConstantSpec("rotary", 2 * -(-channels // 2)) for channels in decoder.rotary)
         blocks = {parts: Block.sum(part.rows(hidden) for part in parts) for parts in decoder.layers}
         path = "model.layers"
         axis_map = AxisMap(
             model_type=self.model_type,
             axes=_axes(decoder),
-            before=self._on_disk(Block(tensors=(lookup,))),
+            before=self._on_disk(Block(tensors=(lookup,), constants=tuple(turned))),
             blocks=tuple(blocks[parts] for parts in decoder.layers),
             after=self._on_disk(decoder.final_norm.rows(hidden) + Block(tensors=head)),
             path=path,
             disk_path=self._disk_name(path),
             multiples=self.multiples,
-            constants=(decoder.embed_scale,) if decoder.embed_scale else (),
+            width_buffers=(decoder.embed_scale,) if decoder.embed_scale else (),
         )
         return require_size(axis_map)
 

@@ -59,6 +59,10 @@ class Gemma3Text(PreNorm):
         get_int(config, "num_key_value_heads", 4)
         return super().kv_heads(config)
 
+    def rotary(self, config: Config) -> tuple[int, ...]:
+        """See `PreNorm.rotary`: layers with windows turn otherwise."""
+        return (self.head_dim(config),) * len({bool(own) for own in self.windows(config)})
+
     def norms(self, eps: float) -> tuple[Norm, ...]:
         """See `PreNorm.norms`."""
         kind = self.norm_kind

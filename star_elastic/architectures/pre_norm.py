@@ -98,6 +98,10 @@ class PreNorm(Architecture):
             head_norms=self.head_norms, window=window,
         )  # fmt: skip
 
+    def rotary(self, config: Config) -> tuple[int, ...]:
+        """See `Decoder`. Raises ConfigError."""
+        return (self.head_dim(config),)
+
     def norms(self, eps: float) -> tuple[Norm, ...]:
         """The norms of the residual stream in a layer."""
         kind = self.norm_kind
@@ -133,6 +137,7 @@ class PreNorm(Architecture):
                 stored=stored,
             ),
             tied=tied,
+            rotary=self.rotary(config),
             embed_scale=self.embed_scale,
         )  # fmt: skip
 

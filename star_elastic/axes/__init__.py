@@ -11,6 +11,7 @@ from star_elastic.axes.table import (
     SIGMOID_GROUPS,
     SOFTMAX,
     Block,
+    ConstantSpec,
     Follow,
     Laid,
     Mixer,
@@ -26,7 +27,7 @@ from star_elastic.axes.widths import LAYERS, Width, Widths
 
 __all__ = [
     "GATED_GROUPS", "LAYERS", "MAMBA2", "RMS", "RMS_FP32", "RMS_PLUS_ONE", "SIGMOID_GROUPS",
-    "SOFTMAX", "TOP_K", "Axis", "AxisMap", "Block", "Dim", "Follow", "Laid", "Mixer", "MoeSpec",
-    "NormSpec", "Piece", "Probe", "Segment", "StateSpec", "TensorSpec", "Width", "Widths",
-    "WorkSpec", "along", "axis_keys", "fixed", "order_key", "size_of",
+    "SOFTMAX", "TOP_K", "Axis", "AxisMap", "Block", "ConstantSpec", "Dim", "Follow", "Laid",
+    "Mixer", "MoeSpec", "NormSpec", "Piece", "Probe", "Segment", "StateSpec", "TensorSpec",
+    "Width", "Widths", "WorkSpec", "along", "axis_keys", "fixed", "order_key", "size_of",
 ]  # fmt: skip

@@ -17,6 +17,7 @@ from typing import Any
 from star_elastic.axes.dims import runs
 from star_elastic.axes.table import (
     Block,
+    ConstantSpec,
     Laid,
     Mixer,
     MoeSpec,
@@ -62,9 +63,9 @@ class AxisMap:
     `before`, `blocks` and `after` are what the model is made of. `path` is where the list of layers
     stands in the model in memory, `disk_path` where it stands on disk. `multiples` lists pairs of
     axes of which the first must be a multiple of the second, where a model's config class insists
-    on it. `constants` are buffers that no checkpoint holds, but that follow a width: in memory all
-    sizes have the parent's. The rows of the whole model, with its full names, are `tensors`,
-    `states`, `norms`, `probes`, `work`, `moe_layers` and `mixers`.
+    on it. `width_buffers` are buffers that no checkpoint holds, but that follow a width: in memory
+    all sizes have the parent's. The rows of the whole model, with its full names, are `tensors`,
+    `states`, `norms`, `probes`, `work`, `moe_layers`, `mixers` and `constants`.
     """
 
     model_type: str
@@ -75,7 +76,7 @@ class AxisMap:
     path: str = "model.layers"
     disk_path: str = "model.layers"
     multiples: tuple[tuple[str, str], ...] = ()
-    constants: tuple[str, ...] = ()
+    width_buffers: tuple[str, ...] = ()
 
     @cached_property
     def _whole(self) -> Block:
@@ -121,6 +122,11 @@ class AxisMap:
     def mixers(self) -> tuple[Mixer, ...]:
         """The mixers that need an adapter in training."""
         return self._whole.mixers
+
+    @property
+    def constants(self) -> tuple[ConstantSpec, ...]:
+        """The buffers that no checkpoint holds."""
+        return self._whole.constants
 
     @property
     def outside(self) -> Block:

@@ -153,6 +153,15 @@ class StateSpec:
 
 
 @dataclass(frozen=True, slots=True)
+class ConstantSpec:
+    """A buffer of the model in memory that no checkpoint holds, because it follows from the config
+    (rotary frequencies): `size` elements in fp32, whatever the widths and the model's dtype."""
+
+    name: str
+    size: int
+
+
+@dataclass(frozen=True, slots=True)
 class WorkSpec:
     """Arithmetic per token that is not a product with a parameter.
 
@@ -272,6 +281,7 @@ class Block:
     work: tuple[WorkSpec, ...] = ()
     moe: tuple[MoeSpec, ...] = ()
     mixers: tuple[Mixer, ...] = ()
+    constants: tuple[ConstantSpec, ...] = ()
 
     @staticmethod
     def sum(parts: Iterable[Block]) -> Block:
@@ -320,6 +330,7 @@ class Block:
             work=named(self.work),
             moe=named(self.moe, "router_path", "experts_path"),
             mixers=named(self.mixers, "path"),
+            constants=self.constants,
         )
 
 

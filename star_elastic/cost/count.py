@@ -18,6 +18,8 @@ from star_elastic.axes import LAYERS, TOP_K, AxisMap, Dim, TensorSpec
 from star_elastic.errors import BudgetError
 
 METRICS = ("active", "total", "bytes", "flops", "ms")
+FP32_BYTES = 4
+_STATE = "state of "
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,14 +37,50 @@ class Workload:
     """Bytes per element of the SSM state: transformers keeps it in fp32, engines may be told to use
     2."""
 
+    @property
+    def fp32_bytes(self) -> int:
+        """Bytes per element of what is fp32 in a model of any smaller dtype."""
+        return max(FP32_BYTES, self.dtype_bytes)
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """Bytes that a loaded model holds while it decodes, as transformers loads it and caches.
+
+    `weights` are the parameters in the model's own dtype, `fp32_weights` those that stay in fp32
+    (routers), `buffers` what is no parameter (correction biases of routers, rotary frequencies),
+    `states` the caches of all sequences by kind (`key_value`, `ssm`, `conv`). Not in here: the
+    activations of a step, what an allocator reserves beyond tensors, and a GPU's own context.
+    """
+
+    weights: float
+    fp32_weights: float
+    buffers: float
+    states: Mapping[str, float]
+
+    @property
+    def weight_bytes(self) -> float:
+        """All but the states."""
+        return self.weights + self.fp32_weights + self.buffers
+
+    @property
+    def state_bytes(self) -> float:
+        """The states of every kind."""
+        return sum(self.states.values())
+
+    @property
+    def total(self) -> float:
+        """All of it."""
+        return self.weight_bytes + self.state_bytes
+
 
 @dataclass(frozen=True, slots=True)
 class Cost:
     """Counts of one submodel. `active` and `total` are parameters including both embeddings; `ms`
     milliseconds per token, if they were measured.
 
-    `flops_per_token` are the operations of a decoded token, `head_flops` those among them that make
-    its logits.
+    `weight_bytes` and `state_bytes` are those of a model in memory (`Memory`). `flops_per_token`
+    are the operations of a decoded token, `head_flops` those among them that make its logits.
     """
 
     total: float
@@ -113,9 +151,12 @@ class CostModel:
 
         for spec in self.axis_map.tensors.values():
             add(_kind(spec), spec.dims, spec.layer)
+            if spec.keep_fp32 and not spec.is_buffer:
+                add("fp32", spec.dims, spec.layer)
         for state in self.axis_map.states:
             num_bytes = load.ssm_dtype_bytes if state.own_dtype else load.dtype_bytes
-            add("state", state.dims, state.layer, num_bytes * state.copies(load.context))
+            num_bytes *= state.copies(load.context) * load.batch
+            add(_STATE + state.name, state.dims, state.layer, num_bytes)
         for work in self.axis_map.work:
             add("work", work.dims, work.layer, work.flops * work.times(load.context))
         return [_Row(*key, count=count) for key, count in rows.items()]
@@ -127,6 +168,41 @@ class CostModel:
 
     def count(self, widths: Mapping) -> Cost:
         """The cost at `widths` (integers, per-layer tuples, or tensors of expected widths)."""
+        sums = self._sums(widths)
+        memory = self._memory(sums)
+        parameters = sums["weight"] + sums["head"] + sums["lookup"]
+        used = sums["weight"] + sums["head"] + sums["routed_active"]
+        return Cost(
+            total=parameters + sums["routed"],
+            active=parameters + sums["routed_active"],
+            weight_bytes=memory.weight_bytes,
+            state_bytes=memory.state_bytes,
+            flops_per_token=2 * used + sums["work"],
+            head_flops=2 * sums["head"],
+            ms=self._milliseconds(widths, self.axis_map) if self._milliseconds else None,
+        )
+
+    def memory(self, widths: Mapping) -> Memory:
+        """The bytes at `widths` (as `count` takes them), one by one."""
+        return self._memory(self._sums(widths))
+
+    def _memory(self, sums: Counter) -> Memory:
+        load, kept = self.workload, sums["fp32"]
+        parameters = sums["weight"] + sums["head"] + sums["lookup"] + sums["routed"]
+        constants = sum(spec.size for spec in self.axis_map.constants)
+        return Memory(
+            weights=(parameters - kept) * load.dtype_bytes,
+            fp32_weights=kept * load.fp32_bytes,
+            buffers=sums["buffer"] * load.fp32_bytes + constants * FP32_BYTES,
+            states={
+                kind.removeprefix(_STATE): held
+                for kind, held in sums.items()
+                if kind.startswith(_STATE)
+            },
+        )
+
+    def _sums(self, widths: Mapping) -> Counter:
+        """Elements of all tensors and operations of all work, and bytes of all states, by kind."""
         merge = not any(isinstance(width, tuple) for width in widths.values())
         sums: Counter = Counter()
         for row in self._rows[merge]:
@@ -145,18 +221,7 @@ class CostModel:
             sums[row.kind] += size
             if row.kind == "routed":
                 sums["routed_active"] += active
-        load = self.workload
-        parameters = sums["weight"] + sums["head"] + sums["lookup"]
-        used = sums["weight"] + sums["head"] + sums["routed_active"]
-        return Cost(
-            total=parameters + sums["routed"],
-            active=parameters + sums["routed_active"],
-            weight_bytes=(parameters + sums["routed"]) * load.dtype_bytes + sums["buffer"] * 4,
-            state_bytes=load.batch * sums["state"],
-            flops_per_token=2 * used + sums["work"],
-            head_flops=2 * sums["head"],
-            ms=self._milliseconds(widths, self.axis_map) if self._milliseconds else None,
-        )
+        return sums
 
     def _width(self, widths: Mapping, axis: str, layer: int | None):
         return self.axis_map.width(widths, axis, layer)

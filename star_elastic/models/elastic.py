@@ -289,7 +289,7 @@ class ElasticModel(_Part):
         With mixtures, computes the slice `slice_at` (default: the widest choices with weight).
         """
         call = self._call(size, slice_at)
-        tensors = self.tensors(self._own_state(), call) | self._constants()
+        tensors = self.tensors(self._own_state(), call) | self._width_buffers()
         inputs = {**inputs, "use_cache": False, "elastic": call}
         return functional_call(self._skeleton(call), tensors, (), inputs)
 
@@ -299,7 +299,7 @@ class ElasticModel(_Part):
         """What the LM head reads, and the head: states (B, T, hidden width), weight (V, hidden
         width). For losses that never hold all logits at once; else as `forward`."""
         call = self._call(size, slice_at)
-        tensors = self.tensors(self._own_state(), call) | self._constants()
+        tensors = self.tensors(self._own_state(), call) | self._width_buffers()
         skeleton = self._skeleton(call)
         prefix = f"{skeleton.base_model_prefix}."
         body = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
@@ -317,9 +317,9 @@ class ElasticModel(_Part):
         """The tensors outside the layers."""
         return {spec.name: self.parent.get_parameter(spec.name) for spec in self.rows.tensors}
 
-    def _constants(self) -> dict[str, torch.Tensor]:
+    def _width_buffers(self) -> dict[str, torch.Tensor]:
         """Buffers of the part outside the layers that are the parent's at every size."""
-        return {name: self.parent.get_buffer(name) for name in self.axis_map.constants}
+        return {name: self.parent.get_buffer(name) for name in self.axis_map.width_buffers}
 
     def _skeleton(self, call: Call) -> PreTrainedModel:
         kept = self.axis_map.kept_layers(call.widths)

@@ -59,7 +59,7 @@ def build_submodel(
             submodel.get_submodule(owner)._buffers[own] = buffer.to(parent.device)
     left = [name for name, value in submodel.named_parameters() if value.is_meta]
     assert not left, (left, missing)
-    for name in axis_map.constants:
+    for name in axis_map.width_buffers:
         owner, _, own = name.rpartition(".")
         submodel.get_submodule(owner)._buffers[own] = parent.get_buffer(name)
     _save_as_stored(submodel, axis_map, complete, parent_config.architecture.copies)
