@@ -20,6 +20,7 @@ from star_elastic.cli.demo import demo
 from star_elastic.cli.eval import evaluate
 from star_elastic.cli.generate import generate
 from star_elastic.cli.latency import latency
+from star_elastic.cli.plan import plan
 from star_elastic.cli.quantize import quantize
 from star_elastic.cli.rank import rank
 from star_elastic.cli.report import report
@@ -52,7 +53,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 for name, command in {
-    "demo": demo, "count": count, "rank": rank, "latency": latency, "train": train,
+    "demo": demo, "count": count, "plan": plan, "rank": rank, "latency": latency, "train": train,
     "config": config_reference, "sizes": sizes, "slice": slice_size, "quantize": quantize,
     "adopt": adopt, "check": check, "generate": generate, "eval": evaluate, "report": report,
 }.items():  # fmt: skip

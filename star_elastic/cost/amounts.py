@@ -26,6 +26,7 @@ UNITS: dict[str, Mapping[str, float]] = {
 """For every metric its units, in terms of what the metric counts: parameters, bytes, operations
 per token, milliseconds per token."""
 _EXAMPLES = {"active": "830M", "total": "12B", "bytes": "1.6GB", "flops": "3GFLOP", "ms": "8.5ms"}
+SHARE = ", or a share like 0.5"
 _NUMBER_AND_UNIT = re.compile(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*([A-Za-z]*)\s*")
 
 
@@ -64,6 +65,13 @@ def parse_budget(budget: float | str, metric: str, where: str = "") -> Amount:
     return Amount(float(budget), is_fraction=True)
 
 
+def parse_bytes(text: str, name: str) -> int:
+    """An amount of memory in whole bytes, `"16GB"` or `"24GiB"`; `name` is what the user gave it
+    as. Raises ConfigError for anything else, shares included."""
+    said, advice = f"{name} {text!r}", "write an amount like '16GB'"
+    return max(math.floor(_parse_text(text, _BYTES, said, advice, "").value), 1)
+
+
 def _parse_percent(text: str, said: str, advice: str) -> float:
     number = text.strip().removesuffix("%")
     try:
@@ -80,7 +88,9 @@ def show_amount(count: float, metric: str) -> str:
     return f"{count / size:.4g}{space}{unit}"
 
 
-def _parse_text(text: str, units: Mapping[str, float], said: str, advice: str) -> Amount:
+def _parse_text(
+    text: str, units: Mapping[str, float], said: str, advice: str, share: str = SHARE
+) -> Amount:
     match = _NUMBER_AND_UNIT.fullmatch(text)
     if match is None:
         raise ConfigError(f"{said} is not a number with a unit; {advice}")
@@ -89,5 +99,5 @@ def _parse_text(text: str, units: Mapping[str, float], said: str, advice: str) -
         raise ConfigError(f"{said} is not a positive budget; {advice}")
     if unit not in units:
         problem = f"has the unknown unit {unit!r}" if unit else "has no unit"
-        raise ConfigError(f"{said} {problem}; use {', '.join(units)}, or a share like 0.5")
+        raise ConfigError(f"{said} {problem}; use {', '.join(units)}{share}")
     return Amount(number * units[unit], is_fraction=False)

@@ -161,6 +161,10 @@ class CostModel:
             add("work", work.dims, work.layer, work.flops * work.times(load.context))
         return [_Row(*key, count=count) for key, count in rows.items()]
 
+    def at(self, workload: Workload) -> CostModel:
+        """The same for another workload. A latency table goes on saying what it was measured at."""
+        return CostModel(self.axis_map, workload, self._milliseconds)
+
     @cached_property
     def full(self) -> Cost:
         """The cost of the parent itself, of which budgets are fractions."""

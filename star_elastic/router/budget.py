@@ -24,6 +24,8 @@ REACH = 0.02
 
 Budgets = Mapping[str, float]
 """Fractions of the parent's cost, by metric."""
+Limits = Mapping[str, float]
+"""The most that something may cost, by metric, in the metric's own unit."""
 
 
 def describe(budgets: Budgets) -> str:
@@ -39,6 +41,15 @@ def overspent(widths: Mapping, budgets: Budgets, cost: CostModel) -> list[Any]:
         now.metric(metric) / (fraction * cost.full.metric(metric)) - 1
         for metric, fraction in budgets.items()
     ]
+
+
+def beyond(widths: Mapping, limits: Limits, cost: CostModel) -> list[Any]:
+    """C / limit - 1 at `widths` for every limit where that is above zero, else 0. Numbers, or
+    tensors for widths that are tensors. It is 0 exactly where the cost is within the limit, for
+    counts below 2^52."""
+    now = cost.count({**cost.axis_map.full, **widths})
+    over = [now.metric(metric) / limit - 1 for metric, limit in limits.items()]
+    return [o.clamp(min=0) if isinstance(o, torch.Tensor) else max(o, 0) for o in over]
 
 
 def budget_miss(widths: Mapping, budgets: Budgets, cost: CostModel):
