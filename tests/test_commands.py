@@ -23,13 +23,14 @@ from safetensors.torch import load_file
 import star_elastic
 from star_elastic import bundled, demo
 from star_elastic.architectures import architecture_of, read_config
+from star_elastic.axes import axis_keys
 from star_elastic.checkpoints.elastic import ElasticCheckpoint
 from star_elastic.checkpoints.manifest import load_manifest, save_manifest
 from star_elastic.checkpoints.tensors import save_tensors
 from star_elastic.cli import main
 from star_elastic.cli.commands import program
 from star_elastic.cost.count import CostModel, Workload
-from star_elastic.cost.latency import load_table
+from star_elastic.cost.latency import load_table, save_table
 from star_elastic.data import sources
 from star_elastic.evaluate import run as evaluation
 from star_elastic.generate import family as generate_family
@@ -37,7 +38,7 @@ from star_elastic.generate.decode import BatchDecoder
 from star_elastic.generate.engine import Generator
 from star_elastic.generate.family import load
 from star_elastic.generate.phases import Plan, parse_phases
-from star_elastic.importance.files import load_scores
+from star_elastic.importance.files import ScoreInfo, load_scores, save_scores
 from star_elastic.importance.orders import random_orders
 from star_elastic.measure import size_latency
 from star_elastic.models import load as loading
@@ -45,6 +46,7 @@ from star_elastic.models.load import load_parent
 from star_elastic.rewrite import family as quantise
 from star_elastic.router.grid import make_grid
 from star_elastic.train.check import require_covered
+from tests.latencies import made_up
 from tests.processes import run_command
 from tests.tiny_family import PROMPTS, make_checkpoint
 from tests.tiny_run import config_in
@@ -133,6 +135,78 @@ def test_count(told, printed):
         assert result[key] in numbers(text), key
     shares = [float(share) for share in re.findall(r"([\d.]+)%", text)]
     assert sum(shares) == pytest.approx(100, abs=1)
+
+
+# plan
+
+
+@hears("plan", "model", "memory", "context", "batch", "dtype_bytes", "ssm_dtype_bytes", "as_json")
+def test_plan(told, printed):
+    """Every option is in the count, and the tables have the numbers of the JSON."""
+    model = bundled.PARENT
+    axis_map = read_config(model).axis_map
+    options = {"context": 100, "batch": 3, "dtype_bytes": 4, "ssm_dtype_bytes": 8}
+    cost = CostModel(axis_map, Workload(**options))
+    flags = [x for k, v in options.items() for x in (f"--{k.replace('_', '-')}", v)]
+    asked = ("plan", model, "--memory", f"{0.6 * cost.full.bytes / 1024:.3f}KiB", *flags)
+    result, text = told(*asked), printed(*asked)
+    found = cost.count(axis_map.complete(result["widths"]))
+    assert result["workload"] == options and result["total"] == found.total
+    assert result["memory"]["total"] == found.bytes <= 0.6 * cost.full.bytes
+    memory, seen = result["memory"], numbers(text)
+    for held in (memory["weights"], memory["fp32_weights"], memory["buffers"], memory["total"],
+                 memory["left"], *memory["states"].values()):  # fmt: skip
+        assert held in seen
+    for axis, row in result["given_up"].items():
+        (line,) = re.findall(rf"^ *{axis} .*$", text, re.M)
+        assert numbers(line)[:2] == [row["parent"], row["plan"]]
+        assert f"{row['kept']:.1%}" in line
+        assert row["lost"] is None or f"{row['lost']:.2%} (assumed)" in line
+    for row in result["neighbours"]:
+        plan = row["plan"]
+        said = "nothing fits" if plan is None else f"{plan['lost']:.2%}"
+        (line,) = re.findall(rf"^ *{re.escape(row['name'])} .*$", text, re.M)
+        assert said in line
+    plain = told("plan", model, "--memory", "1GB")  # the parent, whatever the workload
+    positions = read_config(model)["max_position_embeddings"]
+    assert plain["is_parent"] and plain["workload"]["context"] == min(positions, 4096)
+    for option, value in options.items():  # each by itself
+        one = told("plan", model, "--memory", "1GB", f"--{option.replace('_', '-')}", value)
+        load = Workload(**{"context": plain["workload"]["context"], option: value})
+        assert one["memory"]["total"] == CostModel(axis_map, load).full.bytes
+        assert one["memory"]["total"] != plain["memory"]["total"]
+
+
+@hears("plan", "latency", "tokens_per_second", "importance")
+def test_plan_by_speed_and_importance(run_folder, tmp_path, told, printed):
+    parent = run_folder / "parent"
+    axis_map = read_config(parent).axis_map
+    table = made_up(axis_map)
+    save_table(table, tmp_path / "table.json")
+    asked = ("plan", parent, "--memory", "1GB", "--latency", tmp_path / "table.json")
+    whole = told(*asked)
+    assert whole["is_parent"] and whole["ms"] == table.milliseconds(axis_map.full, axis_map)
+    speed = 1.02 * whole["tokens_per_second"]
+    fast, text = (tell(*asked, "--tokens-per-second", speed) for tell in (told, printed))
+    assert fast["tokens_per_second"] >= speed and not fast["is_parent"]
+    assert fast["ms"] == table.milliseconds(axis_map.complete(fast["widths"]), axis_map)
+    assert f"{fast['tokens_per_second']:.4g}" in text and "tokens/s" in text
+    (note,) = [note for note in fast["notes"] if note.startswith("milliseconds")]
+    assert "batch 2 at context 16" in note and note in text
+    scores = {
+        key: torch.ones(axis_map.axes[axis].size).double()
+        for key, (axis, _) in axis_keys(axis_map).items()
+    }
+    info = ScoreInfo(num_samples=5, num_tokens=50, source="rows", weights="")
+    save_scores(tmp_path / "flat.safetensors", scores, axis_map, info)
+    asked = ("plan", parent, "--memory", f"{whole['memory']['total'] * 0.8 / 1000}KB")
+    flat, text = (tell(*asked, "--importance", tmp_path / "flat.safetensors")
+                  for tell in (told, printed))  # fmt: skip
+    assert flat["objective"]["measured"] and "5 rows of rows" in text
+    for axis in flat["objective"]["measured"]:  # all units alike: what is lost is what is cut
+        row = flat["given_up"][axis]
+        assert row["lost"] == pytest.approx(1 - row["kept"])
+    assert told(*asked)["objective"]["measured"] == []
 
 
 # rank

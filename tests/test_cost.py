@@ -22,6 +22,7 @@ from star_elastic.models.skeleton import build_skeleton
 from star_elastic.rewrite.stream import save_model, slice_checkpoint
 from tests.architectures import ROWS, configs, fixed_config
 from tests.laws.parents import examples, legal_widths, parents, some_widths
+from tests.memory import cache_bytes
 
 METRICS = tuple(metric for metric in ALL_METRICS if metric != "ms")
 """What is counted; milliseconds are measured (test_latency.py)."""
@@ -107,22 +108,6 @@ def test_counted_bytes_are_those_of_the_loaded_model(kind, dtype, data):
     cost = CostModel(parent.axis_map, load).count(widths)
     assert (memory.weight_bytes, memory.state_bytes) == (cost.weight_bytes, cost.state_bytes)
     assert memory.total == cost.bytes
-
-
-def cache_bytes(cache) -> int:
-    """Bytes of every tensor of numbers that a cache holds, whatever it calls them."""
-    seen: dict[int, torch.Tensor] = {}
-
-    def walk(value) -> None:
-        if isinstance(value, torch.Tensor) and value.is_floating_point():
-            seen[id(value)] = value
-        elif isinstance(value, (dict, list, tuple)):
-            for inner in value.values() if isinstance(value, dict) else value:
-                walk(inner)
-
-    for layer in cache.layers:
-        walk(vars(layer))
-    return sum(value.nbytes for value in seen.values())
 
 
 @pytest.mark.parametrize("scaling", ["default", "linear", "dynamic", "yarn", "llama3"])

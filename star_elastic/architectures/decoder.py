@@ -112,13 +112,15 @@ class Architecture(ABC):
         )  # fmt: skip
         head = () if decoder.tied else (tensor("head", f"{decoder.head}.weight", vocab, hidden),)
         # transformers keeps one frequency for two channels, and what it was before any scaling.
-        turned = (ConstantSpec("rotary", 2 * -(-channels // 2)) for channels in decoder.rotary)
+        constants = [ConstantSpec("rotary", 2 * -(-channels // 2)) for channels in decoder.rotary]
+        if decoder.embed_scale:
+            constants.append(ConstantSpec("embed scale", 1, fp32=False))
         blocks = {parts: Block.sum(part.rows(hidden) for part in parts) for parts in decoder.layers}
         path = "model.layers"
         axis_map = AxisMap(
             model_type=self.model_type,
             axes=_axes(decoder),
-            before=self._on_disk(Block(tensors=(lookup,), constants=tuple(turned))),
+            before=self._on_disk(Block(tensors=(lookup,), constants=tuple(constants))),
             blocks=tuple(blocks[parts] for parts in decoder.layers),
             after=self._on_disk(decoder.final_norm.rows(hidden) + Block(tensors=head)),
             path=path,

@@ -155,10 +155,12 @@ class StateSpec:
 @dataclass(frozen=True, slots=True)
 class ConstantSpec:
     """A buffer of the model in memory that no checkpoint holds, because it follows from the config
-    (rotary frequencies): `size` elements in fp32, whatever the widths and the model's dtype."""
+    (rotary frequencies): `size` elements whatever the widths, in `fp32` whatever the model's dtype,
+    or in that."""
 
     name: str
     size: int
+    fp32: bool = True
 
 
 @dataclass(frozen=True, slots=True)

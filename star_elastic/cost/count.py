@@ -193,11 +193,14 @@ class CostModel:
     def _memory(self, sums: Counter) -> Memory:
         load, kept = self.workload, sums["fp32"]
         parameters = sums["weight"] + sums["head"] + sums["lookup"] + sums["routed"]
-        constants = sum(spec.size for spec in self.axis_map.constants)
+        constants = sum(
+            spec.size * (FP32_BYTES if spec.fp32 else load.dtype_bytes)
+            for spec in self.axis_map.constants
+        )
         return Memory(
             weights=(parameters - kept) * load.dtype_bytes,
             fp32_weights=kept * load.fp32_bytes,
-            buffers=sums["buffer"] * load.fp32_bytes + constants * FP32_BYTES,
+            buffers=sums["buffer"] * load.fp32_bytes + constants,
             states={
                 kind.removeprefix(_STATE): held
                 for kind, held in sums.items()
