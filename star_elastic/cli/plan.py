@@ -241,6 +241,8 @@ class _Asked:
         return rows
 
     def _objective_line(self, told: Told) -> str:
+        if not self.planner.grid.choices:
+            return "no axis of this model can be cut"
         known = told.axes_known()
         assumed = ", ".join(known["assumed"])
         falls = f"importance is taken to fall evenly along {assumed}"

@@ -83,9 +83,9 @@ class Planner:
         load, memory = self.cost.workload, least.memory
         if least.cost.bytes > limits.get("bytes", least.cost.bytes):
             return (
-                f"{show_amount(limits['bytes'], 'bytes')} hold no size of these choices: the "
-                f"smallest takes {memory.total:,} bytes ({memory.weight_bytes:,} of weights, "
-                f"{memory.state_bytes:,} of states at context {load.context:,} x batch "
+                f"{show_amount(limits['bytes'], 'bytes')} is too little for any size of these "
+                f"choices: the smallest takes {memory.total:,} bytes ({memory.weight_bytes:,} of "
+                f"weights, {memory.state_bytes:,} of states at context {load.context:,} x batch "
                 f"{load.batch:,}); give more memory, less context or batch, or a smaller parent"
             )
         return (
