@@ -11,7 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from star_elastic.architectures import architecture_of
+from star_elastic.architectures import architecture_of, read_config
 from star_elastic.axes import AxisMap
 from star_elastic.axes.widths import Widths
 from star_elastic.cost.count import METRICS as ALL_METRICS
@@ -93,11 +93,14 @@ def test_counted_bytes_are_those_of_the_loaded_model(kind, dtype, data):
         model, _ = load_parent(root / "slice", dtype)
         held: Counter = Counter()
         for name, parameter in model.named_parameters():
-            kept = name.endswith("gate.weight")  # routers
+            kept = name.endswith("gate.weight") and kind == "moe"  # routers of sigmoids
             held["fp32" if kept else "own"] += parameter.nbytes
         buffers = sum(buffer.nbytes for buffer in model.buffers())
         assert (memory.weights, memory.fp32_weights) == (held["own"], held["fp32"])
-        assert memory.buffers == buffers
+        own = read_config(root / "slice").axis_map
+        assert CostModel(own, load).memory(own.full).buffers == buffers
+        # Layers of one kind alone need one table of positions where the parent has two.
+        assert memory.buffers == buffers or own.constants != parent.axis_map.constants
         # As a program reads a long prompt: most at once, the rest token by token.
         first, *rest = parent.ids.split([context - 2, 1, 1], dim=1)
         with torch.no_grad():

@@ -29,35 +29,35 @@ class SmolLM3(PreNorm):
         """See `PreNorm.mlp_bias`."""
         return get_bool(config, "mlp_bias", False)
 
-    def rotary(self, config: Config) -> list[int]:
+    def turns(self, config: Config) -> list[int]:
         """For every layer 1 if it turns positions, else 0. Raises ConfigError."""
         num_layers = self.num_layers(config)
         interval = get_int(config, "no_rope_layer_interval", 4)
         default = [int((layer + 1) % interval != 0) for layer in range(num_layers)]
-        rotary = default if config.get("no_rope_layers") is None else config["no_rope_layers"]
+        turned = default if config.get("no_rope_layers") is None else config["no_rope_layers"]
         if (
-            not isinstance(rotary, list)
-            or len(rotary) < num_layers
-            or any(own not in (0, 1) for own in rotary)
+            not isinstance(turned, list)
+            or len(turned) < num_layers
+            or any(own not in (0, 1) for own in turned)
         ):
             raise ConfigError(
-                f"{told('no_rope_layers', rotary)} is not a list with 1 (positions are turned) or "
+                f"{told('no_rope_layers', turned)} is not a list with 1 (positions are turned) or "
                 f"0 for each of num_hidden_layers={num_layers}; correct config.json"
             )
-        return rotary[:num_layers]
+        return turned[:num_layers]
 
     def windows(self, config: Config) -> Windows:
         """See `PreNorm.windows`."""
-        is_on, rotary = get_bool(config, "use_sliding_window", False), self.rotary(config)
+        is_on, turned = get_bool(config, "use_sliding_window", False), self.turns(config)
         window = get_window(config, None) if is_on else None
-        slides = [window is not None and not own for own in rotary]
-        return layer_windows(config, len(rotary), window, slides)
+        slides = [window is not None and not own for own in turned]
+        return layer_windows(config, len(turned), window, slides)
 
     def written_out(self, config: Config, layers: tuple[int, ...]) -> Config:
         """See `Architecture.written_out`."""
-        rotary = self.rotary(config)
+        turned = self.turns(config)
         return {
             **super().written_out(config, layers),
-            "no_rope_layers": [rotary[layer] for layer in layers],
+            "no_rope_layers": [turned[layer] for layer in layers],
             **written_windows(self.windows(config), layers),
         }
