@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import difflib
 import math
+import re
 import reprlib
 import types
 import typing
@@ -59,7 +60,9 @@ def parse(kind: type, content: Any, where: str) -> Any:
     """A config dataclass from plain data, strictly. `where` is the dotted path for messages, and is
     put before what the dataclass itself says of its values, which begins with a key."""
     if not isinstance(content, dict):
-        raise ConfigError(f"{where or 'the config'} is {content!r}; it must be a table")
+        raise ConfigError(
+            f"{where.rstrip('.') or 'the config'}={reprlib.repr(content)} is not a table; give one"
+        )
     hints = typing.get_type_hints(kind)
     known = {f.name: f for f in dataclasses.fields(kind)}
     for key in content:
@@ -80,6 +83,8 @@ def read_value(hint: Any, value: Any, where: str) -> Any:
     """A value from plain data as `hint` says, strictly; `where` names it. Raises ConfigError."""
     origin = typing.get_origin(hint)
     if isinstance(hint, type) and dataclasses.is_dataclass(hint):
+        if not isinstance(value, dict):
+            raise _no_table(where, value)
         return parse(hint, value, f"{where}.")
     if origin is Literal:
         options = typing.get_args(hint)
@@ -98,9 +103,7 @@ def read_value(hint: Any, value: Any, where: str) -> Any:
         return tuple(read_value(inner, item, f"{where}[{i}]") for i, item in enumerate(value))
     if origin is Mapping:
         if not isinstance(value, dict):
-            raise ConfigError(
-                f"{where}={reprlib.repr(value)} is not a table; write [{where}] and its keys below"
-            )
+            raise _no_table(where, value)
         inner = typing.get_args(hint)[1]
         return {key: read_value(inner, item, f"{where}.{key}") for key, item in value.items()}
     if hint is Any:
@@ -117,6 +120,15 @@ def read_value(hint: Any, value: Any, where: str) -> Any:
     if type(value) not in kinds:
         raise _wrong(where, value, kinds)
     return value
+
+
+def _no_table(where: str, value: Any) -> ConfigError:
+    """What stands in the place of a table, or of one in a list of tables."""
+    several = re.fullmatch(r"(.+)\[\d+\]", where)
+    header = f"[[{several[1]}]]" if several else f"[{where}]"
+    return ConfigError(
+        f"{where}={reprlib.repr(value)} is not a table; write {header} and its keys below"
+    )
 
 
 KINDS = {

@@ -137,7 +137,7 @@ def test_rope_scalings_work_or_are_one_line(data):
         ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4}}, "correct rope_param"),
         ({"rope_scaling": {"type": "none such"}, "rope_parameters": ...}, "correct rope_scaling"),
         ({"attn_implementation": "flash_attention_2"}, "correct attn_implementation='flash_att"),
-        ({"max_position_embeddings": "4k"}, "correct max_position_embeddings='4k'"),
+        ({"max_position_embeddings": "4k"}, "max_position_embeddings='4k' is not a positive"),
         ({"pad_token_id": 2**70}, "pad_token_id=1180591620717411303424 is too large"),
         ({"attention_bias": "yes"}, "attention_bias='yes' is neither true nor false"),
     ],
@@ -227,9 +227,9 @@ def test_unreadable_tokenizers_are_one_line(copied, file, content):
     try:
         load_tokenizer(copied)
     except CheckpointError as error:
-        assert "\n" not in str(error) and f"{copied} holds no usable tokenizer" in str(error)
+        assert "\n" not in str(error) and str(error).startswith(str(copied / file))
     else:
-        assert file == "tokenizer_config.json"  # which transformers can do without
+        pytest.fail("was read")
 
 
 @examples(40)

@@ -46,6 +46,7 @@ from star_elastic.rewrite.stream import slice_checkpoint, sort_checkpoint
 from tests.architectures import ROWS, fixed_config
 from tests.checkpoints import everything_under, file_size_limit, nothing_changes_in, rewrite
 from tests.laws.parents import Parent, make_parent, reload
+from tests.tiny_family import make_tokenizer
 
 
 @pytest.fixture(params=ROWS)
@@ -97,14 +98,16 @@ def test_shards_of_any_size_reload_equal(kind, parent, saved, tmp_path, max_shar
 
 
 def test_what_lies_beside_the_weights_comes_along(saved, tmp_path):
-    for name in ("tokenizer.json", "README.md", "modeling_custom.py", "old.bin", ".hidden"):
+    make_tokenizer().save_pretrained(saved)
+    for name in ("README.md", "modeling_custom.py", "old.bin", ".hidden"):
         (saved / name).write_text("{}")
     write_json(saved / MANIFEST, {})
     save_tensors(saved / "router.safetensors", {"w": torch.ones(1)})
     (saved / "folder").mkdir()
     slice_checkpoint(saved, {}, tmp_path / "slice")
     assert everything_under(tmp_path / "slice") == {
-        "config.json", SINGLE_NAME, "chat_template.jinja", "tokenizer.json", "PARENT_README.md",
+        "config.json", SINGLE_NAME, "chat_template.jinja", "tokenizer.json",
+        "tokenizer_config.json", "PARENT_README.md",
     }  # fmt: skip
 
 
@@ -270,7 +273,7 @@ def refuse_slice(saved: Path, tmp_path: Path, reason: str) -> None:
 
 def test_a_missing_tensor_is_named(embedding, saved, tmp_path):
     rewrite(saved, lambda tensors: tensors.pop(embedding))
-    refuse_slice(saved, tmp_path, f"lacks the tensor {embedding}; it is not a checkpoint of")
+    refuse_slice(saved, tmp_path, f"lacks the tensor {embedding}, which its .* asks for; restore")
 
 
 def test_a_wrong_shape_is_named(embedding, saved, tmp_path):

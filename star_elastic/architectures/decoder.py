@@ -17,6 +17,7 @@ from star_elastic.architectures.config_file import (
     MOST_PARAMETERS,
     Config,
     cut_by_layer,
+    get_optional_int,
     require_known_attention,
 )
 from star_elastic.architectures.parts import Norm, Part, tensor
@@ -102,6 +103,7 @@ class Architecture(ABC):
         config = self.normalise(config)
         decoder = self.decoder(config)
         require_known_attention(config, self.attention_keys)
+        get_optional_int(config, "max_position_embeddings")
         hidden = along("hidden", decoder.hidden)
         vocab = fixed(decoder.vocab)
         # A smaller model multiplies by a smaller root, so its embeddings are stored larger.

@@ -14,7 +14,9 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from star_elastic.errors import library_boundary
+from jinja2 import TemplateSyntaxError
+
+from star_elastic.errors import CheckpointError, library_boundary, reason
 from star_elastic.files.paths import has_file, is_file, is_folder, names_in, require_content
 from star_elastic.files.writing import read_json, write_json
 
@@ -32,7 +34,9 @@ INPUT_SCALES = "input_scales.safetensors"
 CARD, PARENT_CARD = "readme.md", "PARENT_README.md"
 """A model card describes the parent, not what is made of it: it travels under another name."""
 TOKENIZER_CONFIG = "tokenizer_config.json"
-TEMPLATES = "additional_chat_templates"
+GENERATION = "generation_config.json"
+TEMPLATES, TEMPLATE_KEY = "additional_chat_templates", "chat_template"
+CORRECT = "correct the file or remove it"
 READING = (
     "tokenizer.json", TOKENIZER_CONFIG, "special_tokens_map.json", "added_tokens.json",
     "vocab.json", "vocab.txt", "merges.txt", "*.model", "tokenizer.model.v*", "*.tiktoken",
@@ -40,7 +44,7 @@ READING = (
 )  # fmt: skip
 """Names, in lower case, of the files that decide how text is read, beside `TEMPLATES`."""
 TRAVELS = (
-    *READING, "generation_config.json", PARENT_CARD.lower(),
+    *READING, GENERATION, PARENT_CARD.lower(),
     "license*", "licence*", "notice*", "copying*", "*use_policy*",
 )  # fmt: skip
 """Names, in lower case, of the files of a parent that loaders or lawyers read."""
@@ -60,12 +64,54 @@ def reading_files(source: Path) -> list[Path]:
     return sorted([*found, *(source / TEMPLATES).glob("*.jinja")])
 
 
-def require_reading_files(source: Path) -> None:
-    """Raises CheckpointError for a file that decides how text is read and is none: a link that
-    leads nowhere, a pointer of Git LFS, a folder. Loaders would take another tokenizer, or none."""
-    for file in reading_files(source):
+def require_companions(source: Path) -> None:
+    """Raises CheckpointError for a file that decides how text is read or written and cannot: a link
+    that leads nowhere, a pointer of Git LFS, a folder in its place, damaged JSON, what is no text,
+    a chat template that does not compile. Loaders would take another tokenizer, or none, and so
+    would those of whatever it is copied to."""
+    for file in (*reading_files(source), source / GENERATION):
         if has_file(file):
             require_content(file)
+            _require_sound(file)
+
+
+def _require_sound(file: Path) -> None:
+    """Raises CheckpointError unless a file holds what its name promises."""
+    if file.suffix == ".json":
+        content = read_json(file, CORRECT)
+        if not isinstance(content, dict):
+            raise CheckpointError(f"{file} is not a JSON object; {CORRECT}")
+        for template in _templates_in(content.get(TEMPLATE_KEY)):
+            _require_template(file, template)
+    elif file.suffix in (".txt", ".jinja"):
+        with library_boundary(f"{file} is no text in UTF-8", CORRECT):
+            text = file.read_text(encoding="utf-8")
+        if file.suffix == ".jinja":
+            _require_template(file, text)
+
+
+def _templates_in(value: Any) -> list[Any]:
+    """The chat templates of a tokenizer's config: one, or several by name."""
+    if isinstance(value, dict):
+        return list(value.values())
+    several = value if isinstance(value, list) else [value]
+    return [own.get("template") if isinstance(own, dict) else own for own in several if own]
+
+
+def _require_template(file: Path, template: Any) -> None:
+    """Raises CheckpointError unless transformers compiles a chat template."""
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    if not isinstance(template, str):
+        raise CheckpointError(f"{file} holds a chat template that is no text; {CORRECT}")
+    problem = f"{file} holds a chat template that is no valid Jinja"
+    with library_boundary(problem, CORRECT):
+        try:
+            render_jinja_template(conversations=[], chat_template=template)
+        except TemplateSyntaxError as error:
+            raise CheckpointError(
+                f"{problem} ({reason(error)}, line {error.lineno}); {CORRECT}"
+            ) from error
 
 
 def _matches(name: str, patterns: tuple[str, ...]) -> bool:
@@ -76,10 +122,10 @@ def copy_companions(source: Path, target: Path) -> None:
     """Copies what stands beside the weights of a parent and is of use beside others made of it.
 
     The card becomes `PARENT_README.md`. Keys of the tokenizer's config that point to files that do
-    not come along are left out. Raises CheckpointError for a file that cannot be read, or is none.
+    not come along are left out. Raises as `require_companions`, and for a file that cannot be read.
     """
     names = names_in(source)
-    require_reading_files(source)
+    require_companions(source)
     for name in names:
         if _matches(name, TRAVELS) and is_file(source / name):
             copy_file(source / name, target / name)
@@ -107,9 +153,7 @@ def copy_file(source: Path, target: Path) -> None:
 
 def _clean_tokenizer_config(target: Path, source: Path) -> None:
     file = target / TOKENIZER_CONFIG
-    content = read_json(source, "correct the file or remove it")
-    if not isinstance(content, dict):
-        return  # the tokenizer's own to complain about
+    content = read_json(source, CORRECT)
     cleaned = {
         key: value
         for key, value in without_pointers(content).items()

@@ -54,8 +54,8 @@ class StoredModel:
             )
         if self.reader.shape(name) != expected:
             raise CheckpointError(
-                f"{name} has shape {self.reader.shape(name)} but config.json says {expected}; "
-                "the two do not belong together"
+                f"{name} of {self.reader.path} has shape {self.reader.shape(name)} but config.json "
+                f"says {expected}; restore the config.json that was saved with these weights"
             )
         return name
 

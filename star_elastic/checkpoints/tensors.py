@@ -107,7 +107,8 @@ class CheckpointReader:
     def _require(self, name: str):
         if name not in self._files:
             raise CheckpointError(
-                f"{self.path} lacks the tensor {name}; it is not a checkpoint of its config.json"
+                f"{self.path} lacks the tensor {name}, which its config.json asks for; restore "
+                "the weights, or the config.json that was saved with them"
             )
         file = self._files[name]
         handle = self._handle(file)

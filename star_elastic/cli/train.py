@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from typer import Argument, Exit, Option
+from typer import Argument, Option
 
 from star_elastic.cli.bars import progress_bars
 from star_elastic.cli.options import AsJson
@@ -41,8 +41,7 @@ def train(
             with progress_bars() as progress:
                 found = training.check_run(config, progress)
             show(as_json, asdict(found), *found.lines())
-            if not found.is_sound:
-                raise Exit(2)
+            found.require_sound()
         return
     with progress_bars() as progress:
         result = training.train(config, resume=resume, progress=progress)

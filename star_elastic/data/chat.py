@@ -72,9 +72,10 @@ def _opened(
 
     def show(messages: Sequence[dict[str, Any]], *, opens_turn: bool = True) -> str:
         with library_boundary(
-            "the chat template refuses these messages", "correct their roles and contents",
+            "the chat template refuses these messages",
+            lambda: _remedy(tokenizer, "correct their roles and contents"),
             ConfigError,
-        ):  # fmt: skip
+        ):
             form = [_in_parts(message) if in_parts else dict(message) for message in messages]
             options = {"add_generation_prompt": opens_turn, "enable_thinking": thinking}
             return render(tokenizer, form, **options)
@@ -94,7 +95,7 @@ def _opened(
         if message["role"] != "assistant" and message["content"] and own not in shown:
             raise ConfigError(
                 f"the chat template leaves out message {number} (role {message['role']!r}); "
-                "use roles that it knows"
+                + _remedy(tokenizer, "use roles that it knows")
             )
         if message.get("tool_calls") and call + own not in shown:
             raise ConfigError(
@@ -107,6 +108,17 @@ def _opened(
     both = min(len(shown), len(without))
     same = next((n for n in range(both) if shown[n] != without[n]), both)
     return Turn(text, shown[same:])
+
+
+def _remedy(tokenizer: PreTrainedTokenizerBase, usual: str) -> str:
+    """What to do about messages that a template does not write: `usual`, unless it does not write
+    the plainest one either."""
+    plain = {"role": "user", "content": _DIGITS}
+    for content in (_DIGITS, [{"type": "text", "text": _DIGITS}]):
+        with suppress(Exception):
+            if _DIGITS in render(tokenizer, [{**plain, "content": content}]):
+                return usual
+    return "restore the template beside the weights, which writes no message of a user"
 
 
 def render(

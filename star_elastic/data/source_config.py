@@ -14,9 +14,9 @@ class SourceConfig:
 
     files: tuple[str, ...]
     """JSONL files, parquet files, or directories that `datasets` has saved; also patterns
-    (`data/train-*.parquet`) and directories of such files. A row is `{"text"}`,
-    `{"prompt", "completion"}` or `{"messages"}`. Start with the text that the sizes will be used
-    on."""
+    (`data/train-*.parquet`) and directories of such files. A row is `{"messages"}`,
+    which goes through the chat template, or is read as it stands: `{"prompt", "completion"}` or
+    `{"text"}`. Start with the text that the sizes will be used on."""
     weight: float = 1.0
     """Share of the tokens, relative to the other sources."""
     loss_on: Literal["all", "answers"] = "all"

@@ -10,22 +10,17 @@ import torch
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     PreTrainedModel,
-    PreTrainedTokenizerBase,
 )
 
 from star_elastic.architectures import ModelConfig, read_config
 from star_elastic.architectures.config_file import Config
 from star_elastic.axes import AxisMap
-from star_elastic.checkpoints.companions import (
-    reading_files,
-)
 from star_elastic.checkpoints.layouts import MODELOPT_FILE, read_scheme, stored_map
 from star_elastic.checkpoints.quantised import model_state, read_input_scales
 from star_elastic.checkpoints.stored import StoredModel
 from star_elastic.checkpoints.tensors import CheckpointReader
 from star_elastic.checkpoints.written_config import require_readable
-from star_elastic.data.chat import render
-from star_elastic.errors import CheckpointError, ConfigError
+from star_elastic.errors import CheckpointError
 from star_elastic.files.paths import has_file, is_file
 from star_elastic.models.model_config import buildable_config
 from star_elastic.models.native import multiplies_fp8
@@ -35,7 +30,7 @@ from star_elastic.models.skeleton import (
     building_of,
     probe_positions,
 )
-from star_elastic.models.tokenizer import generation_config, load_tokenizer
+from star_elastic.models.tokenizer import generation_config, require_beside
 from star_elastic.quant.scheme import Scheme
 
 
@@ -118,7 +113,7 @@ def require_loadable(path: Path, config: Config) -> None:
     """Raises ConfigError or CheckpointError for what `load_parent` would refuse beside the weights,
     without reading those."""
     build_skeleton(config, file=path / "config.json")
-    generation_config(path)
+    require_beside(path)
 
 
 def require_checkpoint(path: str | Path) -> None:
@@ -136,19 +131,6 @@ def require_checkpoint(path: str | Path) -> None:
         stored = stored_map(axis_map, read_scheme(config, axis_map))
         StoredModel(path, stored, config.architecture).require_whole()
     require_loadable(path, config)
-    if any("template" not in file.name.lower() for file in reading_files(path)):
-        _require_template(load_tokenizer(path))
-
-
-def _require_template(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Raises ConfigError for a chat template that cannot be parsed. Which messages it takes is
-    another matter."""
-    try:
-        render(tokenizer, [{"role": "user", "content": "1"}])
-    except ConfigError:
-        raise
-    except Exception:
-        return
 
 
 def _holding(config: ModelConfig, state: Mapping[str, torch.Tensor], path: Path) -> Any:

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import logging
 import re
+import threading
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -61,10 +63,31 @@ def _integers(value: Any) -> Iterator[int]:
             yield from _integers(inner)
 
 
+@contextmanager
+def attempt_at_config() -> Iterator[None]:
+    """An attempt at what a config may not allow, such as its class or its model. transformers
+    writes nothing of its own meanwhile, in whatever way: it logs the whole config for some keys,
+    and of what fails our one line tells."""
+    here = threading.get_ident()
+
+    def of_others(record: logging.LogRecord) -> bool:
+        return record.thread != here
+
+    handlers = list(logging.getLogger("transformers").handlers)
+    for handler in handlers:
+        handler.addFilter(of_others)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for handler in handlers:
+            handler.removeFilter(of_others)
+
+
 def _construct(config: Config) -> PreTrainedConfig:
     fields = {key: value for key, value in config.items() if key not in NOT_PASSED}
-    with warnings.catch_warnings():  # of names that a coming version will not know
-        warnings.simplefilter("ignore", FutureWarning)
+    with attempt_at_config():
         return AutoConfig.for_model(config["model_type"], **fields)
 
 
@@ -92,7 +115,8 @@ def advice(config: Config, attempt: Callable[[Config], object]) -> str:
 
 def _works(attempt: Callable[[Config], object], config: Config) -> bool:
     try:
-        attempt(config)
+        with attempt_at_config():
+            attempt(config)
     except Exception:
         return False
     return True

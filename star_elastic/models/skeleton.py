@@ -22,7 +22,12 @@ from star_elastic.architectures import ModelConfig
 from star_elastic.architectures.config_file import Config
 from star_elastic.axes.widths import Width
 from star_elastic.errors import ConfigError, library_boundary
-from star_elastic.models.model_config import advice, buildable_config, left_to_chance
+from star_elastic.models.model_config import (
+    advice,
+    attempt_at_config,
+    buildable_config,
+    left_to_chance,
+)
 
 _BUILDING = threading.RLock()
 """Building a model sets the default dtype and device of the whole process for a moment."""
@@ -75,7 +80,7 @@ def build_skeleton(
     experts) follow `like`. `deterministic`: with no dropout of any kind, whatever the config says.
     Raises ConfigError for a config that transformers cannot build; `file` names it there.
     """
-    with building_of(config, file):
+    with building_of(config, file), attempt_at_config():
         model = _build(config, like, deterministic=deterministic, file=file)
     if deterministic:
         require_deterministic(model)
@@ -87,7 +92,9 @@ def building_of(config: Config, file: str | Path = "config.json") -> Iterator[No
     """Whatever transformers raises while it builds the model of a config becomes a ConfigError that
     names the field at fault, if removing one mends it."""
     with library_boundary(
-        f"{file}: transformers cannot build its model", lambda: advice(config, _build), ConfigError
+        f"transformers cannot build the model of {file}",
+        lambda: advice(config, _build),
+        ConfigError,
     ):
         yield
 

@@ -15,10 +15,12 @@ from transformers import (
 from transformers.utils import GENERATION_CONFIG_NAME
 
 from star_elastic.architectures import read_config
-from star_elastic.architectures.config_file import Config
+from star_elastic.architectures.config_file import Config, told
 from star_elastic.checkpoints.companions import (
+    GENERATION,
+    TOKENIZER_CONFIG,
     reading_files,
-    require_reading_files,
+    require_companions,
 )
 from star_elastic.errors import CheckpointError, library_boundary
 from star_elastic.files.paths import has_file, is_file
@@ -36,17 +38,23 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     config = model_config(settings, Path(path) / "config.json")
     if is_file(path):
         raise CheckpointError(f"{path} is a file; name the checkpoint directory that it lies in")
-    require_reading_files(Path(path))
+    require_companions(Path(path))
     if not reading_files(Path(path)):  # of which transformers makes an empty one for some types
         raise CheckpointError(
             f"{path} holds no usable tokenizer (no file of one); put the parent's tokenizer files "
             "beside the weights"
         )
     with library_boundary(
-        f"{path} holds no usable tokenizer", "put the parent's tokenizer files beside the weights"
+        f"{path} holds no usable tokenizer",
+        "correct its files, or put the parent's tokenizer files beside the weights",
     ):
         tokenizer = AutoTokenizer.from_pretrained(
             path, config=config, local_files_only=True, trust_remote_code=False
+        )
+    if not isinstance(tokenizer.model_max_length, (int, float)):
+        raise CheckpointError(
+            f"{told('model_max_length', tokenizer.model_max_length)} is not a number; correct "
+            f"{Path(path) / TOKENIZER_CONFIG}"
         )
     if tokenizer.eos_token_id is None:
         known = set(tokenizer.get_vocab().values())
@@ -56,11 +64,30 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+def require_beside(path: Path) -> None:
+    """Raises CheckpointError for what stands beside the weights, goes wherever they go and does not
+    load: settings of generation, a tokenizer, chat templates. There may be none. A tokenizer that
+    only a package that is not installed here can load is not at fault."""
+    require_companions(path)
+    generation_config(path)
+    if any("template" not in file.name.lower() for file in reading_files(path)):
+        try:
+            load_tokenizer(path)
+        except CheckpointError as error:
+            if not isinstance(error.__cause__, ImportError):
+                raise
+
+
 def _ends_of(path: Path, settings: Config) -> list[Any]:
-    """The token ids at which the settings of a checkpoint let generation stop."""
+    """The token ids at which the settings of a checkpoint let generation stop. Raises
+    CheckpointError for what is none."""
     generation: Any = generation_config(path)
     ends = generation.eos_token_id if generation else settings.get("eos_token_id")
-    return ends if isinstance(ends, list) else [ends]
+    listed = ends if isinstance(ends, list) else [ends]
+    if not all(end is None or isinstance(end, int) for end in listed):
+        file = path / (GENERATION if generation else "config.json")
+        raise CheckpointError(f"{told('eos_token_id', ends)} is no token id; correct {file}")
+    return listed
 
 
 def stop_tokens(path: str | Path, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:

@@ -34,9 +34,8 @@ from star_elastic.errors import ConfigError, ShapeError
 from star_elastic.files.writing import require_writable
 from star_elastic.models.calibration import calibrate_inputs
 from star_elastic.models.fake_quantisation import FakeQuantisation
-from star_elastic.models.load import load_parent
+from star_elastic.models.load import load_parent, require_loadable
 from star_elastic.models.placement import choose_device, choose_dtype
-from star_elastic.models.skeleton import build_skeleton
 from star_elastic.models.submodel import build_submodel
 from star_elastic.models.tokenizer import load_tokenizer
 from star_elastic.progress import Progress, Silent, staged
@@ -85,7 +84,7 @@ def quantise_family(
     config, axis_map, manifest = family.config, family.axis_map, family.manifest
     if family.is_quantised:
         raise ConfigError(f"{path} is quantised already; quantise the checkpoint it was made from")
-    build_skeleton(config, file=path / "config.json")
+    require_loadable(path, config)
     scheme = make_scheme(axis_map, format_name, keep)
     _require_edges(manifest, axis_map, scheme)
     scales: dict[str, dict[str, torch.Tensor]] = {}

@@ -36,7 +36,9 @@ from star_elastic.checkpoints.write import write_checkpoint
 from star_elastic.checkpoints.written_config import require_readable, written_config
 from star_elastic.errors import ConfigError
 from star_elastic.files.writing import write_json
+from star_elastic.models.load import require_loadable
 from star_elastic.models.skeleton import build_skeleton
+from star_elastic.models.tokenizer import require_beside
 from star_elastic.nesting.slice import (
     Orders,
     check_orders,
@@ -131,8 +133,9 @@ def slice_checkpoint(
     axis_map = config.axis_map
     complete = axis_map.complete(widths)
     target: Config = {**config.at(complete)}
-    build_skeleton(target, file=f"the slice's config.json, made of {path / 'config.json'},")
+    build_skeleton(target, file=f"the slice's config.json made of {path / 'config.json'}")
     require_readable(path)
+    require_beside(path)
     scheme = read_scheme(config, axis_map)
     require_layout(scheme, layout)
     model, scales, renamed = axis_map.at(complete), {}, {}
@@ -217,7 +220,7 @@ def sort_checkpoint(
     config = read_config(path)
     axis_map = config.axis_map
     check_orders(orders, axis_map)
-    build_skeleton(config, file=path / "config.json")
+    require_loadable(path, config)
     if read_scheme(config, axis_map) is not None:
         raise ConfigError(f"{path} is quantised; sort the checkpoint first, then quantise it")
     source = _open(path, axis_map, config.architecture)

@@ -20,6 +20,7 @@ from star_elastic.rewrite.family import InputCalibration, calibrate_sizes, share
 from star_elastic.router.grid import Grid
 from star_elastic.router.router import Router
 from star_elastic.train.calibrate import Calibration
+from star_elastic.train.check import ranking_context
 from star_elastic.train.distributed import World
 from star_elastic.train.inputs import RunInputs
 from star_elastic.train.loop import Trainer
@@ -72,7 +73,7 @@ def _fake(
     widths = {name: size.widths for name, size in spec.fixed.items()}
     samples = InputCalibration(
         samples=config.quant.samples,
-        context=config.calibration.context,
+        context=ranking_context(config, spec.model_config),
         percentile=config.quant.percentile,
     )
     scales = calibrate_sizes(

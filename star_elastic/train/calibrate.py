@@ -25,6 +25,7 @@ from star_elastic.importance.files import ScoreInfo, load_scores, save_scores
 from star_elastic.importance.orders import orders_from_scores
 from star_elastic.models.submodel import build_submodel
 from star_elastic.progress import Progress
+from star_elastic.train.check import ranking_context
 from star_elastic.train.config import RunConfig
 from star_elastic.train.fingerprint import digest_weights
 
@@ -61,7 +62,7 @@ class Calibration:
             [source.weight for source in self.config.data],
             num_samples=num_samples,
             batch_size=options.batch_size,
-            context=options.context,
+            context=ranking_context(self.config, self.model_config),
         )
 
     @property

@@ -178,16 +178,27 @@ def require_covered(table: LatencyTable, grid: Grid) -> None:
                 )
 
 
+def _positions_of(model_config: ModelConfig) -> int | None:
+    """The positions that a model was made for, if it has any."""
+    made: Any = transformers_config(model_config)  # which knows the default of its model type
+    return getattr(made, "max_position_embeddings", None)
+
+
+def ranking_context(config: RunConfig, model_config: ModelConfig) -> int:
+    """Tokens at which rows are cut for ranking: as the config says, but no more than the parent has
+    positions."""
+    asked = config.calibration.context
+    return min(asked, _positions_of(model_config) or asked)
+
+
 def beyond_positions(config: RunConfig, model_config: ModelConfig) -> list[str]:
     """A line for every length of text in the config that is beyond the positions that the parent
     was made for. It runs there (positions are rotary or come from Mamba layers), but untrained, and
     no text as long as that is ever generated."""
-    made: Any = transformers_config(model_config)  # which knows the default of its model type
-    most = getattr(made, "max_position_embeddings", None)
+    most = _positions_of(model_config)
     lengths = {f"stages[{n}].context": stage.context for n, stage in enumerate(config.stages)}
-    ranking = config.calibration.context
-    given = "the default " if ranking == CalibrationConfig().context else ""
-    lengths[f"{given}calibration.context"] = ranking
+    if config.calibration.context != CalibrationConfig().context:  # nobody asked for the default
+        lengths["calibration.context"] = config.calibration.context
     return [
         f"{name}={length:,} is beyond the {most:,} positions of the parent, which was not trained "
         "on longer texts; lower it"

@@ -51,7 +51,7 @@ class CalibrationConfig:
     batch_size: int = 16
     """Rows at a time; less where memory is short."""
     context: int = 1024
-    """Tokens at which rows are cut for ranking."""
+    """Tokens at which rows are cut for ranking; no more than the parent has positions."""
     scores: str = ""
     """Scores that `star-elastic rank` has written, in place of ranking."""
     basis: Literal["channels", "principal"] = "channels"

@@ -20,7 +20,7 @@ from star_elastic.progress import Progress
 from star_elastic.router.commit import LEARNED
 from star_elastic.signals import num_ranks
 from star_elastic.train.calibrate import SCORES
-from star_elastic.train.check import beyond_positions
+from star_elastic.train.check import beyond_positions, ranking_context
 from star_elastic.train.directory import ELASTIC
 from star_elastic.train.distributed import multiplies_bf16
 from star_elastic.train.fingerprint import digest_weights
@@ -59,6 +59,7 @@ class _Look:
     def __init__(self, inputs: RunInputs, device: torch.device):
         self.config, self.spec, self.run = inputs.config, inputs.spec, inputs.folder
         self.sources, self.scores, self.device = inputs.sources, inputs.scores, device
+        self.ranked = ranking_context(self.config, self.spec.model_config)
         self.num_rows = sum(source.num_used for source in self.sources)
         self.steps = Curriculum(self.config.stages).num_steps
         self.router_steps = self.config.router.num_steps(self.steps)
@@ -126,7 +127,7 @@ class _Look:
         if options.scores:
             return f"taken from {_short(options.scores)}"
         count = min(options.num_samples, self.num_rows)
-        return f"forward passes over {count:,} rows of at most {options.context:,} tokens"
+        return f"forward passes over {count:,} rows of at most {self.ranked:,} tokens"
 
     def _choices(self) -> str:
         def shown(axis: str, widths: Sequence[int]) -> str:
@@ -183,7 +184,7 @@ class _Look:
             )
         options = self.config.calibration
         ranks = not (options.scores or self.config.family or self.is_ranked)
-        count = min(options.num_samples, self.num_rows) * options.context
+        count = min(options.num_samples, self.num_rows) * self.ranked
         read = sum(self.tokens)
         if ranks and count > read:
             yield (

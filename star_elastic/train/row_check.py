@@ -46,6 +46,17 @@ class RowCheck:
         """Whether no row is bad (also where bad rows are left out), and every source teaches."""
         return not self.bad and not self.idle
 
+    def require_sound(self) -> None:
+        """Raises CheckpointError unless `is_sound`: how many rows are bad, and the first of them;
+        or what teaches nothing."""
+        if self.bad:
+            raise CheckpointError(
+                f"{self.bad:,} of {self.rows:,} rows cannot be read (the first: "
+                f"{self.problems[0]}); correct them or take them out"
+            )
+        for line in self.idle:
+            raise CheckpointError(line)
+
     def lines(self) -> list[str]:
         """The same, to read."""
         unshown = self.bad - len(self.problems)
