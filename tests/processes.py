@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import re
 import runpy
 import signal
 import subprocess
@@ -145,7 +146,19 @@ def refusal(*arguments: object, **options: Any) -> str:
     done = run_command(*arguments, **options)
     assert done.returncode == 2, (done.returncode, done.stderr)
     assert done.stdout == "" and done.stderr.count("\n") == 1, (done.stdout, done.stderr)
-    return done.stderr
+    return require_well_formed(done.stderr)
+
+
+STRAY = re.compile(r"[,;:][,;:]|[\w\])]\. [a-z]|\(\)|[,;:]$| [,;:.] ")
+"""Punctuation that no sentence has, as where parts of a message were put together wrongly."""
+
+
+def require_well_formed(line: str) -> str:
+    """An error line as it must be: what is wrong, and behind the last semicolon what to do."""
+    said = re.sub(r"(['\"]).*?\1", "x", line.rstrip("\n"))  # but for what it quotes
+    assert said.startswith("error: ") and not STRAY.search(said), line
+    assert re.search("; .*[a-z]", said), line
+    return line
 
 
 def run_script(script: Path | str, *arguments: object, **options: Any) -> Completed:

@@ -14,6 +14,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, normalizers
 from transformers import PreTrainedTokenizerFast
 
+from star_elastic.architectures import read_config
 from star_elastic.checkpoints.tensors import load_tensors
 from star_elastic.data.sources import ShuffledEpochs, Source, first_documents, open_sources
 from star_elastic.demo import write_rows
@@ -22,7 +23,7 @@ from star_elastic.models.load import load_parent
 from star_elastic.models.tokenizer import load_tokenizer
 from star_elastic.progress import Silent
 from star_elastic.train.calibrate import Calibration
-from star_elastic.train.check import beyond_positions
+from star_elastic.train.check import beyond_positions, ranking_context
 from star_elastic.train.directory import MAY_CHANGE
 from star_elastic.train.distributed import World
 from star_elastic.train.packing import PackedStream
@@ -31,7 +32,7 @@ from star_elastic.train.run import train
 from star_elastic.train.stages import Position
 from tests import ranks
 from tests.chat_templates import CHATML, byte_tokenizer
-from tests.processes import on_ranks, run_command
+from tests.processes import on_ranks, require_well_formed, run_command
 from tests.tiny_run import SHORT, StopAt, build_trainer, config_in, metrics
 
 NUM_ROWS = 400
@@ -207,7 +208,10 @@ def test_rows_are_checked_before_a_run(run_folder, lines, tmp_path):
     make(run_folder, "checked", rows, bad_rows="skip")
     before = sorted(run_folder.iterdir())
     done = run_command("train", run_folder / "checked.toml", "--check")
-    assert done.returncode == 2, done.stderr
+    assert done.returncode == 2
+    error = require_well_formed(done.stderr.splitlines()[-1])
+    assert f"error: {len(bad)} of {NUM_ROWS} rows cannot be read (the first: " in error
+    assert error.count("error: ") == 1 == done.stderr.count("error: ")
     told = done.stdout.splitlines()
     assert [line.split()[2] for line in told[:20]] == [str(n + 1) for n in bad[:20]]
     assert told[20] == f"... and {len(bad) - 20} more"
@@ -286,6 +290,8 @@ def test_a_check_of_idle_rows_fails(run_folder):
     done = run_command("train", run_folder / "idle.toml", "--check")
     assert done.returncode == 2 and "20 rows, 0 of them bad" in done.stdout
     assert "20 teach nothing" in done.stdout and "no row with a token to learn" in done.stdout
+    last = require_well_formed(done.stderr.splitlines()[-1])
+    assert "has no row with a token to learn" in last
 
 
 QUOTED = {
@@ -515,7 +521,9 @@ def test_ranking_takes_rows_by_weight_and_as_generation_reads_them(run_folder, t
     config = config_in(run_folder, "ranked")
     data = tuple(replace(config.data[0], weight=weight) for weight in (3.0, 1.0))
     config = replace(config, data=data)
-    calibration: Any = Calibration(config, tmp_path, *[None] * 3, sources, Silent())
+    model_config = read_config(run_folder / "parent")
+    unread: Any = None
+    calibration = Calibration(config, tmp_path, unread, model_config, unread, sources, Silent())
     batches = list(calibration.batches(12))
     first = [tokenizer.decode(ids[0]) for batch in batches for ids in batch.input_ids]
     assert first.count("1") == 9 and first.count("2") == 3
@@ -572,3 +580,17 @@ def test_lengths_beyond_the_positions_are_told(run_folder):
     assert len(beyond_positions(config, {**llama, "max_position_embeddings": 64})) == 2
     assert len(beyond_positions(config, {**llama, "model_type": "nemotron_h"})) == 1
     assert beyond_positions(config, {"model_type": "nemotron_h"}) == []
+    # The default follows the parent, of which nobody need be warned; what was asked for is told.
+    config = config_in(
+        run_folder, "positions", **{"num_samples = 16\ncontext = 96": "num_samples = 16"}
+    )
+    short = {**llama, "max_position_embeddings": 200}
+    assert beyond_positions(config, short) == [] and ranking_context(config, short) == 200
+    asked = config_in(
+        run_folder,
+        "positions",
+        **{"num_samples = 16\ncontext = 96": "num_samples = 16\ncontext = 300"},
+    )
+    (line,) = beyond_positions(asked, short)
+    assert line.startswith("calibration.context=300 is beyond the 200") and "lower it" in line
+    assert ranking_context(asked, {**short, "max_position_embeddings": 4000}) == 300
