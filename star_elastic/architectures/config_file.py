@@ -31,6 +31,8 @@ ATTENTION_KEYS: Mapping[str, tuple[Any, ...]] = MappingProxyType({
 """Keys of a config with their values that say nothing. transformers' caches and masks read them
 whatever the model type is, but layers only where it knows the key (`Architecture.attention_keys`):
 text that is generated with a cache would be another model's than the one that is trained."""
+ADAPTER = "adapter_config.json"
+"""What peft writes in place of a config.json."""
 FULL = ("full_attention", "attention")
 """How a config names a layer that sees the whole text."""
 NOT_BY_LAYER = re.compile(r"architectures|.*_token_ids?|.*_tokens|time_step_limit|mtp_.*")
@@ -57,6 +59,11 @@ def read_json_config(path: str | Path) -> Config:
             config = json.loads(file.read_text(encoding="utf-8"), object_hook=_decode_float)
     except ConfigError as error:
         if isinstance(error.__cause__, (FileNotFoundError, NotADirectoryError)):
+            if exists(path / ADAPTER):
+                raise ConfigError(
+                    f"{path} holds an adapter and no model; merge it into its base model "
+                    "(merge_and_unload of peft), and name that"
+                ) from None
             raise ConfigError(
                 f"{path} holds no config.json; name a Hugging Face checkpoint directory or its "
                 "config"

@@ -76,8 +76,9 @@ class Architecture(ABC):
     """How names on disk begin that begin with `model.` in memory."""
     other_prefixes: tuple[str, ...] = ()
     """What other writers put in place of `disk_prefix`."""
-    ignored: tuple[str, ...] = ()
-    """Parts of the names of on-disk tensors that the model in memory does not have."""
+    ignored: tuple[str, ...] = ("rotary_emb.inv_freq",)
+    """Parts of the names of on-disk tensors that the model in memory does not have: by default
+    frequencies that old files hold, which follow from the config."""
     copies: Mapping[str, str] = MappingProxyType({})
     """On-disk tensors that a file may hold beside the one that they must equal (tied heads)."""
     attention_keys: tuple[str, ...] = ()

@@ -92,7 +92,8 @@ class NemotronH(Architecture):
         if get_bool(config, "tie_word_embeddings", False):
             raise ConfigError(
                 "tie_word_embeddings=true is not supported for nemotron_h, whose models in "
-                "transformers have a head of their own; untie the checkpoint first"
+                "transformers have a head of their own; store it as lm_head.weight, and set "
+                "tie_word_embeddings=false in config.json"
             )
         return Decoder(
             hidden=get_int(config, "hidden_size", 4096),

@@ -52,12 +52,27 @@ class StoredModel:
                 f"{self.reader.path} lacks the tensor {name}; set tie_word_embeddings=true in "
                 "config.json if its model has none of its own, else restore the file"
             )
+        if name not in self.reader.names and piece.index is not None:
+            self._require_one_by_one(spec)
         if self.reader.shape(name) != expected:
             raise CheckpointError(
                 f"{name} of {self.reader.path} has shape {self.reader.shape(name)} but config.json "
                 f"says {expected}; restore the config.json that was saved with these weights"
             )
         return name
+
+    def _require_one_by_one(self, spec: TensorSpec) -> None:
+        """Raises CheckpointError for experts that a file holds as memory does: stacked."""
+        rest, its = spec.name.removeprefix("model."), self._architecture
+        prefixes = {"model.", its.disk_prefix, *its.other_prefixes}
+        stack = min({prefix + rest for prefix in prefixes} & self.reader.names, default="")
+        if not stack:
+            return
+        raise CheckpointError(
+            f"{self.reader.path} holds its experts stacked in one tensor ({stack}), and they are "
+            "read one by one; load its state_dict into a model that transformers makes by "
+            "from_config, and save that with save_pretrained"
+        )
 
     def require_whole(self) -> None:
         """Checks from the headers alone that the file holds the model of its config, no less and no

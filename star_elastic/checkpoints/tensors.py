@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
+from star_elastic.checkpoints.other_weights import why_no_weights
 from star_elastic.errors import CheckpointError, library_boundary
 from star_elastic.files.paths import has_file, is_file, require_content
 from star_elastic.files.writing import replaced, write_json
@@ -68,9 +69,7 @@ class CheckpointReader:
                 f"{self.path} is a file; name the checkpoint directory that it lies in"
             )
         else:
-            raise CheckpointError(
-                f"{self.path} holds no {SINGLE_NAME}; name a directory with safetensors weights"
-            )
+            raise CheckpointError(why_no_weights(self.path, SINGLE_NAME))
 
     def _require_same(self, name: str, first: Path, second: Path) -> None:
         """Raises CheckpointError for a tensor that two files hold with different values: which of
