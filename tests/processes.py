@@ -155,7 +155,7 @@ STRAY = re.compile(r"[,;:][,;:]|[\w\])]\. [a-z]|\(\)|[,;:]$| [,;:.] ")
 
 def require_well_formed(line: str) -> str:
     """An error line as it must be: what is wrong, and behind the last semicolon what to do."""
-    said = re.sub(r"(['\"]).*?\1", "x", line.rstrip("\n"))  # but for what it quotes
+    said = re.sub(r"(?<!\w)(['\"]).*?\1", "x", line.rstrip("\n"))  # but for what it quotes
     assert said.startswith("error: ") and not STRAY.search(said), line
     assert re.search("; .*[a-z]", said), line
     return line
