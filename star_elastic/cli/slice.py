@@ -31,7 +31,10 @@ def slice_size(
     For a budget between trained ones the router gives widths; they were not trained themselves.
     """
     if sum(map(bool, (size, budget, widths))) != 1:
-        raise ConfigError("name one of --size, --budget and --widths, for example --size small")
+        raise ConfigError(
+            "the size to cut is not given once; name one of --size, --budget and --widths, for "
+            "example --size small"
+        )
     from star_elastic.checkpoints.elastic import ElasticCheckpoint
     from star_elastic.rewrite.stream import slice_checkpoint
     from star_elastic.router.files import widths_for

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from star_elastic.architectures import ModelConfig, read_config
+from star_elastic.architectures.config_file import Config
 from star_elastic.axes import AxisMap
 from star_elastic.axes.widths import parse_widths
 from star_elastic.checkpoints.companions import LATENCY
@@ -178,13 +179,13 @@ def require_covered(table: LatencyTable, grid: Grid) -> None:
                 )
 
 
-def _positions_of(model_config: ModelConfig) -> int | None:
+def _positions_of(model_config: Config) -> int | None:
     """The positions that a model was made for, if it has any."""
     made: Any = transformers_config(model_config)  # which knows the default of its model type
     return getattr(made, "max_position_embeddings", None)
 
 
-def ranking_context(config: RunConfig, model_config: ModelConfig) -> int:
+def ranking_context(config: RunConfig, model_config: Config) -> int:
     """Tokens at which rows are cut for ranking: as the config says, but no more than the parent has
     positions."""
     asked = config.calibration.context
