@@ -10,7 +10,6 @@ class Llama(PreNorm):
     """The `llama` architecture. Defaults are those of transformers' LlamaConfig."""
 
     model_type = "llama"
-    ignored = ("rotary_emb.inv_freq",)
     multiples = (("hidden", "heads"),)
     vocab_size = 32000
     intermediate_size = 11008
