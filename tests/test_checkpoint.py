@@ -143,7 +143,7 @@ def test_tensors_of_every_dtype_come_back(tmp_path, dtype):
         assert reader.dtype(name) == dtype and reader.shape(name) == tuple(value.shape)
         for stored in (reader.read(name), plain[name]):
             assert torch.equal(stored.float(), value.float())
-    rows = reader.read("a", (1, 3))
+    rows = reader.read("a", [(1, 3)])
     assert torch.equal(rows.float(), values["a"][1:3].float())
 
 
@@ -338,7 +338,7 @@ def test_an_index_that_promises_too_much_is_refused(kind, saved, tmp_path):
     name = next(iter(rewritten))
     del rewritten[name]
     save_file(rewritten, shards[0])
-    refuse_slice(saved, tmp_path, f"lacks the tensor {name} that the index promises .*; restore")
+    refuse_slice(saved, tmp_path, f"lacks the tensor {name} that the index promises; restore")
     shards[0].unlink()
     refuse_slice(saved, tmp_path, f"{shards[0].name} cannot be read")
     assert index["weight_map"][name] == shards[0].name

@@ -1,15 +1,13 @@
 """A checkpoint on disk seen through the axis map: what its tensors are called, and their values.
 
 Values come from the mapped file where they can stay as they are, so that memory holds only what has
-been used and processes share it. Everything else is copied from a mapping that goes away with it.
+been used and processes share it. Everything else is read into memory of its own.
 """
 
 from __future__ import annotations
 
-import json
 import math
 import mmap
-import struct
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from functools import cached_property
@@ -20,10 +18,10 @@ import torch
 from star_elastic.architectures import Architecture
 from star_elastic.axes import AxisMap, Piece, TensorSpec
 from star_elastic.checkpoints.tensors import CheckpointReader
-from star_elastic.errors import CheckpointError
+from star_elastic.errors import CheckpointError, library_boundary
 
 WEIGHT_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-ROWS_AT_ONCE = 4096
+ROWS_AT_ONCE = 1024
 """Rows of two tables that are held to compare them."""
 
 
@@ -112,8 +110,8 @@ class StoredModel:
             return False
         reader = self.reader
         if reader.shape(name) == reader.shape(original) and all(
-            torch.equal(*(reader.read(n, rows).float() for n in (name, original)))
-            for rows in _blocks(reader.shape(name)[0])
+            torch.equal(*(reader.read(n, [rows]).float() for n in (name, original)))
+            for rows in _ranges(reader.shape(name)[0])
         ):
             return True
         raise CheckpointError(
@@ -149,7 +147,7 @@ class StoredModel:
         wanted = torch.float32 if spec.keep_fp32 and dtype.itemsize < 4 else dtype
         mapped = None
         if {self.reader.dtype(name) for name in names} == {wanted}:
-            mapped = self._map(spec, names) if spec.is_stacked else self.reader.read(names[0])
+            mapped = self._map(spec, names)
         return self._copy(spec, names, wanted) if mapped is None else mapped
 
     def stored(self, spec: TensorSpec) -> torch.Tensor:
@@ -157,16 +155,23 @@ class StoredModel:
         return self.tensor(spec, self.reader.dtype(self.name_of(spec, spec.pieces[0])))
 
     def _map(self, spec: TensorSpec, names: list[str]) -> torch.Tensor | None:
-        """A stacked tensor as it lies in the file, if its pieces stand there in their order."""
+        """A tensor as it lies in the file, if there is one, its pieces stand there in their order
+        and where its dtype can be read."""
         shape, dtype = self.axis_map.shape(spec, self.axis_map.full), self.reader.dtype(names[0])
-        places = [self._places[name] for name in names]
-        file, start = places[0]
+        places = [self.reader.place(name) for name in names]
+        file, start = places[0].file, places[0].start
         length = math.prod(shape) * dtype.itemsize
         piece = length // len(names)
-        if places != [(file, start + number * piece) for number in range(len(names))]:
+        wanted = [(file, start + number * piece) for number in range(len(names))]
+        if [(place.file, place.start) for place in places] != wanted:
+            return None
+        if not length or start % dtype.itemsize:
             return None
         before = start % mmap.ALLOCATIONGRANULARITY
-        with open(file, "rb") as stream:
+        with (
+            library_boundary(f"{names[0]} of {file} cannot be read", "restore the file"),
+            open(file, "rb") as stream,
+        ):
             mapped = mmap.mmap(
                 stream.fileno(), before + length, access=mmap.ACCESS_COPY, offset=start - before
             )
@@ -174,28 +179,21 @@ class StoredModel:
             shape
         )
 
-    @cached_property
-    def _places(self) -> dict[str, tuple[Path, int]]:
-        """File and first byte of every tensor."""
-        places = {}
-        for file in self.reader.files:
-            with open(file, "rb") as stream:
-                (length,) = struct.unpack("<Q", stream.read(8))
-                header = json.loads(stream.read(length))
-            for name in header.keys() - {"__metadata__"}:
-                places[name] = (file, 8 + length + header[name]["data_offsets"][0])
-        return places
-
     def _copy(self, spec: TensorSpec, names: list[str], dtype: torch.dtype) -> torch.Tensor:
-        """A tensor in memory of its own; no page of the file stays resident for it."""
-        reader = CheckpointReader(self.reader.path)
+        """A tensor in memory of its own."""
         whole = torch.empty(self.axis_map.shape(spec, self.axis_map.full), dtype=dtype)
         for piece, name in zip(spec.pieces, names, strict=True):
-            whole[spec.box(piece)].copy_(reader.read(name))
+            box, done = whole[spec.box(piece)], 0
+            for block in self.reader.blocks(name):
+                if not block.dim():
+                    box.copy_(block)
+                    continue
+                box[done : done + len(block)].copy_(block)
+                done += len(block)
         return whole
 
 
-def _blocks(num_rows: int) -> Iterator[tuple[int, int]]:
+def _ranges(num_rows: int) -> Iterator[tuple[int, int]]:
     """Ranges of rows that cover all."""
     for start in range(0, num_rows, ROWS_AT_ONCE):
         yield start, min(start + ROWS_AT_ONCE, num_rows)

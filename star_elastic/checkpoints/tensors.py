@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
-from safetensors import safe_open
 
+from star_elastic.checkpoints.header import METADATA, Place, read_header
 from star_elastic.checkpoints.other_weights import why_no_weights
 from star_elastic.errors import CheckpointError, library_boundary
 from star_elastic.files.paths import has_file, is_file, require_content
@@ -23,6 +23,8 @@ from star_elastic.files.writing import replaced, write_json
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 DEFAULT_SHARD_BYTES = 4 * 1024**3
+BLOCK_BYTES = 16 * 1024**2
+"""What is held of a tensor while it is read, changed and written."""
 NAN_OF_FP8 = 0x7F
 """Of E4M3, without its sign."""
 DTYPE_NAMES = {
@@ -37,23 +39,27 @@ DTYPE_NAMES = {
     torch.bool: "BOOL",
 }
 DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
+Rows = Sequence[tuple[int, int]]
+"""Ranges [start, stop) of rows, in the order in which they are wanted."""
 
 
 class CheckpointReader:
     """Reads tensors, or parts of them, from a safetensors directory without loading the rest.
 
-    Raises CheckpointError for whatever is missing or damaged.
+    What is read is copied into memory of its own: no page of a file is mapped, so that a process
+    holds what it has asked for and no more. Raises CheckpointError for whatever is missing or
+    damaged.
     """
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
         self._files: dict[str, Path] = {}
-        self._open: dict[Path, Any] = {}
+        self._headers: dict[Path, dict[str, Place]] = {}
         index = self.path / INDEX_NAME
         single = self.path / SINGLE_NAME
         # With both present, transformers reads the single file: so do we.
         if is_file(single):
-            self._files = dict.fromkeys(self._handle(single).keys(), single)
+            self._files = dict.fromkeys(self._header(single), single)
         elif is_file(index):
             with library_boundary(f"{index} is damaged", "restore the file"):
                 weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
@@ -61,7 +67,7 @@ class CheckpointReader:
             # transformers loads whatever the files hold, in the index or not.
             found: dict[str, Path] = {}
             for file in sorted(set(self._files.values())):
-                for name in list(self._handle(file).keys()):
+                for name in self._header(file):
                     self._require_same(name, found.setdefault(name, file), file)
             self._files = found | self._files
         elif is_file(self.path):
@@ -76,72 +82,123 @@ class CheckpointReader:
         them is the model's, nobody can tell, and transformers takes the last."""
         if first == second:
             return
-        with library_boundary(f"{name} of {second} cannot be read", "restore the file"):
-            one, other = (self._handle(file).get_tensor(name) for file in (first, second))
-            same = one.dtype == other.dtype and torch.equal(one, other)
+        one, other = (self._header(file)[name] for file in (first, second))
+        same = (one.dtype, one.shape) == (other.dtype, other.shape) and all(
+            torch.equal(*blocks)
+            for blocks in zip(_blocks(name, one), _blocks(name, other), strict=True)
+        )
         if not same:
             raise CheckpointError(
                 f"{name} is in {first} and in {second} with different values; remove one of the "
                 "two, or restore the files"
             )
 
-    def _handle(self, file: Path):
-        if file not in self._open:
-            if is_file(file):
-                require_content(file)
-            with library_boundary(f"{file} cannot be read", "restore the file"):
-                self._open[file] = safe_open(file, framework="pt")
-        return self._open[file]
+    def _header(self, file: Path) -> dict[str, Place]:
+        if file not in self._headers:
+            self._headers[file] = read_header(file)
+        return self._headers[file]
 
     @property
     def names(self) -> frozenset[str]:
         """Names of all tensors."""
         return frozenset(self._files)
 
-    @property
-    def files(self) -> frozenset[Path]:
-        """The files that hold them."""
-        return frozenset(self._files.values())
-
-    def _require(self, name: str):
+    def place(self, name: str) -> Place:
+        """Where a tensor lies."""
         if name not in self._files:
             raise CheckpointError(
                 f"{self.path} lacks the tensor {name}, which its config.json asks for; restore "
                 "the weights, or the config.json that was saved with them"
             )
         file = self._files[name]
-        handle = self._handle(file)
-        with library_boundary(
-            f"{file} lacks the tensor {name} that the index promises", "restore it"
-        ):
-            return handle.get_slice(name)
+        if name not in self._header(file):
+            raise CheckpointError(
+                f"{file} lacks the tensor {name} that the index promises; restore the file"
+            )
+        return self._header(file)[name]
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a tensor, from the header alone."""
-        return tuple(self._require(name).get_shape())
+        return self.place(name).shape
 
     def dtype(self, name: str) -> torch.dtype:
         """Dtype of a tensor, from the header alone."""
-        stored = self._require(name).get_dtype()
-        if stored not in DTYPES:
-            raise CheckpointError(
-                f"{name} has dtype {stored}, which is not supported; store the weights as BF16"
-            )
-        return DTYPES[stored]
+        return _dtype_of(name, self.place(name))
 
-    def read(self, name: str, rows: tuple[int, int] | None = None) -> torch.Tensor:
-        """A tensor, or rows [start, stop) of its first dimension."""
-        part = self._require(name)
-        with library_boundary(f"{name} of {self._files[name]} cannot be read", "restore the file"):
-            if rows is not None:
-                return part[rows[0] : rows[1]]
-            if part.get_shape():
-                return part[:]
-            return self._handle(self._files[name]).get_tensor(name)
+    def read(self, name: str, rows: Rows | None = None) -> torch.Tensor:
+        """A tensor, or the rows of its first dimension in these ranges, one after the other."""
+        place = self.place(name)
+        return _read(name, place, _all_rows(place) if rows is None else rows)
+
+    def blocks(self, name: str, rows: Rows | None = None) -> Iterator[torch.Tensor]:
+        """The same, some rows at a time: of at most `BLOCK_BYTES`, unless one row alone is more."""
+        return _blocks(name, self.place(name), rows)
+
+
+def _dtype_of(name: str, place: Place) -> torch.dtype:
+    if place.dtype not in DTYPES:
+        raise CheckpointError(
+            f"{name} has dtype {place.dtype}, which is not supported; store the weights as BF16"
+        )
+    return DTYPES[place.dtype]
+
+
+def _all_rows(place: Place) -> Rows:
+    return [(0, place.shape[0] if place.shape else 1)]
+
+
+def _row_bytes(place: Place) -> int:
+    return place.num_bytes // max(place.shape[0], 1) if place.shape else place.num_bytes
+
+
+def _read(name: str, place: Place, rows: Rows) -> torch.Tensor:
+    """Rows of a tensor; of a scalar, its one row."""
+    num_rows, each = sum(stop - start for start, stop in rows), _row_bytes(place)
+    shape = (num_rows, *place.shape[1:]) if place.shape else ()
+    tensor = torch.empty(shape, dtype=_dtype_of(name, place))
+    memory, filled = memoryview(bytes_of(tensor)), 0
+    with (
+        library_boundary(f"{name} of {place.file} cannot be read", "restore the file"),
+        open(place.file, "rb", buffering=0) as stream,
+    ):
+        for start, stop in rows:
+            stream.seek(place.start + start * each)
+            end = filled + (stop - start) * each
+            while filled < end:
+                count = stream.readinto(memory[filled:end])
+                if not count:
+                    raise EOFError("the file has become shorter")
+                filled += count
+    return tensor
+
+
+def _blocks(name: str, place: Place, rows: Rows | None = None) -> Iterator[torch.Tensor]:
+    most = rows_at_once(_row_bytes(place))
+    held: list[tuple[int, int]] = []
+    room = most
+    for start, stop in _all_rows(place) if rows is None else rows:
+        while stop - start > room:
+            yield _read(name, place, [*held, (start, start + room)])
+            start, held, room = start + room, [], most
+        held.append((start, stop))
+        room -= stop - start
+    yield _read(name, place, held)
+
+
+def rows_at_once(row_bytes: int) -> int:
+    """How many rows of so many bytes are held at once."""
+    return max(BLOCK_BYTES // max(row_bytes, 1), 1)
+
+
+def bytes_of(tensor: torch.Tensor) -> Any:
+    """The memory of a contiguous tensor on the CPU as a numpy array of bytes."""
+    return tensor.detach().reshape(-1).view(torch.uint8).numpy()
 
 
 Progress = Callable[[int, int], None]
 """Called with (bytes written so far, bytes in all)."""
+Value = torch.Tensor | Iterable[torch.Tensor]
+"""A tensor, or blocks of its rows that follow each other."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,15 +220,15 @@ class Planned:
 def write_tensors(
     directory: Path,
     plan: Iterable[Planned],
-    value_of: Callable[[str], torch.Tensor],
+    value_of: Callable[[str], Value],
     *,
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
     progress: Progress | None = None,
 ) -> None:
     """Writes a safetensors model one tensor at a time, in shards with an index if it is large.
 
-    The header needs only shapes and dtypes, so one tensor is in memory at a time. `progress` is
-    told after each. Raises CheckpointError for values that are not finite, which no model computes
+    The header needs only shapes and dtypes, so one tensor is in memory at a time, or one block of
+    one that comes in blocks. `progress` is told after each tensor. Raises CheckpointError for values that are not finite, which no model computes
     with, and AssertionError if one does not have its planned shape and dtype.
     """
     plan = list(plan)
@@ -203,7 +260,7 @@ def write_tensors(
 
 
 def _write_shard(file: Path, shard: list[Planned], value_of, on_tensor) -> None:
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    header: dict[str, object] = {METADATA: {"format": "pt"}}
     offset = 0
     for entry in shard:
         header[entry.name] = {
@@ -218,16 +275,27 @@ def _write_shard(file: Path, shard: list[Planned], value_of, on_tensor) -> None:
         stream.write(struct.pack("<Q", len(encoded)))
         stream.write(encoded)
         for entry in shard:
-            value = value_of(entry.name).detach().to("cpu").contiguous()
-            assert tuple(value.shape) == entry.shape, (entry, value.shape)
-            assert value.dtype == entry.dtype, (entry, value.dtype)
-            if not is_finite(value):
-                raise CheckpointError(
-                    f"{entry.name} holds values that are not finite; restore the checkpoint that "
-                    "they come from"
-                )
-            stream.write(value.reshape(-1).view(torch.uint8).numpy().data)
+            _write_tensor(stream, entry, value_of(entry.name))
             on_tensor(entry)
+
+
+def _write_tensor(stream: BinaryIO, entry: Planned, value: Value) -> None:
+    if isinstance(value, torch.Tensor):
+        assert tuple(value.shape) == entry.shape, (entry, value.shape)
+        most = rows_at_once(entry.num_bytes // max(entry.shape[0], 1)) if entry.shape else 1
+        value = value.split(most) if entry.shape else (value,)
+    written = 0
+    for block in value:
+        assert block.shape[1:] == entry.shape[1:], (entry, block.shape)
+        assert block.dtype == entry.dtype, (entry, block.dtype)
+        block = block.detach().to("cpu").contiguous()
+        if not is_finite(block):
+            raise CheckpointError(
+                f"{entry.name} holds values that are not finite; restore the checkpoint that "
+                "they come from"
+            )
+        written += stream.write(bytes_of(block).data)
+    assert written == entry.num_bytes, (entry, written)
 
 
 def is_finite(tensor: torch.Tensor) -> bool:

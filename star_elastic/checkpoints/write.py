@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-import torch
-
 from star_elastic.architectures.config_file import Config
 from star_elastic.checkpoints.companions import copy_companions
 from star_elastic.checkpoints.tensors import (
     DEFAULT_SHARD_BYTES,
     Planned,
     Progress,
+    Value,
     write_tensors,
 )
 from star_elastic.files.writing import new_directory, write_json
@@ -23,7 +22,7 @@ def write_checkpoint(
     config: Config,
     beside: Path,
     plan: Iterable[Planned],
-    value_of: Callable[[str], torch.Tensor],
+    value_of: Callable[[str], Value],
     *,
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
     progress: Progress | None = None,

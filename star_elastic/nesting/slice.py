@@ -19,16 +19,18 @@ Orders = Mapping[str, torch.Tensor]
 """Permutation of an axis's units, best first: keys from `order_key`, int64 values (units,)."""
 
 
-def slice_tensor(tensor: torch.Tensor, dims: tuple[Dim, ...], widths: Mapping) -> torch.Tensor:
+def slice_tensor(
+    tensor: torch.Tensor, dims: tuple[Dim, ...], widths: Mapping, *, first: int = 0
+) -> torch.Tensor:
     """The part of a full-width tensor that survives at `widths` (one for each axis, as its layer
-    sees them); a view wherever possible."""
-    kept = [runs(dim, widths) for dim in dims]
+    sees them); a view wherever possible. Dimensions before `first` are cut already."""
+    kept = list(enumerate(runs(dim, widths) for dim in dims))[first:]
     # Prefixes first, so that a copy holds nothing beside what is kept.
-    for dim, ranges in enumerate(kept):
+    for dim, ranges in kept:
         low, high = ranges[0]
         if len(ranges) == 1 and high - low < tensor.shape[dim]:
             tensor = tensor.narrow(dim, low, high - low)
-    for dim, ranges in enumerate(kept):
+    for dim, ranges in kept:
         if len(ranges) > 1:
             tensor = torch.cat([tensor.narrow(dim, lo, hi - lo) for lo, hi in ranges], dim)
     return tensor
@@ -115,10 +117,12 @@ def dim_order(dim: Dim, orders: Orders) -> torch.Tensor | None:
     return torch.cat(parts)
 
 
-def sort_tensor(tensor: torch.Tensor, dims: tuple[Dim, ...], orders: Orders) -> torch.Tensor:
+def sort_tensor(
+    tensor: torch.Tensor, dims: tuple[Dim, ...], orders: Orders, *, first: int = 0
+) -> torch.Tensor:
     """A tensor with the units of every ordered axis permuted, best first; `orders` by axis, as its
-    layer sees them."""
-    for position, dim in enumerate(dims):
+    layer sees them. Dimensions before `first` are sorted already."""
+    for position, dim in list(enumerate(dims))[first:]:
         index = dim_order(dim, orders)
         if index is not None:
             tensor = tensor.index_select(position, index.to(tensor.device))

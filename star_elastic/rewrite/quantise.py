@@ -29,6 +29,7 @@ from star_elastic.checkpoints.tensors import (
     DEFAULT_SHARD_BYTES,
     Planned,
     Progress,
+    Value,
     is_finite,
 )
 from star_elastic.checkpoints.write import write_checkpoint
@@ -74,11 +75,11 @@ class _Writer:
                     self.entries[written.name] = _Entry(spec, piece, kind)
                     yield Planned(written.name, shape, dtype)
 
-    def value_of(self, name: str) -> torch.Tensor:
+    def value_of(self, name: str) -> Value:
         """The value of a planned tensor."""
         entry = self.entries[name]
         if entry.kind is None:
-            return self._read(entry.spec, entry.piece)
+            return self.source.reader.blocks(self.source.name_of(entry.spec, entry.piece))
         if entry.kind == INPUT:
             scale = self._inputs[entry.spec.name].float().reshape(1)
             return 1 / scale if self.scheme.format.packed else scale

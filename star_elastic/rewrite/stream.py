@@ -1,12 +1,12 @@
-"""Sorting and slicing of whole checkpoints on disk, one tensor at a time.
+"""Sorting and slicing of whole checkpoints on disk, some rows of one tensor at a time.
 
-Both read the source tensor by tensor and write an ordinary checkpoint; the model is never held in
-memory. The pieces of a tensor that is stacked in memory (experts) are renumbered on the way.
+Both read the source block by block and write an ordinary checkpoint; the model is never held in
+memory, and a slice reads none of the rows that it drops. The pieces of a tensor that is stacked in memory (experts) are renumbered on the way.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -15,7 +15,8 @@ import torch
 
 from star_elastic.architectures import Architecture, ModelConfig, read_config
 from star_elastic.architectures.config_file import Config
-from star_elastic.axes import AxisMap, Piece, TensorSpec, size_of
+from star_elastic.axes import AxisMap, Dim, Piece, TensorSpec, size_of
+from star_elastic.axes.dims import runs
 from star_elastic.axes.widths import Width
 from star_elastic.checkpoints.layouts import (
     COMPRESSED_TENSORS,
@@ -31,7 +32,13 @@ from star_elastic.checkpoints.layouts import (
 )
 from star_elastic.checkpoints.quantised import stored_input_scales
 from star_elastic.checkpoints.stored import StoredModel, most_common_dtype
-from star_elastic.checkpoints.tensors import DEFAULT_SHARD_BYTES, Planned, Progress
+from star_elastic.checkpoints.tensors import (
+    DEFAULT_SHARD_BYTES,
+    CheckpointReader,
+    Planned,
+    Progress,
+    rows_at_once,
+)
 from star_elastic.checkpoints.write import write_checkpoint
 from star_elastic.checkpoints.written_config import require_readable, written_config
 from star_elastic.errors import ConfigError
@@ -50,13 +57,17 @@ from star_elastic.nesting.slice import (
 )
 
 
+Convert = Callable[[CheckpointReader, str], Iterable[torch.Tensor]]
+"""Reads a tensor of the source and makes blocks of the written one, row by row."""
+
+
 @dataclass(frozen=True, slots=True)
 class _Job:
     """One tensor to write: where it comes from and what to do with it."""
 
     planned: Planned
     source: str
-    convert: Callable[[torch.Tensor], torch.Tensor]
+    convert: Convert
 
 
 def _open(path: Path, axis_map: AxisMap, architecture: Architecture) -> StoredModel:
@@ -71,7 +82,7 @@ def _jobs(
     target: AxisMap,
     names: Mapping[str, str],
     kept_first: Callable[[TensorSpec], list[int]],
-    convert: Callable[[TensorSpec, Piece], Callable[[torch.Tensor], torch.Tensor]],
+    convert: Callable[[TensorSpec, Piece], Convert],
 ) -> Iterator[_Job]:
     """The tensors to write, in the order of the table.
 
@@ -99,9 +110,9 @@ def _write(
 ) -> None:
     by_name = {job.planned.name: job for job in jobs}
 
-    def value_of(name: str) -> torch.Tensor:
+    def value_of(name: str) -> Iterable[torch.Tensor]:
         job = by_name[name]
-        return job.convert(source.reader.read(job.source))
+        return job.convert(source.reader, job.source)
 
     write_checkpoint(
         out, config, source.reader.path, [job.planned for job in jobs], value_of,
@@ -157,17 +168,30 @@ def slice_checkpoint(
     def kept(spec: TensorSpec) -> list[int]:
         return [i for low, high in axis_map.runs(spec, 0, complete) for i in range(low, high)]
 
-    def convert(spec: TensorSpec, piece: Piece):
+    def convert(spec: TensorSpec, piece: Piece) -> Convert:
         if spec.name in scales:
-            return lambda _: scales[spec.name]
+            return lambda *_: (scales[spec.name],)
         dims, here = spec.on_disk(piece).dims, axis_map.seen_by(spec.layer, complete)
-        return lambda tensor: follow(slice_tensor(tensor, dims, here), spec, axis_map, here)
+        stored = partial(follow, spec=spec, axis_map=axis_map, widths=here)
+        return partial(_sliced, dims, here, stored)
 
     names = axis_map.names_at(complete)
     jobs = list(_jobs(source, smaller, names, kept, convert))
     if renamed:
         jobs = [_in_modelopt(job, renamed.get(job.planned.name)) for job in jobs]
     _write(source, jobs, target, out, max_shard_bytes, progress, finish)
+
+
+def _sliced(
+    dims: tuple[Dim, ...],
+    widths: Mapping,
+    stored: Callable[[torch.Tensor], torch.Tensor],
+    reader: CheckpointReader,
+    name: str,
+) -> Iterator[torch.Tensor]:
+    """What survives of a tensor on disk, as it is stored. Only the rows that do are read."""
+    for block in reader.blocks(name, runs(dims[0], widths) if dims else None):
+        yield stored(slice_tensor(block, dims, widths, first=1))
 
 
 def _in_modelopt(job: _Job, name: str | None) -> _Job:
@@ -179,9 +203,9 @@ def _in_modelopt(job: _Job, name: str | None) -> _Job:
         return replace(job, planned=planned)
     inverted = "global_scale" in job.planned.name
 
-    def convert(tensor: torch.Tensor) -> torch.Tensor:
-        value = job.convert(tensor).reshape(())
-        return 1 / value if inverted else value
+    def convert(reader: CheckpointReader, source: str) -> Iterator[torch.Tensor]:
+        for value in job.convert(reader, source):
+            yield (1 / value if inverted else value).reshape(())
 
     return replace(job, planned=replace(planned, shape=()), convert=convert)
 
@@ -229,13 +253,28 @@ def sort_checkpoint(
         order = dim_order(spec.dims[0], orders_of(spec.layer, axis_map, orders))
         return list(range(size_of(spec.dims[0]))) if order is None else order.tolist()
 
-    def convert(spec: TensorSpec, piece: Piece):
+    def convert(spec: TensorSpec, piece: Piece) -> Convert:
         dims, here = spec.on_disk(piece).dims, orders_of(spec.layer, axis_map, orders)
-        return lambda tensor: sort_tensor(tensor, dims, here)
+        return partial(_sorted, dims, here)
 
     jobs = list(_jobs(source, axis_map, axis_map.names_at(axis_map.full), moved, convert))
     written = written_config(config.at(axis_map.full), axis_map, source.dtype, None)
     _write(source, jobs, written, out, max_shard_bytes, progress, finish)
+
+
+def _sorted(
+    dims: tuple[Dim, ...], orders: Orders, reader: CheckpointReader, name: str
+) -> Iterator[torch.Tensor]:
+    """A tensor on disk in its new order. Where rows move the whole of it is read, since they come
+    from anywhere."""
+    order = dim_order(dims[0], orders) if dims else None
+    if order is None:
+        for block in reader.blocks(name):
+            yield sort_tensor(block, dims, orders, first=1)
+        return
+    whole = reader.read(name)
+    for rows in order.split(rows_at_once(whole[:1].nbytes)):
+        yield sort_tensor(whole.index_select(0, rows), dims, orders, first=1)
 
 
 def save_model(
