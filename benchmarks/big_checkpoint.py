@@ -5,8 +5,8 @@
 
 Writes a sharded hybrid of 12 GB with 128 experts per layer (random BF16 weights), then in turn:
 1. *copy*: copies files of exactly the slice's bytes and waits until they are on the disk;
-2. *slice*: `star-elastic slice`, which waits for the disk as well. *Its work* is the command without
-   its imports.
+2. *slice*: `star-elastic slice`, which waits for the disk as well. *Its work* is the command
+   without its imports.
 Both find none of their input in the page cache. `--against PATH` lets the slice of another checkout
 take turns with them and holds its bytes against this one's. Then `count`, `sizes`, a sort and
 `quantize` once each. Every side is a process of its own, which tells its peak of resident memory,
@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import json
 import os
 import platform
 import shutil
@@ -66,26 +65,35 @@ print(end - begin, end - loaded, used.ru_utime + used.ru_stime, peak, file=sys.s
 """
 """A process that tells its seconds, those after its imports, those of CPUs, and its peak of
 resident memory: VmHWM, since getrusage counts what its parent held before it, too."""
-COPY = "import os, shutil", """
+COPY = (
+    "import os, shutil",
+    """
 for source, target in zip(sys.argv[1::2], sys.argv[2::2]):
     shutil.copyfile(source, target)
     os.fsync(os.open(target, os.O_RDWR))
-"""
-COMMAND = "import star_elastic.rewrite.family, star_elastic.router.files, star_elastic.cli", """
+""",
+)
+COMMAND = (
+    "import star_elastic.rewrite.family, star_elastic.router.files, star_elastic.cli",
+    """
 try:
     star_elastic.cli.main()
 except SystemExit as stopped:
     assert not stopped.code, stopped.code
-"""
+""",
+)
 """The imports are those of the commands, which import late."""
-SORT = """
+SORT = (
+    """
 from pathlib import Path
 from star_elastic.architectures import read_config
 from star_elastic.importance.orders import random_orders
 from star_elastic.rewrite.stream import sort_checkpoint
-""", """
+""",
+    """
 sort_checkpoint(sys.argv[1], random_orders(read_config(Path(sys.argv[1])).axis_map, 0), sys.argv[2])
-"""
+""",
+)
 
 
 def main() -> None:

@@ -12,8 +12,9 @@ import os
 import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
+from io import FileIO
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from safetensors import SafetensorError
 
@@ -24,6 +25,11 @@ MAKE_ROOM = "make room, or write elsewhere"
 READ_WHOLE = 64 * 1024**2
 READ_ENDS = 1024**2
 """Files up to the first size are digested whole, of larger ones so much of both ends."""
+
+WRITE_BACK, FETCH = 32 * 1024**2, 1024**2
+"""Bytes of a large file that are sent to the disk at once, and fetched from it."""
+CAN_ADVISE = hasattr(os, "posix_fadvise")
+"""Not on every system; nothing but time is lost without."""
 
 
 def digest_files(files: Iterable[Path]) -> str:
@@ -174,6 +180,26 @@ def flush(directory: Path) -> None:
     for path in (*directory.rglob("*"), directory):
         if not path.is_symlink() and (path.is_file() or path.is_dir()):
             _flush(path)
+
+
+def write_back(stream: BinaryIO, begun: int) -> int:
+    """Asks the system to begin writing a large file to the disk while the rest of it is still made,
+    which it does by itself only when much of the memory is full of it. `begun`: bytes for which it
+    was asked before; returns those for which it is now."""
+    end = stream.tell()
+    if end - begun < WRITE_BACK or not CAN_ADVISE:
+        return begun
+    stream.flush()
+    os.posix_fadvise(stream.fileno(), begun, end - begun, os.POSIX_FADV_DONTNEED)
+    return end
+
+
+def will_read(stream: FileIO, start: int, stop: int) -> None:
+    """Asks the system to fetch bytes of a file. Waits for nothing."""
+    # In pieces: of one request, a system fetches no more than its own limit.
+    for begin in range(start, stop, FETCH) if CAN_ADVISE else ():
+        length = min(FETCH, stop - begin)
+        os.posix_fadvise(stream.fileno(), begin, length, os.POSIX_FADV_WILLNEED)
 
 
 def _flush(path: Path) -> None:

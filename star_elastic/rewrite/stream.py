@@ -1,11 +1,13 @@
 """Sorting and slicing of whole checkpoints on disk, some rows of one tensor at a time.
 
 Both read the source block by block and write an ordinary checkpoint; the model is never held in
-memory, and a slice reads none of the rows that it drops. The pieces of a tensor that is stacked in memory (experts) are renumbered on the way.
+memory, and a slice reads none of the rows that it drops. The pieces of a tensor that is stacked in
+memory (experts) are renumbered on the way.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -37,6 +39,7 @@ from star_elastic.checkpoints.tensors import (
     CheckpointReader,
     Planned,
     Progress,
+    Rows,
     rows_at_once,
 )
 from star_elastic.checkpoints.write import write_checkpoint
@@ -56,9 +59,12 @@ from star_elastic.nesting.slice import (
     sort_tensor,
 )
 
-
 Convert = Callable[[CheckpointReader, str], Iterable[torch.Tensor]]
 """Reads a tensor of the source and makes blocks of the written one, row by row."""
+Part = tuple[Rows | None, Convert]
+"""The rows of the source (None: all) that the conversion reads."""
+AHEAD_BYTES = 32 * 1024**2
+"""What is fetched from the disk while tensors before it are written."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +73,7 @@ class _Job:
 
     planned: Planned
     source: str
+    rows: Rows | None
     convert: Convert
 
 
@@ -82,7 +89,7 @@ def _jobs(
     target: AxisMap,
     names: Mapping[str, str],
     kept_first: Callable[[TensorSpec], list[int]],
-    convert: Callable[[TensorSpec, Piece], Convert],
+    part: Callable[[TensorSpec, Piece], Part],
 ) -> Iterator[_Job]:
     """The tensors to write, in the order of the table.
 
@@ -96,7 +103,7 @@ def _jobs(
             name = source.name_of(spec, old)
             shape = target.shape(written.on_disk(new), target.full)
             planned = Planned(new.name, shape, source.reader.dtype(name))
-            yield _Job(planned, name, convert(spec, old))
+            yield _Job(planned, name, *part(spec, old))
 
 
 def _write(
@@ -108,16 +115,31 @@ def _write(
     progress: Progress | None,
     finish: Callable[[Path], None] | None = None,
 ) -> None:
-    by_name = {job.planned.name: job for job in jobs}
+    coming = _in_turn(source.reader, jobs)
 
     def value_of(name: str) -> Iterable[torch.Tensor]:
-        job = by_name[name]
+        job = next(coming)
+        assert job.planned.name == name, (name, job)
         return job.convert(source.reader, job.source)
 
     write_checkpoint(
         out, config, source.reader.path, [job.planned for job in jobs], value_of,
         max_shard_bytes=max_shard_bytes, progress=progress, finish=finish,
     )  # fmt: skip
+
+
+def _in_turn(reader: CheckpointReader, jobs: Iterable[_Job]) -> Iterator[_Job]:
+    """The jobs in their order, while the system fetches what the next ones read."""
+    waiting: deque[_Job] = deque()
+    held = 0
+    for job in jobs:
+        reader.expect(job.source, job.rows)
+        waiting.append(job)
+        held += job.planned.num_bytes
+        while held > AHEAD_BYTES:
+            held -= waiting[0].planned.num_bytes
+            yield waiting.popleft()
+    yield from waiting
 
 
 def slice_checkpoint(
@@ -168,29 +190,31 @@ def slice_checkpoint(
     def kept(spec: TensorSpec) -> list[int]:
         return [i for low, high in axis_map.runs(spec, 0, complete) for i in range(low, high)]
 
-    def convert(spec: TensorSpec, piece: Piece) -> Convert:
+    def part(spec: TensorSpec, piece: Piece) -> Part:
         if spec.name in scales:
-            return lambda *_: (scales[spec.name],)
+            return [], lambda *_: (scales[spec.name],)
         dims, here = spec.on_disk(piece).dims, axis_map.seen_by(spec.layer, complete)
+        rows = runs(dims[0], here) if dims else None
         stored = partial(follow, spec=spec, axis_map=axis_map, widths=here)
-        return partial(_sliced, dims, here, stored)
+        return rows, partial(_sliced, rows, dims, here, stored)
 
     names = axis_map.names_at(complete)
-    jobs = list(_jobs(source, smaller, names, kept, convert))
+    jobs = list(_jobs(source, smaller, names, kept, part))
     if renamed:
         jobs = [_in_modelopt(job, renamed.get(job.planned.name)) for job in jobs]
     _write(source, jobs, target, out, max_shard_bytes, progress, finish)
 
 
 def _sliced(
+    rows: Rows | None,
     dims: tuple[Dim, ...],
     widths: Mapping,
     stored: Callable[[torch.Tensor], torch.Tensor],
     reader: CheckpointReader,
     name: str,
 ) -> Iterator[torch.Tensor]:
-    """What survives of a tensor on disk, as it is stored. Only the rows that do are read."""
-    for block in reader.blocks(name, runs(dims[0], widths) if dims else None):
+    """What survives of a tensor on disk, of which only these rows do, as it is stored."""
+    for block in reader.blocks(name, rows):
         yield stored(slice_tensor(block, dims, widths, first=1))
 
 
@@ -253,11 +277,11 @@ def sort_checkpoint(
         order = dim_order(spec.dims[0], orders_of(spec.layer, axis_map, orders))
         return list(range(size_of(spec.dims[0]))) if order is None else order.tolist()
 
-    def convert(spec: TensorSpec, piece: Piece) -> Convert:
+    def part(spec: TensorSpec, piece: Piece) -> Part:
         dims, here = spec.on_disk(piece).dims, orders_of(spec.layer, axis_map, orders)
-        return partial(_sorted, dims, here)
+        return None, partial(_sorted, dims, here)
 
-    jobs = list(_jobs(source, axis_map, axis_map.names_at(axis_map.full), moved, convert))
+    jobs = list(_jobs(source, axis_map, axis_map.names_at(axis_map.full), moved, part))
     written = written_config(config.at(axis_map.full), axis_map, source.dtype, None)
     _write(source, jobs, written, out, max_shard_bytes, progress, finish)
 
