@@ -232,7 +232,7 @@ def run(kind: tuple[str, str], *arguments: object, checkout: Path | None = None)
     """What a process of its own takes."""
     imports, work = kind
     code = CHILD.format(imports=imports, work=work)
-    path = {"PYTHONPATH": str(checkout)} if checkout else {}
+    path = {"PYTHONPATH": str(checkout.resolve())} if checkout else {}
     done = subprocess.run(
         [sys.executable, "-c", code, *map(str, arguments)],
         stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env={**os.environ, **path},

@@ -96,8 +96,13 @@ def largest_of(weight: torch.Tensor, format: Format) -> torch.Tensor:
     """The magnitudes that the outermost scales of a weight (..., out, in) come from, fp32: of each
     matrix (..., 1), row (..., out, 1) or block (..., out / rows, in / columns)."""
     if format.has_one_scale:
-        return weight.float().abs().amax((-2, -1))[..., None]
-    return _blocks(weight.float(), format).abs().amax((-3, -1))
+        return _magnitude(weight, (-2, -1))[..., None]
+    return _magnitude(_blocks(weight, format), (-3, -1))
+
+
+def _magnitude(values: torch.Tensor, dims: tuple[int, ...]) -> torch.Tensor:
+    """The largest magnitudes along dimensions, fp32, with no copy of the values on the way."""
+    return torch.maximum(values.amax(dims), -values.amin(dims)).float()
 
 
 def global_scale_of(largest: torch.Tensor) -> torch.Tensor:
@@ -114,7 +119,6 @@ def quantise(
     `largest` takes the place of `largest_of` the weight: that of all weights that share a scale, or
     of the parent that this is a slice of. Raises ShapeError if blocks do not divide the weight.
     """
-    weight = weight.float()
     largest = largest_of(weight, format) if largest is None else largest
     if format.has_global_scale:
         global_scale = global_scale_of(largest)
@@ -167,7 +171,7 @@ def fp8_scales(largest: torch.Tensor) -> torch.Tensor:
 
 def _nvfp4_scales(weight: torch.Tensor, format: Format, global_scale: torch.Tensor) -> torch.Tensor:
     """Block scales E4M3 (..., out, in / 16)."""
-    largest = _blocks(weight, format).abs().amax((-3, -1))
+    largest = _magnitude(_blocks(weight, format), (-3, -1))
     scales = largest / (E2M1_MAX * global_scale[..., None])
     return scales.clamp(SMALLEST_SCALE, E4M3_MAX).to(E4M3)
 
