@@ -73,14 +73,18 @@ for source, target in zip(sys.argv[1::2], sys.argv[2::2]):
     os.fsync(os.open(target, os.O_RDWR))
 """,
 )
-COMMAND = (
-    "import star_elastic.rewrite.family, star_elastic.router.files, star_elastic.cli",
+LIGHT = (
+    "import star_elastic.cli",
     """
 try:
     star_elastic.cli.main()
 except SystemExit as stopped:
     assert not stopped.code, stopped.code
 """,
+)
+COMMAND = (
+    "import star_elastic.rewrite.family, star_elastic.router.files, star_elastic.cli",
+    LIGHT[1],
 )
 """The imports are those of the commands, which import late."""
 SORT = (
@@ -259,8 +263,8 @@ def alone(folder: Path) -> dict[str, dict[str, Any]]:
     family, out = folder / "elastic", folder / "out"
     quantising = ("quantize", family, "--format", "fp8-channel", "--out", out)
     work = {
-        "count": (COMMAND, ("count", family)),
-        "sizes": (COMMAND, ("sizes", family)),
+        "count": (LIGHT, ("count", family)),
+        "sizes": (LIGHT, ("sizes", family)),
         "sort": (SORT, (family, out)),
         "quantize": (COMMAND, quantising),
     }

@@ -202,6 +202,7 @@ def test_readme_run_config_fits_every_parent(parent, run_folder, tmp_path):
         ["benchmarks/resident.py", "--smoke"],
         ["benchmarks/nano_v3.py", "--smoke"],
         ["benchmarks/quantize.py", "--smoke"],
+        ["benchmarks/big_checkpoint.py", "--smoke"],
         ["benchmarks/nested_run.py", "--smoke"],
         ["benchmarks/planted_axes.py", "--smoke"],
         ["recipes/quantised/formats.py", "--out", "{out}", "--smoke"],
