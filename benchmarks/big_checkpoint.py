@@ -238,7 +238,7 @@ def run(kind: tuple[str, str], *arguments: object, checkout: Path | None = None)
     code = CHILD.format(imports=imports, work=work)
     path = {"PYTHONPATH": str(checkout.resolve())} if checkout else {}
     done = subprocess.run(
-        [sys.executable, "-c", code, *map(str, arguments)],
+        [sys.executable, "-P", "-c", code, *map(str, arguments)],
         stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env={**os.environ, **path},
     )  # fmt: skip
     assert not done.returncode, done.stderr
