@@ -415,7 +415,7 @@ SMOLLM3 = like_llama(
 
 GEMMA3_TEXT = like_llama(
     "gemma3_text",
-    lively_seed=0,
+    lively_seed=20,
     kinds=WINDOWED,
     hidden_size=[24, 48],
     attention_bias=[False, True],

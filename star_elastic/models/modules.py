@@ -163,6 +163,7 @@ class ElasticSoftmaxRouter(nn.Module):
     weights sum to 1, they still do.
     """
 
+    weight: nn.Parameter
     expert_gate: torch.Tensor
     rank_gate: torch.Tensor
 
