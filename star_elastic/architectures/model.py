@@ -36,7 +36,7 @@ def architecture_of(config: Mapping[str, Any]) -> Architecture:
     if not isinstance(model_type, str) or model_type not in ARCHITECTURES:
         raise ConfigError(
             f"model_type={reprlib.repr(model_type)} is not served; supported: "
-            f"{', '.join(ARCHITECTURES)}"
+            f"{', '.join(ARCHITECTURES)}; docs/architectures.md shows how to add one"
         )
     return ARCHITECTURES[model_type]
 
