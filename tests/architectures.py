@@ -21,6 +21,7 @@ from tests.oracle.naive import (
     Stores,
     as_it_is,
     gemma3_text_stores,
+    gpt_oss_keeps,
     llama_keeps,
     nemotron_h_keeps,
     qwen3_moe_keeps,
@@ -481,8 +482,67 @@ QWEN3_MOE = replace(
 )  # fmt: skip
 
 
+@st.composite
+def gpt_osses(draw) -> Config:
+    """A config of gpt_oss."""
+    config = draw(QWEN3_MOE.configs())
+    experts = config.pop("num_experts")
+    for name in ("norm_topk_prob", "mlp_only_layers", "use_sliding_window"):
+        del config[name]
+    return {
+        **config,
+        "model_type": "gpt_oss",
+        "num_local_experts": experts,
+        "intermediate_size": config.pop("moe_intermediate_size"),
+        "tie_word_embeddings": False,
+        "swiglu_limit": draw(st.sampled_from([7.0, 0.5])),
+        "sliding_window": draw(st.sampled_from([3, 2])),
+    }
+
+
+GPT_OSS_FIXED = {
+    "model_type": "gpt_oss", "num_hidden_layers": 2, "vocab_size": 20, "hidden_size": 13,
+    "rms_norm_eps": 1e-5, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 4,
+    "intermediate_size": 6, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 3,
+}  # fmt: skip
+GPT_OSS = replace(
+    QWEN3_MOE,
+    configs=gpt_osses,
+    fixed=GPT_OSS_FIXED,
+    cut={"hidden": 8, "heads": 2, "experts": 3, "expert_ffn": 4},
+    fields={
+        "hidden": "hidden_size", "heads": "num_attention_heads", "experts": "num_local_experts",
+        "expert_ffn": "intermediate_size",
+    },
+    bare={"model_type": "gpt_oss"},
+    wide={**GPT_OSS_FIXED, "hidden_size": 96, "head_dim": 16, "intermediate_size": 32},
+    wide_cut={"hidden": 48, "heads": 2, "experts": 3, "expert_ffn": 16},
+    keeps=gpt_oss_keeps,
+    alone=(),
+    kinds=("attention + routers + routed experts", "attention + routers + routed experts #2"),
+    scatters=True,
+    lively=Lively(
+        config={
+            "model_type": "gpt_oss", "num_hidden_layers": 2, "num_local_experts": 4,
+            "num_experts_per_tok": 2, "intermediate_size": 32, "sliding_window": 16,
+        },
+        cut={"hidden": 16, "experts": 3, "expert_ffn": 16, "heads": 2},
+        seed=0,
+    ),
+    trained=Trained(
+        config={
+            **GPT_OSS_FIXED, "hidden_size": 48, "head_dim": 16, "intermediate_size": 32,
+            "max_position_embeddings": 512, "sliding_window": 16,
+        },
+        choices={"hidden": (48, 32), "expert_ffn": (32, 16), "heads": (4, 2)},
+        active=0.6,
+    ),
+)  # fmt: skip
+
+
 ROWS: Mapping[str, Architecture] = {
-    "dense": DENSE, "moe": MOE, "gemma3_text": GEMMA3_TEXT, "llama": LLAMA, "mistral": MISTRAL,
+    "dense": DENSE, "moe": MOE, "gemma3_text": GEMMA3_TEXT, "gpt_oss": GPT_OSS,
+    "llama": LLAMA, "mistral": MISTRAL,
     "qwen2": QWEN2, "qwen3": QWEN3, "qwen3_moe": QWEN3_MOE, "smollm3": SMOLLM3,
 }  # fmt: skip
 """Every kind of parent, by the name that tests have in their ids."""

@@ -11,6 +11,7 @@ from typing import Any
 from star_elastic.architectures.config_file import Config, read_json_config, without_nulls
 from star_elastic.architectures.decoder import Architecture
 from star_elastic.architectures.gemma3_text import Gemma3Text
+from star_elastic.architectures.gpt_oss import GptOss
 from star_elastic.architectures.llama import Llama
 from star_elastic.architectures.mistral import Mistral
 from star_elastic.architectures.nemotron_h import NemotronH
@@ -24,7 +25,8 @@ from star_elastic.errors import ConfigError
 ARCHITECTURES: dict[str, Architecture] = {
     architecture.model_type: architecture
     for architecture in (
-        NemotronH(), Gemma3Text(), Llama(), Mistral(), Qwen2(), Qwen3(), Qwen3Moe(), SmolLM3(),
+        NemotronH(), Gemma3Text(), GptOss(), Llama(), Mistral(), Qwen2(), Qwen3(), Qwen3Moe(),
+        SmolLM3(),
     )
 }  # fmt: skip
 """Every model type that is served. To add one, write its file and name it here."""

@@ -97,6 +97,7 @@ class Attention:
     `bias` of the query, key and value projections, `output_bias` of the one that writes the
     residual stream. `head_norms`: the names of norms over each query and key head (`q_norm`,
     `k_norm`), if any. `window`: tokens that a token sees, itself among them (None: all before it).
+    `sinks`: a number for each query head that takes part in the softmax.
     """
 
     path: str
@@ -107,6 +108,7 @@ class Attention:
     output_bias: bool = False
     head_norms: tuple[str, ...] = ()
     window: int | None = None
+    sinks: bool = False
 
     def rows(self, hidden: Dim) -> Block:
         """See `Part`."""
@@ -123,6 +125,9 @@ class Attention:
             tensor("norms", f"{path}.{name}.weight", fixed(self.head_dim))
             for name in self.head_norms
         ]
+        if self.sinks:
+            sinks = along("heads", self.heads, 1, self.kv_heads)
+            tensors.append(tensor(part, f"{path}.sinks", sinks))
         # The next token is the last one that its window shows, so the cache holds one fewer.
         held = self.window and self.window - 1
         return Block(

@@ -25,17 +25,49 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.autograd.function import once_differentiable
+from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHMamba2Mixer
 
 from star_elastic.models.skeleton import without_memory
+
+BLIND = ("GptOssModel",)
+"""Models of transformers that make their masks without looking at positions."""
+
+
+def mask_documents(model: Any) -> None:
+    """Lets a model that would not (`BLIND`) tell documents apart by their `position_ids`."""
+    body = getattr(model, "base_model", model)
+    if type(body).__name__ not in BLIND or getattr(body, "masks_documents", False):
+        return
+
+    def with_masks(body: Any, args: tuple, inputs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        places, ids = inputs.get("position_ids"), inputs.get("input_ids")
+        given = any(inputs.get(name) is not None for name in ("attention_mask", "cache"))
+        if places is None or ids is None or given:
+            return args, inputs
+        like = torch.empty(*ids.shape, 1, dtype=body.dtype, device=ids.device)
+        asked = {
+            "config": body.config, "inputs_embeds": like, "attention_mask": None, "cache": None,
+            "position_ids": places,
+        }  # fmt: skip
+        masks = {
+            "full_attention": create_causal_mask(**asked),
+            "sliding_attention": create_sliding_window_causal_mask(**asked),
+        }
+        return args, {**inputs, "attention_mask": masks}
+
+    body.register_forward_pre_hook(with_masks, with_kwargs=True)
+    body.masks_documents = True
 
 
 def keep_documents_apart(model: nn.Module) -> None:
     """Gives every Mamba-2 mixer of a nemotron_h model the class below, in place.
 
     The new mixers hold the very same parameters and submodules; models without Mamba layers are
-    left as they are (attention tells documents apart by `position_ids` that restart at 0).
+    left as they are (attention tells documents apart by `position_ids` that restart at 0), but for
+    those of `mask_documents`.
     """
+    mask_documents(model)
     mixers = [
         (name, module)
         for name, module in model.named_modules()

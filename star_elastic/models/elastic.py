@@ -21,6 +21,7 @@ from star_elastic.architectures import ModelConfig
 from star_elastic.architectures.config_file import Config
 from star_elastic.axes import LAYERS, TOP_K, AxisMap, Block, MoeSpec
 from star_elastic.axes.widths import Widths
+from star_elastic.models.documents import mask_documents
 from star_elastic.models.fake_quantisation import FakeQuantisation
 from star_elastic.models.modules import document_mixer, elastic_norm, training_router
 from star_elastic.models.skeleton import build_block, build_skeleton, without_memory
@@ -80,7 +81,7 @@ class _Part(nn.Module):
                 name = self.prefix + spec.name
                 sliced[spec.name] = self.fake.weight(name, sliced[spec.name], call.widths)
         for spec in self.rows.tensors:
-            if spec.routed and spec.is_stacked:
+            if spec.routed and len(spec.dims) == 3:
                 sliced[spec.name] = _as_autocast_would(sliced[spec.name])
         return sliced
 
@@ -341,6 +342,7 @@ class ElasticModel(_Part):
         skeleton = build_skeleton(self.model_config.at(widths), self.parent, deterministic=True)
         if gated:
             self.install_norms(skeleton, widths)
+        mask_documents(skeleton)
         callers = nn.ModuleList(_Caller(self._block_at(layer)) for layer in kept)
         skeleton.set_submodule(axis_map.path, callers)
         return skeleton.requires_grad_(False)

@@ -45,11 +45,11 @@ def check_basis(basis_HH: torch.Tensor, axis_map: AxisMap) -> None:
 
 
 def readers(axis_map: AxisMap, path: str) -> list[TensorSpec]:
-    """Tensors under a module that read the residual stream along their last dimension."""
+    """Matrices under a module that read the residual stream."""
     return [
         spec
         for name, spec in axis_map.tensors.items()
-        if name.startswith(f"{path}.") and len(spec.dims) > 1 and spec.axis_of(-1) == HIDDEN
+        if name.startswith(f"{path}.") and len(spec.dims) > 1 and spec.axis_of(spec.reads) == HIDDEN
     ]
 
 
@@ -75,7 +75,7 @@ def rotate_state(
     for name, spec in axis_map.tensors.items():
         value = state[name].double()
         if name in folded:
-            value = value * folded[name]
+            value = (value.movedim(spec.reads, -1) * folded[name]).movedim(-1, spec.reads)
         for dim in range(len(spec.dims)):
             if spec.axis_of(dim) == HIDDEN:
                 value = (value.movedim(dim, -1) @ basis.to(value.device)).movedim(-1, dim)

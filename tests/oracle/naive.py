@@ -136,6 +136,26 @@ def qwen3_moe_keeps(name: str, c: Mapping[str, Any], w: Mapping[str, int]) -> li
     return by_suffix[longest_suffix(name, by_suffix)]
 
 
+def gpt_oss_keeps(name: str, c: Mapping[str, Any], w: Mapping[str, int]) -> list[list[int]]:
+    """Kept elements of every dimension of a gpt_oss parameter: gate and up take turns."""
+    hidden, experts = list(range(w["hidden"])), list(range(w["experts"]))
+    gate = list(range(w["expert_ffn"]))
+    both = [2 * neuron + half for neuron in gate for half in (0, 1)]
+    heads = first_of_each_group(c["num_attention_heads"], w["heads"], c["num_key_value_heads"])
+    by_suffix = {
+        "self_attn.sinks": [heads],
+        "router.weight": [experts, hidden],
+        "router.bias": [experts],
+        "experts.gate_up_proj": [experts, hidden, both],
+        "experts.gate_up_proj_bias": [experts, both],
+        "experts.down_proj": [experts, gate, hidden],
+        "experts.down_proj_bias": [experts, hidden],
+    }
+    if not any(name.endswith(suffix) for suffix in by_suffix):
+        return llama_keeps(name, c, {"ffn": 0, **w})
+    return by_suffix[longest_suffix(name, by_suffix)]
+
+
 Stores = Callable[[str, torch.Tensor, Mapping[str, Any], Mapping[str, int]], torch.Tensor]
 """A kept tensor as a slice stores it, by its name, the parent's config and widths."""
 
