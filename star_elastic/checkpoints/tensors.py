@@ -106,19 +106,25 @@ class CheckpointReader:
         """Names of all tensors."""
         return frozenset(self._files)
 
+    @cached_property
+    def _places(self) -> dict[str, Place]:
+        """Of all that the files hold of what is asked of them."""
+        found = ((name, self._header(file)) for name, file in self._files.items())
+        return {name: header[name] for name, header in found if name in header}
+
     def place(self, name: str) -> Place:
         """Where a tensor lies."""
-        if name not in self._files:
+        if name in self._places:
+            return self._places[name]
+        if name in self._files:
             raise CheckpointError(
-                f"{self.path} lacks the tensor {name}, which its config.json asks for; restore "
-                "the weights, or the config.json that was saved with them"
+                f"{self._files[name]} lacks the tensor {name} that the index promises; restore "
+                "the file"
             )
-        file = self._files[name]
-        if name not in self._header(file):
-            raise CheckpointError(
-                f"{file} lacks the tensor {name} that the index promises; restore the file"
-            )
-        return self._header(file)[name]
+        raise CheckpointError(
+            f"{self.path} lacks the tensor {name}, which its config.json asks for; restore the "
+            "weights, or the config.json that was saved with them"
+        )
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a tensor, from the header alone."""
