@@ -7,7 +7,7 @@ to mend, too, whatever its type: `library_boundary` tells it in one line.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 LONGEST_REASON = 300
@@ -76,6 +76,15 @@ class RowError(CheckpointError):
     def at(self, place: str) -> RowError:
         """The same, naming the row."""
         return RowError(self.problem, place)
+
+
+class LogitsError(CheckpointError):
+    """Logits from which no token can be chosen; `requests` are the numbers of the requests."""
+
+    def __init__(self, requests: Sequence[int]):
+        self.requests = tuple(requests)
+        named = f"request{'s'[: len(requests) > 1]} {', '.join(map(str, requests))}"
+        super().__init__(str(not_finite(f"the model's logits for {named} are")))
 
 
 class ShapeError(StarElasticError):

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from functools import cache
 from itertools import pairwise
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.overrides import TorchFunctionMode
 
-from star_elastic.errors import BudgetError, ConfigError
-from star_elastic.generate.engine import Engine
+from star_elastic.errors import BudgetError, CheckpointError, ConfigError, LogitsError
+from star_elastic.generate.engine import Engine, Generator
 from star_elastic.generate.phases import (
     ByDifficulty,
     Generation,
@@ -19,8 +22,10 @@ from star_elastic.generate.phases import (
     Token,
     think_and_answer,
 )
+from star_elastic.generate.prompts import EncodedPrompt
 from star_elastic.generate.sequence import Request
-from tests.thinking import PLAIN, table_generator
+from star_elastic.generate.steps import StepPool
+from tests.thinking import PLAIN, one, table_generator
 from tests.tiny_family import PROMPTS
 
 TURNS = (
@@ -107,6 +112,120 @@ def test_whoever_comes_and_goes_changes_nobody_elses_tokens(
         assert {token.index for token in told[number]} <= {number}
     assert not engine._waiting and not engine._running, "something is held for nobody"
     assert engine._batch is None or not engine._batch._decoder.num_bytes
+
+
+class RunsOut(TorchFunctionMode):
+    """Memory that runs out at some of torch's operations, counted from the first one on."""
+
+    def __init__(self, places: set[int]):
+        super().__init__()
+        self.count, self._places = 0, places
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        self.count += 1
+        if self.count in self._places:
+            raise torch.OutOfMemoryError("out of memory")
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("patience", [1, 99], ids=["static", "growing"])
+@given(
+    asked=st.lists(requests, min_size=2, max_size=4),
+    places=st.lists(st.floats(0, 1), min_size=1, max_size=3),
+    is_cancelled=st.booleans(),
+)
+@settings(max_examples=10)
+def test_wherever_memory_runs_out_the_tokens_are_the_same(
+    family, alone, patience, asked, places, is_cancelled
+):
+    """A step that fails, at any operation, is one that everybody waits for and nothing else."""
+
+    def run(places: set[int]) -> tuple[dict[int, Generation], dict[int, list[Token]], int]:
+        whole = family.generator
+        generator = Generator(whole.models, whole.tokenizer, whole.tags.end_of_thinking)
+        generator._pool = cache(lambda size: StepPool(generator.model(size), patience))
+        engine, told = Engine(generator), {number: [] for number in range(len(asked))}
+        for request in asked:
+            engine.add(request)
+        results, num_failed = {}, 0
+        with RunsOut(places) as memory:
+            while not engine.is_idle:
+                try:
+                    if is_cancelled and memory.count > 2000:
+                        engine.cancel(0)
+                    events = engine.step()
+                except torch.OutOfMemoryError:
+                    num_failed += 1
+                    continue
+                for number, event in events:
+                    if isinstance(event, Generation):
+                        results[number] = event
+                    else:
+                        told[number].append(event)
+        assert num_failed or patience == 1 or not places  # steps that cannot be captured run still
+        return results, told, memory.count
+
+    _, _, total = run(set())
+    results, told, _ = run({1 + int(place * (total - 1)) for place in places})
+    assert set(range(is_cancelled, len(asked))) <= set(results)
+    for number, result in results.items():
+        expected = alone(asked[number])
+        assert result.token_ids == expected.token_ids
+        assert result.token_sizes == expected.token_sizes
+        assert result.text == "".join(token.text for token in told[number])
+        assert tuple(token.id for token in told[number]) == result.token_ids
+        known: dict[str, int] = {}
+        for read in result.reads:  # from where it knew the tokens, or anew
+            assert read.start == known.get(read.size) or (read.at_once and read.start == 0)
+            known[read.size] = read.start + read.tokens
+
+
+@pytest.fixture
+def broken():
+    """A generator whose model has no numbers for Y, which follows Z; and a plan for it."""
+    generator = table_generator({"\n": "a", "a": "b", "b": "c", "c": "a", "Z": "Y"}, PLAIN)
+    with torch.no_grad():
+        row = one(generator.tokenizer, "Y")
+        generator.model("small").get_input_embeddings().weight[row] = float("nan")
+    return generator, think_and_answer("small", "small", max_new_tokens=12)
+
+
+def test_requests_without_logits_are_named_and_ended_and_the_others_go_on(broken):
+    generator, plan = broken
+    expected = [result.text for result in generator.generate(["q", "qq"], plan)]
+    engine, results = Engine(generator), {}
+    for prompt in ("q", "qq"):
+        engine.add(Request(prompt, plan))
+        engine.step()
+    named = [engine.add(Request("Y", plan)) for _ in range(2)]
+    with pytest.raises(LogitsError, match="logits for requests 2, 3 are not finite; ") as error:
+        engine.step()
+    assert error.value.requests == tuple(named)
+    for index in named:
+        engine.cancel(index)  # does nothing any more
+    for index, event in engine.run():
+        results[index] = event
+    assert [result.text for result in results.values()] == expected
+    with pytest.raises(CheckpointError, match="for request 1 are not finite"):
+        generator.generate(["q", "Y", "qq"], plan)
+
+
+def test_what_is_no_number_does_not_stay_in_static_memory(broken):
+    """There, it would lie under the mask of other rows, whose sums it spoils all the same."""
+    generator, plan = broken
+    generator._pool = cache(lambda size: StepPool(generator.model(size), patience=1))
+    (expected,) = generator.generate("q", plan)
+    engine = Engine(generator)
+    ids = generator.encode("long " * 20, plan).ids
+    prompt = EncodedPrompt((*ids, one(generator.tokenizer, "Z")), in_thinking=False, has_tags=False)
+    for request in (Request("q", plan), Request(prompt, plan)):
+        engine.add(request)
+    engine.step()
+    with pytest.raises(LogitsError, match="for request 1 "):
+        engine.step()
+    engine.add(Request("q", plan))
+    texts = [event.text for _, event in engine.run() if isinstance(event, Generation)]
+    assert texts == [expected.text] * 2
 
 
 def test_cancelling_frees_rows_and_caches_at_once(family):

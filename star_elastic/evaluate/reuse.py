@@ -13,11 +13,12 @@ from dataclasses import dataclass
 
 import torch
 
+from star_elastic.errors import not_finite
 from star_elastic.evaluate.intervals import Interval, PairedBootstrap
 from star_elastic.evaluate.matching import BY_TASK, Match
 from star_elastic.evaluate.tasks import Problem
 from star_elastic.generate.caches import ATTENTION, MAMBA, HandOver, RowCache
-from star_elastic.generate.decode import BatchDecoder, pads_exactly
+from star_elastic.generate.decode import BatchDecoder, pads_exactly, rows_not_finite
 from star_elastic.generate.engine import DEFAULT_BATCH_SIZE
 from star_elastic.generate.family import ElasticFamily
 from star_elastic.generate.phases import think_and_answer
@@ -138,6 +139,8 @@ def _likenesses(
         batch = rows[start : start + step]
         for decoder in decoders:
             decoder.prefill(batch)
+            if rows_not_finite(decoder.logits_BV):
+                raise not_finite("the model's logits are")
         for row in range(len(batch)):
             given, own = (decoder.take(row) for decoder in decoders)
             for layer, state, cosine in _compare(hand_over(given), own, layers):

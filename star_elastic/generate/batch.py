@@ -6,11 +6,20 @@ goes on, as the sequence's plan says.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from collections.abc import Sequence as ListOf
+from contextlib import contextmanager
 
+import torch
+
+from star_elastic.errors import LogitsError
 from star_elastic.generate.caches import Convert
-from star_elastic.generate.decode import BatchDecoder, choose_tokens, entropies
+from star_elastic.generate.decode import (
+    BatchDecoder,
+    choose_tokens,
+    entropies,
+    rows_not_finite,
+)
 from star_elastic.generate.phases import Handed, How, Read
 from star_elastic.generate.sequence import Sequence
 
@@ -31,9 +40,10 @@ class Batch:
         known = [s for s in sequences if self.size in s.caches]
         new = [s for s in sequences if self.size not in s.caches]
         if known:
-            rows = [(*s.caches.pop(self.size), s) for s in known]
+            rows = [(*s.caches[self.size], s) for s in known]
             order = self._decoder.resume([(cache, n, s.ids[n:]) for cache, n, s in rows])
             for _, num_known, sequence in (rows[row] for row in order):
+                del sequence.caches[self.size]
                 is_handed = sequence.plan.switch == "hand-over"
                 self._admit(sequence, num_known, "hand-over" if is_handed else "catch-up")
         if new:
@@ -56,21 +66,29 @@ class Batch:
         """KL of the next token, nats, from what the size says after reading all of it itself."""
         exact = BatchDecoder(self._decoder.model)
         exact.prefill([sequence.ids])
+        if rows_not_finite(exact.logits_BV):
+            raise LogitsError([sequence.index])
         now_V = self._decoder.logits_BV[len(self.sequences)].log_softmax(-1)
         exact_V = exact.logits_BV[0].log_softmax(-1)
         return float((exact_V.exp() * (exact_V - now_V)).sum())
 
     def read(self) -> None:
         """Reads the next token of every sequence."""
-        for sequence in self.sequences:
-            sequence.stretch.decode_steps += 1
         lengths = self._decoder.lengths
         self._decoder.step([s.ids[n] for s, n in zip(self.sequences, lengths, strict=True)])
+        for sequence in self.sequences:
+            sequence.stretch.decode_steps += 1
 
     def write(self) -> None:
         """Chooses the next token of every sequence that is read to its end: some have injected
-        tokens before them, and some are left to another size because this one is unsure."""
+        tokens before them, and some are left to another size because this one is unsure.
+
+        Raises LogitsError if there is a sequence for which none can be chosen. Whatever is raised,
+        no token is taken.
+        """
         logits_BV, rows = self._decoder.logits_BV, dict(enumerate(self.sequences))
+        if broken := rows_not_finite(logits_BV):
+            raise LogitsError([rows[row].index for row in broken])
         ready = [row for row, s in rows.items() if self._decoder.lengths[row] == len(s.ids)]
         looking = [row for row in ready if rows[row].looks]
         if looking:
@@ -78,12 +96,17 @@ class Batch:
             for row, entropy in zip(looking, unsure, strict=True):
                 if rows[row].defer(entropy):
                     ready.remove(row)
-        for sampling in dict.fromkeys(rows[row].request.sampling for row in ready):
-            alike = [row for row in ready if rows[row].request.sampling == sampling]
-            alike_BV = logits_BV if len(alike) == len(rows) else logits_BV[alike]
-            tokens = choose_tokens(alike_BV, sampling, [rows[row].generator for row in alike])
-            for row, token in zip(alike, tokens, strict=True):
-                rows[row].accept(token)
+        chosen: dict[int, int] = {}
+        drawing = [rows[row] for row in ready if rows[row].request.sampling.temperature]
+        with _drawn_or_not([sequence.generator for sequence in drawing]):
+            for sampling in dict.fromkeys(rows[row].request.sampling for row in ready):
+                alike = [row for row in ready if rows[row].request.sampling == sampling]
+                alike_BV = logits_BV if len(alike) == len(rows) else logits_BV[alike]
+                generators = [rows[row].generator for row in alike]
+                tokens = choose_tokens(alike_BV, sampling, generators)
+                chosen.update(zip(alike, tokens, strict=True))
+        for row, token in chosen.items():
+            rows[row].accept(token)
 
     def release(self) -> None:
         """Lets go of the sequences that are done or that another size goes on with."""
@@ -95,10 +118,7 @@ class Batch:
         num_bytes, lengths = self._decoder.num_bytes // len(self.sequences), self._decoder.lengths
         for row in set(range(len(self.sequences))) - set(staying):
             sequence = self.sequences[row]
-            start = sequence.reads[-1].start + sequence.reads[-1].tokens
-            if lengths[row] > start:
-                num_steps = lengths[row] - start
-                sequence.reads.append(Read(self.size, start, num_steps, at_once=False))
+            self._close_read(row)
             kept = sum(cache.num_bytes for cache, _ in sequence.caches.values())
             sequence.cache_bytes = max(sequence.cache_bytes, num_bytes + kept)
             if sequence.is_done or sequence.plan.switch == "reprefill":
@@ -111,3 +131,30 @@ class Batch:
         # Dropping rows costs less than one step with idle ones.
         self._decoder.keep(staying)
         self.sequences = [self.sequences[row] for row in staying]
+
+    def _close_read(self, row: int) -> None:
+        """Notes what a sequence has read token by token since it was admitted."""
+        reads, length = self.sequences[row].reads, self._decoder.lengths[row]
+        start = reads[-1].start + reads[-1].tokens
+        if length > start:
+            reads.append(Read(self.size, start, length - start, at_once=False))
+
+    def abandon(self) -> None:
+        """Lets go of all sequences after a failure, in whatever state it left the decoder. What
+        they remember of other sizes stays; what this one has read of them is to be read anew."""
+        for row in range(len(self.sequences)):
+            self._close_read(row)
+        self.sequences = []
+        self._decoder.abandon()
+
+
+@contextmanager
+def _drawn_or_not(generators: ListOf[torch.Generator]) -> Iterator[None]:
+    """Takes back what has been drawn if a failure inside loses the draws."""
+    states = [generator.get_state() for generator in generators]
+    try:
+        yield
+    except BaseException:
+        for generator, state in zip(generators, states, strict=True):
+            generator.set_state(state)
+        raise

@@ -12,7 +12,6 @@ from itertools import groupby
 import torch
 from transformers import DynamicCache, PreTrainedModel
 
-from star_elastic.errors import not_finite
 from star_elastic.generate.caches import RowCache, join, layers_of, select_rows, take_row
 from star_elastic.generate.phases import Sampling
 from star_elastic.generate.steps import StaticStep, StepPool
@@ -84,12 +83,12 @@ class BatchDecoder:
 
     def step(self, tokens: Ids) -> None:
         """Feeds one token to every row."""
-        static = self._enter_static()
-        self.lengths = [length + 1 for length in self.lengths]
+        static, lengths = self._enter_static(), [length + 1 for length in self.lengths]
         if static is not None:
-            self.logits_BV = _finite(static.step(tokens))
+            self.logits_BV = static.step(tokens)
         else:
-            self.logits_BV = self._forward(self._cache, torch.tensor(tokens)[:, None], self.lengths)
+            self.logits_BV = self._forward(self._cache, torch.tensor(tokens)[:, None], lengths)
+        self.lengths = lengths
 
     def _enter_static(self) -> StaticStep | None:
         """Static memory with room for one more token of every row, holding what they have read."""
@@ -117,13 +116,25 @@ class BatchDecoder:
 
     def keep(self, rows: Sequence[int]) -> None:
         """Drops all rows but these, with their part of the cache."""
+        if not rows:
+            self._forget()
+            return
         self.settle()
-        self.lengths = [self.lengths[row] for row in rows]
+        lengths = [self.lengths[row] for row in rows]
         self.logits_BV = self.logits_BV[torch.tensor(rows, dtype=torch.long, device=self.device)]
-        if rows:
-            select_rows(self._cache, rows, self._columns)
-        else:
-            self._cache = DynamicCache(config=self.model.config)
+        select_rows(self._cache, rows, max(lengths))
+        self.lengths = lengths
+
+    def abandon(self) -> None:
+        """Drops all rows, in whatever state a failure left them, and the static memory of all
+        decoders of the model: it is needed elsewhere, or holds what is no number."""
+        self._forget()
+        if self._steps is not None:
+            self._steps.clear()
+
+    def _forget(self) -> None:
+        self.logits_BV, self._cache = self.logits_BV[:0], DynamicCache(config=self.model.config)
+        self.lengths, self._static = [], None
 
     def _forward(
         self, cache: DynamicCache, ids_BT: torch.Tensor, lengths: Sequence[int]
@@ -140,14 +151,13 @@ class BatchDecoder:
             use_cache=True,
             logits_to_keep=1,
         )
-        return _finite(output.logits[:, -1].float())
+        return output.logits[:, -1].float()
 
 
-def _finite(logits_BV: torch.Tensor) -> torch.Tensor:
-    """The logits. Raises CheckpointError if they are no numbers: no text could be chosen."""
-    if not logits_BV.amax().isfinite():
-        raise not_finite("the model's logits are")
-    return logits_BV
+def rows_not_finite(logits_BV: torch.Tensor) -> list[int]:
+    """The rows whose logits are no numbers, so that no token can be chosen."""
+    finite_B = logits_BV.amax(-1).isfinite()
+    return [] if finite_B.all() else (~finite_B).nonzero()[:, 0].tolist()
 
 
 def pads_exactly(model: PreTrainedModel) -> bool:

@@ -8,13 +8,14 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from collections.abc import Sequence as ListOf
+from contextlib import contextmanager
 from functools import cache
 from typing import TypedDict, Unpack, cast
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from star_elastic.errors import BudgetError, ConfigError
+from star_elastic.errors import BudgetError, ConfigError, LogitsError
 from star_elastic.generate.batch import Batch
 from star_elastic.generate.caches import Convert
 from star_elastic.generate.decode import BatchDecoder, pads_exactly
@@ -64,11 +65,12 @@ class Engine:
         self._batch: Batch | None = None
         self._is_full = False
         self._num_added = 0
+        self._untold: list[tuple[int, Event]] = []
 
     @property
     def is_idle(self) -> bool:
         """Whether there is nothing to do."""
-        return not self._waiting and not self._running
+        return not self._waiting and not self._running and not self._untold
 
     def add(self, request: Request) -> int:
         """Takes a request; returns its number, from 0 on. Raises what `Generator.open` does."""
@@ -84,10 +86,12 @@ class Engine:
     def cancel(self, index: int) -> None:
         """Forgets a request and frees what it holds; one that is done is let pass."""
         self._waiting.pop(index, None)
+        self._untold = [(number, event) for number, event in self._untold if number != index]
         sequence = self._running.pop(index, None)
         if sequence is not None and self._batch is not None:
             sequence.is_done = True
-            self._batch.release()
+            with self._recovering():
+                self._batch.release()
 
     @torch.inference_mode()
     def step(self) -> list[tuple[int, Event]]:
@@ -95,11 +99,29 @@ class Engine:
 
         Returns what happened, by the numbers of the requests: their new tokens in order, with an
         end of thinking that was injected, and the result of each that is done.
+
+        Whatever a step raises (memory that ran out, say), the engine goes on: the next step reads
+        all sequences anew, and they have the tokens that they would have had (but for caches handed
+        over, which are lost, too). Requests for which no token can be chosen are ended, and named
+        by the LogitsError that is raised.
         """
         begin, coming = time.perf_counter(), self._admit()
-        if not self._running:
-            return []
         stretches = [sequence.stretch for sequence in self._running.values()]
+        try:
+            if self._running:
+                with self._recovering():
+                    self._work(coming)
+        finally:
+            elapsed = time.perf_counter() - begin
+            # Every running sequence has waited for this step, also those that it did not move.
+            for stretch in stretches:
+                stretch.seconds += elapsed
+            self._untold += self._events()
+        events, self._untold = self._untold, []
+        return events
+
+    def _work(self, coming: list[Sequence]) -> None:
+        """Lets the size at work, or else another, read what comes in and write a token of each."""
         if self._batch is not None and self._batch.sequences:
             self._batch.read()
         else:
@@ -112,11 +134,19 @@ class Engine:
         self._batch.admit([s for s in coming if s.size == self._batch.size])
         self._batch.write()
         self._batch.release()
-        elapsed = time.perf_counter() - begin
-        # Every running sequence has waited for this step, also those that it did not move.
-        for stretch in stretches:
-            stretch.seconds += elapsed
-        return list(self._events())
+
+    @contextmanager
+    def _recovering(self) -> Iterator[None]:
+        """Forgets what work inside that fails may leave half done: all but the tokens."""
+        try:
+            yield
+        except BaseException as error:
+            batch, self._batch = self._batch, None
+            if batch is not None:
+                batch.abandon()
+            for index in error.requests if isinstance(error, LogitsError) else ():
+                self._running.pop(index, None)
+            raise
 
     def _admit(self) -> list[Sequence]:
         """The sequences that come in now.

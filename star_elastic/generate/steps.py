@@ -208,6 +208,10 @@ class StepPool:
             logger.warning("decode steps are not captured, which is slower: %s", reason(error))
             return None
 
+    def clear(self) -> None:
+        """Forgets the captured steps and frees their memory; they are captured anew when used."""
+        self._steps = Recent(MAX_CAPTURED)
+
 
 def _power_of_two(count: int) -> int:
     """The next power of two."""
