@@ -271,6 +271,41 @@ def test_no_size_waits_for_ever():
     raise AssertionError("the large size never gets its turn")
 
 
+@pytest.mark.parametrize("batch_size, batch_tokens", [(2, 65_536), (64, 64)])
+@pytest.mark.parametrize("every", [1, 2, 3, 5])
+@pytest.mark.parametrize("length", [1, 9, 50])
+def test_no_request_waits_for_ever(batch_size, batch_tokens, every, length):
+    """However long its prompt is and whatever comes after it, one batch for each before it."""
+    generator = table_generator({"\n": "a", "a": "b", "b": "c", "c": "a"}, PLAIN)
+    engine = Engine(generator, batch_size, batch_tokens)
+    plan = think_and_answer("small", "small", max_new_tokens=5)
+    before = [Request("q" * n, plan, streams=False) for n in (1, 1, 30, 2, 12)]
+    for request in before:
+        engine.add(request)
+    late = engine.add(Request("q" * length, plan, streams=False))
+    for number in range(5 * (len(before) + 1)):
+        if number % every == 0:
+            engine.add(Request("q", plan, streams=False))
+        if late in (index for index, _ in engine.step()):
+            return
+    raise AssertionError("it is overtaken again and again")
+
+
+@pytest.mark.parametrize("gone", [[1], [2, 1], [1, 2]])
+def test_who_is_cancelled_makes_room_at_once(gone):
+    """Of two that run and one that waits; a newcomer, or the one that waits, takes the room."""
+    generator = table_generator({"\n": "a", "a": "b", "b": "c", "c": "a"}, PLAIN)
+    engine = Engine(generator, batch_size=2)
+    long, short = (think_and_answer("small", "small", max_new_tokens=n) for n in (50, 5))
+    for plan in (long, long, short):
+        engine.add(Request("q", plan, streams=False))
+    engine.step()
+    for index in gone:
+        engine.cancel(index)
+    new = engine.add(Request("q", short, streams=False)) if 2 in gone else 2
+    assert new in [index for _ in range(5) for index, _ in engine.step()]
+
+
 def test_newcomers_join_those_that_run():
     generator = table_generator({"\n": "a", "a": "b", "b": "c", "c": "a"}, PLAIN)
     engine = Engine(generator, batch_size=3)

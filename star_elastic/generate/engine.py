@@ -86,6 +86,7 @@ class Engine:
     def cancel(self, index: int) -> None:
         """Forgets a request and frees what it holds; one that is done is let pass."""
         self._waiting.pop(index, None)
+        self._is_full = False
         self._untold = [(number, event) for number, event in self._untold if number != index]
         sequence = self._running.pop(index, None)
         if sequence is not None and self._batch is not None:
@@ -146,6 +147,7 @@ class Engine:
                 batch.abandon()
             for index in error.requests if isinstance(error, LogitsError) else ():
                 self._running.pop(index, None)
+            self._is_full = False
             raise
 
     def _admit(self) -> list[Sequence]:
@@ -153,7 +155,7 @@ class Engine:
 
         Newcomers join those that run while there is room for all, and while no sequence waits for
         another size than the one at work: that would wait for ever if they went on coming. Else
-        they come in when nothing runs, prompts of like length together, which need little padding.
+        they come in when nothing runs, or when a request that ends early leaves room.
         """
         num_working = 0 if self._batch is None else len(self._batch.sequences)
         if self._running and (self._is_full or num_working < len(self._running)):
@@ -182,16 +184,34 @@ class Engine:
 def fitting(
     waiting: Iterable[Sequence], running: Iterable[Sequence], size: int, tokens: int
 ) -> list[Sequence]:
-    """Those that may come to the running ones, from the shortest prompt on, so that there are at
-    most `size` and all rows have room in `tokens`. One is never too long to run alone."""
-    rows = [s.num_prompt + s.plan.max_new_tokens for s in running]
+    """Those that may come to the running ones, so that there are at most `size` and all rows have
+    room in `tokens`; `waiting` are in the order in which they came.
+
+    To rows that run they come in that order, and nobody overtakes one for which there is no room.
+    Where none runs, the one that has waited longest leads, however long it is: it is never too long
+    to run alone. Prompts of like length, which need little padding, fill up behind it. So a request
+    waits for one batch per request before it, at most.
+    """
+    queue, rooms = list(waiting), [_room(sequence) for sequence in running]
+    num, longest, joins = len(rooms), max(rooms, default=0), bool(rooms)
+    if queue and not joins:
+        first = queue[0].num_prompt
+        queue.sort(key=lambda sequence: abs(sequence.num_prompt - first))
     found: list[Sequence] = []
-    for sequence in sorted(waiting, key=lambda sequence: sequence.num_prompt):
-        rows.append(sequence.num_prompt + sequence.plan.max_new_tokens)
-        if len(rows) > 1 and (len(rows) > size or len(rows) * max(rows) > tokens):
-            break
+    for sequence in queue:
+        room = max(longest, _room(sequence))
+        if num and (num == size or (num + 1) * room > tokens):
+            if joins or num == size:
+                break
+            continue
+        num, longest = num + 1, room
         found.append(sequence)
     return found
+
+
+def _room(sequence: Sequence) -> int:
+    """The most tokens that a sequence may come to."""
+    return sequence.num_prompt + sequence.plan.max_new_tokens
 
 
 def _require_count(name: str, value: object, default: int) -> None:
