@@ -15,13 +15,16 @@ from star_elastic.checkpoints.tensors import CheckpointReader, load_tensors
 from star_elastic.errors import CheckpointError, ConfigError, Interrupted, ShapeError
 from star_elastic.models.fake_quantisation import FILE_NAME, FakeQuantisation
 from star_elastic.models.load import load_parent
+from star_elastic.progress import Silent
 from star_elastic.quant.formats import dequantise, quantise
 from star_elastic.quant.scheme import make_scheme
 from star_elastic.rewrite.stream import slice_checkpoint
 from star_elastic.train import steps
 from star_elastic.train.config import load_run_config
 from star_elastic.train.distributed import World
+from star_elastic.train.inputs import open_inputs
 from star_elastic.train.run import train
+from star_elastic.train.write import write_family
 from tests import ranks
 from tests.processes import on_ranks
 from tests.tiny_run import StopAt, build_trainer
@@ -184,6 +187,21 @@ def test_a_run_stopped_while_it_was_quantised_goes_on(run_folder, blocks):
     assert (folder / "quantised" / "model.safetensors").read_bytes() == whole
     with pytest.raises(CheckpointError, match="quantised is complete already"):
         train(config, resume=True)
+
+
+@pytest.mark.parametrize("name", ["fp8", "fp8-channel", "nvfp4"])
+def test_what_is_written_does_not_ask_where_it_was_trained(run_folder, blocks, name):
+    """meta stands for a GPU: nothing on another device than the CPU may be looked at."""
+    steps = {"tokens = 3072": "tokens = 384"}
+    config = quantised(run_folder, blocks, f"qad-device-{name}", name, **steps)
+    folder = train(config).elastic.parent
+    whole = (folder / "quantised" / "model.safetensors").read_bytes()
+    shutil.rmtree(folder / "quantised")
+    inputs = open_inputs(config, 1)
+    trainer, orders, basis = build_trainer(config, folder, World(), whole=True)
+    trainer.student.fake = trainer.student.fake.on(torch.device("meta"), torch.float32)
+    write_family(inputs, trainer, orders, basis, Silent())
+    assert (folder / "quantised" / "model.safetensors").read_bytes() == whole
 
 
 def test_ranks_share_the_work(run_folder, blocks):

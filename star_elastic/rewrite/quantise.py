@@ -54,7 +54,9 @@ class _Writer:
     def __init__(self, source: StoredModel, scheme: Scheme, inputs: Values, largest: Values):
         self.source, self.scheme = source, scheme
         self.quantised = scheme.quantised(source.axis_map)
-        self._inputs, self._largest = inputs, largest
+        # Weights are read on the CPU; what was measured or trained may lie on another device.
+        self._inputs = {name: scale.cpu() for name, scale in inputs.items()}
+        self._largest = {name: value.cpu() for name, value in largest.items()}
         self._amax: dict[str, torch.Tensor] = {}
         self._last: tuple[str, Quantised] | None = None
         self.entries: dict[str, _Entry] = {}

@@ -12,6 +12,7 @@ from star_elastic.checkpoints.companions import LATENCY
 from star_elastic.checkpoints.elastic import ElasticCheckpoint, write_family_files
 from star_elastic.checkpoints.manifest import Manifest, Size, recorded
 from star_elastic.files.paths import has_file
+from star_elastic.models.fake_quantisation import FakeQuantisation
 from star_elastic.progress import Progress, staged
 from star_elastic.rewrite.family import quantise_family
 from star_elastic.rewrite.stream import save_model
@@ -44,16 +45,18 @@ def write_family(
         )  # fmt: skip
 
     if world.is_first:
-        elastic, fake = run / ELASTIC, trainer.student.fake
+        elastic, spec = run / ELASTIC, inputs.spec
         if not elastic.exists():  # it does if the run was stopped while it was quantised
             save_model(
-                state, inputs.spec.model_config, Path(config.parent), elastic,
-                dtype=inputs.spec.dtypes, progress=staged(progress, "write"), finish=finish,
+                state, spec.model_config, Path(config.parent), elastic,
+                dtype=spec.dtypes, progress=staged(progress, "write"), finish=finish,
             )  # fmt: skip
-        if fake is not None:
+        if spec.scheme is not None:
+            # As the run's directory keeps it: what trains lies on the device that trains.
+            frozen = FakeQuantisation.load(run, spec.axis_map, spec.scheme)
             quantise_family(
                 elastic, run / QUANTISED, config.quant.format,
-                keep=config.quant.keep, frozen=fake, progress=progress,
+                keep=config.quant.keep, frozen=frozen, progress=progress,
             )  # fmt: skip
     world.wait()
 
