@@ -4,6 +4,7 @@ or against its config, and what is written from them."""
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from star_elastic.checkpoints.stored import StoredModel
 from star_elastic.checkpoints.tensors import INDEX_NAME, SINGLE_NAME, CheckpointReader, save_tensors
 from star_elastic.cost.latency import save_table
 from star_elastic.errors import CheckpointError, ConfigError, StarElasticError
-from star_elastic.files.writing import write_json
+from star_elastic.files.writing import new_directory, replaced, write_json
 from star_elastic.models.load import load_parent
 from star_elastic.models.tokenizer import load_tokenizer
 from star_elastic.rewrite.family import quantise_family
@@ -362,6 +363,30 @@ def test_a_table_measured_before_quantisation_tells_shares_but_no_times(trained,
 
 
 # Full disks
+
+
+def test_what_a_killed_process_left_is_told_and_stands_in_no_way(tmp_path, caplog, monkeypatch):
+    """In a container, the next process has the same number."""
+    monkeypatch.setattr(os, "getpid", lambda: 7)
+    out, file = tmp_path / "out[1]", tmp_path / "table.json"
+    killed = [new_directory(out), replaced(file), new_directory(out), replaced(file)]
+    for block in killed:  # which are never left
+        block.__enter__().mkdir(exist_ok=True)
+    left = {path for path in tmp_path.iterdir() if path.name.endswith(".partial")}
+    assert len(left) == 2 and len(caplog.records) == 1
+    caplog.clear()
+    with new_directory(out) as temporary:
+        (temporary / "whole").touch()
+    write_json(file, {})
+    assert {record.getMessage() for record in caplog.records} == {
+        f"{path} is unfinished; remove it, unless it is being written now" for path in left
+    }
+    assert (out / "whole").is_file() and file.is_file()
+    caplog.clear()
+    for name in ("out[2]", "out"):  # of which none is unfinished
+        with new_directory(tmp_path / name):
+            pass
+    assert not caplog.records
 
 
 def test_a_full_disk_leaves_nothing_half_written(copied, tmp_path):

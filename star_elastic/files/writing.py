@@ -6,9 +6,12 @@ written is told before work starts.
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
+import logging
 import os
+import secrets
 import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -21,6 +24,9 @@ from safetensors import SafetensorError
 from star_elastic.errors import CheckpointError, library_boundary, reason
 from star_elastic.files.paths import exists, is_folder, names_in
 
+logger = logging.getLogger(__name__)
+
+PARTIAL = "partial"
 MAKE_ROOM = "make room, or write elsewhere"
 READ_WHOLE = 64 * 1024**2
 READ_ENDS = 1024**2
@@ -72,7 +78,7 @@ def write_text(file: Path, text: str) -> None:
 @contextmanager
 def replaced(file: Path) -> Iterator[Path]:
     """A temporary file that takes the place of `file` when the block ends well, else vanishes."""
-    temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
+    temporary = _temporary(file, "tmp")
     try:
         yield temporary
         _flush(temporary)
@@ -101,7 +107,7 @@ def require_writable(out: str | Path, *, as_file: bool = False) -> Path:
         raise CheckpointError(f"{out} is a mount point; name a new directory inside of it")
     if as_file and not is_folder(out.parent):
         raise CheckpointError(f"{out.parent} is not a directory; make it, or name another file")
-    _try_to_write(out.parent, sibling_of(out))
+    _try_to_write(out.parent, _temporary(out, PARTIAL))
     return out
 
 
@@ -111,7 +117,7 @@ def require_folder(out: str | Path) -> Path:
     out = _resolved(out)
     if exists(out) and not is_folder(out):
         raise CheckpointError(f"{out} is not a directory; name another")
-    _try_to_write(out, sibling_of(out / "written"))
+    _try_to_write(out, _temporary(out / "written", PARTIAL))
     return out
 
 
@@ -120,9 +126,17 @@ def _resolved(out: str | Path) -> Path:
         return Path(os.path.realpath(out))
 
 
-def sibling_of(out: Path) -> Path:
-    """The temporary name under which `out` is written."""
-    return out.parent / f".{out.name}.{os.getpid()}.partial"
+def _temporary(out: Path, ending: str) -> Path:
+    """A new name beside `out` under which it is written. Process numbers would not do: in a
+    container that starts again they are those of the process that was killed there."""
+    return out.with_name(f".{out.name}.{secrets.token_hex(4)}.{ending}")
+
+
+def _tell_unfinished(out: Path) -> None:
+    """Tells what processes that were killed have left of writing `out`. It stays: one that runs, on
+    another machine perhaps, may be writing it."""
+    for path in sorted(out.parent.glob(f".{glob.escape(out.name)}.*.{PARTIAL}")):
+        logger.warning("%s is unfinished; remove it, unless it is being written now", path)
 
 
 def _try_to_write(folder: Path, temporary: Path) -> None:
@@ -154,7 +168,8 @@ def new_directory(out: str | Path) -> Iterator[Path]:
     Raises CheckpointError if `out` exists and is not empty, or cannot be written.
     """
     out = require_writable(out)
-    temporary = sibling_of(out)
+    _tell_unfinished(out)
+    temporary = _temporary(out, PARTIAL)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         temporary.mkdir()
