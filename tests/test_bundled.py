@@ -126,6 +126,14 @@ def test_a_run_config_knows_them_too(tmp_path):
     assert load_run_config(file).parent == str(tmp_path / "bundled-parent")
 
 
+def test_where_a_parent_is_named_it_is_the_parent():
+    """`bundled` alone is the family, whose tensors are trained and sorted."""
+    pages = [ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *(ROOT / "recipes").rglob("*.*")]
+    texts = [page.read_text(encoding="utf-8") for page in pages if page.suffix in (".md", ".toml")]
+    named = [name for text in texts for name in re.findall(r'parent = "(bundled[^"]*)"', text)]
+    assert named and set(map(bundled.find_model, named)) == {bundled.PARENT}
+
+
 def test_what_lies_here_by_that_name_comes_first(tmp_path):
     (tmp_path / "bundled").mkdir()
     assert "bundled holds no config.json" in refusal("sizes", "bundled", cwd=tmp_path)

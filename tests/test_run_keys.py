@@ -341,6 +341,17 @@ def test_scores_of_other_weights_are_told(run_folder, scores, tmp_path):
         assert len(said) == told, weights
 
 
+def test_of_a_family_the_full_size_is_the_parent(run_folder, trained):
+    """It is told, because it is not what the family was made from."""
+    changes = {'parent = "parent"': f'parent = "{trained.elastic}"'}
+    line = f"  parent: {trained.elastic} is a family, and its full size is the model that is cut"
+    for config in (config_in(run_folder, "own"), config_in(run_folder, "again", **changes)):
+        outlook = look_ahead(open_inputs(config), torch.device("cpu"))
+        said = [line for line in outlook.facts if line.startswith("  parent: ")]
+        assert said == ([line] if config.parent == str(trained.elastic) else [])
+        assert outlook.facts[0].startswith(str(config.out))
+
+
 @hears("calibration.basis")
 def test_the_basis_of_the_stream(watch):
     principal = watch(0, **{"[calibration]": '[calibration]\nbasis = "principal"'})

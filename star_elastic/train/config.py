@@ -202,8 +202,8 @@ class RunConfig:
 
     parent: str
     """The model to make sizes of: a Hugging Face checkpoint directory with safetensors weights and
-    a tokenizer, or `bundled-parent`, which comes with the package. Start with a small one: training
-    takes 20 bytes per parameter and activations."""
+    a tokenizer, or `bundled-parent`, which comes with the package. Of a family, the full
+    size is taken. Start with a small one: training takes 20 bytes per parameter and activations."""
     out: str
     """The run's directory: states while it trains, `elastic/` in the end. Start with a new one for
     every run."""

@@ -14,6 +14,8 @@ from pathlib import Path
 
 import torch
 
+from star_elastic.bundled import name_of
+from star_elastic.checkpoints.companions import is_elastic
 from star_elastic.cost.amounts import show_amount
 from star_elastic.files.paths import is_file
 from star_elastic.progress import Progress
@@ -76,6 +78,9 @@ class _Look:
     def facts(self) -> Iterator[str]:
         """What will happen, in its order."""
         yield f"{self.run}: {_counted(self.steps, 'step')}, {sum(self.tokens):,} tokens"
+        if is_elastic(Path(self.config.parent)):
+            parent = name_of(self.config.parent)
+            yield f"  parent: {parent} is a family, and its full size is the model that is cut"
         for number, stage in enumerate(self.config.stages):
             windows = _counted(stage.batch_size, "window")
             yield (
