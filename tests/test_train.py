@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 import shutil
 import signal
 import time
@@ -13,6 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from star_elastic.architectures import architecture_of, read_config
+from star_elastic.checkpoints.companions import BASIS
 from star_elastic.checkpoints.manifest import load_manifest
 from star_elastic.checkpoints.tensors import load_tensors
 from star_elastic.cli.terminal import at_the_command_line
@@ -27,8 +29,11 @@ from star_elastic.rewrite.stream import slice_checkpoint
 from star_elastic.router.budget import AIM, REACH
 from star_elastic.router.files import widths_for
 from star_elastic.router.grid import default_choices
+from star_elastic.train import calibrate
+from star_elastic.train.calibrate import DEPTH, SCORES
 from star_elastic.train.check import check
 from star_elastic.train.config import StageConfig, load_run_config
+from star_elastic.train.directory import MAY_CHANGE
 from star_elastic.train.distributed import World
 from star_elastic.train.loop import Trainer
 from star_elastic.train.losses import distillation_loss
@@ -638,6 +643,38 @@ def test_memory_that_runs_out_is_told_in_one_line(run_folder, monkeypatch, capsy
     assert ended.value.code == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: memory ran out (") and "use smaller batches" in line
+
+
+def test_what_is_advised_when_memory_runs_out_may_be_done(run_folder, monkeypatch):
+    """Also after a part of the ranking is kept; what is measured does not depend on it."""
+
+    def fail(*args):
+        raise MemoryError
+
+    ranking = 'num_samples = 16\nbasis = "principal"\nbatch_size = '
+    layers = {"[choices]": "[choices]\nlayers = [3, 2]", "tokens = 15360": "tokens = 384"}
+    text = {**layers, "num_samples = 16": f"{ranking}16"}
+    monkeypatch.setattr(calibrate, "principal_basis", fail)
+    with pytest.raises(CheckpointError, match="memory ran out ") as error:
+        train(config_in(run_folder, "no-memory-to-rank", **text))
+    monkeypatch.undo()
+    advised = set(re.findall(r"\b(?:engine|calibration)\.\w+", str(error.value)))
+    assert "calibration.batch_size" in advised
+    assert all(MAY_CHANGE.fullmatch(key) for key in advised)
+    fewer = {**text, "num_samples = 16": f"{ranking}3"}
+    kept = [
+        train(config_in(run_folder, name, **changes), resume=resume).elastic.parent
+        for name, changes, resume in (
+            ("no-memory-to-rank", fewer, True), ("ranked-by-3", fewer, False),
+            ("ranked-by-16", text, False),
+        )
+    ]  # fmt: skip
+    for file in (SCORES, BASIS, DEPTH):
+        expected, *others = (load_tensors(folder / file) for folder in kept)
+        for found in others:
+            assert found.keys() == expected.keys()
+            for key, value in expected.items():
+                torch.testing.assert_close(found[key], value, rtol=1e-4, atol=1e-4)
 
 
 def test_resume_refuses_another_config(run_folder, trained):

@@ -49,7 +49,7 @@ class CalibrationConfig:
     num_samples: int = 256
     """Rows to rank on. More make the order surer, and ranking longer."""
     batch_size: int = 16
-    """Rows at a time; less where memory is short."""
+    """Rows at a time; less where memory is short. The ranking does not depend on it."""
     context: int = 1024
     """Tokens at which rows are cut for ranking; no more than the parent has positions."""
     scores: str = ""

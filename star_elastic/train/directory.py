@@ -42,11 +42,11 @@ UNREADABLE = (OSError, ValueError, LookupError, TypeError, AttributeError)
 MAY_CHANGE = re.compile(
     r"stages\[\d+\]\.(final_)?learning_rate|router\.learning_rate|optimizer\.clip_norm"
     r"|engine\..*|data\[\d+\]\.(bad_rows|files|loss_on|notes)|out|parent|family"
-    r"|latency|calibration\.scores"
+    r"|latency|calibration\.(scores|batch_size)"
 )
-"""Keys that may change when a run goes on: what messages advise to correct, how a step is computed,
-what becomes of bad rows, and where files are (what they hold is compared by itself, but for a
-latency table: the one in use is kept in the run)."""
+"""Keys that may change when a run goes on: what messages advise to correct, how a step or a ranking
+is computed, what becomes of bad rows, and where files are (what they hold is compared by itself,
+but for a latency table: the one in use is kept in the run)."""
 
 
 def require_ready(
