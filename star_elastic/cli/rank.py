@@ -28,6 +28,7 @@ def rank(
     from star_elastic.data.sources import Source, calibration_batches
     from star_elastic.importance.files import save_scores
     from star_elastic.models.load import load_parent
+    from star_elastic.models.model_config import require_context
     from star_elastic.models.placement import choose_device, choose_dtype
     from star_elastic.models.tokenizer import load_tokenizer
     from star_elastic.train.calibrate import rank as rank_units
@@ -38,6 +39,7 @@ def rank(
     axis_map = read_countable(model).axis_map
     source = Source([data], load_tokenizer(model), num_embeddings=axis_map.num_embeddings)
     parent, _ = load_parent(model, choose_dtype(dtype, model), choose_device(device))
+    require_context(parent.config, context=context)
     count = min(samples, len(source))
     batches = calibration_batches(
         [source], [1.0], num_samples=count, batch_size=batch_size, context=context

@@ -23,6 +23,7 @@ from star_elastic.generate.phases import Generation, Plan, Sampling, Token
 from star_elastic.generate.prompts import EncodedPrompt, Prompt, ThinkingTags
 from star_elastic.generate.sequence import Request, Sequence
 from star_elastic.generate.steps import pool_for
+from star_elastic.models.model_config import longest_context
 from star_elastic.models.tokenizer import end_of_turn
 
 DEFAULT_BATCH_SIZE = 64
@@ -305,7 +306,7 @@ class Generator:
         sequence = Sequence(request, prompt, self.tags, end_of_turn(self.tokenizer, models), index)
         if sequence.writers:  # an end of thinking, where the prompt opens what nobody asks for
             plan.require_room(len(sequence.writers))
-        context = _context(models)
+        context = min(longest_context(model.config) or math.inf for model in models)
         room = context - sequence.num_prompt
         if room > 0:  # or else no plan fits, and that is what to say
             plan.require_room(self.tags.max_closing if plan.thinking_budget else 0, room)
@@ -371,19 +372,6 @@ class Generator:
         for request in requests:
             engine.add(request)
         return engine
-
-
-def _context(models: Iterable[PreTrainedModel]) -> float:
-    """Tokens of the longest text that all models have positions for; infinite if none has any."""
-    contexts: list[int | None] = []
-    for model in models:
-        contexts.append(getattr(model.config, "max_position_embeddings", None))
-        scaling = getattr(model.config, "rope_parameters", None) or {}
-        if scaling.get("rope_type") == "longrope":
-            # Beyond, it turns every key of a batch otherwise, and caches keep keys as they were:
-            # tokens would depend on their neighbours, and would not be those of the whole text.
-            contexts.append(scaling.get("original_max_position_embeddings"))
-    return min((c for c in contexts if c), default=math.inf)
 
 
 def _listed(prompts: Prompt | ListOf[Prompt]) -> list[Prompt]:

@@ -18,6 +18,7 @@ from star_elastic.errors import BudgetError
 from star_elastic.generate.decode import BatchDecoder
 from star_elastic.generate.steps import StepPool, pool_for
 from star_elastic.measure.latency_bench import Setting, undisturbed
+from star_elastic.models.model_config import longest_context
 from star_elastic.progress import Progress, Silent
 
 DECODE_STEPS = 8
@@ -55,7 +56,7 @@ def measure_sizes(
     after one that warms up). Raises BudgetError for a context that the models do not have."""
     works = list(itertools.product(models, batches, contexts))
     for model in models.values():
-        limit = getattr(model.config, "max_position_embeddings", None)
+        limit = longest_context(model.config)
         needed = max(contexts) + 1 + DECODE_STEPS
         if limit and needed > limit:
             raise BudgetError(

@@ -54,6 +54,42 @@ def model_config(config: Config, file: str | Path = "config.json") -> PreTrained
         return _construct(config)
 
 
+def longest_context(config: PreTrainedConfig) -> int | None:
+    """Tokens of the longest text that a model has positions for, and reads alike whatever is read
+    beside it or before it; None: there is no bound."""
+    bounds = [getattr(config, "max_position_embeddings", None)]
+    for scaling in _scalings(config):
+        if scaling.get("rope_type") == "longrope":
+            bounds.append(scaling.get("original_max_position_embeddings"))
+    return min((bound for bound in bounds if bound), default=None)
+
+
+def depends_on_neighbours(config: PreTrainedConfig) -> bool:
+    """Whether a text beyond that context changes what others are read as: its length decides the
+    frequencies of the whole batch, and with `dynamic` of later ones, too. Caches keep keys as they
+    were, so its own tokens would not be those of the whole text either."""
+    kinds = [str(scaling.get("rope_type")) for scaling in _scalings(config)]
+    return any(kind == "longrope" or "dynamic" in kind for kind in kinds)
+
+
+def require_context(config: PreTrainedConfig, **lengths: int) -> None:
+    """Raises ConfigError for lengths of text, by the name of their setting, that would change what
+    other texts are read as."""
+    most = longest_context(config)
+    for name, length in lengths.items():
+        if most is not None and length > most and depends_on_neighbours(config):
+            raise ConfigError(
+                f"{name}={length:,} is beyond the {most:,} tokens up to which the model's scaled "
+                f"positions do not depend on the texts read beside; use {most} or less"
+            )
+
+
+def _scalings(config: PreTrainedConfig) -> Iterator[dict[str, Any]]:
+    """How positions are scaled: once for all layers, or by kind of layer."""
+    given = getattr(config, "rope_parameters", None) or {}
+    yield from (own for own in (given, *given.values()) if isinstance(own, dict))
+
+
 def _integers(value: Any) -> Iterator[int]:
     """Every integer in a value of a config."""
     if isinstance(value, int):

@@ -35,6 +35,7 @@ from star_elastic.files.writing import require_writable
 from star_elastic.models.calibration import calibrate_inputs
 from star_elastic.models.fake_quantisation import FakeQuantisation
 from star_elastic.models.load import load_parent, require_loadable
+from star_elastic.models.model_config import require_context
 from star_elastic.models.placement import choose_device, choose_dtype
 from star_elastic.models.submodel import build_submodel
 from star_elastic.models.tokenizer import load_tokenizer
@@ -94,6 +95,7 @@ def quantise_family(
         if scheme.format.is_calibrated:
             source = _calibration_source(path, axis_map, scheme, calibration)
             parent, _ = load_parent(path, choose_dtype(dtype, path), choose_device(device))
+            require_context(parent.config, context=calibration.context)
             widths = {name: size.widths for name, size in manifest.sizes.items()}
             scales = calibrate_sizes(
                 parent, config, axis_map, widths, scheme, [source], calibration, progress

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -24,6 +23,7 @@ from star_elastic.cost.latency import LatencyTable, load_table
 from star_elastic.errors import BudgetError, ConfigError
 from star_elastic.files.paths import exists, is_file
 from star_elastic.models.load import require_loadable
+from star_elastic.models.model_config import longest_context, require_context
 from star_elastic.models.model_config import model_config as transformers_config
 from star_elastic.nesting.rotate import check_rotatable
 from star_elastic.quant.scheme import Scheme, make_scheme
@@ -80,6 +80,7 @@ def check(config: RunConfig, world_size: int = 1) -> RunSpec:
     stored = StoredModel(Path(config.parent), axis_map, model_config.architecture)
     stored.require_whole()
     require_loadable(Path(config.parent), model_config)
+    require_context(transformers_config(model_config), **_lengths(config))
     if config.calibration.basis == "principal":
         check_rotatable(axis_map)
     table = load_table(latency_file(config), axis_map) if config.latency else None
@@ -181,8 +182,8 @@ def require_covered(table: LatencyTable, grid: Grid) -> None:
 
 def _positions_of(model_config: Config) -> int | None:
     """The positions that a model was made for, if it has any."""
-    made: Any = transformers_config(model_config)  # which knows the default of its model type
-    return getattr(made, "max_position_embeddings", None)
+    # transformers' own class knows the default of its model type.
+    return longest_context(transformers_config(model_config))
 
 
 def ranking_context(config: RunConfig, model_config: Config) -> int:
@@ -197,15 +198,21 @@ def beyond_positions(config: RunConfig, model_config: ModelConfig) -> list[str]:
     was made for. It runs there (positions are rotary or come from Mamba layers), but untrained, and
     no text as long as that is ever generated."""
     most = _positions_of(model_config)
-    lengths = {f"stages[{n}].context": stage.context for n, stage in enumerate(config.stages)}
-    if config.calibration.context != CalibrationConfig().context:  # nobody asked for the default
-        lengths["calibration.context"] = config.calibration.context
     return [
         f"{name}={length:,} is beyond the {most:,} positions of the parent, which was not trained "
         "on longer texts; lower it"
-        for name, length in lengths.items()
+        for name, length in _lengths(config).items()
         if most is not None and length > most
     ]
+
+
+def _lengths(config: RunConfig) -> dict[str, int]:
+    """The lengths of text in a config, by their keys; but for a default, which nobody asked for and
+    which is cut to what the parent reads (`ranking_context`)."""
+    lengths = {f"stages[{n}].context": stage.context for n, stage in enumerate(config.stages)}
+    if config.calibration.context != CalibrationConfig().context:
+        lengths["calibration.context"] = config.calibration.context
+    return lengths
 
 
 def _family(config: RunConfig, axis_map: AxisMap) -> Manifest:
