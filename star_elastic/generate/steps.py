@@ -99,15 +99,20 @@ class StaticStep:
     def _masks(self) -> torch.Tensor | dict[str, torch.Tensor | None]:
         """Which columns the token sees: one mask (B, 1, 1, T), or by kind of layer where a model
         has several kinds."""
-        masks: dict[str, torch.Tensor | None] = {"full_attention": self._mask_B11T}
+        masks = {"full_attention": self._mask_B11T}
         if self._window is not None:
             columns_T = torch.arange(self.columns, device=self._column.device)
             inside_T = columns_T > self._column - self._window
             masks["sliding_attention"] = self._mask_B11T & inside_T
+        if self.model.config._attn_implementation == "eager":  # which adds masks to its scores
+            least = torch.finfo(self.model.dtype).min
+            for kind, mask in masks.items():
+                closed = torch.zeros_like(mask, dtype=self.model.dtype)
+                masks[kind] = closed.masked_fill_(~mask, least)
         kinds = set(_kinds(self.model.config))
-        if len(kinds) == 1 and (own := masks[kinds.pop()]) is not None:
+        if len(kinds) == 1 and (own := masks.get(kinds.pop())) is not None:
             return own
-        return masks | {"linear_attention": None}
+        return {**masks, "linear_attention": None}
 
     @torch.inference_mode()
     def load(self, cache: DynamicCache, lengths: Sequence[int], settle: Callable[[], None]) -> None:
