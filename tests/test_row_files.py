@@ -9,6 +9,7 @@ import io
 import json
 import lzma
 import os
+import re
 import zipfile
 
 import pytest
@@ -190,15 +191,22 @@ def test_the_line_of_a_row_is_known_without_reading(tmp_path):
     assert [rows.where(row) for row in range(len(rows))] == [f"{file} line {n}" for n in numbers]
 
 
-@pytest.mark.parametrize("change", ["emptied", "shortened", "shifted"])
+@pytest.mark.parametrize("change", ["emptied", "shortened", "shifted", "moved up", "rewritten"])
 def test_a_file_that_changes_while_it_is_read_is_told_as_that(tmp_path, change):
     """It is no bad row, which might be left out; and there is no end to wait for."""
     file = tmp_path / "rows.jsonl"
     file.write_text(LINES)
     source = Source([file], byte_tokenizer(), bad_rows="skip")
     last = len(source) - 1
-    others = {"emptied": "", "shortened": LINES[:100], "shifted": '{"text": "new"}\n' + LINES}
+    others = {
+        "emptied": "", "shortened": LINES[:100], "shifted": '{"text": "new"}\n' + LINES,
+        # What stands there now are rows as good as the old ones.
+        "moved up": LINES[LINES.index("\n") + 1 :] + '{"text": "a last one"}\n',
+        "rewritten": re.sub(r"[0-9]", "7", LINES),
+    }  # fmt: skip
+    before = file.stat()
     file.write_text(others[change])
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
     assert source.where(last) == f"{file} line {last + 1}"
     with pytest.raises(CheckpointError, match="rows.jsonl has changed while it was read") as raised:
         source.document(last)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import bisect
 import importlib
-import os
+import zlib
 from array import array
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
@@ -25,25 +25,27 @@ MOST_BLANK = 1000
 
 
 class JsonLines:
-    """Rows of a JSONL file: one byte offset per row in memory.
+    """Rows of a JSONL file: the byte offset and a checksum of each in memory.
 
     Blank lines are no rows, but for those whose numbers are in `emptied`: these are rows that say
-    nothing. Raises ConfigError for a file of another kind. Rows are read while the file stays as it
-    is; where it does not, CheckpointError says so.
+    nothing. Raises ConfigError for a file of another kind. A row is read as long as its line is
+    what it was, whatever has been written behind it; else CheckpointError says so.
     """
 
     def __init__(self, path: Path, emptied: Collection[int] = ()):
         self.path = path
         self._offsets = array("Q")
+        self._sums = array("I")
         self._blanks = array("Q")  # of each blank line, the rows before it
         offset = 0
         with self._reading():
             require_json_lines(path)
             with open(path, "rb") as stream:
-                self._stamp = _stamp(stream.fileno())
                 for number, line in enumerate(stream, start=1):
-                    if line.strip() or number in emptied:
+                    content = line.strip()
+                    if content or number in emptied:
                         self._offsets.append(offset)
+                        self._sums.append(zlib.crc32(content))
                     else:
                         self._blanks.append(len(self._offsets))
                     offset += len(line)
@@ -57,7 +59,11 @@ class JsonLines:
         with self._reading(), open(self.path, "rb") as stream:
             stream.seek(self._offsets[row])
             line = stream.readline().strip()
-            is_as_found = _stamp(stream.fileno()) == self._stamp
+        if zlib.crc32(line) != self._sums[row]:
+            raise CheckpointError(
+                f"{self.path} has changed while it was read; leave it as it is until that is done, "
+                "and begin again (a run that has a state, with --resume)"
+            )
         if not line and self._line(row) in self._emptied:
             return {"text": ""}
         try:
@@ -67,11 +73,6 @@ class JsonLines:
             if not isinstance(content, dict):
                 raise RowError("is not a JSON object; correct the line")
         except RowError as error:
-            if not is_as_found:
-                raise CheckpointError(
-                    f"{self.path} has changed while it was read; leave it as it is until that is "
-                    "done, and begin again (a run that has a state, with --resume)"
-                ) from None
             raise error.at(self.where(row)) from None
         return content
 
@@ -90,11 +91,6 @@ class JsonLines:
         """Numbers of lines that are no rows, the first MOST_BLANK of them."""
         before = self._blanks[:MOST_BLANK]
         return tuple(rows + number for number, rows in enumerate(before, start=1))
-
-
-def _stamp(file: int) -> tuple[int, int]:
-    found = os.fstat(file)
-    return found.st_size, found.st_mtime_ns
 
 
 class Table:
