@@ -118,6 +118,24 @@ def test_the_paper_map_resolves(entry):
         assert body is not None, f"{path} defines no {dotted}"
 
 
+def named_files() -> list[tuple[str, str]]:
+    """Every file of code that a page names, as (page, path); of the page on tests folders, too."""
+    tests = ROOT / "tests" / "README.md"
+    named = set()
+    for page in (ROOT / "README.md", tests, *(ROOT / "docs").glob("*.md")):
+        ending = r"\.py|/" if page == tests else r"\.py"
+        paths = re.findall(rf"`([\w./]+?(?:{ending}))(?::[\w.]+)?`", page.read_text("utf-8"))
+        named |= {(str(page.relative_to(ROOT)), path) for path in paths}
+    return sorted(named)
+
+
+@pytest.mark.parametrize(("page", "path"), named_files())
+def test_pages_name_files_that_there_are(page, path):
+    """From the root, the package or the tests on; a file of an architecture by its name alone."""
+    places = (ROOT, ROOT / "star_elastic", ROOT / "tests", ROOT / "star_elastic" / "architectures")
+    assert any((place / path).exists() for place in places), f"{page}: there is no {path}"
+
+
 def test_the_paper_map_leaves_no_row_open():
     rows = re.findall(r"^\|(?!-| formula)(.+)\|$", (ROOT / "docs/paper_map.md").read_text(), re.M)
     assert len(rows) >= 30
