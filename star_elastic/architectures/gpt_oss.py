@@ -41,14 +41,14 @@ class TransposedExperts(Experts):
         experts, neurons = along("experts", self.experts), along("expert_ffn", self.neurons)
         pairs, path = along("expert_ffn", self.neurons, 2), self.moe.experts_path
 
-        def stack(name: str, *dims: Dim, **options: int) -> TensorSpec:
+        def stack(name: str, *dims: Dim, **options: int | None) -> TensorSpec:
             return tensor("routed experts", f"{path}.{name}", *dims, routed=True, **options)
 
         return (
             stack("gate_up_proj", experts, inner, pairs, reads=1),
-            stack("gate_up_proj_bias", experts, pairs),
+            stack("gate_up_proj_bias", experts, pairs, reads=None),
             stack("down_proj", experts, neurons, inner, gate_dim=1, reads=1),
-            stack("down_proj_bias", experts, inner),
+            stack("down_proj_bias", experts, inner, reads=None),
         )
 
 

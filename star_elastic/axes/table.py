@@ -65,12 +65,12 @@ class TensorSpec:
 
     `part` names the kind of part that it belongs to, for tables. `gate_dim` is the dimension whose
     axis gate multiplies the parameter while the router learns (the inputs of a projection that
-    writes the residual stream). A matrix has its inputs in the dimension `reads`. `routed` marks
-    weights of which a token uses only `top_k` experts along dimension 0. `lookup` is an embedding
-    table, read one row per token. Buffers count in bytes, not in parameters. `keep_fp32` tensors
-    are fp32 in a model of any smaller dtype. `coded` tensors hold codes or scales of a format, in
-    dtypes of their own. Stored values may `follow` a width. `layer` is the number of its layer in
-    the view of a whole model.
+    writes the residual stream). A matrix has its inputs in the dimension `reads` (None: it is a
+    stack of biases). `routed` marks weights of which a token uses only `top_k` experts along
+    dimension 0. `lookup` is an embedding table, read one row per token. Buffers count in bytes, not
+    in parameters. `keep_fp32` tensors are fp32 in a model of any smaller dtype. `coded` tensors hold
+    codes or scales of a format, in dtypes of their own. Stored values may `follow` a width. `layer`
+    is the number of its layer in the view of a whole model.
     """
 
     name: str
@@ -79,7 +79,7 @@ class TensorSpec:
     pieces: tuple[Piece, ...]
     layer: int | None = None
     gate_dim: int | None = None
-    reads: int = -1
+    reads: int | None = -1
     routed: bool = False
     lookup: bool = False
     is_buffer: bool = False

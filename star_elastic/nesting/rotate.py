@@ -49,7 +49,8 @@ def readers(axis_map: AxisMap, path: str) -> list[TensorSpec]:
     return [
         spec
         for name, spec in axis_map.tensors.items()
-        if name.startswith(f"{path}.") and len(spec.dims) > 1 and spec.axis_of(spec.reads) == HIDDEN
+        if name.startswith(f"{path}.") and len(spec.dims) > 1 and spec.reads is not None
+        if spec.axis_of(spec.reads) == HIDDEN
     ]
 
 
@@ -75,7 +76,8 @@ def rotate_state(
     for name, spec in axis_map.tensors.items():
         value = state[name].double()
         if name in folded:
-            value = (value.movedim(spec.reads, -1) * folded[name]).movedim(-1, spec.reads)
+            inputs = -1 if spec.reads is None else spec.reads
+            value = (value.movedim(inputs, -1) * folded[name]).movedim(-1, inputs)
         for dim in range(len(spec.dims)):
             if spec.axis_of(dim) == HIDDEN:
                 value = (value.movedim(dim, -1) @ basis.to(value.device)).movedim(-1, dim)

@@ -171,11 +171,12 @@ def test_slices_nest_and_tables_agree(kind, data):
     axis_map = architecture.axis_map(config)
     wide = data.draw(some_widths(axis_map))
     middle = axis_map.at(wide)
-    assert architecture.axis_map(architecture.config_at(config, wide)) == middle
+    smaller = architecture.axis_map(architecture.config_at(config, wide))
+    assert but_constants(smaller) == but_constants(middle)
     narrow, narrow_in_middle = narrower(axis_map, wide, data.draw(some_widths(axis_map)))
     direct, inner = axis_map.complete(narrow), middle.complete(narrow_in_middle)
     twice_cut = architecture.config_at(architecture.config_at(config, wide), narrow_in_middle)
-    assert architecture.axis_map(twice_cut) == axis_map.at(narrow)
+    assert but_constants(architecture.axis_map(twice_cut)) == but_constants(axis_map.at(narrow))
     names, inner_names = axis_map.names_at(wide), middle.names_at(inner)
     assert {n: inner_names[m] for n, m in names.items() if m in inner_names} == (
         axis_map.names_at(narrow)
@@ -188,6 +189,12 @@ def test_slices_nest_and_tables_agree(kind, data):
         if new in inner_names:
             twice = sliced(once, middle.tensors[new], middle, inner)
             assert torch.equal(twice, sliced(tensor, spec, axis_map, direct)), name
+
+
+def but_constants(axis_map: AxisMap) -> AxisMap:
+    """A table without the tables of positions, of which a model whose layers are of one kind needs
+    one where its parent has two."""
+    return replace(axis_map, before=replace(axis_map.before, constants=()))
 
 
 @pytest.mark.parametrize("kind", ROWS)
