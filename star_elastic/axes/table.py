@@ -68,7 +68,7 @@ class TensorSpec:
     writes the residual stream). A matrix has its inputs in the dimension `reads` (None: it is a
     stack of biases). `routed` marks weights of which a token uses only `top_k` experts along
     dimension 0. `lookup` is an embedding table, read one row per token. Buffers count in bytes, not
-    in parameters. `keep_fp32` tensors are fp32 in a model of any smaller dtype. `coded` tensors hold
+    in parameters. `keep_fp32` tensors are fp32 in a model of any smaller dtype. `coded` ones hold
     codes or scales of a format, in dtypes of their own. Stored values may `follow` a width. `layer`
     is the number of its layer in the view of a whole model.
     """
