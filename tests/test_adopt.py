@@ -323,7 +323,7 @@ def test_places_that_hold_no_parent_or_too_much(copied, tmp_path):
     assert "is a family already; cut widths of your own from it with star-elastic sl" in family
     edit_json(copied / "config.json", intermediate_size=40)
     apart = refusal("adopt", copied, *size, "--out", tmp_path / "out")
-    assert "config.json says" in apart and "do not belong together" in apart
+    assert "config.json" in apart and "restore the config.json that was saved with" in apart
     edit_json(copied / "config.json", intermediate_size=32, quantization_config={"bits": 4})
     assert "is quantised in a way" in refusal("adopt", copied, *size, "--out", tmp_path / "out")
     assert not (tmp_path / "out").exists()
