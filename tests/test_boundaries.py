@@ -30,7 +30,7 @@ from star_elastic.models.submodel import build_submodel
 from star_elastic.models.tokenizer import load_tokenizer
 from star_elastic.rewrite.stream import slice_checkpoint
 from star_elastic.train.config import load_run_config
-from tests.architectures import ROWS, fixed_config
+from tests.architectures import DISTINCT, fixed_config
 from tests.checkpoints import (
     edit_json,
     make_elastic,
@@ -55,7 +55,7 @@ NONSENSE = st.sampled_from(
 )  # fmt: skip
 
 
-@pytest.fixture(scope="module", params=ROWS)
+@pytest.fixture(scope="module", params=DISTINCT)
 def fuzzed(request, tmp_path_factory) -> tuple[Path, dict[str, Any], list[str]]:
     """A checkpoint, its config, and every field that such a config may have."""
     config = fixed_config(request.param)

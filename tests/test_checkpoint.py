@@ -43,13 +43,13 @@ from star_elastic.files.writing import (
 from star_elastic.models.load import load_parent
 from star_elastic.models.submodel import build_submodel
 from star_elastic.rewrite.stream import slice_checkpoint, sort_checkpoint
-from tests.architectures import ROWS, fixed_config
+from tests.architectures import DISTINCT, ROWS, fixed_config
 from tests.checkpoints import everything_under, file_size_limit, nothing_changes_in, rewrite
 from tests.laws.parents import Parent, make_parent, reload
 from tests.tiny_family import make_tokenizer
 
 
-@pytest.fixture(params=ROWS)
+@pytest.fixture(params=DISTINCT)
 def kind(request) -> str:
     return request.param
 

@@ -12,7 +12,7 @@ from star_elastic.models.submodel import build_submodel
 from star_elastic.quant.formats import E4M3
 from star_elastic.quant.scheme import make_scheme
 from star_elastic.rewrite.quantise import quantise_checkpoint
-from tests.architectures import ROWS
+from tests.architectures import DISTINCT, ROWS
 from tests.laws.parents import make_parent, relative_error
 
 DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
@@ -20,7 +20,7 @@ DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("name", ["fp8", "fp8-channel"])
-@pytest.mark.parametrize("kind", ROWS)
+@pytest.mark.parametrize("kind", DISTINCT)
 def test_codes_are_multiplied_as_what_they_stand_for(kind, name, device, tmp_path):
     """Whole and cut inside groups, nested in one copy or not, against the dequantised model."""
     parent = make_parent(dict(ROWS[kind].wide), 3, torch.float32)

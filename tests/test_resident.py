@@ -31,7 +31,7 @@ from star_elastic.nesting.order import layout_of, nest
 from star_elastic.rewrite.stream import slice_checkpoint
 from star_elastic.router.grid import make_grid
 from star_elastic.router.router import Router
-from tests.architectures import AXIS_CASES, ROWS, configs, fixed_config
+from tests.architectures import AXIS_CASES, DISTINCT, ROWS, configs, fixed_config
 from tests.laws.parents import (
     Parent,
     assert_equal,
@@ -189,7 +189,7 @@ def test_every_size_equals_its_saved_slice(kind, case, data):
             assert greedy(family[name], parent.ids) == greedy(expected, parent.ids), name
 
 
-@pytest.mark.parametrize("kind", ROWS)
+@pytest.mark.parametrize("kind", DISTINCT)
 @given(data=st.data())
 @examples(6)
 def test_nested_order_changes_rounding_alone(kind, data):
@@ -209,7 +209,7 @@ def test_nested_order_changes_rounding_alone(kind, data):
         assert_equal(logits, expected)
 
 
-@pytest.mark.parametrize("kind", ROWS)
+@pytest.mark.parametrize("kind", DISTINCT)
 def test_the_nested_parent_is_the_parent(kind, tmp_path):
     parent = make_parent(fixed_config(kind), 0, torch.float32)
     family = load_family(save_family(tmp_path, parent, {"full": {}, "small": ROWS[kind].cut}))
@@ -226,7 +226,7 @@ def test_the_nested_parent_is_the_parent(kind, tmp_path):
     assert all(torch.equal(v, changed[name]) for name, v in family.parent.state_dict().items())
 
 
-@pytest.mark.parametrize("kind", ROWS)
+@pytest.mark.parametrize("kind", DISTINCT)
 def test_a_size_in_bfloat16(kind, tmp_path):
     """Equal to the saved slice in the same dtype, and rounded like it."""
     parent = make_parent(fixed_config(kind), 1, torch.float32)
@@ -258,7 +258,7 @@ def test_grouped_products_over_experts_in_nested_order(tmp_path):
             assert_equal(logits, expected(input_ids=parent.ids).logits, what=name)
 
 
-@pytest.mark.parametrize("kind", ROWS)
+@pytest.mark.parametrize("kind", DISTINCT)
 def test_a_size_saves_as_a_plain_checkpoint(kind, tmp_path):
     config = {**fixed_config(kind), "tie_word_embeddings": False}
     parent = make_parent(config, 2, torch.float32)
@@ -278,7 +278,7 @@ def is_small(name: str) -> bool:
     return name.endswith(("conv1d.weight", "gate.weight"))
 
 
-@pytest.mark.parametrize("kind", ROWS)
+@pytest.mark.parametrize("kind", DISTINCT)
 @given(data=st.data())
 @examples(20)
 def test_weights_of_every_size_lie_inside_the_parents(kind, data):
@@ -308,7 +308,7 @@ def test_weights_of_every_size_lie_inside_the_parents(kind, data):
             assert weight.data_ptr() == low and end <= high, name
 
 
-@pytest.mark.parametrize("kind", ROWS)
+@pytest.mark.parametrize("kind", DISTINCT)
 def test_nothing_is_nested_where_no_size_cuts_in_groups(kind, tmp_path):
     parent = make_parent(fixed_config(kind), 3, torch.float32)
     whole = {"hidden", "ffn", "expert_ffn"}
@@ -382,7 +382,7 @@ def test_sizes_between_the_trained_ones(tmp_path):
 # --- counts ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ROWS)
+@pytest.mark.parametrize("kind", DISTINCT)
 def test_resident_bytes(kind, tmp_path):
     """The shared copy is the checkpoint; a size adds its vectors and small tensors cut in groups,
     positions of experts, and the rotary frequencies that no checkpoint holds."""
@@ -411,7 +411,7 @@ def test_resident_bytes(kind, tmp_path):
     assert after.total == before.shared + copied + own
 
 
-@pytest.mark.parametrize("kind", ROWS)
+@pytest.mark.parametrize("kind", DISTINCT)
 def test_cache_compatibility(kind, tmp_path):
     parent = make_parent(fixed_config(kind), 7, torch.float32)
     layers, cut = parent.axis_map.axes["layers"].layers, ROWS[kind].cut
@@ -461,7 +461,7 @@ linux = pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="/proc t
 
 
 @linux
-@pytest.mark.parametrize("kind", ROWS)
+@pytest.mark.parametrize("kind", DISTINCT)
 def test_parameters_stay_in_the_file(kind, tmp_path):
     parent = make_parent(fixed_config(kind), 8, torch.float32)
     path = parent.save(tmp_path)
@@ -515,7 +515,7 @@ def test_nesting_writes_nothing_to_the_file(tmp_path):
     assert (path / "model.safetensors").read_bytes() == before
 
 
-@pytest.mark.parametrize("kind", ROWS)
+@pytest.mark.parametrize("kind", DISTINCT)
 @given(data=st.data())
 @examples(10)
 def test_loading_equals_plain_transformers(kind, data):

@@ -13,7 +13,7 @@ from star_elastic.axes.widths import Widths
 from star_elastic.checkpoints.manifest import Manifest, Size, save_manifest
 from star_elastic.generate.phases import Generation, Plan
 from star_elastic.generate.prompts import ThinkingTags
-from tests.architectures import LIVELY
+from tests.architectures import DISTINCT, LIVELY, ROWS
 from tests.thinking import make_sequence
 
 END = "\n</think>\n"
@@ -87,7 +87,7 @@ def make_checkpoint(path, model_type: str, **changes):
     return path
 
 
-@pytest.fixture(scope="module", params=list(WIDTHS))
+@pytest.fixture(scope="module", params=sorted({ROWS[kind].model_type for kind in DISTINCT}))
 def tiny_checkpoint(request, tmp_path_factory):
     """An elastic checkpoint with two sizes."""
     return make_checkpoint(tmp_path_factory.mktemp(request.param), request.param)
