@@ -42,7 +42,6 @@ def results_tables() -> dict[str, list[Rows]]:
             [measured.quantised_bytes(), nano_formats],
             measured.quantising(),
         ],
-        "Big checkpoints": [measured.big_turns(), measured.big_alone()],
         "On a GPU: the true Nano v3 shape": [
             measured.nano_bytes(),
             measured.nano_times(),
@@ -221,7 +220,7 @@ def commands() -> list[str]:
     own = [
         "axes_alone", "ablations", "kl_memory", "latency_table", "nested_vs_separate",
         "fp8_products", "nano_v3", "nested_run", "quantize", "replay", "size_cost", "switching",
-        "training_cost", "training_cost_gpu", "big_checkpoint",
+        "training_cost", "training_cost_gpu",
     ]  # fmt: skip
     return [read("budget_control")["command"], *(read(name)["command"] for name in own),
             *read("resident")["command"]]  # fmt: skip

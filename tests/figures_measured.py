@@ -156,28 +156,6 @@ def quantising() -> Rows:
     return rows
 
 
-def big_turns() -> Rows:
-    """Copy, slice and the slice before, in turn."""
-    names = {"copy": "plain copy", "slice": "slice", "against": "slice, before"}
-    return [
-        [
-            names[side], f"{own['seconds']:.1f} s", f"{own['cpu_seconds']:.1f} s",
-            f"{own['over_copy']:.2f}", f"{own['work_over_copy']:.2f}",
-            f"{own['peak_bytes'] / 1e9:.2f} GB",
-        ]
-        for side, own in read("big_checkpoint")["sides"].items()
-    ]  # fmt: skip
-
-
-def big_alone() -> Rows:
-    """The other commands."""
-    return [
-        [name, f"{own['seconds']:.1f} s", f"{own['cpu_seconds']:.1f} s",
-         f"{own['peak_bytes'] / 1e9:.2f} GB"]
-        for name, own in read("big_checkpoint")["alone"].items()
-    ]  # fmt: skip
-
-
 # --- on a GPU --------------------------------------------------------------------------------
 
 
