@@ -58,6 +58,7 @@ class CheckpointReader:
         self.path = Path(path)
         self._files: dict[str, Path] = {}
         self._headers: dict[Path, dict[str, Place]] = {}
+        self._spare: list[torch.Tensor] = []
         index = self.path / INDEX_NAME
         single = self.path / SINGLE_NAME
         # With both present, transformers reads the single file: so do we.
@@ -88,7 +89,9 @@ class CheckpointReader:
         one, other = (self._header(file)[name] for file in (first, second))
         same = (one.dtype, one.shape) == (other.dtype, other.shape) and all(
             torch.equal(*blocks)
-            for blocks in zip(_blocks(name, one), _blocks(name, other), strict=True)
+            for blocks in zip(
+                *(_blocks(name, place, _memory()) for place in (one, other)), strict=True
+            )
         )
         if not same:
             raise CheckpointError(
@@ -140,8 +143,16 @@ class CheckpointReader:
         return _read(name, place, _all_rows(place) if rows is None else rows)
 
     def blocks(self, name: str, rows: Rows | None = None) -> Iterator[torch.Tensor]:
-        """The same, some rows at a time: of at most `BLOCK_BYTES`, unless one row alone is more."""
-        return _blocks(name, self.place(name), rows)
+        """The same, some rows at a time: of at most `BLOCK_BYTES`, unless one row alone is more.
+
+        A block is there until the next one is asked for, which comes to lie in the same memory:
+        fresh memory for each costs as much as what is done with it.
+        """
+        memory = self._spare.pop() if self._spare else _memory()
+        try:
+            yield from _blocks(name, self.place(name), memory, rows)
+        finally:
+            self._spare.append(memory)
 
     def expect(self, name: str, rows: Rows | None = None) -> None:
         """Asks the system to fetch what will be read soon. Waits for nothing."""
@@ -171,12 +182,19 @@ def _row_bytes(place: Place) -> int:
     return place.num_bytes // max(place.shape[0], 1) if place.shape else place.num_bytes
 
 
-def _read(name: str, place: Place, rows: Rows) -> torch.Tensor:
-    """Rows of a tensor; of a scalar, its one row."""
+def _memory() -> torch.Tensor:
+    return torch.empty(BLOCK_BYTES, dtype=torch.uint8)
+
+
+def _read(name: str, place: Place, rows: Rows, memory: torch.Tensor | None = None) -> torch.Tensor:
+    """Rows of a tensor; of a scalar, its one row. They lie in `memory` if it is large enough."""
     num_rows, each = sum(stop - start for start, stop in rows), _row_bytes(place)
-    shape = (num_rows, *place.shape[1:]) if place.shape else ()
-    tensor = torch.empty(shape, dtype=_dtype_of(name, place))
-    memory, filled = memoryview(bytes_of(tensor)), 0
+    shape, dtype = (num_rows, *place.shape[1:]) if place.shape else (), _dtype_of(name, place)
+    if memory is not None and 0 < num_rows * each <= len(memory):
+        tensor = memory[: num_rows * each].view(dtype).view(shape)
+    else:
+        tensor = torch.empty(shape, dtype=dtype)
+    view, filled = memoryview(bytes_of(tensor)), 0
     with (
         library_boundary(f"{name} of {place.file} cannot be read", "restore the file"),
         open(place.file, "rb", buffering=0) as stream,
@@ -185,24 +203,27 @@ def _read(name: str, place: Place, rows: Rows) -> torch.Tensor:
             stream.seek(place.start + start * each)
             end = filled + (stop - start) * each
             while filled < end:
-                count = stream.readinto(memory[filled:end])
+                count = stream.readinto(view[filled:end])
                 if not count:
                     raise EOFError("the file has become shorter")
                 filled += count
     return tensor
 
 
-def _blocks(name: str, place: Place, rows: Rows | None = None) -> Iterator[torch.Tensor]:
+def _blocks(
+    name: str, place: Place, memory: torch.Tensor, rows: Rows | None = None
+) -> Iterator[torch.Tensor]:
+    """Each block lies in `memory` if it is large enough."""
     most = rows_at_once(_row_bytes(place))
     held: list[tuple[int, int]] = []
     room = most
     for start, stop in _all_rows(place) if rows is None else rows:
         while stop - start > room:
-            yield _read(name, place, [*held, (start, start + room)])
+            yield _read(name, place, [*held, (start, start + room)], memory)
             start, held, room = start + room, [], most
         held.append((start, stop))
         room -= stop - start
-    yield _read(name, place, held)
+    yield _read(name, place, held, memory)
 
 
 def rows_at_once(row_bytes: int) -> int:
