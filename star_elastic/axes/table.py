@@ -94,6 +94,11 @@ class TensorSpec:
         return next(iter(names), None)
 
     @property
+    def is_matrix(self) -> bool:
+        """Whether it is multiplied with: a matrix, or a stack of matrices."""
+        return len(self.dims) > 1 and self.reads is not None
+
+    @property
     def is_head(self) -> bool:
         """Whether it makes logits of hidden states: the LM head, or the embedding tied to it."""
         return self.part == "head" or (self.part == "embeddings" and not self.lookup)

@@ -172,8 +172,7 @@ def ignored(axis_map: AxisMap, scheme: Scheme) -> list[str]:
     tied = all(spec.part != "head" for spec in axis_map.tensors.values())
     paths = ["lm_head"] if tied else []  # a layer of its own in transformers all the same
     for name, spec in axis_map.tensors.items():
-        is_matrix = len(spec.dims) > 1 and spec.reads is not None
-        if name in quantised or spec.lookup or spec.is_buffer or not is_matrix:
+        if name in quantised or spec.lookup or spec.is_buffer or not spec.is_matrix:
             continue
         paths += ignored_paths(spec)
     return paths

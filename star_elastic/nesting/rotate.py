@@ -49,8 +49,7 @@ def readers(axis_map: AxisMap, path: str) -> list[TensorSpec]:
     return [
         spec
         for name, spec in axis_map.tensors.items()
-        if name.startswith(f"{path}.") and len(spec.dims) > 1 and spec.reads is not None
-        if spec.axis_of(spec.reads) == HIDDEN
+        if name.startswith(f"{path}.") and spec.is_matrix and _reads(spec) == HIDDEN
     ]
 
 
@@ -76,8 +75,8 @@ def rotate_state(
     for name, spec in axis_map.tensors.items():
         value = state[name].double()
         if name in folded:
-            inputs = -1 if spec.reads is None else spec.reads
-            value = (value.movedim(inputs, -1) * folded[name]).movedim(-1, inputs)
+            assert spec.reads is not None, name
+            value = (value.movedim(spec.reads, -1) * folded[name]).movedim(-1, spec.reads)
         for dim in range(len(spec.dims)):
             if spec.axis_of(dim) == HIDDEN:
                 value = (value.movedim(dim, -1) @ basis.to(value.device)).movedim(-1, dim)
@@ -86,6 +85,11 @@ def rotate_state(
         own = state[f"{norm.path}.weight"]
         rotated[f"{norm.path}.weight"] = torch.full_like(own, 1 - _one(norm))
     return rotated
+
+
+def _reads(spec: TensorSpec) -> str | None:
+    """The axis of a matrix's inputs."""
+    return None if spec.reads is None else spec.axis_of(spec.reads)
 
 
 def _one(norm: NormSpec) -> int:

@@ -40,8 +40,8 @@ class Scheme:
 def quantisable(axis_map: AxisMap) -> Iterator[TensorSpec]:
     """Matrices of linear layers, and stacks of them (experts)."""
     for spec in axis_map.tensors.values():
-        is_matrix = spec.reads is not None and len(spec.dims) == 2 + spec.is_stacked
-        if spec.part in PARTS and not spec.is_buffer and is_matrix:
+        is_stored = spec.is_matrix and len(spec.dims) == 2 + spec.is_stacked
+        if spec.part in PARTS and not spec.is_buffer and is_stored:
             yield spec
 
 
