@@ -53,7 +53,7 @@ class StaticStep:
     def __init__(self, model: PreTrainedModel, rows: int, columns: int):
         self.model, self.rows, self.columns = model, rows, columns
         device = model.device
-        self._cache, self._window = _static_cache(model.config, columns)
+        self._cache, self._kinds, self._window = _static_cache(model.config, columns)
         self._ids_B1 = torch.zeros(rows, 1, dtype=torch.long, device=device)
         self._places_B1 = torch.zeros(rows, 1, dtype=torch.long, device=device)
         self._column = torch.zeros(1, dtype=torch.long, device=device)
@@ -109,10 +109,8 @@ class StaticStep:
             for kind, mask in masks.items():
                 closed = torch.zeros_like(mask, dtype=self.model.dtype)
                 masks[kind] = closed.masked_fill_(~mask, least)
-        kinds = set(_kinds(self.model.config))
-        if len(kinds) == 1 and (own := masks.get(kinds.pop())) is not None:
-            return own
-        return {**masks, "linear_attention": None}
+        only = next(iter(self._kinds)) if len(self._kinds) == 1 else ""
+        return masks.get(only, {**masks, "linear_attention": None})
 
     @torch.inference_mode()
     def load(self, cache: DynamicCache, lengths: Sequence[int], settle: Callable[[], None]) -> None:
@@ -163,17 +161,13 @@ class StaticStep:
         return join([layers], self.model.config, columns)
 
 
-def _kinds(config: PreTrainedConfig) -> list[str]:
-    """The kind of every layer that remembers something, as masks are named after them."""
-    return [
-        KINDS[type(layer)] for layer in DynamicCache(config=config).layers if type(layer) in KINDS
-    ]
-
-
-def _static_cache(config: PreTrainedConfig, columns: int) -> tuple[StaticCache, int | None]:
-    """A cache in which every attention layer keeps all columns, and the window of those that look
-    at the last ones only (None: all look at all of them). transformers' own layers with windows
-    move what they hold at every step and count in Python, which a graph would not replay."""
+def _static_cache(
+    config: PreTrainedConfig, columns: int
+) -> tuple[StaticCache, frozenset[str], int | None]:
+    """A cache in which every attention layer keeps all columns; the kinds of its layers that
+    remember something, as masks are named after them; and the window of those that look at the last
+    columns only (None: all look at all of them). transformers' own layers with windows move what
+    they hold at every step and count in Python, which a graph would not replay."""
     growing: list[Any] = DynamicCache(config=config).layers
     windows = {layer.sliding_window for layer in growing if hasattr(layer, "sliding_window")}
     assert len(windows) <= 1, windows
@@ -182,7 +176,8 @@ def _static_cache(config: PreTrainedConfig, columns: int) -> tuple[StaticCache, 
         StaticLayer(columns) if hasattr(own, "sliding_window") else layer
         for layer, own in zip(cache.layers, growing, strict=True)
     ]
-    return cache, next(iter(windows), None)
+    kinds = frozenset(KINDS[type(layer)] for layer in growing if type(layer) in KINDS)
+    return cache, kinds, next(iter(windows), None)
 
 
 class StepPool:
