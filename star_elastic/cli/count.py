@@ -6,10 +6,10 @@ from typer import Option
 
 from star_elastic.architectures import ModelConfig, read_config
 from star_elastic.axes.widths import parse_widths
-from star_elastic.cli.options import AsJson, Model
+from star_elastic.cli.options import AsJson, Batch, DtypeBytes, Model, SsmDtypeBytes
 from star_elastic.cli.terminal import show
 from star_elastic.cost.count import CostModel, Workload, count_parts
-from star_elastic.strict import MOST_ROWS, MOST_TOKENS
+from star_elastic.strict import MOST_TOKENS
 from star_elastic.tables import Table
 
 COUNTED = ("total", "active", "weight_bytes", "state_bytes", "flops_per_token",
@@ -21,13 +21,9 @@ def count(
     model: Model,
     widths: str = Option("", help="For example hidden=1920,expert_ffn=960."),
     context: int = Option(0, help="Tokens of context for KV bytes.", min=0, max=MOST_TOKENS),
-    batch: int = Option(1, help="Sequences held at once.", min=1, max=MOST_ROWS),
-    dtype_bytes: int = Option(
-        2, help="Bytes per parameter and per element of KV and conv states.", min=1, max=16
-    ),
-    ssm_dtype_bytes: int = Option(
-        4, help="Bytes per element of the SSM state (transformers: 4).", min=1, max=16
-    ),
+    batch: Batch = 1,
+    dtype_bytes: DtypeBytes = 2,
+    ssm_dtype_bytes: SsmDtypeBytes = 4,
     as_json: AsJson = False,
 ) -> None:
     """Exact total and active parameters, bytes and operations; needs no weights.

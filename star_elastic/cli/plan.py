@@ -13,7 +13,7 @@ from star_elastic.axes import AxisMap
 from star_elastic.bundled import name_of
 from star_elastic.checkpoints.companions import is_elastic
 from star_elastic.cli.count import read_countable
-from star_elastic.cli.options import AsJson, Model
+from star_elastic.cli.options import AsJson, Batch, DtypeBytes, Model, SsmDtypeBytes
 from star_elastic.cli.plan_tables import Known, Told
 from star_elastic.cli.terminal import show
 from star_elastic.cost.amounts import parse_bytes
@@ -21,7 +21,7 @@ from star_elastic.cost.count import CostModel, Workload
 from star_elastic.cost.latency import LatencyTable, load_table
 from star_elastic.errors import ConfigError
 from star_elastic.files.paths import is_folder
-from star_elastic.strict import MOST_ROWS, MOST_TOKENS
+from star_elastic.strict import MOST_TOKENS
 from star_elastic.tables import Table
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ def plan(
         max=MOST_TOKENS,
         help="Tokens of each sequence; by default 4096, or as many as the model has positions for.",
     ),
-    batch: int = Option(1, help="Sequences held at once.", min=1, max=MOST_ROWS),
+    batch: Batch = 1,
     tokens_per_second: float | None = Option(
         None, help="And the least speed of each sequence; needs a latency table.", min=1e-6, max=1e9
     ),
@@ -52,12 +52,8 @@ def plan(
     importance: Path | None = Option(
         None, help="Scores of star-elastic rank, or a run's directory that has them."
     ),
-    dtype_bytes: int = Option(
-        2, help="Bytes per parameter and per element of KV and conv states.", min=1, max=16
-    ),
-    ssm_dtype_bytes: int = Option(
-        4, help="Bytes per element of the SSM state (transformers: 4).", min=1, max=16
-    ),
+    dtype_bytes: DtypeBytes = 2,
+    ssm_dtype_bytes: SsmDtypeBytes = 4,
     as_json: AsJson = False,
 ) -> None:
     """The best widths that fit a memory, with the bytes of all that they hold; needs no weights.
