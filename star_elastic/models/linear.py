@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +19,8 @@ from star_elastic.models.native import Fp8Experts, Fp8Product
 from star_elastic.nesting.experts import expert_states
 from star_elastic.nesting.order import Layout, nest
 from star_elastic.quant.formats import Format, fake_activation, straight_through
+
+Front = TypeVar("Front", bound=nn.Module)
 
 
 class KnownInput:
@@ -211,8 +213,17 @@ class ResidentExperts(nn.Module):
 
 
 @cache
-def _resident(kind: type[nn.Module]) -> type[ResidentExperts]:
-    return type(f"Resident{kind.__name__}", (ResidentExperts, kind), {})
+def _joined(front: type[nn.Module], kind: type[nn.Module]) -> type[nn.Module]:
+    return type(f"{front.__name__} of {kind.__name__}", (front, kind), {})
+
+
+def put_before(front: type[Front], plain: nn.Module) -> Front:
+    """A module of transformers with the methods of `front` before its own; the very same parameters
+    and submodules."""
+    kind: Any = _joined(front, type(plain))
+    module = kind.__new__(kind)
+    module.__dict__.update(plain.__dict__)
+    return module
 
 
 def resident_experts(model: nn.Module, path: str) -> ResidentExperts:
@@ -221,9 +232,7 @@ def resident_experts(model: nn.Module, path: str) -> ResidentExperts:
     plain = model.get_submodule(path)
     if isinstance(plain, ResidentExperts):
         return plain
-    kind = _resident(type(plain))
-    experts = kind.__new__(kind)
-    experts.__dict__.update(plain.__dict__)
+    experts = put_before(ResidentExperts, plain)
     experts.register_buffer("nested_places", None, persistent=False)
     model.set_submodule(path, experts)
     return experts

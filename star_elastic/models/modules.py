@@ -8,7 +8,6 @@ T tokens, D channels, G groups, E experts, K experts per token.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import cache
 from typing import Any
 
 import torch
@@ -27,6 +26,7 @@ from star_elastic.axes import (
     NormSpec,
 )
 from star_elastic.models.documents import DocumentMamba2Mixer
+from star_elastic.models.linear import put_before
 
 
 class _GatedInputNorm(nn.Module):
@@ -92,17 +92,9 @@ class Fp32Router(nn.Module):
             return plain.forward(hidden_states)
 
 
-@cache
-def _fp32_kind(kind: type[nn.Module]) -> type[nn.Module]:
-    return type(f"Fp32{kind.__name__}", (Fp32Router, kind), {})
-
-
 def fp32_router(plain: nn.Module) -> nn.Module:
     """A router of transformers that computes in fp32 under autocast, too; with its parameters."""
-    kind = _fp32_kind(type(plain))
-    router = kind.__new__(kind)
-    router.__dict__.update(plain.__dict__)
-    return router
+    return put_before(Fp32Router, plain)
 
 
 class ElasticSigmoidRouter(nn.Module):
