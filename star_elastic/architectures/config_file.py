@@ -194,6 +194,12 @@ def cut_by_layer(config: Config, num_layers: int, kept: Collection[int]) -> Conf
     }
 
 
+def require_at_most(name: str, value: int, limit_name: str, limit: int) -> None:
+    """Raises ConfigError if `value` is more than `limit`."""
+    if value > limit:
+        raise ConfigError(f"{name}={value} exceeds {limit_name}={limit}; correct config.json")
+
+
 def require_multiple(name: str, value: int, divisor_name: str, divisor: int) -> None:
     """Raises ConfigError unless `value` is a multiple of `divisor`."""
     if value % divisor:

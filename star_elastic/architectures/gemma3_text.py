@@ -11,7 +11,6 @@ from star_elastic.architectures.config_file import (
     Config,
     get_bool,
     get_int,
-    require_multiple,
     told,
 )
 from star_elastic.architectures.decoder import Decoder
@@ -21,7 +20,6 @@ from star_elastic.architectures.windows import (
     Windows,
     get_window,
     layer_windows,
-    written_windows,
 )
 from star_elastic.axes import RMS_PLUS_ONE
 from star_elastic.errors import ConfigError
@@ -40,19 +38,11 @@ class Gemma3Text(PreNorm):
     num_attention_heads = 8
     num_key_value_heads = 4
     tie_word_embeddings = True
+    head_size = 256
+    windows_by_layer = True
     head_norms = ("q_norm", "k_norm")
     norm_kind = RMS_PLUS_ONE
     embed_scale = "model.embed_tokens.embed_scale"
-
-    def heads(self, config: Config) -> int:
-        """See `PreNorm.heads`."""
-        heads = super().heads(config)
-        require_multiple("hidden_size", self.hidden(config), "num_attention_heads", heads)
-        return heads
-
-    def head_dim(self, config: Config) -> int:
-        """See `PreNorm.head_dim`."""
-        return get_int(config, "head_dim", 256)
 
     def kv_heads(self, config: Config) -> int:
         """See `PreNorm.kv_heads`."""
@@ -95,8 +85,3 @@ class Gemma3Text(PreNorm):
                 "whose tokens see what came before"
             )
         return super().decoder(config)
-
-    def written_out(self, config: Config, layers: tuple[int, ...]) -> Config:
-        """See `Architecture.written_out`."""
-        windows = written_windows(self.windows(config), layers)
-        return super().written_out(config, layers) | windows

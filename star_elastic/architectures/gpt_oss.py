@@ -9,17 +9,21 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 
-from star_elastic.architectures.config_file import Config, get_bool, get_int, one_name
+from star_elastic.architectures.config_file import (
+    Config,
+    get_bool,
+    get_int,
+    one_name,
+    require_at_most,
+)
 from star_elastic.architectures.parts import Attention, Experts, Part, tensor
 from star_elastic.architectures.pre_norm import PreNorm
 from star_elastic.architectures.windows import (
     Windows,
     get_window,
     layer_windows,
-    written_windows,
 )
 from star_elastic.axes import RMS_FP32, TOP_K, Dim, MoeSpec, TensorSpec, along
-from star_elastic.errors import ConfigError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,16 +71,14 @@ class GptOss(PreNorm):
     num_hidden_layers = 36
     num_attention_heads = 64
     num_key_value_heads = 8
+    head_size = 64
     rms_norm_eps = 1e-5
+    windows_by_layer = True
     norm_kind = RMS_FP32
 
     def normalise(self, config: Config) -> Config:
         """See `Architecture.normalise`."""
         return one_name(config, "num_experts", "num_local_experts")
-
-    def head_dim(self, config: Config) -> int:
-        """See `PreNorm.head_dim`."""
-        return get_int(config, "head_dim", 64)
 
     def attention(self, config: Config, window: int | None) -> Attention:
         """See `PreNorm.attention`."""
@@ -93,15 +95,6 @@ class GptOss(PreNorm):
         """See `PreNorm.feed_forward`."""
         experts = get_int(config, "num_local_experts", 128)
         top_k = get_int(config, "num_experts_per_tok", 4)
-        if top_k > experts:
-            raise ConfigError(
-                f"num_experts_per_tok={top_k} exceeds num_local_experts={experts}; correct "
-                "config.json"
-            )
+        require_at_most("num_experts_per_tok", top_k, "num_local_experts", experts)
         neurons = get_int(config, "intermediate_size", self.intermediate_size)
         return TransposedExperts(path="mlp", experts=experts, neurons=neurons, top_k=top_k)
-
-    def written_out(self, config: Config, layers: tuple[int, ...]) -> Config:
-        """See `Architecture.written_out`."""
-        windows = written_windows(self.windows(config), layers)
-        return super().written_out(config, layers) | windows

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from star_elastic.architectures.config_file import Config, get_bool, require_multiple
+from star_elastic.architectures.config_file import Config, get_bool
 from star_elastic.architectures.pre_norm import PreNorm
 
 
@@ -14,12 +14,7 @@ class Llama(PreNorm):
     vocab_size = 32000
     intermediate_size = 11008
     num_key_value_heads = None
-
-    def heads(self, config: Config) -> int:
-        """See `PreNorm.heads`."""
-        heads = super().heads(config)
-        require_multiple("hidden_size", self.hidden(config), "num_attention_heads", heads)
-        return heads
+    head_may_be_null = True
 
     def mlp_bias(self, config: Config) -> bool:
         """See `PreNorm.mlp_bias`."""

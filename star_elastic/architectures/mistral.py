@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from star_elastic.architectures.config_file import Config
 from star_elastic.architectures.pre_norm import PreNorm
-from star_elastic.architectures.windows import Windows, get_window, layer_windows, require_alike
+from star_elastic.architectures.windows import Windows, alike_windows, get_window
 
 
 class Mistral(PreNorm):
@@ -15,6 +15,7 @@ class Mistral(PreNorm):
     vocab_size = 32000
     intermediate_size = 14336
     num_key_value_heads = 8
+    head_may_be_null = True
 
     def biases(self, config: Config) -> tuple[bool, bool]:
         """See `PreNorm.biases`."""
@@ -22,6 +23,4 @@ class Mistral(PreNorm):
 
     def windows(self, config: Config) -> Windows:
         """See `PreNorm.windows`. Without the field there is one."""
-        window, num_layers = get_window(config, 4096), self.num_layers(config)
-        windows = layer_windows(config, num_layers, window, [window is not None] * num_layers)
-        return require_alike(config, windows, window)
+        return alike_windows(config, self.num_layers(config), get_window(config, 4096))

@@ -17,6 +17,7 @@ from star_elastic.architectures.config_file import (
     get_int,
     get_optional_int,
     one_name,
+    require_at_most,
     require_multiple,
     told,
 )
@@ -183,15 +184,8 @@ def _experts(config: Config, bias: bool, num_layers: int) -> Experts:
 
 def _check_routing(part: Experts, num_layers: int) -> None:
     """Raises ConfigError for experts that no token could be routed to."""
-    if part.top_k > part.experts:
-        raise ConfigError(
-            f"num_experts_per_tok={part.top_k} exceeds n_routed_experts={part.experts}; "
-            "correct config.json"
-        )
-    if part.selected_groups > part.groups:
-        raise ConfigError(
-            f"topk_group={part.selected_groups} exceeds n_group={part.groups}; correct config.json"
-        )
+    require_at_most("num_experts_per_tok", part.top_k, "n_routed_experts", part.experts)
+    require_at_most("topk_group", part.selected_groups, "n_group", part.groups)
     # A group's score is the sum of its two best.
     if part.experts < 2 * part.groups:
         raise ConfigError(

@@ -16,7 +16,7 @@ from star_elastic.architectures.config_file import (
 )
 from star_elastic.architectures.decoder import Architecture, Decoder
 from star_elastic.architectures.parts import Attention, Mlp, Norm, Part
-from star_elastic.architectures.windows import Windows
+from star_elastic.architectures.windows import Windows, written_windows
 from star_elastic.axes import RMS, RMS_PLUS_ONE, Follow
 
 PLUS = {RMS: 0.0, RMS_PLUS_ONE: 1.0}
@@ -43,15 +43,23 @@ class PreNorm(Architecture):
     """None: as many as query heads, as where the config says null."""
     rms_norm_eps = 1e-6
     tie_word_embeddings = False
+    head_size: int | None = None
+    """Default of `head_dim`; None: the hidden size over the heads."""
+    head_may_be_null = False
+    """Whether null says the same as no `head_dim`; else transformers would take it as it is."""
     head_norms: tuple[str, ...] = ()
+    windows_by_layer = False
+    """Whether defaults of windows go by the layers' numbers, which a slice then names."""
     norm_kind = RMS
     embed_scale = ""
     """As in `Decoder`."""
 
     def head_dim(self, config: Config) -> int:
         """Elements of a head. Raises ConfigError."""
-        whole = self.hidden(config) // self.heads(config)
-        return get_optional_int(config, "head_dim") or get_int({"head_dim": whole}, "head_dim")
+        size = self.head_size or self.hidden(config) // self.heads(config)
+        if self.head_may_be_null and config.get("head_dim") is None:
+            config = {"head_dim": size}
+        return get_int(config, "head_dim", size)
 
     def biases(self, config: Config) -> tuple[bool, bool]:
         """Whether the query, key and value projections have biases, and the output's. Raises
@@ -79,7 +87,10 @@ class PreNorm(Architecture):
 
     def heads(self, config: Config) -> int:
         """Query heads. Raises ConfigError."""
-        return get_int(config, "num_attention_heads", self.num_attention_heads)
+        heads = get_int(config, "num_attention_heads", self.num_attention_heads)
+        if ("hidden", "heads") in self.multiples:
+            require_multiple("hidden_size", self.hidden(config), "num_attention_heads", heads)
+        return heads
 
     def kv_heads(self, config: Config) -> int:
         """Key-value heads. Raises ConfigError."""
@@ -143,7 +154,9 @@ class PreNorm(Architecture):
 
     def written_out(self, config: Config, layers: tuple[int, ...]) -> Config:
         """See `Architecture.written_out`: both would follow other fields, or may."""
+        windows = self.windows(config) if self.windows_by_layer else ()
         return {
             "num_key_value_heads": self.kv_heads(config),
             "head_dim": self.head_dim(config),
+            **written_windows(windows, layers),
         }

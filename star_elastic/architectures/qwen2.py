@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from star_elastic.architectures.config_file import Config, get_bool, get_int
 from star_elastic.architectures.pre_norm import PreNorm
-from star_elastic.architectures.windows import Windows, get_window, layer_windows, written_windows
+from star_elastic.architectures.windows import Windows, get_window, layer_windows
 
 
 class Qwen2(PreNorm):
@@ -15,10 +15,7 @@ class Qwen2(PreNorm):
     vocab_size = 151936
     intermediate_size = 22016
     num_key_value_heads = 32
-
-    def head_dim(self, config: Config) -> int:
-        """See `PreNorm.head_dim`. Null would be taken as it is."""
-        return get_int(config, "head_dim", self.hidden(config) // self.heads(config))
+    windows_by_layer = True
 
     def biases(self, config: Config) -> tuple[bool, bool]:
         """See `PreNorm.biases`."""
@@ -31,8 +28,3 @@ class Qwen2(PreNorm):
         first = get_int(config, "max_window_layers", 28, least=0)
         slides = [window is not None and layer >= first for layer in range(num_layers)]
         return layer_windows(config, num_layers, window, slides)
-
-    def written_out(self, config: Config, layers: tuple[int, ...]) -> Config:
-        """See `Architecture.written_out`."""
-        windows = written_windows(self.windows(config), layers)
-        return super().written_out(config, layers) | windows

@@ -5,7 +5,7 @@ These norms have `head_dim` channels, which no axis cuts: nothing has to be corr
 
 from __future__ import annotations
 
-from star_elastic.architectures.config_file import Config, get_int
+from star_elastic.architectures.config_file import Config
 from star_elastic.architectures.pre_norm import PreNorm
 from star_elastic.architectures.qwen2 import Qwen2
 
@@ -14,11 +14,8 @@ class Qwen3(Qwen2):
     """The `qwen3` architecture. Defaults are those of transformers' Qwen3Config."""
 
     model_type = "qwen3"
+    head_size = 128
     head_norms = ("q_norm", "k_norm")
-
-    def head_dim(self, config: Config) -> int:
-        """See `PreNorm.head_dim`."""
-        return get_int(config, "head_dim", 128)
 
     def biases(self, config: Config) -> tuple[bool, bool]:
         """See `PreNorm.biases`."""

@@ -4,10 +4,17 @@ from __future__ import annotations
 
 from types import MappingProxyType
 
-from star_elastic.architectures.config_file import Config, get_bool, get_int, one_name, told
+from star_elastic.architectures.config_file import (
+    Config,
+    get_bool,
+    get_int,
+    one_name,
+    require_at_most,
+    told,
+)
 from star_elastic.architectures.parts import Experts, Part
 from star_elastic.architectures.pre_norm import PreNorm
-from star_elastic.architectures.windows import Windows, get_window, layer_windows, require_alike
+from star_elastic.architectures.windows import Windows, alike_windows, get_window
 from star_elastic.axes import TOP_K
 from star_elastic.errors import ConfigError
 
@@ -33,43 +40,34 @@ class Qwen3Moe(PreNorm):
         Raises ConfigError for a config with both names and two values."""
         return one_name(config, "num_local_experts", "num_experts")
 
-    def head_dim(self, config: Config) -> int:
-        """See `PreNorm.head_dim`. Null would be taken as it is."""
-        return get_int(config, "head_dim", self.hidden(config) // self.heads(config))
-
     def windows(self, config: Config) -> Windows:
         """See `PreNorm.windows`: all layers have the same one, or none."""
-        is_on, num_layers = get_bool(config, "use_sliding_window", False), self.num_layers(config)
+        is_on = get_bool(config, "use_sliding_window", False)
         window = get_window(config, 4096) if is_on else None
-        windows = layer_windows(config, num_layers, window, [window is not None] * num_layers)
-        return require_alike(config, windows, window)
+        return alike_windows(config, self.num_layers(config), window)
 
-    def dense(self, config: Config) -> list[int]:
-        """The layers with an MLP. Raises ConfigError."""
+    def is_dense(self, config: Config, layer: int) -> bool:
+        """Whether a layer has an MLP. Raises ConfigError."""
         every, plain = get_int(config, "decoder_sparse_step", 1), config.get("mlp_only_layers")
         plain = [] if plain is None else plain
         if not isinstance(plain, list) or any(type(layer) is not int for layer in plain):
             raise ConfigError(
                 f"{told('mlp_only_layers', plain)} is not a list of layers; correct config.json"
             )
-        layers = range(self.num_layers(config))
-        return [layer for layer in layers if layer in plain or (layer + 1) % every]
+        return layer in plain or (layer + 1) % every != 0
 
     def feed_forward(self, config: Config, layer: int) -> Part:
         """See `PreNorm.feed_forward`."""
-        if layer in self.dense(config):
+        if self.is_dense(config, layer):
             return super().feed_forward(config, layer)
         experts = get_int(config, "num_experts", 128)
         top_k = get_int(config, "num_experts_per_tok", 8)
-        if top_k > experts:
-            raise ConfigError(
-                f"num_experts_per_tok={top_k} exceeds num_experts={experts}; correct config.json"
-            )
+        require_at_most("num_experts_per_tok", top_k, "num_experts", experts)
         neurons = get_int(config, "moe_intermediate_size", 768)
         return Experts(path="mlp", experts=experts, neurons=neurons, top_k=top_k)
 
     def written_out(self, config: Config, layers: tuple[int, ...]) -> Config:
         """See `Architecture.written_out`: which layers are dense goes by their numbers."""
-        dense = [place for place, layer in enumerate(layers) if layer in self.dense(config)]
+        dense = [place for place, layer in enumerate(layers) if self.is_dense(config, layer)]
         named = {"mlp_only_layers": dense, "decoder_sparse_step": 1}
         return super().written_out(config, layers) | named

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from star_elastic.architectures.config_file import Config, get_bool, get_int, told
 from star_elastic.architectures.pre_norm import PreNorm
-from star_elastic.architectures.windows import Windows, get_window, layer_windows, written_windows
+from star_elastic.architectures.windows import Windows, get_window, layer_windows
 from star_elastic.errors import ConfigError
 
 
@@ -20,10 +20,7 @@ class SmolLM3(PreNorm):
     num_attention_heads = 16
     num_key_value_heads = 4
     tie_word_embeddings = True
-
-    def head_dim(self, config: Config) -> int:
-        """See `PreNorm.head_dim`. Null would be taken as it is."""
-        return get_int(config, "head_dim", self.hidden(config) // self.heads(config))
+    windows_by_layer = True
 
     def mlp_bias(self, config: Config) -> bool:
         """See `PreNorm.mlp_bias`."""
@@ -59,5 +56,4 @@ class SmolLM3(PreNorm):
         return {
             **super().written_out(config, layers),
             "no_rope_layers": [turned[layer] for layer in layers],
-            **written_windows(self.windows(config), layers),
         }

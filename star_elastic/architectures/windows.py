@@ -48,9 +48,10 @@ def layer_windows(
     return tuple(window if own else None for own in slides)
 
 
-def require_alike(config: Config, windows: Windows, window: int | None) -> Windows:
-    """The windows of a model type whose layers all have one or none. Raises ConfigError for
+def alike_windows(config: Config, num_layers: int, window: int | None) -> Windows:
+    """The windows of a model type whose layers all have this one or none. Raises ConfigError for
     `layer_types` that say something else, which caches would obey and layers would not."""
+    windows = layer_windows(config, num_layers, window, [window is not None] * num_layers)
     if any(own != window for own in windows):
         kinds = told("layer_types", config.get("layer_types"))
         raise ConfigError(
